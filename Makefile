@@ -1,0 +1,28 @@
+# The two commands of the README, and what they stand on.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN_DIR ?= $(CURDIR)/runs/demo
+
+.PHONY: demo test lint setup clean
+
+demo: setup  ## train the demo pool, evaluate every router, end with a table and two pictures
+	$(BIN)/python -m harness.run pool=demo run.dir=$(RUN_DIR)
+
+test: setup  ## all tests
+	$(BIN)/python -m pytest
+
+lint: setup  ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; call: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:  ## remove the environment and the runs, keep the cache
+	rm -rf .venv runs

@@ -1,0 +1,72 @@
+"""The cache folder, and files that come out of packages of the Python package index."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from phatgoose.errors import PhatgooseError
+
+
+def cache_dir() -> Path:
+    """The folder for what can be made again: `PHATGOOSE_CACHE`, else the user's cache folder."""
+    chosen = os.environ.get("PHATGOOSE_CACHE")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "phatgoose"
+
+
+def fetch_distribution(requirement: str, filename: str, sha256: str, *, source: bool) -> Path:
+    """Download one file of a package index with pip into the cache, once, and check its hash.
+
+    Args:
+        requirement: name and exact version, such as `bigbench==1.0.0`.
+        filename: the distribution's file name, which the download must produce.
+        sha256: its expected SHA-256, in hexadecimal.
+        source: fetch the source distribution instead of a wheel.
+
+    Raises:
+        PhatgooseError: the download failed, or the file does not have the expected hash.
+    """
+    folder = cache_dir() / "downloads"
+    path = folder / filename
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            _pip_download(requirement, Path(temporary), source=source)
+            fetched = Path(temporary) / filename
+            if not fetched.exists():
+                found = ", ".join(p.name for p in Path(temporary).iterdir()) or "nothing"
+                raise PhatgooseError(
+                    f"pip fetched {found} for {requirement}, but {filename} was expected"
+                )
+            check_sha256(fetched, sha256)
+            fetched.rename(path)
+        return path
+    check_sha256(path, sha256)
+    return path
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Raise PhatgooseError if the file at `path` does not have the SHA-256 `expected`."""
+    with path.open("rb") as file:
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    if actual != expected:
+        raise PhatgooseError(
+            f"{path} is damaged ({path.stat().st_size} bytes, SHA-256 {actual[:12]} instead of "
+            f"{expected[:12]}): delete it and start again to fetch it anew"
+        )
+
+
+def _pip_download(requirement: str, folder: Path, *, source: bool) -> None:
+    name = requirement.split("==")[0]
+    kind = ["--no-binary", name] if source else ["--only-binary", name]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", *kind]
+    command += ["--quiet", "--disable-pip-version-check", "--dest", str(folder), requirement]
+    print(f"fetching {requirement} from the package index ...", file=sys.stderr, flush=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
+        raise PhatgooseError(f"pip could not download {requirement}: {reason}")

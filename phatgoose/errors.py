@@ -1,0 +1,5 @@
+"""The one exception for mistakes a user can mend."""
+
+
+class PhatgooseError(Exception):
+    """Something the user can mend; its one line of text says what is wrong, where, and the mend."""

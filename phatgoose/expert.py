@@ -1,0 +1,287 @@
+"""An expert: the LoRA factors of one task, its gates, and the card that says where they come from.
+
+Shape suffixes: D input features of a linear, O its output features, R LoRA rank.
+
+An expert is one Arrow IPC file. It has a row per adapted linear, with the linear's name and, for
+each tensor, its shape, its dtype and its bytes; the card is JSON in the schema's metadata. Nothing
+is compressed, so a file is opened by mapping it, without a copy.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import uuid
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from phatgoose.errors import PhatgooseError
+
+SCHEMA_VERSION = 1
+_VERSION_KEY, _CARD_KEY = b"phatgoose.version", b"phatgoose.card"
+# What reading a damaged file may raise.
+_DAMAGE = (pa.ArrowException, OSError, LookupError, TypeError, ValueError, PhatgooseError)
+# Arrow has no bfloat16: every tensor is stored as its bytes (little-endian) next to its dtype.
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+_TENSOR = pa.struct(
+    [("shape", pa.list_(pa.int32())), ("dtype", pa.string()), ("data", pa.large_binary())]
+)
+
+
+def validate_name(name: str) -> str:
+    """Return `name` if it can name an expert (and so a file); raise PhatgooseError if not."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise PhatgooseError(
+            f"{name!r} cannot name an expert: use at most 100 letters, digits, '.', '_' and '-', "
+            "a letter or digit first"
+        )
+    return name
+
+
+@dataclass(frozen=True, eq=False)
+class LoraFactors:
+    """What an expert adds to one linear: `y = W x + scale * B A x`, and the gate that routes to it.
+
+    A field with the default None is optional, in the file as well.
+    """
+
+    lora_A_RD: Tensor
+    lora_B_OR: Tensor
+    gate_D: Tensor | None = None
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors that are there, by field name."""
+        for field in dataclasses.fields(self):
+            tensor = getattr(self, field.name)
+            if tensor is not None:
+                yield field.name, tensor
+
+
+@dataclass(frozen=True)
+class Card:
+    """Where an expert comes from.
+
+    `recipe` and `metrics` become what JSON makes of them, so that a card equals itself after it
+    was stored (tuples turn into lists). Raises PhatgooseError if JSON has no form for them.
+    """
+
+    name: str
+    task: str
+    base: str
+    base_fingerprint: str
+    data_fingerprint: str
+    job: str
+    scale: float
+    recipe: dict[str, Any]
+    metrics: dict[str, float]
+
+    def __post_init__(self) -> None:
+        """Bring the fields into the form they have after storing."""
+        object.__setattr__(self, "scale", float(self.scale))
+        for name in ("scale", "recipe", "metrics"):
+            try:
+                value = json.loads(json.dumps(getattr(self, name), allow_nan=False))
+            except (TypeError, ValueError) as error:
+                raise PhatgooseError(
+                    f"the card of expert {self.name!r} cannot be stored, its {name} is not JSON "
+                    f"({error}): use finite numbers, strings, lists and dictionaries"
+                ) from error
+            object.__setattr__(self, name, value)
+
+    def to_json(self) -> str:
+        """The card as canonical JSON (sorted keys, one line)."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, allow_nan=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Expert:
+    """An expert of one base: its card, and the factors of each adapted linear by module name.
+
+    The tensors of a loaded expert view its file and are READ-ONLY: writing into one ends the
+    process with a segmentation fault. Clone what you want to change.
+
+    Raises PhatgooseError if the name is not valid, if there is no linear, if the shapes of a
+    linear do not agree, or if a value is not finite.
+    """
+
+    card: Card
+    linears: dict[str, LoraFactors]
+
+    def __post_init__(self) -> None:
+        """Check the name, the shapes and the values."""
+        validate_name(self.card.name)
+        if not self.linears:
+            raise PhatgooseError(
+                f"expert {self.card.name!r} adapts no linear: check which linears were chosen"
+            )
+        for linear, factors in self.linears.items():
+            _check_linear(f"expert {self.card.name!r}, linear {linear!r}", factors)
+
+    def content_hash(self) -> str:
+        """SHA-256, in hexadecimal, over the card and every tensor's name, dtype, shape and bits.
+
+        It depends neither on the order of the linears nor on how a file lays them out.
+        """
+        digest = hashlib.sha256(self.card.to_json().encode() + b"\n")
+        for linear in sorted(self.linears):
+            for field, tensor in self.linears[linear].tensors():
+                # One line says how many bytes follow, so no two experts read the same.
+                head = [linear, field, _dtype_name(tensor), list(tensor.shape)]
+                digest.update(json.dumps(head).encode() + b"\n")
+                digest.update(_raw(tensor))
+        return digest.hexdigest()
+
+    def to_bytes(self) -> bytes:
+        """The bytes of the expert's file."""
+        names = sorted(self.linears)
+        fields = [field.name for field in dataclasses.fields(LoraFactors)]
+        columns = [pa.array(names, pa.string())]
+        for field in fields:
+            tensors = [getattr(self.linears[name], field) for name in names]
+            columns.append(pa.array([_to_arrow(tensor) for tensor in tensors], _TENSOR))
+        metadata = {_VERSION_KEY: str(SCHEMA_VERSION), _CARD_KEY: self.card.to_json()}
+        batch = pa.record_batch(columns, names=["linear", *fields])
+        batch = batch.replace_schema_metadata(metadata)
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+        return sink.getvalue().to_pybytes()
+
+    def save(self, path: str | Path) -> None:
+        """Write the expert's file; a file that is there is replaced, never changed in place."""
+        path = Path(path)
+        temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+        try:
+            temporary.write_bytes(self.to_bytes())
+            # Not a plain write: an expert loaded from `path` would have its tensors cut off.
+            os.replace(temporary, path)  # noqa: PTH105
+        except OSError as error:
+            raise PhatgooseError(
+                f"cannot save expert {self.card.name!r} as {path} ({error.strerror}): "
+                "choose an existing, writable folder with space"
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Expert":
+        """Map an expert's file; its tensors view the mapping and are read-only.
+
+        Raises PhatgooseError if there is no such file, or if it is truncated or damaged.
+        """
+        try:
+            with pa.memory_map(str(path)) as file:
+                buffer = file.read_buffer()
+        except (OSError, pa.ArrowException) as error:
+            raise PhatgooseError(
+                f"cannot open the expert {path} ({_one_line(error)}): check the path"
+            ) from error
+        return cls.from_buffer(buffer, str(path))
+
+    @classmethod
+    def from_buffer(cls, buffer: "pa.Buffer | bytes", source: str) -> "Expert":
+        """Read the bytes of an expert's file without a copy; `source` names them in errors."""
+        try:
+            return _read(pa.ipc.open_file(pa.py_buffer(buffer)), source)
+        except _NewerFileError:
+            raise
+        except _DAMAGE as error:
+            raise PhatgooseError(
+                f"{source} is not a whole expert file ({_one_line(error)}): delete it, and train "
+                "it again or copy it again"
+            ) from error
+
+
+class _NewerFileError(PhatgooseError):
+    """The file is whole, but from a newer version."""
+
+
+def _check_linear(where: str, factors: LoraFactors) -> None:
+    A, B, gate = factors.lora_A_RD, factors.lora_B_OR, factors.gate_D
+    agree = A.ndim == 2 and B.ndim == 2 and A.shape[0] == B.shape[1] and A.numel() and B.numel()
+    if not agree or (gate is not None and gate.shape != A.shape[1:]):
+        shapes = ", ".join(f"{field} {list(tensor.shape)}" for field, tensor in factors.tensors())
+        raise PhatgooseError(f"{where}: the shapes {shapes} do not fit [R, D], [O, R] and [D]")
+    for field, tensor in factors.tensors():
+        if _dtype_name(tensor) not in _DTYPES:
+            raise PhatgooseError(
+                f"{where}: {field} is {_dtype_name(tensor)}: convert it to one of {list(_DTYPES)}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise PhatgooseError(
+                f"{where}: {field} holds NaN or infinity: train it again with a lower rate"
+            )
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, row-major; without a copy where it lies so in memory."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _to_arrow(tensor: Tensor | None) -> dict[str, Any] | None:
+    if tensor is None:
+        return None
+    return {"shape": list(tensor.shape), "dtype": _dtype_name(tensor), "data": _raw(tensor)}
+
+
+def _from_arrow(column: "pa.StructArray", row: int) -> Tensor:
+    """The tensor in one row, as a view; what a damaged file may hold is an error."""
+    shape = column.field("shape")[row].as_py()
+    dtype = _DTYPES[column.field("dtype")[row].as_py()]
+    data = column.field("data")[row].as_buffer()
+    if data is None or min(shape) < 1 or math.prod(shape) * dtype.itemsize != data.size:
+        raise ValueError(f"the bytes of a tensor do not fill its shape {shape}")
+    if data.address % dtype.itemsize:
+        data = bytearray(data)  # the value before it has a narrower dtype and shifts this one
+    with warnings.catch_warnings():
+        # That the tensor is read-only is said in Expert's docstring.
+        warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+        return torch.frombuffer(data, dtype=dtype).view(shape)
+
+
+def _read(reader: "pa.RecordBatchFileReader", source: str) -> Expert:
+    metadata = reader.schema.metadata or {}
+    version = int(metadata[_VERSION_KEY])
+    if version > SCHEMA_VERSION:
+        raise _NewerFileError(f"{source} has the newer schema {version}: update phatgoose")
+    if reader.num_record_batches != 1:
+        raise ValueError(f"{reader.num_record_batches} record batches instead of one")
+    batch = reader.get_batch(0)
+    batch.validate(full=True)  # offsets of a damaged file may point anywhere
+    card = Card(**json.loads(metadata[_CARD_KEY]))
+    names = batch["linear"].cast(pa.string()).to_pylist()
+    if len(set(names)) != len(names) or None in names:
+        raise ValueError("the linears' names are not one each")
+    linears: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for field in (f.name for f in dataclasses.fields(LoraFactors)):
+        if field not in batch.schema.names:
+            continue  # optional, and newer than the file
+        column = batch[field]
+        if column.type != _TENSOR:
+            raise TypeError(f"column {field} has type {column.type}")
+        for row in range(len(column)):
+            if column[row].is_valid:
+                linears[names[row]][field] = _from_arrow(column, row)
+    return Expert(card, {name: LoraFactors(**tensors) for name, tensors in linears.items()})
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

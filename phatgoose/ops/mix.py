@@ -1,0 +1,91 @@
+"""The weighted sum of each token's chosen experts: y_TO = sum_k w_k * scale * B_k A_k x.
+
+Shape suffixes: T tokens, D input features, O output features, E experts in the pool, K experts per
+token, R LoRA rank, N = T * K pairs of a token and an expert, sorted by expert.
+
+                x_TD                       pairs sorted by expert: [e0 e0 e0 | e1 | e3 e3 ...]
+                  |   gather rows                                   \\________/ one product each
+                x_ND  --A_e-->  h_NR  --* w-->  --B_e-->  y_NO  --scatter, sum over K-->  y_TO
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def mix(
+    x_TD: Tensor,
+    lora_A_ERD: Tensor,
+    lora_B_EOR: Tensor,
+    indices_TK: Tensor,
+    weights_TK: Tensor,
+    scale: float = 1.0,
+) -> Tensor:
+    """Sum the chosen experts' outputs for each token, touching no expert that was not chosen.
+
+    Args:
+        x_TD: inputs of the linear.
+        lora_A_ERD: every expert's A.
+        lora_B_EOR: every expert's B.
+        indices_TK: chosen experts, int64.
+        weights_TK: their weights.
+        scale: the experts' common LoRA scale.
+
+    Returns:
+        `y_TO` in the dtype of `x_TD`: what is added to the frozen linear's output.
+    """
+    tokens, top_k = indices_TK.shape
+    experts_N, order_N = indices_TK.flatten().sort(stable=True)
+    counts_E = torch.bincount(experts_N, minlength=lora_A_ERD.shape[0])
+    grouped = _use_grouped(lora_A_ERD, lora_B_EOR, len(order_N))
+    product = _product_grouped if grouped else _product_loop
+    weights_N = weights_TK.flatten()[order_N] * scale
+    h_NR = product(x_TD[order_N // top_k], lora_A_ERD, counts_E) * weights_N.unsqueeze(-1)
+    y_NO = product(h_NR, lora_B_EOR, counts_E)
+    y_TKO = torch.empty_like(y_NO).index_copy_(0, order_N, y_NO).view(tokens, top_k, -1)
+    return y_TKO.sum(dim=1)
+
+
+def mix_reference(
+    x_TD: Tensor,
+    lora_A_ERD: Tensor,
+    lora_B_EOR: Tensor,
+    indices_TK: Tensor,
+    weights_TK: Tensor,
+    scale: float = 1.0,
+) -> Tensor:
+    """The plain meaning of `mix`, for tests: every expert for every token, then the sum."""
+    weights_TE = x_TD.new_zeros(x_TD.shape[0], lora_A_ERD.shape[0])
+    weights_TE.scatter_add_(1, indices_TK, weights_TK)
+    y_TEO = torch.einsum("td,erd,eor->teo", x_TD, lora_A_ERD, lora_B_EOR)
+    return scale * torch.einsum("te,teo->to", weights_TE, y_TEO)
+
+
+def _use_grouped(lora_A_ERD: Tensor, lora_B_EOR: Tensor, pairs: int) -> bool:
+    """Whether the grouped product can take these shapes, and is the faster way."""
+    # It looks at every expert, chosen or not: with few pairs in a large pool the loop over those
+    # that were chosen wins, from a fifth as many pairs as experts on it loses (benchmarks/mix.py).
+    if pairs * 5 < lora_A_ERD.shape[0]:
+        return False
+    # `grouped_mm` wants every operand's rows on 16-byte boundaries.
+    widths = (lora_A_ERD.shape[2], lora_A_ERD.shape[1], lora_B_EOR.shape[1])
+    return all(width * lora_A_ERD.element_size() % 16 == 0 for width in widths)
+
+
+def _product_grouped(x_ND: Tensor, weight_EOD: Tensor, counts_E: Tensor) -> Tensor:
+    """Multiply each expert's run of rows by that expert's matrix, in one call."""
+    offsets_E = counts_E.cumsum(0).to(torch.int32)
+    return F.grouped_mm(x_ND, weight_EOD.transpose(1, 2), offs=offsets_E)
+
+
+def _product_loop(x_ND: Tensor, weight_EOD: Tensor, counts_E: Tensor) -> Tensor:
+    """The same, one product for each expert that has rows."""
+    y_NO = x_ND.new_empty(x_ND.shape[0], weight_EOD.shape[1])
+    start = 0
+    for expert, rows in enumerate(counts_E.tolist()):
+        if rows:
+            torch.mm(
+                x_ND[start : start + rows], weight_EOD[expert].T, out=y_NO[start : start + rows]
+            )
+            start += rows
+    return y_NO

@@ -1,0 +1,56 @@
+"""Which experts a token goes to: scores against the gates, and the softmax over the best of them.
+
+Shape suffixes: T tokens, D input features of a linear, E experts, K experts kept per token.
+"""
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor
+
+STANDARDISE_EPS = 1e-5
+RENORMALISE_EPS = 1e-6
+
+
+def standardise(x_ND: Tensor) -> Tensor:
+    """Shift and scale each row to mean 0 and variance 1 over its features (PHATGOOSE, sec. 4)."""
+    return F.layer_norm(x_ND, (x_ND.shape[-1],), eps=STANDARDISE_EPS)
+
+
+def top_k_softmax(scores_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Softmax over all experts, cut to the `top_k` largest, and divided by what they sum to.
+
+    The authors' code adds 1e-6 to that sum, so a row falls short of 1 by about 1e-6 over the kept
+    share: with hundreds of experts that shows in the fifth digit, so it is kept here. A pool with
+    fewer than `top_k` experts keeps them all.
+
+    Returns:
+        `weights_TK` (non-negative, the dtype of the scores) and `indices_TK` (int64, best first).
+    """
+    kept_TK, indices_TK = scores_TE.topk(min(top_k, scores_TE.shape[-1]), dim=-1)
+    total_T1 = scores_TE.float().logsumexp(dim=-1, keepdim=True)
+    share_TK = (kept_TK.float() - total_T1).exp()
+    weights_TK = share_TK / (share_TK.sum(dim=-1, keepdim=True) + RENORMALISE_EPS)
+    return weights_TK.to(scores_TE.dtype), indices_TK
+
+
+def route(x_TD: Tensor, gates_ED: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Route tokens by PHATGOOSE's rule (arXiv 2402.05859, section 4).
+
+        score_TE = standardise(x_TD) . standardise(gates_ED) / sqrt(D)
+
+    Args:
+        x_TD: the linear's own input, one row a token.
+        gates_ED: one gate vector per expert, as trained.
+        top_k: experts kept per token.
+
+    Returns:
+        `weights_TK` and `indices_TK`, as `top_k_softmax` gives them.
+    """
+    return route_standardised(x_TD, standardise(gates_ED), top_k)
+
+
+def route_standardised(x_TD: Tensor, gates_ED: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """`route` for gates that are standardised already (a router does that once, not per token)."""
+    scores_TE = standardise(x_TD) @ gates_ED.T / math.sqrt(x_TD.shape[-1])
+    return top_k_softmax(scores_TE, top_k)

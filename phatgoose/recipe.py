@@ -1,0 +1,89 @@
+"""How an expert is trained: the numbers of the two stages."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from phatgoose.errors import PhatgooseError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One of the two stages of training.
+
+    Attributes:
+        steps: optimiser steps.
+        lr: learning rate after the warm-up.
+        warmup: the fraction of the steps in which the rate grows linearly to `lr`.
+    """
+
+    steps: int = 1000
+    lr: float = 5e-3
+    warmup: float = 0.06
+
+    def lr_factor(self, step: int) -> float:
+        """What `lr` is multiplied by at a step, counted from 0."""
+        return min(1.0, (step + 1) / max(1, math.ceil(self.steps * self.warmup)))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an expert is trained. The defaults are the paper's.
+
+    Attributes:
+        rank: LoRA rank R.
+        scale: what `B A x` is multiplied by.
+        init_std: standard deviation of A's start (B starts at zero).
+        lora: the stage that trains A and B.
+        gates: the stage that trains the gates.
+        batch_size: sequences per optimiser step.
+        micro_batch_size: sequences per forward pass; divides `batch_size`.
+        clip: the largest norm of a step's gradient.
+        max_input_tokens: inputs are cut to it.
+        max_target_tokens: targets are cut to it, keeping the end-of-sequence token.
+        max_examples: at most so many training examples are used.
+        evaluation_examples: examples of the task's evaluation split to report on.
+        dtype: of the frozen base; bfloat16 also means autocast.
+        seed: of A's start and of the order of the examples.
+    """
+
+    rank: int = 16
+    scale: float = 1 / 16
+    init_std: float = 0.01
+    lora: Stage = field(default_factory=Stage)
+    gates: Stage = field(default_factory=lambda: Stage(steps=100))
+    batch_size: int = 1024
+    micro_batch_size: int = 8
+    clip: float = 1.0
+    max_input_tokens: int = 512
+    max_target_tokens: int = 512
+    max_examples: int = 500_000
+    evaluation_examples: int = 1000
+    dtype: str = "bfloat16"
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        """Raise PhatgooseError if a value cannot be."""
+        for name in ("rank", "batch_size", "micro_batch_size", "evaluation_examples"):
+            if getattr(self, name) < 1:
+                raise PhatgooseError(
+                    f"train.{name} is {getattr(self, name)}: it must be at least 1"
+                )
+        if self.batch_size % self.micro_batch_size:
+            raise PhatgooseError(
+                f"train.micro_batch_size={self.micro_batch_size} does not divide "
+                f"train.batch_size={self.batch_size}"
+            )
+        if self.dtype not in ("float32", "bfloat16"):
+            raise PhatgooseError(f"train.dtype is {self.dtype!r}: float32 or bfloat16")
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes per optimiser step."""
+        return self.batch_size // self.micro_batch_size
+
+
+def recipe_from_dict(values: dict[str, Any]) -> Recipe:
+    """Build a Recipe from plain values, as configuration and cards hold them."""
+    stages = {name: Stage(**values[name]) for name in ("lora", "gates")}
+    return Recipe(**{**values, **stages})

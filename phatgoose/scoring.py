@@ -1,0 +1,261 @@
+"""Log-likelihoods of targets, with logits only where a target stands, and a context read once.
+
+Shape suffixes: B rows, L positions, C choices of one context, N places where a target token is
+predicted, V vocabulary.
+
+A decoder-only base reads a context and all its choices in one row; each choice sees the context and
+itself, at the positions it would have alone, so the numbers are those of separate rows:
+
+    row        c0 c1 c2 | a0 a1 | b0 b1 b2          positions  0 1 2 | 3 4 | 3 4 5
+    a0 is predicted at c2, a1 at a0, ...            b0 is predicted at c2 too
+
+An encoder-decoder base encodes a context once, computes the cross-attention's keys and values once,
+and copies that cache for each choice.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from phatgoose.base import Base
+from phatgoose.encoding import encode_pair
+from phatgoose.model import RoutingLog
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a base says of one target.
+
+    Attributes:
+        loglikelihood: summed over the target's tokens, end-of-sequence left out.
+        eos_loglikelihood: of the end-of-sequence token after it.
+        tokens: number of target tokens, end-of-sequence left out.
+        is_greedy: whether greedy decoding would give the target (end-of-sequence left out).
+        ends_greedy: whether it would then end the sequence.
+    """
+
+    loglikelihood: float
+    eos_loglikelihood: float
+    tokens: int
+    is_greedy: bool
+    ends_greedy: bool
+
+    @property
+    def mean(self) -> float:
+        """The paper's score: mean token log-likelihood, end-of-sequence included."""
+        return (self.loglikelihood + self.eos_loglikelihood) / (self.tokens + 1)
+
+
+@dataclass(frozen=True)
+class Question:
+    """Token ids of one context and of its targets, each ending with end-of-sequence."""
+
+    context: list[int]
+    choices: list[list[int]]
+
+    @staticmethod
+    def encode(
+        base: Base,
+        context: str,
+        choices: Sequence[str],
+        max_context: int | None = None,
+        max_target: int | None = None,
+    ) -> "Question":
+        """Tokenize; lengths are cut as `encode_pair` does."""
+        pairs = [encode_pair(base, context, choice, max_context, max_target) for choice in choices]
+        return Question(pairs[0][0], [target for _, target in pairs])
+
+    @property
+    def length(self) -> int:
+        """Tokens that scoring it reads."""
+        return len(self.context) + sum(len(choice) for choice in self.choices)
+
+
+@contextmanager
+def logits_at(base: Base, rows_N: Tensor, columns_N: Tensor) -> Iterator[None]:
+    """Within it, a forward pass of the base returns logits [1, N, V] for these places only.
+
+    The hidden states are cut in front of the vocabulary projection, so that whatever the
+    architecture does before and after it (scaling, soft caps) stays as it is.
+    """
+
+    def cut(_: object, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0][rows_N, columns_N].unsqueeze(0), *args[1:])
+
+    handle = base.model.get_output_embeddings().register_forward_pre_hook(cut)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.inference_mode()
+def score(
+    base: Base, questions: Sequence[Question], log: RoutingLog | None = None
+) -> list[list[Score]]:
+    """Score every choice of every question in one batch.
+
+    Args:
+        base: the base, with experts attached or not.
+        questions: the batch.
+        log: told which positions are tokens, if routing is being recorded.
+
+    Returns:
+        For each question, a Score per choice.
+    """
+    batch = _score_encoder_decoder if base.is_encoder_decoder else _score_decoder
+    predicted, targets = batch(base, questions, log or RoutingLog())
+    logprobs_NV = predicted.float().log_softmax(dim=-1)
+    targets_N = torch.tensor(targets, device=logprobs_NV.device)
+    chosen = logprobs_NV.gather(1, targets_N.unsqueeze(1)).squeeze(1).double().tolist()
+    greedy = (logprobs_NV.argmax(dim=-1) == targets_N).tolist()
+    scores: list[list[Score]] = []
+    start = 0
+    for question in questions:
+        scores.append([])
+        for choice in question.choices:
+            end = start + len(choice) - 1
+            scores[-1].append(
+                Score(
+                    loglikelihood=sum(chosen[start:end]),
+                    eos_loglikelihood=chosen[end],
+                    tokens=end - start,
+                    is_greedy=all(greedy[start:end]),
+                    ends_greedy=greedy[end],
+                )
+            )
+            start = end + 1
+    return scores
+
+
+def _score_decoder(
+    base: Base, questions: Sequence[Question], log: RoutingLog
+) -> tuple[Tensor, list[int]]:
+    """Logits [N, V] and the N target tokens, in order of question, choice and token."""
+    length = max(_row_length(question) for question in questions)
+    shape = (len(questions), length)
+    ids_BL = torch.full(shape, base.tokenizer.pad_token_id)
+    positions_BL = torch.zeros(shape, dtype=torch.long)
+    sees_BLL = torch.zeros(*shape, length, dtype=torch.bool)
+    tokens_BL = torch.zeros(shape, dtype=torch.bool)
+    places: list[tuple[int, int]] = []
+    targets: list[int] = []
+    for row, question in enumerate(questions):
+        context = len(question.context)
+        ids_BL[row, :context] = torch.tensor(question.context)
+        positions_BL[row, :context] = torch.arange(context)
+        sees_BLL[row, :context, :context] = torch.ones(context, context).tril().bool()
+        start = context
+        for choice in question.choices:
+            inputs = len(choice) - 1
+            end = start + inputs
+            ids_BL[row, start:end] = torch.tensor(choice[:-1], dtype=torch.long)
+            positions_BL[row, start:end] = context + torch.arange(inputs)
+            sees_BLL[row, start:end, :context] = True
+            sees_BLL[row, start:end, start:end] = torch.ones(inputs, inputs).tril().bool()
+            places += [(row, context - 1), *((row, column) for column in range(start, end))]
+            targets += choice
+            start = end
+        tokens_BL[row, :start] = True
+    device, dtype = base.device, base.model.dtype
+    bias_BLL = torch.zeros(*shape, length, dtype=dtype, device=device)
+    bias_BLL.masked_fill_(~sees_BLL.to(device), torch.finfo(dtype).min)
+    log.masks = {"decoder": tokens_BL.to(device)}
+    # The choices of a question share the place that predicts their first token: project it once.
+    unique = list(dict.fromkeys(places))
+    index_of = {place: index for index, place in enumerate(unique)}
+    rows_N, columns_N = torch.tensor(unique, device=device).T
+    with logits_at(base, rows_N, columns_N):
+        logits = base.model(
+            input_ids=ids_BL.to(device),
+            attention_mask=bias_BLL.unsqueeze(1),
+            position_ids=positions_BL.to(device),
+            use_cache=False,
+        ).logits
+    return logits[0, [index_of[place] for place in places]], targets
+
+
+def _row_length(question: Question) -> int:
+    return len(question.context) + sum(len(choice) - 1 for choice in question.choices)
+
+
+def _score_encoder_decoder(
+    base: Base, questions: Sequence[Question], log: RoutingLog
+) -> tuple[Tensor, list[int]]:
+    """Logits [N, V] and the N target tokens, in order of question, choice and token."""
+    device, model, pad = base.device, base.model, base.tokenizer.pad_token_id
+    ids_BL, mask_BL = (t.to(device) for t in pad_rows([q.context for q in questions], pad))
+    log.masks = {"encoder": mask_BL.bool()}
+    encoded = model.get_encoder()(input_ids=ids_BL, attention_mask=mask_BL)
+    start_B1 = torch.full((len(questions), 1), model.config.decoder_start_token_id, device=device)
+    log.masks["decoder"] = torch.ones_like(start_B1, dtype=torch.bool)
+    first = model(
+        encoder_outputs=encoded, attention_mask=mask_BL, decoder_input_ids=start_B1, use_cache=True
+    )
+    choices = [choice for question in questions for choice in question.choices]
+    question_C = torch.tensor(
+        [i for i, question in enumerate(questions) for _ in question.choices], device=device
+    )
+    ids_CL, mask_CL = (t.to(device) for t in pad_rows([c[:-1] for c in choices], pad))
+    log.masks["decoder"] = mask_CL.bool()
+    cache = first.past_key_values
+    cache.batch_select_indices(question_C)
+    encoded.last_hidden_state = encoded.last_hidden_state[question_C]
+    places = [(row, column) for row, c in enumerate(choices) for column in range(len(c) - 1)]
+    if places:
+        rows_N, columns_N = torch.tensor(places, device=device).T
+        with logits_at(base, rows_N, columns_N):
+            rest_NV = model(
+                encoder_outputs=encoded,
+                attention_mask=mask_BL[question_C],
+                decoder_input_ids=ids_CL,
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[0]
+    logits, taken = [], 0
+    for row, choice in enumerate(choices):
+        logits.append(first.logits[question_C[row], :1])
+        if len(choice) > 1:
+            logits.append(rest_NV[taken : taken + len(choice) - 1])
+            taken += len(choice) - 1
+    return torch.cat(logits), [token for choice in choices for token in choice]
+
+
+def pad_rows(
+    rows: Sequence[Sequence[int]], pad: int, *, left: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Token ids [B, L] filled up with `pad`, and the attention mask [B, L] of ones and zeros."""
+    length = max(1, max(len(row) for row in rows))
+    ids_BL = torch.full((len(rows), length), pad)
+    mask_BL = torch.zeros(len(rows), length, dtype=torch.long)
+    for index, row in enumerate(rows):
+        place = slice(length - len(row), length) if left else slice(0, len(row))
+        ids_BL[index, place] = torch.tensor(row, dtype=torch.long)
+        mask_BL[index, place] = 1
+    return ids_BL, mask_BL
+
+
+@torch.inference_mode()
+def generate(base: Base, contexts: Sequence[list[int]], max_new_tokens: int) -> list[str]:
+    """Greedy continuations of a batch of contexts, as text, end-of-sequence left out.
+
+    Args:
+        base: the base, with experts attached or not.
+        contexts: token ids, see `encode_context`.
+        max_new_tokens: the most tokens to write for each.
+    """
+    pad = base.tokenizer.pad_token_id
+    # A decoder goes on where its row ends, so its rows are filled up on the left.
+    ids_BL, mask_BL = pad_rows(contexts, pad, left=not base.is_encoder_decoder)
+    written_BL = base.model.generate(  # type: ignore[operator]  # a mixin hides its type
+        input_ids=ids_BL.to(base.device),
+        attention_mask=mask_BL.to(base.device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=pad,
+    )
+    new_BL = written_BL[:, 1:] if base.is_encoder_decoder else written_BL[:, ids_BL.shape[1] :]
+    return base.tokenizer.batch_decode(new_BL, skip_special_tokens=True)
