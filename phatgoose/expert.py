@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -246,15 +247,19 @@ def _from_arrow(column: "pa.StructArray", row: int) -> Tensor:
     """The tensor in one row, as a view; what a damaged file may hold is an error."""
     shape = column.field("shape")[row].as_py()
     dtype = _DTYPES[column.field("dtype")[row].as_py()]
-    data = column.field("data")[row].as_buffer()
-    if data is None or min(shape) < 1 or math.prod(shape) * dtype.itemsize != data.size:
+    # Not `values[row].as_buffer()`, which copies.
+    values = column.field("data")
+    _, offsets, buffer = values.buffers()
+    start, end = np.frombuffer(offsets, "<i8")[values.offset + row :][:2]
+    data = buffer.slice(start, end - start)
+    if min(shape) < 1 or math.prod(shape) * dtype.itemsize != data.size:
         raise ValueError(f"the bytes of a tensor do not fill its shape {shape}")
     if data.address % dtype.itemsize:
         data = bytearray(data)  # the value before it has a narrower dtype and shifts this one
     with warnings.catch_warnings():
         # That the tensor is read-only is said in Expert's docstring.
         warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
-        return torch.frombuffer(data, dtype=dtype).view(shape)
+        return torch.frombuffer(memoryview(data), dtype=dtype).view(shape)
 
 
 def _read(reader: "pa.RecordBatchFileReader", source: str) -> Expert:

@@ -1,0 +1,261 @@
+"""What a run leaves behind: the schemas of its parquet files, once, and how to write and read them.
+
+A run folder holds
+
+    scores.parquet                one row per router, task and metric
+    summary.parquet               the same with confidence intervals and means over tasks
+    samples/<router>.parquet      one row per router and document
+    routing/<router>.parquet      one row per linear and expert: what was routed where
+    training/<expert>.parquet     one row per recorded training step and per evaluation of an expert
+    run.json                      configuration, versions, hardware, when started and finished
+
+Every column's meaning stands next to its type below, and travels in the files themselves as the
+metadata `meaning` of the field.
+"""
+
+import json
+import re
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from harness.storage import Folder
+from phatgoose.errors import PhatgooseError
+
+SCORES_FILE = "scores.parquet"
+SUMMARY_FILE = "summary.parquet"
+RUN_FILE = "run.json"
+SAMPLES_FOLDER = "samples"
+ROUTING_FOLDER = "routing"
+TRAINING_FOLDER = "training"
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*")
+_LONGEST_NAME = 200
+
+
+def _column(name: str, kind: pa.DataType, meaning: str, null: str | None = None) -> pa.Field:
+    """One column. `null` says what a missing value means; without it none may be missing."""
+    text = f"{meaning}; null: {null}" if null else meaning
+    return pa.field(name, kind, nullable=null is not None, metadata={"meaning": text})
+
+
+_ROUTER = _column("router", pa.string(), "name of the router, e.g. phatgoose or single:<expert>")
+_SUITE = _column("suite", pa.string(), "name of the suite of evaluation tasks")
+_TASK = _column("task", pa.string(), "name of the evaluation task")
+_EXPERT = _column("expert", pa.string(), "name of the expert")
+_ZERO_SHOT = _column(
+    "zero_shot", pa.bool_(), "whether the router was chosen without looking at the evaluation data"
+)
+
+SCORES = pa.schema(
+    [
+        _column("run", pa.string(), "name of the run"),
+        _column("base", pa.string(), "name of the base"),
+        _column("manifest", pa.string(), "the registry's manifest that the pool was read from"),
+        _ROUTER,
+        _column("top_k", pa.int32(), "experts kept per token", null="the router keeps no top k"),
+        _ZERO_SHOT,
+        _SUITE,
+        _TASK,
+        _column("metric", pa.string(), "acc, acc_norm, acc_paper, exact_match or nll"),
+        _column("value", pa.float64(), "mean over the documents; shares as 0 to 1, nll in nats"),
+        _column("stderr", pa.float64(), "standard error of the value", null="lm-eval gave none"),
+        _column("n", pa.int64(), "number of documents"),
+        _column("seconds", pa.float64(), "time the actors spent on this router and task"),
+        _column("tokens", pa.int64(), "tokens run through the model for this router and task"),
+        _column("expert", pa.string(), "the expert the oracle chose", null="not the oracle"),
+    ]
+)
+
+SUMMARY = pa.schema(
+    [
+        _SUITE,
+        _ROUTER,
+        _ZERO_SHOT,
+        _column("metric", pa.string(), "a metric, or `primary`: the primary metric of each task"),
+        _column(
+            "task",
+            pa.string(),
+            "name of the evaluation task",
+            null="the unweighted mean over the suite's tasks that have the metric",
+        ),
+        _column("value", pa.float64(), "the metric"),
+        _column("low", pa.float64(), "lower end of its 95 % bootstrap interval"),
+        _column("high", pa.float64(), "upper end of its 95 % bootstrap interval"),
+        _column("difference", pa.float64(), "value minus merged's", null="no merged to compare"),
+        _column("difference_low", pa.float64(), "lower end of its paired 95 % interval", null="-"),
+        _column("difference_high", pa.float64(), "upper end of its paired 95 % interval", null="-"),
+        _column("n", pa.int64(), "number of documents"),
+    ]
+)
+
+SAMPLES = pa.schema(
+    [
+        _ROUTER,
+        _SUITE,
+        _TASK,
+        _column("document", pa.string(), "id of the document, unique within its task"),
+        _column("target", pa.string(), "the right answer"),
+        _column("prediction", pa.string(), "the choice or text the model answered"),
+        _column("correct", pa.bool_(), "whether the primary metric counts the answer as right"),
+        _column(
+            "choice_scores",
+            pa.list_(pa.float64()),
+            "summed log-likelihood of each choice, in nats; empty for generation",
+        ),
+        _column("metrics", pa.map_(pa.string(), pa.float64()), "value of each metric, by name"),
+    ]
+)
+
+ROUTING = pa.schema(
+    [
+        _ROUTER,
+        _SUITE,
+        _TASK,
+        _column("linear", pa.string(), "dotted module name of the linear; rows in model order"),
+        _EXPERT,
+        _column("share", pa.float64(), "this expert's part of all weight routed in the linear"),
+        _column("tokens", pa.int64(), "tokens routed in the linear, padding left out"),
+        _column("entropy", pa.float64(), "entropy of the linear's shares over experts, in nats"),
+    ]
+)
+
+TRAINING = pa.schema(
+    [
+        _EXPERT,
+        _column("job", pa.string(), "id of the job that trained the expert"),
+        _column("stage", pa.string(), "lora or gates"),
+        _column("split", pa.string(), "train, or evaluation: the expert's own held-out documents"),
+        _column("step", pa.int64(), "optimiser steps done; evaluation at step 0 is before them"),
+        _column("loss", pa.float64(), "mean negative log-likelihood per target token, in nats"),
+        _column("exact_match", pa.float64(), "share of exact greedy answers", null="not measured"),
+        _column("lr", pa.float64(), "learning rate of the step", null="not a training step"),
+        _column("tokens", pa.int64(), "tokens processed so far in the stage"),
+        _column("seconds", pa.float64(), "time spent so far in the stage"),
+    ]
+)
+
+
+def file_stem(name: str) -> str:
+    """The file name, without its ending, that a router or an expert is stored under.
+
+    `single:plural` becomes `single@plural`. No two names share a file, as no name holds `@`.
+
+    Raises:
+        PhatgooseError: the name holds anything but letters, digits and `_ . : -`, starts with one
+            of `. : -`, or is too long.
+    """
+    if not _NAME.fullmatch(name) or len(name) > _LONGEST_NAME:
+        raise PhatgooseError(
+            f"the name {name!r} cannot become a file name: use at most {_LONGEST_NAME} letters, "
+            "digits and _ . : - and start with a letter, a digit or _"
+        )
+    return name.replace(":", "@")
+
+
+def samples_file(router: str) -> str:
+    """Where in the run folder a router's samples are."""
+    return f"{SAMPLES_FOLDER}/{file_stem(router)}.parquet"
+
+
+def routing_file(router: str) -> str:
+    """Where in the run folder a router's routing is."""
+    return f"{ROUTING_FOLDER}/{file_stem(router)}.parquet"
+
+
+def training_file(expert: str) -> str:
+    """Where in the run folder an expert's training curve is."""
+    return f"{TRAINING_FOLDER}/{file_stem(expert)}.parquet"
+
+
+def write_table(folder: Folder, name: str, schema: pa.Schema, rows: list[dict[str, Any]]) -> None:
+    """Write rows as the parquet file `name`; the file is whole or not there at all.
+
+    Raises:
+        PhatgooseError: a row lacks a column, has one too many, or a value does not fit its column.
+    """
+    columns = set(schema.names)
+    for i, row in enumerate(rows):
+        if wrong := columns ^ row.keys():
+            names = ", ".join(sorted(wrong))
+            raise PhatgooseError(
+                f"{name}: row {i} lacks or must not have: {names} (the columns are in results.py)"
+            )
+    arrays = [_array(name, field, [row[field.name] for row in rows]) for field in schema]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(arrays, schema=schema), sink, compression="zstd")
+    folder.write(name, sink.getvalue().to_pybytes())
+
+
+def _array(name: str, field: pa.Field, values: list[Any]) -> pa.Array:
+    if pa.types.is_map(field.type):
+        values = [sorted(value.items()) for value in values]
+    try:
+        array = pa.array(values, field.type)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise PhatgooseError(
+            f"{name}: column {field.name} takes {field.type} only: {error}"
+        ) from error
+    if array.null_count and not field.nullable:
+        raise PhatgooseError(f"{name}: column {field.name} lacks a value, and must have one")
+    return array
+
+
+def read_table(folder: Folder, name: str, schema: pa.Schema) -> pa.Table:
+    """Read the parquet file `name` of a run folder.
+
+    Raises:
+        PhatgooseError: the file is absent, unreadable, or has other columns than `schema`.
+    """
+    if not folder.exists(name):
+        raise PhatgooseError(f"{folder}/{name} is not there: run the stage that writes it")
+    try:
+        table = pq.read_table(pa.BufferReader(folder.read(name)))
+    except (pa.ArrowException, OSError) as error:
+        raise PhatgooseError(
+            f"{folder}/{name} is damaged ({type(error).__name__}); delete it and run again"
+        ) from error
+    if not table.schema.equals(schema):
+        raise PhatgooseError(
+            f"{folder}/{name} has other columns than this version writes; "
+            "delete it and run again, or use a new run.dir"
+        )
+    return table
+
+
+def read_folder(folder: Folder, prefix: str, schema: pa.Schema) -> pa.Table:
+    """Read all parquet files below `prefix` (samples, routing or training) as one table.
+
+    A folder that is absent or empty gives a table without rows.
+
+    Raises:
+        PhatgooseError: as `read_table`.
+    """
+    names = [name for name in folder.names(f"{prefix}/") if name.endswith(".parquet")]
+    tables = [read_table(folder, name, schema) for name in names]
+    return pa.concat_tables([schema.empty_table(), *tables])
+
+
+def write_run(folder: Folder, record: dict[str, Any]) -> None:
+    """Write run.json: configuration, versions, hardware, when started and finished."""
+    folder.write(RUN_FILE, (json.dumps(record, indent=2) + "\n").encode())
+
+
+def read_run(folder: Folder) -> dict[str, Any]:
+    """Read run.json.
+
+    Raises:
+        PhatgooseError: the file is absent or is not a JSON object.
+    """
+    if not folder.exists(RUN_FILE):
+        raise PhatgooseError(f"{folder}/{RUN_FILE} is not there: this is no run folder")
+    try:
+        record = json.loads(folder.read(RUN_FILE))
+    except ValueError as error:
+        raise PhatgooseError(
+            f"{folder}/{RUN_FILE} is not JSON ({error}); delete it and run again"
+        ) from error
+    if not isinstance(record, dict):
+        raise PhatgooseError(f"{folder}/{RUN_FILE} is no JSON object; delete it and run again")
+    return record

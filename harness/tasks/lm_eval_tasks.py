@@ -1,0 +1,96 @@
+"""A task's records as an lm-eval task, built in code: no task registry, no hub, no cache."""
+
+from typing import Any
+
+import pyarrow as pa
+from datasets import Dataset
+from lm_eval.api.task import ConfigurableTask
+
+from harness.tasks import TaskData
+from harness.tasks.records import read_table
+from phatgoose.errors import PhatgooseError
+
+
+def make_task(data: TaskData, suite: str) -> ConfigurableTask:
+    """The lm-eval task that evaluates `data` as its specification says.
+
+    Multiple choice is scored by `acc` and `acc_norm`, where any right choice counts. Generation
+    is greedy, up to a line's end, and scored by `exact_match`: any accepted answer counts, with
+    case, without the space around it. Each document carries the fields of its record.
+
+    Raises:
+        PhatgooseError: there is no document to evaluate on.
+    """
+    config: dict[str, Any] = {
+        "task": f"{suite}/{data.name}",
+        "test_split": "test",
+        "num_fewshot": 0,
+        # Without this line lm-eval takes all documents as candidates for shots.
+        "fewshot_config": {"samples": []},
+        "doc_to_text": "input",
+        "target_delimiter": "",
+        "metadata": {"version": 1, "suite": suite, "fingerprint": data.fingerprint},
+    }
+    if data.kind == "multiple_choice":
+        config |= _multiple_choice()
+    else:
+        config |= _generation(data.spec.max_new_tokens)
+    return _TableTask(evaluation_table(data), config)
+
+
+def evaluation_table(data: TaskData) -> pa.Table:
+    """The records that `data` is evaluated on, in the order in which lm-eval sees them."""
+    table = read_table(data.evaluation)
+    if data.spec.split == "all":
+        # Without the metadata, which may differ where the files do not come from one hand.
+        table = pa.concat_tables([table, read_table(data.train)]).sort_by("document")
+    if data.spec.limit is not None:
+        # Documents stand in the order of their hashes, so these are not the first of the source.
+        table = table.slice(0, data.spec.limit)
+    if not len(table):
+        raise PhatgooseError(
+            f"task {data.name} has no document to evaluate on: add members to it, or set split: all"
+        )
+    return table
+
+
+class _TableTask(ConfigurableTask):
+    """An lm-eval task over a table in memory."""
+
+    def __init__(self, table: pa.Table, config: dict[str, Any]) -> None:
+        self._table = table
+        super().__init__(config=config)
+
+    def download(self, dataset_kwargs: Any = None, **_: Any) -> None:
+        """Take the table for the data set, where lm-eval would load one by name."""
+        self.dataset = {"test": Dataset.from_dict(self._table.to_pydict())}
+
+
+def _multiple_choice() -> dict[str, Any]:
+    return {
+        "output_type": "multiple_choice",
+        "doc_to_choice": "choices",
+        # A list for every document, which makes lm-eval accept any of the right choices.
+        "doc_to_target": "correct",
+        "metric_list": [_mean_of("acc"), _mean_of("acc_norm")],
+    }
+
+
+def _generation(max_new_tokens: int) -> dict[str, Any]:
+    # lm-eval's regex filter strips what it matches; here that is the whole answer.
+    strip = {"function": "regex", "regex_pattern": r"(?s).+", "fallback": ""}
+    return {
+        "output_type": "generate_until",
+        "doc_to_target": "targets",
+        "metric_list": [_mean_of("exact_match")],
+        "filter_list": [{"name": "none", "filter": [strip, {"function": "take_first"}]}],
+        "generation_kwargs": {
+            "until": ["\n"],
+            "max_gen_toks": max_new_tokens,
+            "do_sample": False,
+        },
+    }
+
+
+def _mean_of(metric: str) -> dict[str, Any]:
+    return {"metric": metric, "aggregation": "mean", "higher_is_better": True}

@@ -1,0 +1,202 @@
+"""Expected prompts are written by hand from BIG-bench's rules.
+
+Its order of choices, `numpy.random.RandomState(42).permutation(sorted(choices))`, is [1, 0] for two
+choices, [0, 1, 2] for three, [1, 3, 0, 2] for four.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harness.tasks.bigbench import make_records, parse_member, prompt_of, read_members
+from harness.tasks.records import Record
+from phatgoose.errors import PhatgooseError
+
+Archive = Callable[[dict[str, Any]], Path]
+
+COLOURS = {"red": 0, "blue": 1, "pink": 0, "grey": 0}
+
+
+@pytest.mark.parametrize(
+    ("definition", "example", "prompt"),
+    [
+        pytest.param({}, {"input": "Why?", "target": "so"}, "\nQ: Why?\nA: ", id="defaults"),
+        pytest.param(
+            {
+                "task_prefix": "Compute.",
+                "example_input_prefix": "\n",
+                "example_output_prefix": " = ",
+            },
+            {"input": "op 2", "target": "4"},
+            "Compute.\nop 2 = ",
+            id="own prefixes",
+        ),
+        pytest.param(
+            {"example_input_prefix": "", "example_output_prefix": ""},
+            {"input": "2 m is ", "target_scores": {"b": 1, "a": 0, "c": 0}},
+            "2 m is \n  choice: a\n  choice: b\n  choice: c",
+            id="three choices",
+        ),
+        pytest.param(
+            {},
+            {"input": "Colour?", "target_scores": COLOURS},
+            "\nQ: Colour?\n  choice: grey\n  choice: red\n  choice: blue\n  choice: pink\nA: ",
+            id="four choices",
+        ),
+        pytest.param(
+            {"append_choices_to_input": False},
+            {"input": "Colour?", "target_scores": COLOURS},
+            "\nQ: Colour?\nA: ",
+            id="choices not appended",
+        ),
+        pytest.param(
+            {"append_choices_to_input": "false"},
+            {"input": "Well?", "target_scores": {"Yes": 1, "No": 0}},
+            "\nQ: Well?\n  choice: Yes\n  choice: No\nA: ",
+            id="the string false appends",
+        ),
+        pytest.param(
+            {"choice_prefix": ""},
+            {"input": "Well? ", "target_scores": {"Yes.": 1, "No.": 0}},
+            "\nQ: Well? Yes.No.\nA: ",
+            id="empty choice prefix",
+        ),
+        pytest.param(
+            {},
+            {"input": "", "target_scores": {"Yes": 1, "No": 0}},
+            "\nQ: \n  choice: Yes\n  choice: No\nA: ",
+            id="empty input",
+        ),
+        pytest.param(
+            {},
+            {"input": "2+2", "target": "4", "target_scores": {"4": 1, "5": 0}},
+            "\nQ: 2+2\n  choice: 5\n  choice: 4\nA: ",
+            id="target beside target_scores",
+        ),
+    ],
+)
+def test_prompt(definition: dict[str, Any], example: dict[str, Any], prompt: str) -> None:
+    assert prompt_of(definition, example) == prompt
+
+
+@given(st.lists(st.text(alphabet="abcdef", min_size=1), min_size=1, max_size=30, unique=True))
+def test_choices_are_ordered_as_bigbench_orders_them(choices: list[str]) -> None:
+    """Drawn anew for each example: calling twice gives the same."""
+    expected = np.random.RandomState(42).permutation(sorted(choices))
+    example = {"input": "", "target_scores": dict.fromkeys(choices, 1)}
+    definition = {"choice_prefix": "|", "example_input_prefix": "", "example_output_prefix": ""}
+    for _ in range(2):
+        assert prompt_of(definition, example) == "".join("|" + choice for choice in expected)
+
+
+def records_of(example: dict[str, Any], style: str = "bigbench") -> Record:
+    splits = make_records("t", [{"examples": [example]}], style)
+    (record,) = splits["train"] + splits["evaluation"]
+    return record
+
+
+def test_targets_of_generation() -> None:
+    assert records_of({"input": "n", "target": ["three ", "3"]}).targets == ["three", "3"]
+    assert records_of({"input": "n", "target": "3"}).targets == ["3"]
+
+
+def test_right_choices_are_those_with_the_highest_score_in_the_order_of_the_file() -> None:
+    record = records_of({"input": "n", "target_scores": {"z": 0.4, "b": 0.9, "a": 0.9}})
+    assert record.choices == ["z", "b", "a"]
+    assert record.correct == [1, 2]
+    assert record.targets == ["b", "a"]
+
+
+@pytest.mark.parametrize("scores", [{"a": 0, "b": 0}, {"a": 1, "b": 1}, {"a": 0}])
+def test_equal_scores_make_no_choice_right(scores: dict[str, float]) -> None:
+    assert records_of({"input": "n", "target_scores": scores}).correct == []
+
+
+def test_the_choices_of_the_file_outrank_its_free_text() -> None:
+    """As in strategyqa, whose target explains the answer."""
+    record = records_of({"input": "n", "target": "Yes. For", "target_scores": {"Yes": 1, "No": 0}})
+    assert record.targets == ["Yes"]
+
+
+def test_paper_style() -> None:
+    record = records_of({"input": "How many?", "target": ["3", "three"]}, style="paper")
+    assert record.input == "Q: How many?\nA:\nAnswer:"
+    assert record.targets == ["three", "3"]
+
+
+def test_duplicates_collapse_and_repeated_inputs_stay_in_one_split() -> None:
+    once = {"input": "Mass of 1 l of water?", "target_scores": {"1 kg": 1, "2 kg": 0}}
+    other_choices = {"input": "mass of 1 l of water?", "target_scores": {"1 kg": 1, "9 kg": 0}}
+    splits = make_records(
+        "physics", [{"examples": [once, once]}, {"examples": [other_choices]}], "bigbench"
+    )
+    sizes = sorted(len(records) for records in splits.values())
+    assert sizes == [0, 2]
+
+
+@given(st.lists(st.text(alphabet="ab \n", max_size=6), min_size=1, max_size=60))
+def test_splits_share_no_document(inputs: list[str]) -> None:
+    examples = [{"input": text, "target": "x"} for text in inputs]
+    splits = make_records("t", [{"examples": examples}], "bigbench")
+    train, evaluation = ({r.document for r in splits[s]} for s in ("train", "evaluation"))
+    assert not train & evaluation
+    assert len(train | evaluation) == len({" ".join(text.split()) for text in inputs})
+
+
+def test_short_prefix_keeps_the_last_sentence() -> None:
+    source = {
+        "task_prefix": "Definition: long. Prompt: no. Prompt: Ask a question.",
+        "examples": [{"input": "x", "target": "y"}],
+    }
+    definition = parse_member("ni", json.dumps(source).encode(), {"short_prefix": True})
+    assert prompt_of(definition, definition["examples"][0]) == "Ask a question.\nQ: x\nA: "
+    with pytest.raises(PhatgooseError, match=r'ni has no "Prompt:"'):
+        parse_member(
+            "ni", json.dumps({**source, "task_prefix": "Go."}).encode(), {"short_prefix": True}
+        )
+
+
+def test_no_append() -> None:
+    source = {"examples": [{"input": "x", "target_scores": {"a": 1, "b": 0}}]}
+    definition = parse_member("sum", json.dumps(source).encode(), {"no_append": True})
+    assert prompt_of(definition, definition["examples"][0]) == "\nQ: x\nA: "
+
+
+def test_a_task_of_subtasks_only_is_refused() -> None:
+    with pytest.raises(PhatgooseError, match=r"arithmetic has no examples of its own.*subtasks"):
+        parse_member("arithmetic", b'{"name": "arithmetic"}', {})
+    with pytest.raises(PhatgooseError, match="arithmetic is not JSON"):
+        parse_member("arithmetic", b'{"name": ', {})
+
+
+def test_members_are_read_from_the_archive(archive: Archive) -> None:
+    path = archive({"sums": {"name": "sums"}, "sums/small": {"name": "small"}, "other": {}})
+    found = read_members(path, ["sums/small", "sums"])
+    assert {name: json.loads(text) for name, text in found.items()} == {
+        "sums": {"name": "sums"},
+        "sums/small": {"name": "small"},
+    }
+
+
+def test_an_unknown_member_names_the_near_ones(archive: Archive) -> None:
+    path = archive({"linguistic_mappings/plural_json": {}, "operators": {}})
+    with pytest.raises(PhatgooseError, match=r"no task operatos: did you mean operators\?"):
+        read_members(path, ["operatos"])
+    with pytest.raises(PhatgooseError, match="did you mean linguistic_mappings/plural_json"):
+        read_members(path, ["plural_json"])
+
+
+@pytest.mark.parametrize("damage", ["truncated", "not an archive"])
+def test_a_damaged_archive_is_one_clear_error(archive: Archive, damage: str) -> None:
+    path = archive({"first": {"name": "first"}, "operators": {"name": "operators"}})
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2] if damage == "truncated" else b"<html>404</html>")
+    with pytest.raises(PhatgooseError, match=r"is damaged .* delete it") as caught:
+        read_members(path, ["operators"])
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,158 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+import harness.conf
+from harness.tasks import TaskData, TaskSpec, prepare, prepare_all, task_specs
+from harness.tasks.records import Record, read_records
+from phatgoose.errors import PhatgooseError
+
+Archive = Callable[[dict[str, Any]], Path]
+
+TASKS: dict[str, Any] = {
+    "sums/1": {
+        "canary": "canary GUID 1",
+        "examples": [{"input": f"{i} plus 1?", "target": str(i + 1)} for i in range(30)],
+    },
+    "sums/2": {
+        "canary": "canary GUID 2",
+        "examples": [{"input": f"{i} plus 1?", "target": str(i + 1)} for i in range(20, 40)],
+    },
+    "colours": {
+        "examples": [
+            {"input": f"Is {i} red?", "target_scores": {"Yes": i % 2, "No": 1 - i % 2}}
+            for i in range(20)
+        ]
+    },
+    "broken": {"examples": [{"input": "x", "target_scores": {"Yes": 0, "No": 0}}]},
+}
+SUMS = TaskSpec("sums", ("sums/1", "sums/2"))
+COLOURS = TaskSpec("colours", ("colours",))
+
+
+def all_records(data: TaskData) -> list[Record]:
+    return read_records(data.train) + read_records(data.evaluation)
+
+
+def test_prepare_writes_both_splits_of_all_members(archive: Archive) -> None:
+    sums, colours = prepare_all([SUMS, COLOURS], archive=archive(TASKS))
+    assert (sums.name, sums.kind, colours.kind) == ("sums", "generation", "multiple_choice")
+    assert sum(sums.counts.values()) == 40  # the ten examples in both members count once
+    assert sums.counts == {
+        "train": len(read_records(sums.train)),
+        "evaluation": len(read_records(sums.evaluation)),
+    }
+    for record in all_records(sums):
+        assert record.task == "sums"
+        assert record.input == f"\nQ: {int(record.targets[0]) - 1} plus 1?\nA: "
+    assert all(r.choices == ["Yes", "No"] for r in all_records(colours))
+
+
+def test_the_canaries_go_with_the_data(archive: Archive) -> None:
+    data = prepare(SUMS, archive=archive(TASKS))
+    for path in (data.train, data.evaluation):
+        assert pq.read_schema(path).metadata[b"canary"] == b"canary GUID 1\ncanary GUID 2"
+
+
+def test_the_second_time_needs_no_archive(archive: Archive, tmp_path: Path) -> None:
+    first = prepare_all([SUMS, COLOURS], archive=archive(TASKS))
+    assert prepare_all([SUMS, COLOURS], archive=tmp_path / "missing") == first
+
+
+def test_an_interrupted_preparation_is_made_anew(archive: Archive) -> None:
+    path = archive(TASKS)
+    first = prepare(SUMS, archive=path)
+    rows = all_records(first)
+    first.evaluation.unlink()
+    first.train.write_bytes(b"half a fi")
+    assert prepare(SUMS, archive=path) == first
+    assert all_records(first) == rows
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        TaskSpec("sums", ("sums/1",)),
+        TaskSpec("sums", ("sums/1", "sums/2"), style="paper"),
+        TaskSpec("plus", ("sums/1", "sums/2")),
+    ],
+)
+def test_whatever_changes_records_changes_the_fingerprint(
+    archive: Archive, changed: TaskSpec
+) -> None:
+    path = archive(TASKS)
+    first, other = prepare_all([SUMS, changed], archive=path)
+    assert first.fingerprint != other.fingerprint
+    assert first.train != other.train
+
+
+def test_how_a_task_is_evaluated_does_not_change_its_data(archive: Archive) -> None:
+    limited = TaskSpec("sums", ("sums/1", "sums/2"), split="all", limit=3)
+    first, other = prepare_all([SUMS, limited], archive=archive(TASKS))
+    assert (first.train, first.fingerprint) == (other.train, other.fingerprint)
+
+
+def test_a_faulty_task_is_named_and_leaves_nothing(archive: Archive, cache: Path) -> None:
+    with pytest.raises(PhatgooseError, match="task odd has a faulty example"):
+        prepare(TaskSpec("odd", ("broken",)), archive=archive(TASKS))
+    assert not list(cache.rglob("*.parquet"))
+
+
+def test_an_archive_with_another_hash_is_never_read(archive: Archive, cache: Path) -> None:
+    (cache / "downloads").mkdir(parents=True)
+    archive(TASKS).rename(cache / "downloads" / "bigbench-1.0.0.tar.gz")
+    with pytest.raises(PhatgooseError, match=r"bigbench-1\.0\.0\.tar\.gz is damaged .* delete it"):
+        prepare(SUMS)
+    assert not list(cache.rglob("*.parquet"))
+
+
+def test_task_specs_take_defaults_from_the_group() -> None:
+    group = {
+        "name": "small",
+        "limit": 40,
+        "tasks": {"a": {"members": ["x"]}, "b": {"members": ["y", "z"], "limit": 5}},
+    }
+    assert task_specs(group) == [
+        TaskSpec("a", ("x",), limit=40),
+        TaskSpec("b", ("y", "z"), limit=5),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("task", "reason"),
+    [
+        ({"members": ["x"], "styl": "paper"}, "'styl'; did you mean style"),
+        ({"members": ["x"], "style": "papr"}, "'papr'; did you mean paper"),
+        ({"members": ["x"], "split": "train"}, "split"),
+        ({"members": ["x"], "load_opts": {"noappend": True}}, "did you mean no_append"),
+        ({"members": ["x"], "load_opts": {"no_append": "false"}}, "must be true or false"),
+        ({"members": ["x"], "limit": 0}, "limit must be a positive number"),
+        ({"members": []}, "members must be a list"),
+        ({"members": "x"}, "members must be a list"),
+        (None, "members must be a list"),
+    ],
+)
+def test_mistakes_in_a_task_name_it(task: dict[str, Any] | None, reason: str) -> None:
+    with pytest.raises(PhatgooseError, match=reason) as caught:
+        task_specs({"name": "small", "tasks": {"sums": task}})
+    assert "sums" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden"])
+def test_names_that_could_become_other_paths_are_refused(name: str) -> None:
+    with pytest.raises(PhatgooseError, match="cannot be a task's name"):
+        TaskSpec(name, ("x",))
+
+
+def test_the_demo_evaluates_on_nothing_it_trains_on() -> None:
+    folder = Path(harness.conf.__path__[0])
+    pool, suite = (
+        task_specs(yaml.safe_load((folder / group / "demo.yaml").read_text()))
+        for group in ("pool", "suite")
+    )
+    assert (len(pool), len(suite)) == (8, 6)
+    assert not {m for s in pool for m in s.members} & {m for s in suite for m in s.members}

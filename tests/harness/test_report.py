@@ -1,0 +1,338 @@
+"""Statistics and tables: against closed forms, and for what a reader must be able to trust."""
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harness import report, results
+from harness.storage import Folder
+from harness.summary import RESAMPLES, interval, oracle_rows, resampled_means, summary_rows
+from phatgoose.errors import PhatgooseError
+
+# task -> router -> metric -> one value per document
+Answers = Mapping[str, Mapping[str, Mapping[str, Sequence[float] | np.ndarray]]]
+NOT_ZERO_SHOT = ("single:", "oracle")
+
+
+def tables(answers: Answers) -> tuple[pa.Table, pa.Table]:
+    """Scores and samples in which every router gave these answers."""
+    scores: list[dict[str, Any]] = []
+    samples: list[dict[str, Any]] = []
+    for task, routers in answers.items():
+        for router, metrics in routers.items():
+            for metric, values in metrics.items():
+                scores.append(score(task, router, metric, float(np.mean(values)), len(values)))
+            for i, row in enumerate(zip(*metrics.values(), strict=True)):
+                samples.append(sample(task, router, f"d{i}", dict(zip(metrics, row, strict=True))))
+    return (
+        pa.Table.from_pylist(scores, results.SCORES),
+        pa.Table.from_pylist(samples, results.SAMPLES),
+    )
+
+
+def score(task: str, router: str, metric: str, value: float, n: int) -> dict[str, Any]:
+    return {
+        **{"run": "r", "base": "b", "manifest": "1", "router": router, "top_k": None},
+        **{"zero_shot": not router.startswith(NOT_ZERO_SHOT), "suite": "s", "task": task},
+        **{"metric": metric, "value": value, "stderr": None, "n": n, "seconds": 1.0},
+        **{"tokens": 10, "expert": None},
+    }
+
+
+def sample(task: str, router: str, document: str, metrics: dict[str, float]) -> dict[str, Any]:
+    return {
+        **{"router": router, "suite": "s", "task": task, "document": document, "target": "a"},
+        **{"prediction": "a", "correct": True, "choice_scores": []},
+        "metrics": sorted(metrics.items()),
+    }
+
+
+def find(rows: list[dict[str, Any]], router: str, metric: str, task: str | None) -> dict[str, Any]:
+    (row,) = (r for r in rows if (r["router"], r["metric"], r["task"]) == (router, metric, task))
+    return row
+
+
+def coin(n: int, share: float, seed: int) -> np.ndarray:
+    return (np.random.default_rng(seed).random(n) < share).astype(float)
+
+
+# --- the bootstrap ---
+
+
+def test_bootstrap_agrees_with_the_normal_interval() -> None:
+    values_N1 = np.random.default_rng(0).normal(3, 2, (2_000, 1))
+    low, high = interval(resampled_means(values_N1, np.random.default_rng(1)))
+    error = values_N1.std() / np.sqrt(len(values_N1))
+    assert low[0] == pytest.approx(values_N1.mean() - 1.96 * error, abs=0.06 * error)
+    assert high[0] == pytest.approx(values_N1.mean() + 1.96 * error, abs=0.06 * error)
+
+
+def test_bootstrap_draws_the_binomial_distribution() -> None:
+    # 2 of 3 documents are right: 3 draws are all right with probability 8/27, all wrong with 1/27.
+    means_B1 = resampled_means(np.array([[1.0], [1.0], [0.0]]), np.random.default_rng(0))
+    assert means_B1.shape == (RESAMPLES, 1)
+    assert np.mean(means_B1 == 1) == pytest.approx(8 / 27, abs=0.02)
+    assert np.mean(means_B1 == 0) == pytest.approx(1 / 27, abs=0.01)
+
+
+def test_bootstrap_does_not_depend_on_how_much_is_drawn_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values_N2 = np.random.default_rng(0).random((7, 2))
+    whole = resampled_means(values_N2, np.random.default_rng(1))
+    monkeypatch.setattr("harness.summary._DRAWS_AT_ONCE", 7 * 300)
+    np.testing.assert_allclose(resampled_means(values_N2, np.random.default_rng(1)), whole)
+
+
+def test_paired_differences_are_narrower_than_unpaired_ones() -> None:
+    merged = coin(400, 0.5, seed=0)
+    better = merged.copy()
+    better[:20] = 1.0
+    rows = summary_rows(*tables({"t": {"merged": {"acc": merged}, "mine": {"acc": better}}}))
+    row = find(rows, "mine", "acc", None)
+    gains = better - merged
+    error = gains.std() / np.sqrt(len(gains))
+    assert row["difference"] == pytest.approx(gains.mean())
+    assert row["difference_high"] - row["difference_low"] == pytest.approx(3.92 * error, rel=0.1)
+    assert row["difference_high"] - row["difference_low"] < (row["high"] - row["low"]) / 2
+
+
+def test_equal_routers_differ_by_exactly_zero() -> None:
+    values = np.random.default_rng(3).random(37)
+    answers: Answers = {
+        task: {router: {"acc": values, "nll": values * 3} for router in ("merged", "x", "y")}
+        for task in ("one", "two")
+    }
+    for row in summary_rows(*tables(answers)):
+        expected = None if row["router"] == "merged" else 0.0
+        assert row["difference"] == row["difference_low"] == row["difference_high"] == expected
+
+
+def test_tasks_are_drawn_independently_and_weigh_the_same() -> None:
+    # Equal answers in two tasks: independent draws make the mean's interval narrower by sqrt(2).
+    values = coin(300, 0.4, seed=5)
+    rows = summary_rows(*tables({task: {"base": {"acc": values}} for task in ("one", "two")}))
+    one, mean = find(rows, "base", "acc", "one"), find(rows, "base", "acc", None)
+    ratio = (one["high"] - one["low"]) / (mean["high"] - mean["low"])
+    assert ratio == pytest.approx(np.sqrt(2), rel=0.08)
+
+    small: Answers = {
+        "small": {"base": {"acc": [1.0, 1.0]}},
+        "large": {"base": {"acc": [0.0] * 50}},
+    }
+    mean = find(summary_rows(*tables(small)), "base", "acc", None)
+    assert (mean["value"], mean["n"]) == (0.5, 52)
+
+
+def test_primary_is_accuracy_or_exact_match() -> None:
+    answers: Answers = {
+        "choose": {"base": {"acc": [1.0, 0.0], "acc_norm": [0.0, 0.0], "nll": [1.0, 3.0]}},
+        "write": {"base": {"exact_match": [1.0, 1.0], "nll": [0.5, 0.5]}},
+    }
+    rows = summary_rows(*tables(answers))
+    assert find(rows, "base", "primary", None)["value"] == 0.75
+    assert find(rows, "base", "acc", None)["value"] == 0.5
+    assert find(rows, "base", "nll", None)["value"] == 1.25
+
+
+def test_a_router_that_lacks_a_task_has_no_mean() -> None:
+    answers: Answers = {
+        "one": {"base": {"acc": [1.0, 0.0]}, "merged": {"acc": [1.0, 1.0]}},
+        "two": {"base": {"acc": [1.0, 0.0]}},
+    }
+    rows = summary_rows(*tables(answers))
+    means = [row for row in rows if row["task"] is None and row["metric"] == "acc"]
+    assert [(row["router"], row["difference"]) for row in means] == [("base", None)]
+
+
+def test_samples_of_another_run_are_refused() -> None:
+    scores, samples = tables({"t": {"base": {"acc": [1.0, 0.0]}, "merged": {"acc": [1.0, 1.0]}}})
+    with pytest.raises(PhatgooseError, match=r"samples/merged\.parquet: task t has other"):
+        summary_rows(scores, samples.slice(0, 3))
+    changed, _ = tables({"t": {"base": {"acc": [1.0, 1.0]}, "merged": {"acc": [1.0, 1.0]}}})
+    with pytest.raises(PhatgooseError, match=r"samples/base\.parquet: task t, metric acc"):
+        summary_rows(changed, samples)
+
+
+# --- the oracle ---
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_the_oracle_is_never_worse_than_a_single_expert(data: st.DataObject) -> None:
+    value = st.floats(0, 1)
+    answers: Answers = {
+        task: {
+            f"single:{expert}": {"acc": [data.draw(value)], "nll": [data.draw(value)]}
+            for expert in data.draw(st.permutations(["a", "b", "c"]))
+        }
+        for task in ("one", "two")
+    }
+    scores, _ = tables(answers)
+    oracle = {(row["task"], row["metric"]): row for row in oracle_rows(scores)}
+    assert len(oracle) == 4
+    for row in scores.to_pylist():
+        best = oracle[row["task"], row["metric"]]
+        sign = -1 if row["metric"] == "nll" else 1
+        assert sign * best["value"] >= sign * row["value"]
+        if best["value"] == row["value"]:
+            assert "single:" + best["expert"] <= row["router"]
+        assert best["router"] == "oracle"
+        assert not best["zero_shot"]
+
+
+def test_the_oracle_takes_the_samples_of_its_experts() -> None:
+    shares = {"single:bad": 0.2, "single:good": 0.8, "merged": 0.5}
+    answers = {name: {"acc": coin(200, share, seed=7)} for name, share in shares.items()}
+    scores, samples = tables({"t": answers})
+    scores = pa.concat_tables([scores, pa.Table.from_pylist(oracle_rows(scores), results.SCORES)])
+    rows = summary_rows(scores, samples)
+    oracle, chosen = find(rows, "oracle", "acc", "t"), find(rows, "single:good", "acc", "t")
+    same = ("value", "low", "high", "difference", "difference_low", "difference_high")
+    assert [oracle[key] for key in same] == [chosen[key] for key in same]
+
+
+# --- tables and the whole report ---
+
+
+def demo_answers() -> Answers:
+    routers = ["base", "phatgoose", "merged", "random", "single:plural", "single:sums"]
+    tasks = ["elementary_math_qa", "strategyqa", "logical_deduction", "disambiguation_qa"]
+    answers: dict[str, dict[str, dict[str, np.ndarray]]] = {}
+    for (t, task), (r, router) in itertools.product(enumerate(tasks), enumerate(routers)):
+        right = coin(50, 0.3 + 0.05 * r, seed=10 * t + r)
+        answers.setdefault(task, {})[router] = {"acc": right, "nll": 3 - right}
+    return answers
+
+
+def training_rows(expert: str, base: float) -> list[dict[str, Any]]:
+    evaluated: list[tuple[str, int, float, float | None]]
+    evaluated = [("lora", 0, base, 0.0), ("lora", 30, base / 2, 0.25)]
+    evaluated += [("gates", 0, base / 1.5, None), ("gates", 10, base / 1.6, None)]
+    common = {"expert": expert, "job": "j", "lr": None, "tokens": 1, "seconds": 1.0}
+    return [
+        {**common, "stage": stage, "split": "evaluation", "step": step, "loss": loss}
+        | {"exact_match": exact}
+        for stage, step, loss, exact in evaluated
+    ] + [
+        {**common, "stage": "lora", "split": "train", "step": 40, "loss": 9.0, "exact_match": None}
+    ]
+
+
+def write_run(folder: Folder, answers: Answers) -> None:
+    scores, samples = tables(answers)
+    results.write_table(folder, "scores.parquet", results.SCORES, scores.to_pylist())
+    by_router: dict[str, list[dict[str, Any]]] = {}
+    for row in samples.to_pylist():
+        by_router.setdefault(row["router"], []).append({**row, "metrics": dict(row["metrics"])})
+    for router, rows in by_router.items():
+        results.write_table(folder, results.samples_file(router), results.SAMPLES, rows)
+    for expert, base in (("plural", 2.0), ("sums", 4.0)):
+        rows = training_rows(expert, base)
+        results.write_table(folder, results.training_file(expert), results.TRAINING, rows)
+
+
+def test_report_tables_hold_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "_draw", lambda folder: [])
+    folder = Folder(tmp_path)
+    answers = demo_answers()
+    write_run(folder, answers)
+    text = report.make_report(folder)
+    assert max(map(len, text.splitlines())) <= report.WIDTH
+
+    assert re.search(r"^plural +2\.000 +1\.000 +0\.0% +25\.0% +1\.333 +1\.250$", text, re.M)
+    assert re.search(r"^mean +3\.000 +1\.500 +0\.0% +25\.0% +2\.000 +1\.875$", text, re.M)
+
+    rows = results.read_table(folder, "summary.parquet", results.SUMMARY).to_pylist()
+    mean = find(rows, "phatgoose", "primary", None)
+    expected = 100 * np.mean([np.mean(task["phatgoose"]["acc"]) for task in answers.values()])
+    line = next(line for line in text.splitlines() if line.startswith("phatgoose"))
+    assert line.split()[1] == f"{expected:.1f}"
+    assert f"{100 * mean['difference']:+.1f} [{100 * mean['difference_low']:+.1f}, " in line
+    for task in answers.values():
+        assert f"{100 * np.mean(task['phatgoose']['acc']):.1f}" in line
+    assert re.search(r"^oracle \*", text, re.M)
+    assert not re.search(r"^(base|phatgoose|merged|random) \*", text, re.M)
+    assert not re.search(r"^single:", text, re.M)
+    assert "best single expert by this mean: sums" in text
+    assert "elementary" in text
+    assert "elementary_math_qa" not in text
+
+
+def test_reporting_again_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "_draw", lambda folder: [])
+    folder = Folder(tmp_path)
+    write_run(folder, demo_answers())
+    texts, files = [], []
+    for _ in range(2):
+        texts.append(report.make_report(folder))
+        files.append((folder.read("scores.parquet"), folder.read("summary.parquet")))
+    assert texts[0] == texts[1]
+    assert files[0] == files[1]
+    scores = results.read_table(folder, "scores.parquet", results.SCORES).to_pylist()
+    assert sum(row["router"] == "oracle" for row in scores) == 8
+
+
+def test_without_merged_there_is_no_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "_draw", lambda folder: [])
+    folder = Folder(tmp_path)
+    write_run(folder, {"t": {"phatgoose": {"acc": [1.0, 0.0]}}})
+    text = report.make_report(folder)
+    assert re.search(r"^phatgoose +50\.0 ± 50\.0 +50\.0$", text, re.M)
+    assert "oracle" not in text
+
+
+def test_many_tasks_go_on_in_further_blocks() -> None:
+    answers: Answers = {f"task_number_{i}": {"base": {"acc": [1.0, 0.0]}} for i in range(30)}
+    text = report.routers_table(summary_rows(*tables(answers)), "s", "primary")
+    assert max(map(len, text.splitlines())) <= report.WIDTH
+    assert len(re.findall(r"^base ", text, re.M)) > 1
+    assert text.count("n=2") == 30
+
+
+def test_an_unfinished_run_says_what_is_missing(tmp_path: Path) -> None:
+    text = report.make_report(Folder(tmp_path))
+    assert "no expert has been trained yet" in text
+    assert "nothing has been evaluated yet" in text
+
+
+def test_an_expert_without_gates_or_exact_match() -> None:
+    rows = [row for row in training_rows("plural", 2.0) if row["stage"] == "lora"]
+    table = pa.Table.from_pylist([{**row, "exact_match": None} for row in rows], results.TRAINING)
+    assert re.search(r"^plural +2\.000 +1\.000( +-){4}$", report.experts_table(table), re.M)
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("strategyqa", ["strategyqa"]),
+        ("elementary_math_qa", ["elementary", "math_qa"]),
+        ("disambiguation_qa", ["disambigua", "tion_qa"]),
+        ("snarks", ["snarks"]),
+        ("a_", ["a_"]),
+    ],
+)
+def test_long_names_are_wrapped(name: str, lines: list[str]) -> None:
+    assert report._wrapped(name) == lines
+
+
+def test_pictures_that_fail_do_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripts = tmp_path / "scripts"
+    scripts.mkdir()
+    (scripts / "plot_routers.py").write_text("raise SystemExit('no ink')")
+    monkeypatch.setattr(report, "_SCRIPTS", scripts)
+    folder = Folder(tmp_path / "run")
+    write_run(folder, {"t": {"phatgoose": {"acc": [1.0, 0.0]}}})
+    assert "no picture from results/plot_routers.py: no ink" in report.make_report(folder)
