@@ -148,7 +148,7 @@ def locate_base(name: str, *, revision: str | None = None) -> Path:
         if not (folder / "config.json").exists():
             raise PhatgooseError(f"base {name}: the directory has no config.json")
         return folder
-    if folder.is_absolute() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if folder.is_absolute() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise PhatgooseError(f"base {name}: no such directory")
     return _download(name, revision)
 
@@ -200,9 +200,9 @@ def fingerprint(folder: Path) -> str:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     cached.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkstemp(dir=cached.parent)[1])
-    temporary.write_text(digest.hexdigest())
-    temporary.replace(cached)
+    with tempfile.NamedTemporaryFile("w", dir=cached.parent, delete=False) as temporary:
+        temporary.write(digest.hexdigest())
+    Path(temporary.name).replace(cached)
     return digest.hexdigest()
 
 
@@ -254,6 +254,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     )
     # The weights are plain now; transformers refuses to save a model that says it is quantised.
-    del model.config.quantization_config
+    model.__dict__.pop("hf_quantizer", None)
+    model.config.__dict__.pop("quantization_config", None)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)

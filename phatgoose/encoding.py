@@ -1,7 +1,7 @@
 """From text to token ids, the same way for training, scoring and generating.
 
-A pair of a context and a target is cut the way lm-evaluation-harness does it: spaces at the end of
-the context belong to the target, because tokenizers glue a space to the word after it.
+A pair of a context and a target is cut the way lm-evaluation-harness does it: white space at the
+end of the context belongs to the target, because tokenizers glue a space to the word after it.
 """
 
 from phatgoose.base import Base
@@ -34,18 +34,19 @@ def encode_pair(
 
     Args:
         base: whose tokenizer and architecture decide.
-        context: the prompt; spaces at its end are moved to the target.
+        context: the prompt; white space at its end is moved to the target.
         target: the answer.
         max_context: cut the context to so many tokens.
         max_target: cut the target to so many tokens, end-of-sequence included.
     """
-    context_ids = encode_context(base, context, max_context)
-    stripped = context.rstrip(" ")
+    stripped = context.rstrip()
+    target = context[len(stripped) :] + target
+    context_ids = encode_context(base, stripped, max_context)
     if base.is_encoder_decoder:
         target_ids = _tokenize(base, target)
     else:
         # A tokenizer may join across the border: what the whole has more is the target.
-        whole = _tokenize(base, context + target)
+        whole = _tokenize(base, stripped + target)
         target_ids = whole[len(_tokenize(base, stripped)) :]
     target_ids = target_ids[: None if max_target is None else max_target - 1]
     return context_ids, [*target_ids, base.tokenizer.eos_token_id]
@@ -53,7 +54,7 @@ def encode_pair(
 
 def _tokenize(base: Base, text: str) -> list[int]:
     """Ids with whatever the tokenizer puts in front (Llama's start token), nothing behind."""
-    ids = list(base.tokenizer(text)["input_ids"]) if text else []
+    ids = list(base.tokenizer(text)["input_ids"])
     if ids and ids[-1] == base.tokenizer.eos_token_id:
         ids.pop()
     return ids

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -83,17 +83,27 @@ class Pool:
 
     @staticmethod
     def open(folder: Path) -> "Pool":
-        """Map a saved pool: processes of one machine share its pages."""
-        with safe_open(folder / "pool.safetensors", framework="pt") as file:
-            metadata, keys = file.metadata(), set(file.keys())
-            linears = {
-                name: PoolLinear(
-                    lora_A_ERD=file.get_tensor(f"{name}.lora_A"),
-                    lora_B_EOR=file.get_tensor(f"{name}.lora_B"),
-                    gate_ED=file.get_tensor(f"{name}.gate") if f"{name}.gate" in keys else None,
-                )
-                for name in json.loads(metadata["linears"])
-            }
+        """Map a saved pool: processes of one machine share its pages.
+
+        Raises:
+            PhatgooseError: there is no pool in the folder, or its file is damaged.
+        """
+        path = folder / "pool.safetensors"
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata, keys = file.metadata(), set(file.keys())
+                linears = {
+                    name: PoolLinear(
+                        lora_A_ERD=file.get_tensor(f"{name}.lora_A"),
+                        lora_B_EOR=file.get_tensor(f"{name}.lora_B"),
+                        gate_ED=file.get_tensor(f"{name}.gate") if f"{name}.gate" in keys else None,
+                    )
+                    for name in json.loads(metadata["linears"])
+                }
+        except (OSError, SafetensorError) as error:
+            raise PhatgooseError(
+                f"cannot open the pool {path} ({error}): save it again from its experts"
+            ) from error
         experts = tuple(json.loads(metadata["experts"]))
         return Pool(metadata["base_fingerprint"], experts, linears)
 

@@ -64,7 +64,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Raise PhatgooseError if a value cannot be."""
-        for name in ("rank", "batch_size", "micro_batch_size", "evaluation_examples"):
+        counts = ("rank", "batch_size", "micro_batch_size", "max_input_tokens", "max_target_tokens")
+        for name in (*counts, "max_examples", "evaluation_examples"):
             if getattr(self, name) < 1:
                 raise PhatgooseError(
                     f"train.{name} is {getattr(self, name)}: it must be at least 1"

@@ -254,8 +254,19 @@ def generate(base: Base, contexts: Sequence[list[int]], max_new_tokens: int) -> 
         input_ids=ids_BL.to(base.device),
         attention_mask=mask_BL.to(base.device),
         max_new_tokens=max_new_tokens,
+        # Greedy, whatever the base's own generation configuration asks for.
         do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
         pad_token_id=pad,
+        eos_token_id=_end_tokens(base),
     )
     new_BL = written_BL[:, 1:] if base.is_encoder_decoder else written_BL[:, ids_BL.shape[1] :]
     return base.tokenizer.batch_decode(new_BL, skip_special_tokens=True)
+
+
+def _end_tokens(base: Base) -> list[int]:
+    """The end-of-sequence token that experts are taught, and those that the base has besides."""
+    own = base.model.generation_config.eos_token_id  # type: ignore[union-attr]
+    others = own if isinstance(own, list) else [own]
+    return sorted({base.tokenizer.eos_token_id, *others} - {None})

@@ -205,8 +205,8 @@ def train_expert(
         init_std=recipe.init_std,
         seed=recipe.seed,
     )
-    job = _Job(base, layers, train, evaluation, recipe, engine, report)
     try:
+        job = _Job(base, layers, train, evaluation, recipe, engine, report)
         factors = [p for layer in layers.values() for p in (layer.lora_A_RD, layer.lora_B_OR)]
         before, after = job.run("lora", factors, recipe.lora)
         trained = [factor.detach().clone() for factor in factors]

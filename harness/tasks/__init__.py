@@ -59,7 +59,7 @@ class TaskSpec:
             raise PhatgooseError(
                 f"{self.name!r} cannot be a task's name: use letters, digits, _, . and -"
             )
-        if isinstance(self.members, str) or not self.members:
+        if not isinstance(self.members, tuple) or not self.members:
             raise PhatgooseError(f"{where}: members must be a list of at least one BIG-bench task")
         _one_of(self.source, ("bigbench",), f"{where}: source")
         _one_of(self.style, bigbench.STYLES, f"{where}: style")
@@ -116,7 +116,7 @@ def task_specs(group: Mapping[str, Any]) -> list[TaskSpec]:
         for key in values:
             _one_of(key, allowed, f"{group['name']}: task {name}: key")
         members = values.pop("members", ())
-        if not isinstance(members, str):
+        if isinstance(members, list):
             members = tuple(members)
         specs.append(TaskSpec(name=str(name), members=members, **values))
     return specs

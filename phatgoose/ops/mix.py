@@ -42,7 +42,7 @@ def mix(
     weights_N = weights_TK.flatten()[order_N] * scale
     h_NR = product(x_TD[order_N // top_k], lora_A_ERD, counts_E) * weights_N.unsqueeze(-1)
     y_NO = product(h_NR, lora_B_EOR, counts_E)
-    y_TKO = torch.empty_like(y_NO).index_copy_(0, order_N, y_NO).view(tokens, top_k, -1)
+    y_TKO = torch.empty_like(y_NO).index_copy_(0, order_N, y_NO).unflatten(0, (tokens, top_k))
     return y_TKO.sum(dim=1)
 
 

@@ -31,7 +31,7 @@ def make_router(name: str, **options: Any) -> Router:
         options: the fields of that router's class.
 
     Raises:
-        PhatgooseError: there is no such router, or it has no such option.
+        PhatgooseError: there is no such router, or it has no such option or value.
     """
     kind, _, expert = name.partition(":")
     if expert:
@@ -44,4 +44,8 @@ def make_router(name: str, **options: Any) -> Router:
     for option in options:
         if option not in fields:
             raise PhatgooseError(f"router {kind} has no option {option!r}; it has {fields}")
+    if kind == "single" and not options.get("expert"):
+        raise PhatgooseError("router single needs an expert: call it single:<expert>")
+    if options.get("top_k", 1) < 1:
+        raise PhatgooseError(f"router {kind}: top_k is {options['top_k']}: it must be at least 1")
     return ROUTERS[kind](**options)

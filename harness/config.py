@@ -1,0 +1,242 @@
+"""A run's configuration: YAML groups in `conf/`, composed by Hydra, checked before any work."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from harness.tasks import TaskSpec, task_specs
+from phatgoose.errors import PhatgooseError
+from phatgoose.recipe import Recipe
+from phatgoose.routers import Router, make_router
+
+CONF = Path(__file__).parent / "conf"
+GROUPS = ("base", "pool", "suite", "router", "train", "cluster")
+STAGES = ("train", "evaluate", "report")
+T = TypeVar("T")
+
+
+@dataclass
+class BaseConfig:
+    """Which base; the fields of `phatgoose.load_base`."""
+
+    name: str
+    revision: str | None = None
+    dtype: str = "float32"
+    trust_remote_code: bool = False
+
+
+@dataclass
+class ClusterConfig:
+    """How actors are sized."""
+
+    cpus_per_actor: float = 1
+    gpus_per_actor: float = 0
+    max_actors: int | None = None
+
+
+@dataclass
+class RunSection:
+    """Where the run's files go."""
+
+    dir: str
+
+
+@dataclass
+class RunConfig:
+    """A whole run, as `conf/config.yaml` and its groups describe it."""
+
+    base: BaseConfig
+    pool: dict[str, Any]
+    suite: dict[str, Any]
+    router: dict[str, Any]
+    train: Recipe
+    cluster: ClusterConfig
+    run: RunSection
+    registry: str
+    stages: list[str] = field(default_factory=lambda: list(STAGES))
+    chunk_characters: int = 4000
+
+    def pool_tasks(self) -> list[TaskSpec]:
+        """The pool's tasks: one expert each."""
+        return task_specs(self.pool)
+
+    def suite_tasks(self) -> list[TaskSpec]:
+        """The suite's tasks."""
+        return task_specs(self.suite)
+
+    def routers(self, experts: Sequence[str]) -> dict[str, Router]:
+        """The routers to evaluate, by the name they have in results.
+
+        `oracle` stands for a single router per expert; its own rows are derived from theirs.
+        """
+        routers: dict[str, Router] = {}
+        for name, options in self.router.items():
+            if name in ("single", "oracle"):
+                for expert in (options or {}).get("experts") or experts:
+                    routers.setdefault(f"single:{expert}", make_router(f"single:{expert}"))
+            else:
+                routers[name] = make_router(name, **(options or {}))
+        return routers
+
+
+def load_config(arguments: Sequence[str]) -> RunConfig:
+    """Compose and check the configuration that the command line asks for.
+
+    Args:
+        arguments: Hydra overrides, such as `pool=demo` or `train.lora.steps=50`.
+
+    Raises:
+        PhatgooseError: a key or a value that does not exist, with the near names.
+    """
+    singles, overrides = _take_shorthands(arguments)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        _check_overrides(overrides)
+        try:
+            composed = compose("config", overrides=overrides)
+            OmegaConf.resolve(composed)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise PhatgooseError(f"configuration: {_first_line(error)}") from error
+    if singles:
+        OmegaConf.update(composed, "router.single.experts", singles, force_add=True)
+    config = _to_dataclass(composed)
+    _check_values(config)
+    return config
+
+
+def groups() -> dict[str, list[str]]:
+    """The choices of each configuration group."""
+    return {group: sorted(f.stem for f in (CONF / group).glob("*.yaml")) for group in GROUPS}
+
+
+def _take_shorthands(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Write out what Hydra has no form for.
+
+    `router=[single:plural]` becomes `router=[single]`, with the experts apart; `base=/a/folder` and
+    `base=owner/model` set `base.name`.
+    """
+    experts, overrides = [], []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key == "router" and "single:" in value:
+            names = [name.strip() for name in value.strip("[] ").split(",")]
+            experts += [name.partition(":")[2] for name in names if name.startswith("single:")]
+            kinds = list(dict.fromkeys(name.partition(":")[0] for name in names))
+            value = f"[{','.join(kinds)}]"
+        elif key == "base" and "/" in value:
+            key = "base.name"
+        overrides.append(f"{key}{equals}{value}")
+    return experts, overrides
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    """Refuse unknown groups, choices and keys with the near names, before Hydra sees them."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise PhatgooseError(f"cannot read the command line: {_first_line(error)}") from error
+    choices = groups()
+    chosen = [override for override in parsed if override.key_or_group in choices]
+    for override in chosen:
+        key, value = override.key_or_group, override.value()
+        for choice in value if isinstance(value, list) else [value]:
+            _known(str(choice), choices[key], f"{key}={choice}: no such {key}")
+    keys = _keys([str(override.input_line) for override in chosen])
+    for override in parsed:
+        key = override.key_or_group
+        known = RunConfig.__dataclass_fields__ if override.is_add() else keys
+        _known(key.split(".")[0] if override.is_add() else key, list(known), f"{key}: no such key")
+
+
+def _keys(chosen: Sequence[str]) -> list[str]:
+    """Every key and group that the configuration has, with these choices of groups."""
+
+    def walk(node: DictConfig, prefix: str) -> list[str]:
+        found = []
+        for key in node:
+            found.append(f"{prefix}{key!s}")
+            child = node._get_node(key)
+            if isinstance(child, DictConfig):
+                found += walk(child, f"{prefix}{key!s}.")
+        return found
+
+    return walk(compose("config", overrides=list(chosen)), "")
+
+
+def _known(name: str, known: Sequence[str], problem: str) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        there_is = f"did you mean {' or '.join(near)}?" if near else f"there is {', '.join(known)}"
+        raise PhatgooseError(f"{problem}; {there_is}")
+
+
+def _to_dataclass(composed: DictConfig) -> RunConfig:
+    OmegaConf.set_struct(composed, False)
+    if not isinstance(composed.chunk_characters, int):
+        raise PhatgooseError(f"chunk_characters={composed.chunk_characters}: not a whole number")
+    composed.train.dtype = composed.base.dtype
+    return RunConfig(
+        base=_typed(BaseConfig, composed, "base"),
+        pool=_plain(composed, "pool"),
+        suite=_plain(composed, "suite"),
+        router=_plain(composed, "router"),
+        train=_typed(Recipe, composed, "train"),
+        cluster=_typed(ClusterConfig, composed, "cluster"),
+        run=_typed(RunSection, composed, "run"),
+        registry=str(composed.registry),
+        stages=list(composed.stages),
+        chunk_characters=composed.chunk_characters,
+    )
+
+
+def _typed(kind: type[T], composed: DictConfig, key: str) -> T:
+    """One group as its dataclass, with every value of the right type."""
+    schema = OmegaConf.structured(kind)
+    for node in (schema, *(n for n in map(schema._get_node, schema) if OmegaConf.is_config(n))):
+        OmegaConf.set_readonly(node, False)  # frozen dataclasses are read-only
+    try:
+        value = OmegaConf.to_object(OmegaConf.merge(schema, composed[key]))
+    except OmegaConfBaseException as error:
+        raise PhatgooseError(f"configuration: {key}: {_first_line(error)}") from error
+    assert isinstance(value, kind)
+    return value
+
+
+def _plain(composed: DictConfig, key: str) -> dict[str, Any]:
+    """A group whose values are checked by what reads them."""
+    container = OmegaConf.to_container(composed[key])
+    assert isinstance(container, dict)
+    return {str(name): value for name, value in container.items()}
+
+
+def _check_values(config: RunConfig) -> None:
+    for stage in config.stages:
+        _known(stage, STAGES, f"stages: no stage {stage!r}")
+    if "://" not in config.run.dir and not Path(config.run.dir).is_absolute():
+        raise PhatgooseError(
+            f"run.dir={config.run.dir} is relative: a submitted job runs in a temporary folder, so "
+            "give an absolute path or a URI"
+        )
+    if config.chunk_characters < 1:
+        raise PhatgooseError(f"chunk_characters={config.chunk_characters}: it must be positive")
+    if not config.router:
+        raise PhatgooseError("router=[]: name at least one router")
+    experts = [task.name for task in config.pool_tasks()]
+    config.suite_tasks()
+    config.routers(experts)
+    for expert in config.router.get("single", {}).get("experts", []):
+        _known(expert, experts, f"router single:{expert}: the pool has no such expert")
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    key = getattr(error, "full_key", None)
+    where = f"{key}: " if key else ""
+    return where + (lines[0] if lines else type(error).__name__)

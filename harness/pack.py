@@ -1,0 +1,46 @@
+"""Packs: a pool's experts stacked into one file that all actors of a machine map."""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from harness.registry import Registry
+from phatgoose.cache import cache_dir
+from phatgoose.expert import Expert
+from phatgoose.pool import Pool
+
+
+def pool_id(experts: Mapping[str, str]) -> str:
+    """What identifies a pool: a hash over its experts' names and content hashes, in its order."""
+    return hashlib.sha256(json.dumps(list(experts.items())).encode()).hexdigest()[:16]
+
+
+def open_pool(
+    registry: Registry, experts: Mapping[str, str], load: Callable[[str], Expert]
+) -> Pool:
+    """Map the pack of these experts, making it first if this machine has none.
+
+    It lies in the registry where that is a local folder, else in the cache. It can be made again
+    at any time, and two processes that make it at once do not disturb each other.
+
+    Args:
+        registry: where the experts are kept.
+        experts: content hash by name, in the pool's order.
+        load: reads and verifies the expert of a hash.
+    """
+    packs = registry.folder.local("packs") or cache_dir() / "packs"
+    folder = packs / pool_id(experts)
+    if not folder.exists():
+        packs.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=packs))
+        Pool.from_experts([load(content) for content in experts.values()]).save(temporary)
+        try:
+            temporary.rename(folder)
+        except OSError:  # another process was first, and its pack is the same
+            shutil.rmtree(temporary)
+            if not folder.exists():
+                raise
+    return Pool.open(folder)

@@ -1,0 +1,31 @@
+"""What every test stands on: no network, one thread, an own cache, and two tiny bases."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before anything imports torch or huggingface_hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _session_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["PHATGOOSE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that `load_base` reads as a tiny Llama-like base."""
+    from tests.tiny import make_llama
+
+    return make_llama(tmp_path_factory.mktemp("bases") / "llama")
+
+
+@pytest.fixture(scope="session")
+def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that `load_base` reads as a tiny T5-like base."""
+    from tests.tiny import make_t5
+
+    return make_t5(tmp_path_factory.mktemp("bases") / "t5")

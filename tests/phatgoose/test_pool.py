@@ -1,0 +1,120 @@
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from phatgoose.base import Base
+from phatgoose.errors import PhatgooseError
+from phatgoose.expert import Expert, LoraFactors
+from phatgoose.pool import Pool
+from tests.tiny import make_experts
+
+
+def alter(expert: Expert, *, linears: dict[str, LoraFactors] | None = None, **card: str) -> Expert:
+    """An expert with another card or other factors."""
+    return Expert(dataclasses.replace(expert.card, **card), linears or expert.linears)
+
+
+def test_experts_are_stacked_in_order_and_their_scales_folded_in(base: Base) -> None:
+    experts = make_experts(base, 3)
+    assert len({expert.card.scale for expert in experts}) == 3
+    pool = Pool.from_experts(experts)
+    assert pool.experts == ("e0", "e1", "e2")
+    assert list(pool.linears) == list(base.linears)
+    for name, stacked in pool.linears.items():
+        assert stacked.gate_ED is not None
+        for index, expert in enumerate(experts):
+            factors = expert.linears[name]
+            assert torch.equal(stacked.lora_A_ERD[index], factors.lora_A_RD)
+            assert torch.equal(stacked.lora_B_EOR[index], factors.lora_B_OR * expert.card.scale)
+            assert factors.gate_D is not None
+            assert torch.equal(stacked.gate_ED[index], factors.gate_D)
+
+
+def test_lower_ranks_add_what_they_did(llama: Base) -> None:
+    experts = [make_experts(llama, 1, rank=2, seed=1)[0], *make_experts(llama, 2, rank=5)[1:]]
+    pool = Pool.from_experts(experts)
+    for name, stacked in pool.linears.items():
+        assert stacked.lora_A_ERD.shape[1] == 5
+        for index, expert in enumerate(experts):
+            factors = expert.linears[name]
+            torch.testing.assert_close(
+                stacked.lora_B_EOR[index] @ stacked.lora_A_ERD[index],
+                expert.card.scale * factors.lora_B_OR @ factors.lora_A_RD,
+            )
+
+
+@pytest.mark.parametrize("gates", [True, False])
+def test_a_saved_pool_opens_as_it_was(llama: Base, tmp_path: Path, gates: bool) -> None:
+    pool = Pool.from_experts(make_experts(llama, 3, gates=gates))
+    pool.save(tmp_path / "pool")
+    opened = Pool.open(tmp_path / "pool")
+    assert opened.experts == pool.experts
+    assert opened.base_fingerprint == pool.base_fingerprint
+    assert list(opened.linears) == list(pool.linears)
+    for name, stacked in pool.linears.items():
+        other = opened.linears[name]
+        assert torch.equal(other.lora_A_ERD, stacked.lora_A_ERD)
+        assert torch.equal(other.lora_B_EOR, stacked.lora_B_EOR)
+        if gates:
+            assert other.gate_ED is not None
+            assert stacked.gate_ED is not None
+            assert torch.equal(other.gate_ED, stacked.gate_ED)
+        else:
+            assert other.gate_ED is None
+
+
+def test_one_expert_without_gates_leaves_the_pool_without(llama: Base) -> None:
+    experts = [*make_experts(llama, 1), *make_experts(llama, 2, gates=False)[1:]]
+    assert all(linear.gate_ED is None for linear in Pool.from_experts(experts).linears.values())
+
+
+def without_last(expert: Expert) -> Expert:
+    return alter(expert, linears=dict(list(expert.linears.items())[:-1]))
+
+
+def other_shape(expert: Expert) -> Expert:
+    name, factors = next(iter(expert.linears.items()))
+    wider = LoraFactors(factors.lora_A_RD, torch.zeros(99, factors.lora_A_RD.shape[0]), None)
+    return alter(expert, linears={**expert.linears, name: wider})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda e: alter(e, name="e0"), r"one name: \['e0', 'e0'\]"),
+        (lambda e: alter(e, base_fingerprint="other"), "'e0' and 'e1' were trained on different b"),
+        (without_last, r"'e0' and 'e1' adapt different linears, such as .*down_proj"),
+        (other_shape, r"'e0' and 'e1' have different shapes on .*q_proj"),
+    ],
+)
+def test_experts_that_do_not_go_together(
+    llama: Base, change: Callable[[Expert], Expert], message: str
+) -> None:
+    first, second = make_experts(llama, 2)
+    with pytest.raises(PhatgooseError, match=message):
+        Pool.from_experts([first, change(second)])
+
+
+def test_no_experts() -> None:
+    with pytest.raises(PhatgooseError, match="at least one expert"):
+        Pool.from_experts([])
+
+
+def test_an_unknown_expert_is_named_with_those_there_are(llama: Base) -> None:
+    pool = Pool.from_experts(make_experts(llama, 2))
+    assert pool.index("e1") == 1
+    with pytest.raises(PhatgooseError, match="no expert 'e2'; it has e0, e1"):
+        pool.index("e2")
+
+
+def test_a_missing_or_damaged_file_is_named(llama: Base, tmp_path: Path) -> None:
+    with pytest.raises(PhatgooseError, match=r"pool\.safetensors"):
+        Pool.open(tmp_path)
+    Pool.from_experts(make_experts(llama, 2)).save(tmp_path)
+    file = tmp_path / "pool.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(PhatgooseError, match=r"pool\.safetensors"):
+        Pool.open(tmp_path)

@@ -1,0 +1,56 @@
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from phatgoose.errors import PhatgooseError
+from phatgoose.recipe import Recipe, Stage, recipe_from_dict
+
+
+def test_the_defaults_are_the_papers() -> None:
+    recipe = Recipe()
+    assert (recipe.rank, recipe.scale, recipe.init_std, recipe.seed) == (16, 1 / 16, 0.01, 42)
+    assert (recipe.lora.steps, recipe.gates.steps, recipe.batch_size) == (1000, 100, 1024)
+    assert recipe.lora.lr == recipe.gates.lr == 5e-3
+    assert recipe.accumulation * recipe.micro_batch_size == recipe.batch_size
+
+
+def test_the_rate_grows_for_six_percent_of_the_steps_and_stays() -> None:
+    stage = Stage(steps=100)
+    factors = [stage.lr_factor(step) for step in range(100)]
+    assert factors[:6] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1])
+    assert factors[6:] == [1.0] * 94
+
+
+@given(steps=st.integers(0, 2000), warmup=st.floats(0, 1))
+def test_any_warm_up_rises_to_the_full_rate(steps: int, warmup: float) -> None:
+    factors = [Stage(steps=steps, warmup=warmup).lr_factor(step) for step in range(steps)]
+    assert factors == sorted(factors)
+    assert all(0 < factor <= 1 for factor in factors)
+    assert not factors or factors[-1] == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rank", 0),
+        ("batch_size", 0),
+        ("micro_batch_size", 0),
+        ("evaluation_examples", 0),
+        ("max_examples", 0),
+        ("max_input_tokens", 0),
+        ("max_target_tokens", -1),
+        ("micro_batch_size", 7),
+        ("dtype", "float16"),
+    ],
+)
+def test_impossible_values_are_named(field: str, value: object) -> None:
+    with pytest.raises(PhatgooseError, match=rf"train\.{field}"):
+        dataclasses.replace(Recipe(), **{field: value})
+
+
+def test_a_recipe_survives_its_card() -> None:
+    recipe = Recipe(rank=4, lora=Stage(steps=7, lr=1e-3), dtype="float32")
+    assert recipe_from_dict(json.loads(json.dumps(dataclasses.asdict(recipe)))) == recipe

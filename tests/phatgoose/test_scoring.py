@@ -1,0 +1,174 @@
+import pytest
+import torch
+from plain import plain_generate, plain_score
+from torch import nn
+
+from phatgoose.base import Base, load_base
+from phatgoose.encoding import encode_context
+from phatgoose.model import RoutedModel
+from phatgoose.pool import Pool
+from phatgoose.routers import make_router
+from phatgoose.scoring import Question, Score, generate, logits_at, score
+from tests.tiny import make_experts
+
+ROUTERS = ["base", "phatgoose", "random", "merged", "single:e1"]
+QUESTIONS = [
+    ("Question: which bird flies in the flock?\nAnswer:", [" the goose", " swan", ""]),
+    ("Is the lake deep?", [" yes", " no"]),
+    ("two and three is", [" five", " nine", " four and four and four", " two", " three"]),
+    ("", ["the"]),
+    ("The grey goose flies over the lake, and the", [""]),
+]
+CONTEXTS = ["the", "Is the lake deep?", "Question: which bird flies in the flock?\nAnswer:", ""]
+
+
+def encode(base: Base) -> list[Question]:
+    return [Question.encode(base, context, choices) for context, choices in QUESTIONS]
+
+
+def route(base: Base, router: str) -> RoutedModel:
+    routed = RoutedModel(base, Pool.from_experts(make_experts(base, 4)))
+    routed.set_router(make_router(router))
+    return routed
+
+
+def assert_same(actual: Score, expected: Score) -> None:
+    assert actual.loglikelihood == pytest.approx(expected.loglikelihood, abs=1e-4)
+    assert actual.eos_loglikelihood == pytest.approx(expected.eos_loglikelihood, abs=1e-4)
+    assert actual.tokens == expected.tokens
+    assert actual.is_greedy == expected.is_greedy
+    assert actual.ends_greedy == expected.ends_greedy
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_batch_scores_as_plain_sequences_do(base: Base, router: str) -> None:
+    route(base, router)
+    questions = encode(base)
+    for question, scores in zip(questions, score(base, questions), strict=True):
+        assert len(scores) == len(question.choices)
+        for choice, actual in zip(question.choices, scores, strict=True):
+            assert_same(actual, plain_score(base, question.context, choice))
+
+
+@pytest.mark.parametrize("router", ["base", "phatgoose"])
+def test_a_question_scores_alone_as_in_a_batch(base: Base, router: str) -> None:
+    route(base, router)
+    questions = encode(base)
+    for question, scores in zip(questions, score(base, questions), strict=True):
+        for together, alone in zip(scores, score(base, [question])[0], strict=True):
+            assert_same(together, alone)
+        for index, choice in enumerate(question.choices):
+            only = score(base, [Question(question.context, [choice])])[0][0]
+            assert_same(only, scores[index])
+
+
+def test_experts_change_what_the_base_says(base: Base) -> None:
+    questions = encode(base)
+    bare = [s.mean for scores in score(base, questions) for s in scores]
+    for router in ROUTERS[1:]:
+        routed = route(base, router)
+        changed = [s.mean for scores in score(base, questions) for s in scores]
+        assert all(abs(a - b) > 1e-3 for a, b in zip(bare, changed, strict=True))
+        routed.detach()
+
+
+def test_scores_of_a_base_in_bfloat16_are_near(base: Base) -> None:
+    half = load_base(base.name, dtype="bfloat16")
+    questions = encode(base)
+    for full, rounded in zip(score(base, questions), score(half, questions), strict=True):
+        for a, b in zip(full, rounded, strict=True):
+            assert b.mean == pytest.approx(a.mean, abs=0.15)
+
+
+def test_the_mean_counts_the_end_of_sequence() -> None:
+    assert Score(-3.0, -1.0, 3, False, False).mean == -1.0
+    assert Score(0.0, -2.0, 0, True, False).mean == -2.0
+
+
+def test_greedy_is_what_greedy_decoding_gives(base: Base) -> None:
+    eos = base.tokenizer.eos_token_id
+    context = encode_context(base, CONTEXTS[2])
+    written = [token for token in plain_generate(base, context, 4) if token != eos]
+    other = (written[-1] + 1) % base.model.config.vocab_size
+    choices = [[*written, eos], [*written[:-1], other, eos]]
+    right, wrong = score(base, [Question(context, choices)])[0]
+    assert right.is_greedy
+    assert not wrong.is_greedy
+
+
+@pytest.fixture
+def stopping(base: Base) -> Base:
+    """A base that ends a sequence where it would have written what is third after `CONTEXTS[1]`."""
+    third = plain_generate(base, encode_context(base, CONTEXTS[1]), 3)[2]
+    with torch.no_grad():
+        weight = base.model.get_output_embeddings().weight
+        weight[base.tokenizer.eos_token_id] = weight[third] * 1.05
+    return base
+
+
+@pytest.mark.parametrize("router", ["base", "phatgoose", "merged"])
+def test_generating_in_a_batch_is_greedy_decoding_of_each(stopping: Base, router: str) -> None:
+    route(stopping, router)
+    contexts = [encode_context(stopping, context) for context in CONTEXTS]
+    expected = [plain_generate(stopping, context, 9) for context in contexts]
+    texts = stopping.tokenizer.batch_decode(expected, skip_special_tokens=True)
+    assert generate(stopping, contexts, 9) == texts
+    assert [generate(stopping, [context], 9)[0] for context in contexts] == texts
+
+
+def test_generating_stops_at_the_end_of_sequence_and_leaves_it_out(stopping: Base) -> None:
+    eos = stopping.tokenizer.eos_token_id
+    contexts = [encode_context(stopping, context) for context in CONTEXTS]
+    expected = [plain_generate(stopping, context, 9) for context in contexts]
+    assert expected[1][-1] == eos
+    assert len(expected[1]) <= 3
+    assert max(len(written) for written in expected) == 9
+    assert not any(stopping.tokenizer.eos_token in text for text in generate(stopping, contexts, 9))
+
+
+def test_generating_is_greedy_whatever_the_base_would_like(base: Base) -> None:
+    contexts = [encode_context(base, context) for context in CONTEXTS]
+    expected = generate(base, contexts, 8)
+    wishes = base.model.generation_config
+    wishes.do_sample, wishes.temperature, wishes.top_k = True, 2.0, 5
+    wishes.repetition_penalty = 8.0
+    wishes.num_beams = 3
+    assert generate(base, contexts, 8) == expected
+
+
+def test_generating_stops_at_the_end_of_sequence_that_experts_were_taught(stopping: Base) -> None:
+    contexts = [encode_context(stopping, context) for context in CONTEXTS]
+    expected = generate(stopping, contexts, 9)
+    stopping.model.generation_config.eos_token_id = None
+    assert generate(stopping, contexts, 9) == expected
+
+
+def test_logits_only_where_a_target_is_predicted(base: Base) -> None:
+    rows: list[int] = []
+    head = base.model.get_output_embeddings()
+    questions = encode(base)
+
+    def count(_module: nn.Module, args: tuple[torch.Tensor, ...], _logits: torch.Tensor) -> None:
+        rows.append(args[0].shape[:-1].numel())
+
+    handle = head.register_forward_hook(count)
+    score(base, questions)
+    handle.remove()
+    targets = sum(len(choice) for question in questions for choice in question.choices)
+    shared = sum(len(question.choices) - 1 for question in questions)
+    assert sum(rows) == targets - shared  # the first token of all choices is predicted once
+
+
+def test_a_context_is_encoded_once(t5: Base) -> None:
+    calls: list[int] = []
+    handle = t5.model.get_encoder().register_forward_hook(lambda *_: calls.append(1))
+    score(t5, encode(t5))
+    handle.remove()
+    assert calls == [1]
+
+
+def test_logits_at_leaves_no_hook_after_an_error(base: Base) -> None:
+    place = torch.tensor([0])
+    with pytest.raises(RuntimeError, match="on purpose"), logits_at(base, place, place):
+        raise RuntimeError("on purpose")
+    assert not base.model.get_output_embeddings()._forward_pre_hooks
