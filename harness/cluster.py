@@ -3,8 +3,6 @@
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 # Read when Ray starts: send nothing home; actors without a GPU must not see one.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -19,31 +17,50 @@ from phatgoose.errors import PhatgooseError
 _LOCAL_OBJECT_STORE = 512 * 2**20  # an expert at a time passes through it
 
 
-@contextmanager
-def ray_cluster() -> Iterator[None]:
-    """Connect to a running Ray, or start one that only this machine can reach.
+class Cluster:
+    """A connection to Ray, made when it is first needed and closed with the `with` block.
 
-    A connection that the caller has made already is used and left open.
+    It goes to the Ray that is running, or to one started for this purpose that only this machine
+    can reach. A connection that the caller has made already is used and left open.
     """
-    if ray.is_initialized():
-        yield
-        return
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "phatgoose"}
-    try:
-        ray.init(address="auto", **quiet)
-    except ConnectionError:
-        ray.init(
-            address="local",
-            num_cpus=len(os.sched_getaffinity(0)),
-            include_dashboard=False,
-            object_store_memory=_LOCAL_OBJECT_STORE,
-            _node_ip_address="127.0.0.1",
-            **quiet,
-        )
-    try:
-        yield
-    finally:
-        ray.shutdown()
+
+    def __init__(self) -> None:
+        self._ours = False
+
+    def connect(self) -> None:
+        """Connect, if that was not done yet."""
+        if ray.is_initialized():
+            return
+        self._ours = True
+        quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "phatgoose"}
+        try:
+            ray.init(address="auto", **quiet)
+        except ConnectionError:
+            ray.init(
+                address="local",
+                num_cpus=len(os.sched_getaffinity(0)),
+                include_dashboard=False,
+                object_store_memory=_LOCAL_OBJECT_STORE,
+                _node_ip_address="127.0.0.1",
+                **quiet,
+            )
+
+    def __enter__(self) -> "Cluster":
+        """Connect later, when `connect` is called."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the connection, and end the Ray that was started for it."""
+        if self._ours:
+            ray.shutdown()
+
+
+def actor_options(config: ClusterConfig) -> dict[str, float]:
+    """What an actor asks of Ray."""
+    gpus = config.gpus_per_actor
+    if gpus is None:
+        gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+    return {"num_cpus": config.cpus_per_actor, "num_gpus": gpus}
 
 
 def actor_count(config: ClusterConfig) -> int:
@@ -52,22 +69,17 @@ def actor_count(config: ClusterConfig) -> int:
     Raises:
         PhatgooseError: it has room for none.
     """
-    available = ray.cluster_resources()
-    wanted = {"CPU": config.cpus_per_actor, "GPU": config.gpus_per_actor}
-    room = [int(available.get(kind, 0) // amount) for kind, amount in wanted.items() if amount > 0]
+    has, asks = ray.cluster_resources(), actor_options(config)
+    wanted = {"CPU": asks["num_cpus"], "GPU": asks["num_gpus"]}
+    room = [int(has.get(kind, 0) // amount) for kind, amount in wanted.items() if amount > 0]
     count = min([*room, config.max_actors or sys.maxsize])
     if count < 1 or not room:
-        has = ", ".join(f"{available.get(kind, 0):g} {kind}" for kind in wanted)
         raise PhatgooseError(
-            f"the Ray cluster ({has}) has no room for an actor of {config.cpus_per_actor:g} CPU "
-            f"and {config.gpus_per_actor:g} GPU: lower cluster.cpus_per_actor or gpus_per_actor"
+            f"the Ray cluster has {has.get('CPU', 0):g} CPU and {has.get('GPU', 0):g} GPU, and an "
+            f"actor asks for {wanted['CPU']:g} and {wanted['GPU']:g}: lower cluster.cpus_per_actor "
+            "or cluster.gpus_per_actor"
         )
     return count
-
-
-def actor_options(config: ClusterConfig) -> dict[str, float]:
-    """What an actor asks of Ray."""
-    return {"num_cpus": config.cpus_per_actor, "num_gpus": config.gpus_per_actor}
 
 
 def log_to_run_folder(run_dir: str, name: str) -> None:

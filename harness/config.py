@@ -38,7 +38,7 @@ class ClusterConfig:
     """How actors are sized."""
 
     cpus_per_actor: float = 1
-    gpus_per_actor: float = 0
+    gpus_per_actor: float | None = None
     max_actors: int | None = None
 
 

@@ -26,10 +26,10 @@ class Workers:
 
     Args:
         make: starts an actor and returns its handle.
-        count: how many to have.
+        count: says how many to have, once there is work.
     """
 
-    def __init__(self, make: Callable[[], Any], count: int) -> None:
+    def __init__(self, make: Callable[[], Any], count: Callable[[], int]) -> None:
         self._make = make
         self._count = count
         self._actors: list[Any] = []
@@ -47,8 +47,9 @@ class Workers:
         waiting = deque(range(len(calls)))
         attempts = [0] * len(calls)
         running: dict[Any, tuple[int, Any]] = {}
+        count = self._count() if calls else 0
         while waiting or running:
-            while waiting and len(running) < self._count:
+            while waiting and len(running) < count:
                 index, actor = waiting.popleft(), self._free_actor(running)
                 attempts[index] += 1
                 running[getattr(actor, method).remote(*calls[index])] = (index, actor)

@@ -79,14 +79,13 @@ class Journal:
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
 
-    def read(self, key: str) -> Answer | None:
-        """The answer to a chunk, if it was given before.
+    def has(self, key: str) -> bool:
+        """Whether a chunk was answered before."""
+        return self._folder.exists(_file(key))
 
-        Raises PhatgooseError, naming the file, if it is damaged.
-        """
+    def read(self, key: str) -> Answer:
+        """The answer to a chunk; PhatgooseError, naming the file, if it is damaged."""
         name = _file(key)
-        if not self._folder.exists(name):
-            return None
         data = self._folder.read(name)
         try:
             return _from_bytes(data)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from harness.results import (
     ROUTING,
@@ -32,11 +31,9 @@ from harness.results import (
 from harness.storage import Folder
 from harness.summary import (
     LOWER_IS_BETTER,
-    ORACLE,
     PRIMARY,
     RESAMPLES,
     SINGLE,
-    oracle_rows,
     primary_metric,
     summary_rows,
 )
@@ -50,8 +47,8 @@ _SCRIPTS = Path(__file__).resolve().parent.parent / "results"
 def make_report(folder: Folder) -> str:
     """Turn what a run folder holds into a report, and return its text.
 
-    Adds the oracle to scores.parquet, writes summary.parquet and, where it can, the pictures in
-    plots/. Doing it again gives the same files. What has not been made yet is left out and named.
+    Writes summary.parquet and, where it can, the pictures in plots/. Doing it again gives the same
+    files. What has not been made yet is left out and named.
 
     Raises:
         PhatgooseError: a file of the run is damaged, or the files do not belong together.
@@ -68,11 +65,8 @@ def make_report(folder: Folder) -> str:
 
 
 def _router_parts(folder: Folder, scores: pa.Table) -> list[str]:
-    """Add the oracle, write the summary, and make the tables of every suite."""
-    scores = scores.filter(pc.not_equal(scores["router"], ORACLE))
-    scores = pa.concat_tables([scores, pa.Table.from_pylist(oracle_rows(scores), SCORES)])
+    """Write the summary, and make the tables of every suite."""
     summary = summary_rows(scores, read_folder(folder, SAMPLES_FOLDER, SAMPLES))
-    write_table(folder, SCORES_FILE, SCORES, scores.to_pylist())
     write_table(folder, SUMMARY_FILE, SUMMARY, summary)
     suites = dict.fromkeys(row["suite"] for row in summary)
     present = {row["metric"] for row in summary}

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from phatgoose.base import Base
 from phatgoose.encoding import encode_pair
+from phatgoose.errors import PhatgooseError
 from phatgoose.model import RoutingLog
 
 
@@ -105,6 +106,9 @@ def score(
 
     Returns:
         For each question, a Score per choice.
+
+    Raises:
+        PhatgooseError: a sequence is longer than the base's sliding window, if it has one.
     """
     batch = _score_encoder_decoder if base.is_encoder_decoder else _score_decoder
     predicted, targets = batch(base, questions, log or RoutingLog())
@@ -135,6 +139,7 @@ def _score_decoder(
     base: Base, questions: Sequence[Question], log: RoutingLog
 ) -> tuple[Tensor, list[int]]:
     """Logits [N, V] and the N target tokens, in order of question, choice and token."""
+    _check_window(base, questions)
     length = max(_row_length(question) for question in questions)
     shape = (len(questions), length)
     ids_BL = torch.full(shape, base.tokenizer.pad_token_id)
@@ -180,6 +185,17 @@ def _score_decoder(
 
 def _row_length(question: Question) -> int:
     return len(question.context) + sum(len(choice) - 1 for choice in question.choices)
+
+
+def _check_window(base: Base, questions: Sequence[Question]) -> None:
+    """Refuse sequences that a sliding window cuts: the mask of `_score_decoder` has no window."""
+    window = getattr(base.model.config, "sliding_window", None)
+    longest = max(len(q.context) + max(map(len, q.choices)) - 1 for q in questions)
+    if window and longest > window:
+        raise PhatgooseError(
+            f"base {base.name}: a sequence of {longest} tokens is longer than the sliding window "
+            f"of {window}, which cannot be scored: leave out or shorten the task's longest prompts"
+        )
 
 
 def _score_encoder_decoder(
@@ -267,6 +283,6 @@ def generate(base: Base, contexts: Sequence[list[int]], max_new_tokens: int) -> 
 
 def _end_tokens(base: Base) -> list[int]:
     """The end-of-sequence token that experts are taught, and those that the base has besides."""
-    own = base.model.generation_config.eos_token_id  # type: ignore[union-attr]
+    own = base.model.generation_config.eos_token_id
     others = own if isinstance(own, list) else [own]
     return sorted({base.tokenizer.eos_token_id, *others} - {None})

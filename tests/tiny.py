@@ -9,12 +9,14 @@ Both are the same bits for the same arguments, in every process.
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     LlamaConfig,
@@ -71,6 +73,23 @@ def make_t5(folder: Path, *, tied: bool = False, seed: int = 0) -> Path:
         eos_token_id=tokenizer.eos_token_id,
     )
     return _save(AutoModelForSeq2SeqLM.from_config(config), tokenizer, folder, tied=tied, seed=seed)
+
+
+def build(kind: str, **sizes: Any) -> PreTrainedModel:
+    """A random model of an architecture, as transformers starts it."""
+    config = AutoConfig.for_model(kind, **sizes)
+    family = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: PreTrainedModel = family.from_config(config)
+    return model
+
+
+def decoder_sizes(kind: str) -> dict[str, int]:
+    """Tiny sizes, by the names that every decoder of `ADAPTED_LINEARS` has for them."""
+    sizes = {"vocab_size": 340, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    return sizes if kind == "gpt_neox" else {**sizes, "num_key_value_heads": 1, "head_dim": 8}
 
 
 def llama_tokenizer(*, start: bool = False) -> PreTrainedTokenizerFast:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from harness.tasks import bigbench
+from harness.tasks import bigbench, jsonl
 from harness.tasks.records import (
     Kind,
+    Record,
     Split,
     fingerprint_of,
     kind_of,
@@ -33,8 +34,8 @@ class TaskSpec:
 
     Attributes:
         name: the task's name; letters, digits, `_`, `.` and `-`.
-        members: the tasks of the source that it is made of.
-        source: where they come from; only `bigbench` so far.
+        members: what it is made of: tasks of BIG-bench, or the user's own files.
+        source: `bigbench`, or `jsonl` for files of JSON lines (`harness.tasks.jsonl`).
         style: how prompts are written, see `bigbench.STYLES`.
         load_opts: changes to the members as they are read, see `bigbench.LOAD_OPTS`.
         split: what to evaluate on: the `evaluation` fifth, or `all`, for a task that no expert of
@@ -60,8 +61,8 @@ class TaskSpec:
                 f"{self.name!r} cannot be a task's name: use letters, digits, _, . and -"
             )
         if not isinstance(self.members, tuple) or not self.members:
-            raise PhatgooseError(f"{where}: members must be a list of at least one BIG-bench task")
-        _one_of(self.source, ("bigbench",), f"{where}: source")
+            raise PhatgooseError(f"{where}: members must be a list of BIG-bench tasks or of files")
+        _one_of(self.source, ("bigbench", "jsonl"), f"{where}: source")
         _one_of(self.style, bigbench.STYLES, f"{where}: style")
         _one_of(self.split, ("evaluation", "all"), f"{where}: split")
         for option, on in self.load_opts.items():
@@ -140,23 +141,30 @@ def prepare_all(specs: Sequence[TaskSpec], *, archive: Path | None = None) -> li
     Raises:
         PhatgooseError: the archive, a member of a task, or one of its examples is faulty.
     """
-    new = [spec for spec in specs if not _evaluation_path(spec).exists()]
+    new = [s for s in specs if s.source == "bigbench" and not _evaluation_path(s).exists()]
     if new:
         print(f"reading {len(new)} tasks from BIG-bench ...", file=sys.stderr, flush=True)
         members = [member for spec in new for member in spec.members]
         sources = bigbench.read_members(archive or bigbench.fetch_archive(), members)
         for spec in new:
-            _make(spec, {member: sources[member] for member in spec.members})
+            definitions = [
+                bigbench.parse_member(member, sources[member], spec.load_opts)
+                for member in spec.members
+            ]
+            # BIG-bench's mark, by which text can be kept out of training corpora, stays with it.
+            canary = "\n".join(sorted({str(d.get("canary", "")) for d in definitions}))
+            splits = bigbench.make_records(spec.name, definitions, spec.style)
+            _write(spec, splits, {"source": "BIG-bench 1.0.0", "canary": canary})
+    for spec in specs:
+        if spec.source == "jsonl" and not _evaluation_path(spec).exists():
+            _write(spec, jsonl.read_splits(spec.name, spec.members), {"source": "jsonl"})
     return [_find(spec) for spec in specs]
 
 
-def _make(spec: TaskSpec, sources: Mapping[str, bytes]) -> None:
-    definitions = [bigbench.parse_member(m, s, spec.load_opts) for m, s in sources.items()]
-    splits = bigbench.make_records(spec.name, definitions, spec.style)
+def _write(spec: TaskSpec, splits: dict[Split, list[Record]], origin: dict[str, str]) -> None:
     metadata = {
-        "source": f"BIG-bench 1.0.0: {', '.join(spec.members)}",
-        # BIG-bench's mark, by which text can be kept out of training corpora, stays with its data.
-        "canary": "\n".join(sorted({str(d.get("canary", "")) for d in definitions})),
+        **origin,
+        "members": ", ".join(spec.members),
         "kind": kind_of(spec.name, splits["train"] + splits["evaluation"]),
         "fingerprint": fingerprint_of(splits),
         "counts": json.dumps({split: len(records) for split, records in splits.items()}),
@@ -183,7 +191,10 @@ def _find(spec: TaskSpec) -> TaskData:
 def _evaluation_path(spec: TaskSpec) -> Path:
     """Derived data lies under the hash of all that determines it."""
     options = sorted(option for option, on in spec.load_opts.items() if on)
-    made_from = [_VERSION, bigbench.SHA256, spec.name, spec.members, spec.style, options]
+    content: Any = bigbench.SHA256
+    if spec.source == "jsonl":
+        content = jsonl.fingerprint_of_files(spec.name, spec.members)
+    made_from = [_VERSION, content, spec.name, spec.members, spec.style, options]
     key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
     return cache_dir() / "tasks" / key / "evaluation.parquet"
 

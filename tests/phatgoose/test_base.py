@@ -11,13 +11,6 @@ import pytest
 import torch
 from huggingface_hub import constants as hub_constants
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    PretrainedConfig,
-    PreTrainedModel,
-)
 
 from phatgoose import base as base_module
 from phatgoose.base import (
@@ -30,32 +23,13 @@ from phatgoose.base import (
 )
 from phatgoose.errors import PhatgooseError
 from phatgoose.scoring import Question, score
-from tests.tiny import llama_tokenizer, make_llama, make_t5
+from tests.tiny import build, decoder_sizes, llama_tokenizer, make_llama, make_t5
 
-SIZES = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 T5_SIZES = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
 DECODER_LINEARS = {
     *(f"self_attn.{name}_proj" for name in "qkvo"),
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
 }
-
-
-def build(kind: str, **sizes: object) -> PreTrainedModel:
-    config: PretrainedConfig = AutoConfig.for_model(kind, **sizes)
-    family = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model: PreTrainedModel = family.from_config(config)
-    return model
 
 
 @pytest.fixture
@@ -68,21 +42,14 @@ def copied(llama_folder: Path, tmp_path: Path) -> Path:
     "kind", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "smollm3", "olmo2"]
 )
 def test_every_linear_of_a_decoder_but_the_head_is_adapted(kind: str) -> None:
-    linears = adapted_linears(build(kind, **SIZES))
+    linears = adapted_linears(build(kind, **decoder_sizes(kind)))
     assert {name.removeprefix("model.layers.0.") for name in linears[:7]} == DECODER_LINEARS
     assert len(linears) == 14
     assert all(name.startswith("model.layers.") for name in linears)
 
 
 def test_linears_of_gpt_neox() -> None:
-    model = build(
-        "gpt_neox",
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-    )
+    model = build("gpt_neox", **decoder_sizes("gpt_neox"))
     linears = adapted_linears(model)
     assert len(linears) == 8
     assert linears[:4] == (
@@ -103,13 +70,13 @@ def test_linears_of_t5(kind: str, form: str, feed_forward: int) -> None:
 
 
 def test_an_unknown_architecture_says_which_are_known() -> None:
-    model = build("phi", **SIZES)
+    model = build("phi", **decoder_sizes("phi"))
     with pytest.raises(PhatgooseError, match=r"'phi' model to adapt \(known: gemma, .*ADAPTED_LIN"):
         adapted_linears(model)
 
 
 def test_a_linear_that_the_table_misses_is_an_error() -> None:
-    model = build("llama", **SIZES)
+    model = build("llama", **decoder_sizes("llama"))
     model.model.layers[1].mlp.extra = nn.Linear(4, 4)
     with pytest.raises(PhatgooseError, match=r"1 linears .*first: model\.layers\.1\.mlp\.extra"):
         adapted_linears(model)

@@ -32,11 +32,11 @@ authors = pytest.mark.skipif(
 )
 
 
-def assert_near(actual: Tensor, expected: Tensor) -> None:
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
     """Relative to the largest expected value."""
     assert actual.shape == expected.shape
     error = (actual.detach() - expected).abs().max() / expected.abs().max()
-    assert error < TOLERANCE, f"relative error {error:.1e}"
+    assert error < tolerance, f"relative error {error:.1e}"
 
 
 def own_cases() -> dict[str, dict[str, Tensor]]:
@@ -73,7 +73,8 @@ def test_textbook_routing(name: str) -> None:
     case, sizes = OWN_CASES[name], load_generator().ROUTED[name]
     weights_TK, indices_TK = route(case["x_TD"], case["gates_ED"], top_k=sizes[4])
     assert torch.equal(indices_TK, case["indices_TK"])
-    assert_near(weights_TK, case["weights_TK"])
+    # Near enough to see the 1e-6 that is added to the sum of the kept shares.
+    assert_near(weights_TK, case["weights_TK"], tolerance=2e-6)
     for mixer in (mix, mix_reference):
         y_TO = mixer(
             case["x_TD"],

@@ -1,0 +1,271 @@
+"""The stage `evaluate`: every router on every task of the suite, through lm-eval.
+
+lm-eval ──requests──► ShardedLM ──chunks──► journal, else evaluation actors
+   │ acc, acc_norm, exact_match                 │ full scores of every choice
+   └──────────────► scores.parquet, samples/ ◄──┘ acc_paper, nll; routing/
+"""
+
+import contextlib
+import io
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+from lm_eval import evaluator
+
+from harness import results
+from harness.jobs import Failure, Workers
+from harness.journal import Answer, Chunk, Journal, Request
+from harness.lm import ShardedLM, Usage
+from harness.storage import Folder
+from harness.summary import oracle_rows
+from harness.tasks import TaskData
+from harness.tasks.lm_eval_tasks import make_task
+from phatgoose.errors import PhatgooseError
+from phatgoose.routers import Router
+from phatgoose.scoring import Score
+
+# Raise it whenever the same chunk would be answered differently than before.
+_ANSWER_VERSION = 1
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A chunk to be answered under a router; `key` names its answer in the journal."""
+
+    key: str
+    name: str
+    router: Router
+    chunk: Chunk
+
+
+class Evaluation:
+    """Evaluates routers one after the other.
+
+    Args:
+        folder: the run folder.
+        suite: its name.
+        tasks: its tasks' data.
+        common: the columns `run`, `base` and `manifest` of every score.
+        dtype: of the base in memory.
+        experts: the pool's experts, in its order.
+        workers: evaluation actors, started at the first chunk that the journal does not answer.
+        chunk_characters: see `harness.journal.cut`.
+        advance: told how many requests were just answered.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        suite: str,
+        tasks: Sequence[TaskData],
+        common: Mapping[str, str],
+        dtype: str,
+        experts: Sequence[str],
+        workers: Workers,
+        chunk_characters: int,
+        advance: Callable[[int], None],
+    ) -> None:
+        self._folder, self._suite, self._common = folder, suite, common
+        self._experts, self._workers = experts, workers
+        self._journal = Journal(folder)
+        self._identity = [_ANSWER_VERSION, common["manifest"], common["base"], dtype]
+        self._characters, self._advance = chunk_characters, advance
+        self._chunks: dict[Chunk, None] = {}  # all that was asked so far, in order
+        self._counted: set[str] = set()
+        self._tasks = {f"{suite}/{data.name}": make_task(data, suite) for data in tasks}
+
+    def run(self, name: str, router: Router) -> list[dict[str, Any]]:
+        """Evaluate one router: writes its samples and routing, returns its rows of scores."""
+
+        def ask(chunks: Sequence[Chunk]) -> Iterator[tuple[int, Answer]]:
+            return self._ask(name, router, chunks)
+
+        lm = ShardedLM(ask, self._characters)
+        with contextlib.redirect_stderr(io.StringIO()):  # lm-eval draws a bar per task
+            output = evaluator.evaluate(
+                lm, {"tasks": self._tasks, "groups": {}}, bootstrap_iters=1, log_samples=True
+            )
+        assert output is not None
+        self._score_generated(lm, output["samples"])
+        scores: list[dict[str, Any]] = []
+        samples: list[dict[str, Any]] = []
+        routing: list[dict[str, Any]] = []
+        for full_name in self._tasks:
+            labels = {"router": name, "suite": self._suite, "task": full_name.partition("/")[2]}
+            documents = [
+                _document(sample, lm.scores[full_name, sample["doc_id"]])
+                for sample in output["samples"][full_name]
+            ]
+            samples += [{**labels, **document} for document in documents]
+            shared = {
+                **labels,
+                **self._common,
+                "top_k": getattr(router, "top_k", None),
+                "zero_shot": router.zero_shot,
+                "n": len(documents),
+                "seconds": lm.usage[full_name].seconds,
+                "tokens": lm.usage[full_name].tokens,
+                "expert": None,
+            }
+            scores += [
+                {**shared, **row} for row in _metrics(output["results"][full_name], documents)
+            ]
+            routing += [{**labels, **row} for row in self._routing(lm.usage[full_name])]
+        self._replace(results.samples_file(name), results.SAMPLES, samples)
+        if routing:
+            self._replace(results.routing_file(name), results.ROUTING, routing)
+        return scores
+
+    def write_scores(self, rows: list[dict[str, Any]], *, oracle: bool) -> None:
+        """Write scores.parquet, keeping the rows of other suites and routers."""
+        if oracle:
+            rows = rows + oracle_rows(pa.Table.from_pylist(rows, results.SCORES))
+        routers = {row["router"] for row in rows}
+        kept = _read(self._folder, results.SCORES_FILE, results.SCORES)
+        kept = [r for r in kept if r["suite"] != self._suite or r["router"] not in routers]
+        results.write_table(self._folder, results.SCORES_FILE, results.SCORES, kept + rows)
+
+    def _ask(
+        self, name: str, router: Router, chunks: Sequence[Chunk]
+    ) -> Iterator[tuple[int, Answer]]:
+        """Answers from the journal, then from the actors; each is kept before it is used."""
+        keys = [self._key(router, chunk) for chunk in chunks]
+        self._chunks |= dict.fromkeys(chunks)
+        missing = [i for i, key in enumerate(keys) if not self._journal.has(key)]
+        calls = [_Call(keys[i], name, router, chunks[i]) for i in missing]
+        for call, answer in self._answer(calls):
+            yield missing[call], answer
+        for index in sorted(set(range(len(chunks))) - set(missing)):
+            yield index, self._journal.read(keys[index])
+            self._count(keys[index], chunks[index])
+
+    def ask_ahead(self, routers: Mapping[str, Router]) -> None:
+        """Let the actors answer, for these routers, all that other routers were asked before.
+
+        Requests do not depend on the router. Asking them all at once leaves no actor idle while
+        lm-eval sums up one router and prepares the next; lm-eval then finds the answers in the
+        journal.
+        """
+        calls = [
+            _Call(self._key(router, chunk), name, router, chunk)
+            for name, router in routers.items()
+            for chunk in self._chunks
+        ]
+        for _ in self._answer([call for call in calls if not self._journal.has(call.key)]):
+            pass
+
+    def _answer(self, calls: "Sequence[_Call]") -> Iterator[tuple[int, Answer]]:
+        """Let the actors answer; every answer is in the journal before it is yielded."""
+        arguments = [(call.router, call.chunk) for call in calls]
+        for index, result in self._workers.run("answer", arguments, tick=lambda _: None):
+            call = calls[index]
+            if isinstance(result, Failure):
+                raise PhatgooseError(
+                    f"router {call.name}, task {call.chunk.task}: {result.error}; see logs/ in "
+                    f"{self._folder}"
+                )
+            self._journal.write(call.key, result)
+            self._count(call.key, call.chunk)
+            yield index, result
+
+    def _key(self, router: Router, chunk: Chunk) -> str:
+        options = asdict(router)  # type: ignore[call-overload]  # a dataclass, as all routers are
+        return chunk.key([*self._identity, type(router).__name__, options])
+
+    def _count(self, key: str, chunk: Chunk) -> None:
+        """Advance the bar, once per chunk and router."""
+        if key not in self._counted:
+            self._counted.add(key)
+            self._advance(len(chunk.requests))
+
+    def _score_generated(self, lm: ShardedLM, samples: Mapping[str, list[dict[str, Any]]]) -> None:
+        """Score the right answer of each document that lm-eval let the model generate for."""
+        wanted, questions = [], []
+        for name, task in self._tasks.items():
+            if task.OUTPUT_TYPE == "generate_until":
+                for sample in samples[name]:
+                    wanted.append((name, sample["doc_id"]))
+                    target = sample["doc"]["targets"][0]
+                    questions.append((name, Request(sample["arguments"][0][0], (target,))))
+        for key, scores in zip(wanted, lm.score(questions) if questions else [], strict=True):
+            lm.scores[key] = scores
+
+    def _routing(self, usage: Usage) -> Iterator[dict[str, Any]]:
+        for linear, weights_E in usage.routing.items():
+            shares = (weights_E / weights_E.sum()).tolist()
+            entropy = -sum(share * math.log(share) for share in shares if share > 0)
+            for expert, share in zip(self._experts, shares, strict=True):
+                yield {
+                    "linear": linear,
+                    "expert": expert,
+                    "share": share,
+                    "tokens": usage.routed[linear],
+                    "entropy": entropy,
+                }
+
+    def _replace(self, name: str, schema: pa.Schema, rows: list[dict[str, Any]]) -> None:
+        """Write a router's rows of this suite, keeping its rows of others."""
+        kept = [r for r in _read(self._folder, name, schema) if r["suite"] != self._suite]
+        results.write_table(self._folder, name, schema, kept + rows)
+
+
+def count_requests(tasks: Sequence[TaskData]) -> int:
+    """How many requests one router answers: one a document, two where it is generated."""
+    per_task = {data.name: make_task(data, "count") for data in tasks}
+    return sum(
+        len(task.eval_docs) * (2 if task.OUTPUT_TYPE == "generate_until" else 1)
+        for task in per_task.values()
+    )
+
+
+def _read(folder: Folder, name: str, schema: pa.Schema) -> list[dict[str, Any]]:
+    if not folder.exists(name):
+        return []
+    rows = results.read_table(folder, name, schema).to_pylist()
+    return [{**row, "metrics": dict(row["metrics"])} if "metrics" in row else row for row in rows]
+
+
+def _document(sample: Mapping[str, Any], scores: Sequence[Score]) -> dict[str, Any]:
+    """One document's row of samples, with the paper's metrics beside lm-eval's."""
+    doc = sample["doc"]
+    metrics = {metric: float(sample[metric]) for metric in sample["metrics"]}
+    if doc["choices"]:
+        correct = doc["correct"]
+        means = [score.mean for score in scores]
+        sums = [score.loglikelihood for score in scores]
+        metrics["acc_paper"] = float(means.index(max(means)) in correct)
+        metrics["nll"] = -max(means[i] for i in correct)
+        target = doc["choices"][correct[0]]
+        prediction = doc["choices"][sums.index(max(sums))]
+    else:
+        metrics["nll"] = -scores[0].mean
+        sums = []
+        target, prediction = doc["targets"][0], sample["filtered_resps"][0]
+    return {
+        "document": doc["document"],
+        "target": target,
+        "prediction": prediction,
+        "correct": bool(metrics["acc" if doc["choices"] else "exact_match"]),
+        "choice_scores": sums,
+        "metrics": metrics,
+    }
+
+
+def _metrics(
+    lm_eval: Mapping[str, Any], documents: Sequence[Mapping[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """A task's metrics with their standard errors: lm-eval's own, and the paper's."""
+    for metric in documents[0]["metrics"]:
+        if f"{metric},none" in lm_eval:
+            value, stderr = lm_eval[f"{metric},none"], lm_eval[f"{metric}_stderr,none"]
+        else:
+            values = [document["metrics"][metric] for document in documents]
+            value = statistics.fmean(values)
+            stderr = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+        if not isinstance(stderr, float):
+            stderr = None  # lm-eval writes "N/A"
+        yield {"metric": metric, "value": value, "stderr": stderr}

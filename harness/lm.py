@@ -1,0 +1,128 @@
+"""The language model that lm-eval talks to: it cuts requests into chunks and lets actors answer."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from torch import Tensor
+
+from harness.journal import Answer, Chunk, Request, cut
+from phatgoose.errors import PhatgooseError
+from phatgoose.scoring import Score
+
+# Answers chunks in any order: yields the index of each chunk and its answer.
+Ask = Callable[[Sequence[Chunk]], Iterator[tuple[int, Answer]]]
+
+
+class Usage:
+    """What answering a task took, and what was routed: sums over its chunks in their order."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.tokens = 0
+        self.routing: dict[str, Tensor] = {}
+        self.routed: dict[str, int] = {}
+
+    def add(self, answer: Answer) -> None:
+        """Count one chunk."""
+        self.seconds += answer.seconds
+        self.tokens += answer.tokens
+        for linear, weights_E in answer.routing.items():
+            total_E = self.routing.setdefault(linear, torch.zeros_like(weights_E))
+            total_E += weights_E
+            self.routed[linear] = self.routed.get(linear, 0) + answer.routed[linear]
+
+
+class ShardedLM(LM):
+    """An lm-eval LM for one router; it keeps each choice's full Score and each task's Usage.
+
+    Args:
+        ask: answers chunks.
+        chunk_characters: see `harness.journal.cut`.
+    """
+
+    def __init__(self, ask: Ask, chunk_characters: int) -> None:
+        super().__init__()
+        self._ask = ask
+        self._characters = chunk_characters
+        self.scores: dict[tuple[str, int], list[Score]] = {}
+        self.usage: dict[str, Usage] = {}
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Summed log-likelihood, end-of-sequence left out, and whether greedy decoding gives it.
+
+        The choices of one document under one context are scored together. The full scores stay in
+        `scores` by task and document.
+        """
+        groups: dict[tuple[str, int, str], list[int]] = {}
+        for place, instance in enumerate(requests):
+            task, document = _origin(instance)
+            groups.setdefault((task, document, instance.args[0]), []).append(place)
+        questions = [
+            (task, Request(context, tuple(requests[place].args[1] for place in places)))
+            for (task, _, context), places in groups.items()
+        ]
+        found: list[Score | None] = [None] * len(requests)
+        for places, scores in zip(groups.values(), self.score(questions), strict=True):
+            for place, score in zip(places, scores, strict=True):
+                found[place] = score
+        results = []
+        for instance, known in zip(requests, found, strict=True):
+            assert known is not None
+            self.scores.setdefault(_origin(instance), []).append(known)
+            results.append((known.loglikelihood, known.is_greedy))
+        return results
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Greedy continuations up to the first stop string."""
+        questions = []
+        for instance in requests:
+            context, options = instance.args
+            if options.get("do_sample") or options.get("temperature"):
+                raise PhatgooseError(f"task {instance.task_name} samples: only greedy is supported")
+            until = options.get("until") or ()
+            stops = (until,) if isinstance(until, str) else tuple(until)
+            limit = int(options.get("max_gen_toks", 256))
+            request = Request(context, max_new_tokens=limit, until=stops)
+            questions.append((_origin(instance)[0], request))
+        return [answer.texts[i] for answer, i in self._answers("generate", questions)]
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """Not supported: no task of the benchmark measures the perplexity of whole documents."""
+        raise PhatgooseError(
+            f"task {requests[0].task_name} asks for rolling log-likelihoods, which routed "
+            "inference does not offer: leave it out of the suite"
+        )
+
+    def score(self, questions: Sequence[tuple[str, Request]]) -> list[list[Score]]:
+        """Score every choice of each request; a request comes with the task it is counted under."""
+        return [answer.scores[i] for answer, i in self._answers("score", questions)]
+
+    def _answers(
+        self, kind: Any, questions: Sequence[tuple[str, Request]]
+    ) -> list[tuple[Answer, int]]:
+        """For each question the answer of its chunk, and its place in that answer."""
+        by_task: dict[str, list[int]] = {}
+        for place, (task, _) in enumerate(questions):
+            by_task.setdefault(task, []).append(place)
+        chunks: list[tuple[Chunk, list[int]]] = []
+        for task, places in by_task.items():
+            requests = [questions[place][1] for place in places]
+            for chunk, order in cut(task, kind, requests, self._characters):
+                chunks.append((chunk, [places[i] for i in order]))
+        answers = dict(self._ask([chunk for chunk, _ in chunks]))
+        found: dict[int, tuple[Answer, int]] = {}
+        for index, (chunk, places) in enumerate(chunks):
+            self.usage.setdefault(chunk.task, Usage()).add(answers[index])
+            for i, place in enumerate(places):
+                found[place] = (answers[index], i)
+        return [found[place] for place in range(len(questions))]
+
+
+def _origin(instance: Instance) -> tuple[str, int]:
+    """The task and the document that a request belongs to."""
+    assert instance.task_name is not None
+    assert instance.doc_id is not None
+    return instance.task_name, instance.doc_id

@@ -1,0 +1,278 @@
+"""What a run will do, found out and checked before anything is written or any actor starts."""
+
+import hashlib
+import json
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from harness.config import RunConfig
+from harness.evaluate import count_requests
+from harness.registry import Registry
+from harness.results import RUN_FILE, read_run
+from harness.storage import Folder
+from harness.tasks import TaskData, TaskSpec, prepare_all
+from harness.tasks.records import read_table
+from harness.train_actor import TrainJob
+from phatgoose.base import adapted_linears, fingerprint, locate_base
+from phatgoose.errors import PhatgooseError
+from phatgoose.expert import Card, validate_name
+from phatgoose.recipe import Recipe
+from phatgoose.routers import Router
+
+# Raise it whenever the same job would train another expert than before.
+_TRAINING_VERSION = 1
+# Of what a processor could do in a large product, what training on short texts gets.
+_EFFICIENCY = 0.5
+_CHARACTERS_PER_TOKEN = 4
+_SPARE_BYTES = 500 * 2**20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked run.
+
+    Attributes:
+        config: the configuration.
+        folder: the run folder.
+        base_fingerprint: of the base.
+        pool, suite: their tasks' data.
+        jobs: one per expert, in the pool's order.
+        finished: content hash by job id, of experts that need no training.
+        routers: by their name in results.
+        requests: what one router has to answer.
+        expert_bytes: size of one expert.
+        train_seconds: estimate for one core or GPU; None where there is no basis for one.
+    """
+
+    config: RunConfig
+    folder: Folder
+    base_fingerprint: str
+    pool: list[TaskData]
+    suite: list[TaskData]
+    jobs: list[TrainJob]
+    finished: dict[str, str]
+    routers: dict[str, Router]
+    requests: int
+    expert_bytes: int
+    train_seconds: float | None
+
+    @property
+    def open_jobs(self) -> list[TrainJob]:
+        """Jobs still to be done, the longest first."""
+        length = {data.name: _mean_characters(data) for data in self.pool}
+        jobs = [job for job in self.jobs if job.card.job not in self.finished]
+        return sorted(jobs, key=lambda job: -length[job.task.name])
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What all results in one run folder have in common."""
+        return {
+            "base": self.base_fingerprint,
+            "experts": {job.card.name: job.card.job for job in self.jobs},
+        }
+
+    def describe(self) -> str:
+        """The plan, for a terminal."""
+        config, done = self.config, len(self.jobs) - len(self.open_jobs)
+        size = len(self.jobs) * self.expert_bytes / 2**20
+        lines = [
+            f"base      {config.base.name} ({self.base_fingerprint[:12]}, {config.base.dtype})",
+            f"pool      {config.pool['name']}: {len(self.jobs)} experts, {size:.0f} MiB",
+            f"suite     {config.suite['name']}: {', '.join(data.name for data in self.suite)}",
+            f"routers   {', '.join(config.router)}",
+            f"run.dir   {self.folder}",
+        ]
+        if "train" in config.stages:
+            steps = config.train.lora.steps + config.train.gates.steps
+            estimate = "" if self.train_seconds is None else f", {self._estimate()}"
+            lines.append(
+                f"train     {len(self.open_jobs)} of {len(self.jobs)} jobs of {steps} steps "
+                f"({done} done before){estimate}"
+            )
+        if "evaluate" in config.stages:
+            lines.append(
+                f"evaluate  {len(self.routers)} passes over {self.requests} requests "
+                "(those answered before are not asked again)"
+            )
+        return "\n".join(lines)
+
+    def _estimate(self) -> str:
+        minutes = (self.train_seconds or 0) / 60
+        return f"about {max(1, round(minutes))} min of one core's time"
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Check configuration, names, data, base, registry and disk; write nothing but the cache.
+
+    Raises:
+        PhatgooseError: the first thing that would stop the run later.
+    """
+    pool_specs, suite_specs = config.pool_tasks(), config.suite_tasks()
+    for spec in pool_specs:
+        validate_name(spec.name)
+    _check_held_out(pool_specs, suite_specs)
+    location = locate_base(config.base.name, revision=config.base.revision)
+    base_fingerprint = fingerprint(location)
+    shapes, parameters = _linear_shapes(location, config)
+    data = prepare_all([*pool_specs, *suite_specs])
+    pool, suite = data[: len(pool_specs)], data[len(pool_specs) :]
+    jobs = [_job(config, base_fingerprint, item) for item in pool]
+    registry = Registry(config.registry, base_fingerprint)
+    registry.manifest()  # of another base: an error
+    finished = {}
+    for job in jobs:
+        content_hash = registry.finished(job.card.job)
+        if content_hash is not None:
+            finished[job.card.job] = content_hash
+    rank = config.train.rank
+    plan = Plan(
+        config=config,
+        folder=Folder(config.run.dir),
+        base_fingerprint=base_fingerprint,
+        pool=pool,
+        suite=suite,
+        jobs=jobs,
+        finished=finished,
+        routers=config.routers([job.card.name for job in jobs]),
+        requests=count_requests(suite),
+        expert_bytes=sum(4 * (rank * (d + o) + d) for d, o in shapes),
+        train_seconds=_train_seconds(config.train, pool, jobs, finished, parameters),
+    )
+    _check_same_run(plan)
+    plan.folder.check_writable()
+    registry.folder.check_writable()
+    _check_disk(plan, registry.folder)
+    return plan
+
+
+def _job(config: RunConfig, base_fingerprint: str, data: TaskData) -> TrainJob:
+    recipe = asdict(config.train)
+    determines = {
+        "version": _TRAINING_VERSION,
+        "name": data.name,
+        "base": base_fingerprint,
+        "data": data.fingerprint,
+        "recipe": recipe,
+    }
+    digest = hashlib.sha256(json.dumps(determines, sort_keys=True).encode()).hexdigest()
+    card = Card(
+        name=data.name,
+        task=data.name,
+        base=config.base.name,
+        base_fingerprint=base_fingerprint,
+        data_fingerprint=data.fingerprint,
+        job=digest[:32],
+        scale=config.train.scale,
+        recipe=recipe,
+        metrics={},
+    )
+    return TrainJob(card, data.spec)
+
+
+def _check_held_out(pool: list[TaskSpec], suite: list[TaskSpec]) -> None:
+    """Refuse to evaluate on documents that an expert is trained on."""
+    trained = {member: spec.name for spec in pool for member in spec.members}
+    for spec in suite:
+        for member in spec.members:
+            expert = trained.get(member)
+            if expert is not None and (spec.split == "all" or spec.name != expert):
+                raise PhatgooseError(
+                    f"suite task {spec.name} holds documents of {member} that expert {expert} is "
+                    f"trained on: call it {expert} with split: evaluation, or leave one of them out"
+                )
+
+
+def _linear_shapes(location: Path, config: RunConfig) -> tuple[list[tuple[int, int]], int]:
+    """Input and output features of the adapted linears, and the base's parameters."""
+    settings = AutoConfig.from_pretrained(location, trust_remote_code=config.base.trust_remote_code)
+    family = AutoModelForSeq2SeqLM if settings.is_encoder_decoder else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = family.from_config(settings, trust_remote_code=config.base.trust_remote_code)
+    shapes = []
+    for name in adapted_linears(model):
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        shapes.append((linear.in_features, linear.out_features))
+    return shapes, sum(parameter.numel() for parameter in model.parameters())
+
+
+def _check_same_run(plan: Plan) -> None:
+    """Refuse to mix the results of two pools in one folder."""
+    if not plan.folder.exists(RUN_FILE):
+        return
+    before = read_run(plan.folder).get("identity")
+    if before == plan.identity:
+        return
+    what = "base"
+    if before and before["base"] == plan.base_fingerprint:
+        same = before["experts"].keys() == plan.identity["experts"].keys()
+        what = "training recipe or data" if same else "pool"
+    raise PhatgooseError(
+        f"run.dir={plan.folder} holds a run with another {what}: choose another run.dir, or give "
+        "the configuration that its run.json has"
+    )
+
+
+def _check_disk(plan: Plan, registry: Folder) -> None:
+    path = registry.local("objects")
+    if path is None:
+        return
+    while not path.exists():
+        path = path.parent
+    # Each expert stands in its object and in the pack.
+    needed = 2 * len(plan.jobs) * plan.expert_bytes + _SPARE_BYTES
+    free = shutil.disk_usage(path).free
+    if free < needed:
+        raise PhatgooseError(
+            f"{registry} has {free / 2**30:.1f} GiB free, and the run needs about "
+            f"{needed / 2**30:.1f} GiB: free some, or choose another registry= and run.dir="
+        )
+
+
+def _mean_characters(data: TaskData) -> float:
+    """Mean length of a training example of a task."""
+    table = read_table(data.train).slice(0, 1000)
+    texts = [row["input"] + row["targets"][0] for row in table.to_pylist()]
+    return sum(map(len, texts)) / max(1, len(texts))
+
+
+def _train_seconds(
+    recipe: Recipe,
+    pool: list[TaskData],
+    jobs: list[TrainJob],
+    finished: dict[str, str],
+    parameters: int,
+) -> float | None:
+    """Time that one core needs to train, from a product timed here; None on a GPU."""
+    if torch.cuda.is_available():
+        return None
+    characters = sum(
+        _mean_characters(data)
+        for data, job in zip(pool, jobs, strict=True)
+        if job.card.job not in finished
+    )
+    examples = recipe.batch_size * (recipe.lora.steps + recipe.gates.steps)
+    tokens = examples * characters / _CHARACTERS_PER_TOKEN
+    # Forward, and backward through the activations: two operations per parameter each.
+    return tokens * 4 * parameters / (_EFFICIENCY * _operations_per_second())
+
+
+def _operations_per_second() -> float:
+    """Floating-point operations per second of one core, from a short product."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        matrix = torch.ones(1024, 1024)
+        matrix @ matrix
+        started = time.perf_counter()
+        matrix @ matrix
+        return 2 * 1024**3 / (time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,217 @@
+"""The whole benchmark in one command: python -m harness.run pool=demo
+
+Plan and check, train what has not been trained, evaluate what has not been answered, report.
+"""
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+from harness import results
+from harness.config import CONF, RunConfig, groups, load_config
+from phatgoose.errors import PhatgooseError
+
+_PACKAGES = ("phatgoose", "torch", "transformers", "ray", "deepspeed", "lm_eval", "pyarrow")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if {"-h", "--help"} & set(arguments):
+        print(help_text())
+        return 0
+    try:
+        run(load_config(arguments))
+    except PhatgooseError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(config: RunConfig) -> None:
+    """Carry one configuration through its stages.
+
+    Raises:
+        PhatgooseError: a check before work failed, or no expert could be had.
+    """
+    _be_quiet()
+    # Imported here, so that a mistyped configuration is refused at once.
+    from harness.cluster import Cluster
+    from harness.plan import make_plan
+    from harness.report import make_report
+
+    started = time.time()
+    plan = make_plan(config)
+    print(plan.describe(), flush=True)
+    record = _record(config, plan.identity, started)
+    results.write_run(plan.folder, record)
+    failures: dict[str, str] = {}
+    with Cluster() as cluster:
+        if "train" in config.stages and plan.open_jobs:
+            failures = _train(plan, cluster)
+        if "evaluate" in config.stages:
+            _evaluate(plan, cluster)
+    minutes = (time.time() - started) / 60
+    record |= {"finished": _time(time.time()), "minutes": minutes, "failures": failures}
+    results.write_run(plan.folder, record)
+    if "report" in config.stages:
+        print("\n" + make_report(plan.folder), end="")
+    print(f"done in {minutes:.1f} min; everything is in {plan.folder}")
+    for name, error in failures.items():
+        print(f"not trained: {name}: {error}", file=sys.stderr)
+
+
+def _train(plan: Any, cluster: Any) -> dict[str, str]:
+    import ray
+
+    from harness.cluster import actor_count, actor_options
+    from harness.jobs import Workers
+    from harness.registry import registry_actor
+    from harness.train import train
+    from harness.train_actor import TrainActor
+
+    config = plan.config
+    cluster.connect()
+    remote = ray.remote(TrainActor).options(**actor_options(config.cluster), max_concurrency=2)
+    workers = Workers(
+        lambda: remote.remote(config.base, plan.base_fingerprint, config.run.dir),
+        lambda: actor_count(config.cluster),
+    )
+    keeper = registry_actor(config.registry, plan.base_fingerprint)
+    try:
+        return train(plan.open_jobs, plan.folder, workers, keeper)
+    finally:
+        workers.close()
+
+
+def _evaluate(plan: Any, cluster: Any) -> None:
+    import ray
+    from tqdm import tqdm
+
+    from harness.cluster import actor_count, actor_options
+    from harness.eval_actor import EvalActor
+    from harness.evaluate import Evaluation
+    from harness.jobs import Workers
+    from harness.pack import pool_id
+    from harness.registry import Registry, registry_actor
+
+    config = plan.config
+    experts = _pool(Registry(config.registry, plan.base_fingerprint), plan)
+    routers = config.routers(list(experts))
+
+    def make() -> Any:
+        keeper = registry_actor(config.registry, plan.base_fingerprint)
+        remote = ray.remote(EvalActor).options(**actor_options(config.cluster))
+        return remote.remote(
+            config.base, plan.base_fingerprint, config.registry, keeper, experts, config.run.dir
+        )
+
+    def count() -> int:
+        cluster.connect()
+        return actor_count(config.cluster)
+
+    workers = Workers(make, count)
+    common = {
+        "run": config.pool["name"],
+        "base": config.base.name,
+        "manifest": pool_id(experts),
+    }
+    total = plan.requests * len(routers)
+    try:
+        with tqdm(total=total, desc="evaluate", unit="request", disable=None) as bar:
+            evaluation = Evaluation(
+                plan.folder,
+                config.suite["name"],
+                plan.suite,
+                common,
+                config.base.dtype,
+                list(experts),
+                workers,
+                config.chunk_characters,
+                bar.update,
+            )
+            rows = []
+            for place, (name, router) in enumerate(routers.items()):
+                if place == 1:
+                    evaluation.ask_ahead(routers)
+                rows += evaluation.run(name, router)
+            evaluation.write_scores(rows, oracle="oracle" in config.router)
+    finally:
+        workers.close()
+
+
+def _pool(registry: Any, plan: Any) -> dict[str, str]:
+    """The trained experts' content hashes by name; says which ones are lacking."""
+    found = {job.card.name: registry.finished(job.card.job) for job in plan.jobs}
+    experts = {name: content for name, content in found.items() if content is not None}
+    lacking = [name for name in found if name not in experts]
+    if not experts:
+        raise PhatgooseError(
+            f"no expert of pool {plan.config.pool['name']} is in the registry {registry.folder}: "
+            "run the stage train"
+        )
+    if lacking:
+        print(f"the pool lacks {len(lacking)} experts: {', '.join(lacking)}", file=sys.stderr)
+    return experts
+
+
+def _record(config: RunConfig, identity: dict[str, Any], started: float) -> dict[str, Any]:
+    """What run.json says."""
+    return {
+        "identity": identity,
+        "configuration": asdict(config),
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in _PACKAGES},
+        "hardware": {"machine": platform.machine(), "cores": len(os.sched_getaffinity(0))},
+        "started": _time(started),
+        "finished": None,
+    }
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+def _be_quiet() -> None:
+    """Keep libraries from talking over the plan, the bars and the tables."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
+def help_text() -> str:
+    """What --help prints."""
+    listed = "\n".join(f"  {group:8} {', '.join(names)}" for group, names in groups().items())
+    return f"""usage: python -m harness.run [group=choice ...] [key=value ...]
+
+Train a pool of experts, evaluate routers over it on a suite of tasks, and report.
+
+Groups and their choices (base= also takes a directory or a Hugging Face id,
+router= a list, in it also single:<expert>):
+{listed}
+
+Keys are those of {CONF.name}/config.yaml and of the chosen files, for example:
+  stages=[train]                only train
+  run.dir=/data/run             where everything goes; an absolute path or a URI
+  registry=/data/registry       where experts are kept
+  train.lora.steps=100          steps of the LoRA stage
+  suite.limit=200               documents per task
+  router.phatgoose.top_k=1      experts per token
+
+Started again with the same command, a run goes on where it was."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

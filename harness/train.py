@@ -1,0 +1,82 @@
+"""The stage `train`: one job per expert on reused actors, published as each one ends."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from tqdm import tqdm
+
+from harness import results
+from harness.jobs import Failure, Workers, last_line
+from harness.storage import Folder
+from harness.train_actor import TrainJob
+
+
+def train(
+    jobs: Sequence[TrainJob], folder: Folder, workers: Workers, keeper: Any
+) -> dict[str, str]:
+    """Train the experts of these jobs.
+
+    The curve is written before the expert is published, so that a finished job always has one.
+    A job that fails is reported and does not stop the others.
+
+    Args:
+        jobs: in the order in which to start them.
+        folder: the run folder.
+        workers: the training actors.
+        keeper: the registry's actor.
+
+    Returns:
+        What went wrong, by expert.
+    """
+    failures: dict[str, str] = {}
+    recipe_steps = [job.recipe.lora.steps + job.recipe.gates.steps for job in jobs]
+    done_steps = 0
+    with tqdm(total=sum(recipe_steps), desc="train", unit="step", disable=None) as bar:
+
+        def tick(actors: list[Any]) -> None:
+            if not bar.disable:
+                bar.n = done_steps + _steps_under_way(actors)
+                bar.refresh()
+
+        for index, result in workers.run("train", [(job,) for job in jobs], tick):
+            name = jobs[index].card.name
+            outcome = result if isinstance(result, Failure) else _publish(folder, keeper, result)
+            done_steps += recipe_steps[index]
+            if isinstance(outcome, Failure):
+                failures[name] = outcome.error
+                tqdm.write(f"failed    {name}: {outcome.error}", file=sys.stderr)
+            else:
+                tqdm.write(f"trained   {name}: {outcome}", file=sys.stderr)
+    return failures
+
+
+def _steps_under_way(actors: Sequence[Any]) -> int:
+    """Steps done of the jobs under way; an actor that does not answer at once counts as 0."""
+    references = [actor.steps.remote() for actor in actors]
+    ready, _ = ray.wait(references, num_returns=len(references), timeout=0.5) if actors else ([], 0)
+    steps = 0
+    for reference in ready:
+        try:
+            steps += ray.get(reference)
+        except RayError:  # it died: `Workers` will see to it
+            continue
+    return steps
+
+
+def _publish(
+    folder: Folder, keeper: Any, result: tuple[list[dict[str, Any]], Any]
+) -> str | Failure:
+    """Keep one job's curve and expert; returns a line that says what was learnt."""
+    rows, expert = result
+    results.write_table(folder, results.training_file(rows[0]["expert"]), results.TRAINING, rows)
+    try:
+        # The reference is passed on: the expert goes from actor to actor, not through the driver.
+        ray.get(keeper.publish.remote(expert))
+    except RayError as error:
+        return Failure(f"not published: {last_line(error)}")
+    losses = [f"{row['loss']:.2f}" for row in rows if row["split"] == "evaluation"]
+    seconds = max(row["seconds"] for row in rows if row["stage"] == "lora") + rows[-1]["seconds"]
+    return f"loss {losses[0]} -> {losses[1]}, gates {losses[2]} -> {losses[3]}, {seconds:.0f} s"

@@ -1,0 +1,99 @@
+import pytest
+import torch
+from torch import nn
+
+from phatgoose.base import Base
+from phatgoose.errors import PhatgooseError
+from phatgoose.gated_lora import GatedLora, attach_lora, detach_lora, read_factors
+from tests.tiny import state
+
+OPTIONS = {"rank": 3, "scale": 0.25, "init_std": 0.01}
+
+
+def make_layer(dtype: torch.dtype = torch.float32) -> GatedLora:
+    linear = nn.Linear(8, 5, dtype=dtype).requires_grad_(False)
+    return GatedLora(linear, generator=torch.Generator().manual_seed(0), **OPTIONS)
+
+
+def test_a_new_expert_adds_nothing() -> None:
+    layer, x = make_layer(), torch.randn(2, 7, 8)
+    assert torch.equal(layer(x), layer.base(x))
+
+
+def test_a_new_gate_lets_half_of_the_expert_pass() -> None:
+    layer, x = make_layer(), torch.randn(2, 7, 8)
+    layer.lora_B_OR.data.normal_()
+    added = layer(x) - layer.base(x)
+    torch.testing.assert_close(added, 0.25 * x @ layer.lora_A_RD.T @ layer.lora_B_OR.T)
+    layer.add_gate()
+    torch.testing.assert_close(layer(x) - layer.base(x), added / 2)
+    assert layer.gate_D is not None
+    assert not layer.gate_D.any()
+
+
+def test_each_stage_trains_its_own_parameters() -> None:
+    layer = make_layer()
+    trained = {name for name, p in layer.named_parameters() if p.requires_grad}
+    assert trained == {"lora_A_RD", "lora_B_OR"}
+    layer.add_gate()
+    assert {name for name, p in layer.named_parameters() if p.requires_grad} == {"gate_D"}
+
+
+def test_weights_of_an_expert_are_float32_over_any_base() -> None:
+    layer = make_layer(torch.bfloat16)
+    layer.add_gate()
+    assert {p.dtype for p in (layer.lora_A_RD, layer.lora_B_OR, layer.gate_D)} == {torch.float32}
+    assert layer(torch.randn(2, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_factors_start_as_the_paper_says(base: Base) -> None:
+    layers = attach_lora(base.model, base.linears, seed=0, **OPTIONS)
+    starts = torch.cat([layer.lora_A_RD.detach().flatten() for layer in layers.values()])
+    assert float(starts.std()) == pytest.approx(0.01, rel=0.1)
+    assert abs(float(starts.mean())) < 1e-3
+    assert not any(layer.lora_B_OR.any() for layer in layers.values())
+
+
+def test_the_seed_decides_the_start(llama: Base) -> None:
+    starts = []
+    for seed in (0, 0, 1):
+        layers = attach_lora(llama.model, llama.linears, seed=seed, **OPTIONS)
+        factors = read_factors(layers)
+        starts.append(torch.cat([f.lora_A_RD.flatten() for f in factors.values()]))
+        detach_lora(llama.model, layers)
+    assert torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[2])
+
+
+def test_attached_and_detached_the_base_is_as_it_was(base: Base) -> None:
+    before, modules = state(base), dict(base.model.named_modules())
+    base.model.requires_grad_(True)
+    layers = attach_lora(base.model, base.linears, seed=0, **OPTIONS)
+    assert tuple(layers) == base.linears
+    trained = [name for name, p in base.model.named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * len(base.linears)
+    detach_lora(base.model, layers)
+    assert dict(base.model.named_modules()) == modules
+    after = base.model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_factors_are_read_as_copies(llama: Base) -> None:
+    layers = attach_lora(llama.model, llama.linears, seed=0, **OPTIONS)
+    name = llama.linears[0]
+    factors = read_factors(layers)[name]
+    assert factors.gate_D is None
+    layers[name].lora_A_RD.data.zero_()
+    assert factors.lora_A_RD.any()
+    assert not factors.lora_A_RD.requires_grad
+
+
+def test_what_cannot_be_adapted_is_named_and_nothing_is_replaced(llama: Base) -> None:
+    modules = dict(llama.model.named_modules())
+    for name, message in (("model.nothing", "no module model.nothing"), ("model.norm", "not a pl")):
+        with pytest.raises(PhatgooseError, match=message):
+            attach_lora(llama.model, [llama.linears[0], name], seed=0, **OPTIONS)
+    assert dict(llama.model.named_modules()) == modules
+    attach_lora(llama.model, llama.linears, seed=0, **OPTIONS)
+    with pytest.raises(PhatgooseError, match=r"GatedLora, not a plain linear.*adapted already"):
+        attach_lora(llama.model, llama.linears, seed=0, **OPTIONS)
