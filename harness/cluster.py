@@ -3,12 +3,14 @@
 import logging
 import os
 import sys
+from collections.abc import Mapping
 
 # Read when Ray starts: send nothing home; actors without a GPU must not see one.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
 
 import ray
+from ray._private import services
 
 from harness.config import ClusterConfig
 from harness.storage import Folder
@@ -33,9 +35,10 @@ class Cluster:
             return
         self._ours = True
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "phatgoose"}
-        try:
-            ray.init(address="auto", **quiet)
-        except ConnectionError:
+        running = _running()
+        if running:
+            ray.init(address=running, **quiet)
+        else:
             ray.init(
                 address="local",
                 num_cpus=len(os.sched_getaffinity(0)),
@@ -55,6 +58,15 @@ class Cluster:
             ray.shutdown()
 
 
+def _running() -> str | None:
+    """The address of a Ray that is there to be shared: in RAY_ADDRESS, or of `ray start` here.
+
+    `address="auto"` would also take the Ray that another run started for itself, and end with it.
+    """
+    address = os.environ.get("RAY_ADDRESS") or services.find_bootstrap_address(None)
+    return None if address == "local" else address
+
+
 def actor_options(config: ClusterConfig) -> dict[str, float]:
     """What an actor asks of Ray."""
     gpus = config.gpus_per_actor
@@ -69,17 +81,25 @@ def actor_count(config: ClusterConfig) -> int:
     Raises:
         PhatgooseError: it has room for none.
     """
-    has, asks = ray.cluster_resources(), actor_options(config)
+    asks = actor_options(config)
     wanted = {"CPU": asks["num_cpus"], "GPU": asks["num_gpus"]}
-    room = [int(has.get(kind, 0) // amount) for kind, amount in wanted.items() if amount > 0]
-    count = min([*room, config.max_actors or sys.maxsize])
-    if count < 1 or not room:
+    # Node by node: an actor cannot take half its cores from each of two.
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    count = min(sum(_room(node, wanted) for node in nodes), config.max_actors or sys.maxsize)
+    if count < 1:
+        has = ray.cluster_resources()
         raise PhatgooseError(
             f"the Ray cluster has {has.get('CPU', 0):g} CPU and {has.get('GPU', 0):g} GPU, and an "
             f"actor asks for {wanted['CPU']:g} and {wanted['GPU']:g}: lower cluster.cpus_per_actor "
             "or cluster.gpus_per_actor"
         )
     return count
+
+
+def _room(node: Mapping[str, float], wanted: Mapping[str, float]) -> int:
+    """How many actors that ask for `wanted` a node has room for."""
+    room = [int(node.get(kind, 0) // amount) for kind, amount in wanted.items() if amount > 0]
+    return min(room, default=0)
 
 
 def log_to_run_folder(run_dir: str, name: str) -> None:

@@ -102,7 +102,7 @@ class Pool:
                 }
         except (OSError, SafetensorError) as error:
             raise PhatgooseError(
-                f"cannot open the pool {path} ({error}): save it again from its experts"
+                f"cannot open the pool {path} ({error}): delete it and save it again"
             ) from error
         experts = tuple(json.loads(metadata["experts"]))
         return Pool(metadata["base_fingerprint"], experts, linears)

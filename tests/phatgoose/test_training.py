@@ -72,14 +72,19 @@ def spies(monkeypatch: pytest.MonkeyPatch) -> list[Spy]:
 
 
 def train(
-    base: Base, *, examples: Sequence[Example] = EXAMPLES, engine: Any = Spy, **changes: Any
+    base: Base,
+    *,
+    examples: Sequence[Example] = EXAMPLES,
+    evaluation: Sequence[Example] = EVALUATION,
+    engine: Any = Spy,
+    **changes: Any,
 ) -> tuple[Expert, list[Progress]]:
     """Train on the examples, with changes to the recipe."""
     rows: list[Progress] = []
     recipe = dataclasses.replace(RECIPE, **changes)
     card = make_card("task", base, scale=recipe.scale)
     trained = train_expert(
-        base, card, examples, EVALUATION, recipe, engine=engine, report=rows.append
+        base, card, examples, evaluation, recipe, engine=engine, report=rows.append
     )
     return trained, rows
 
@@ -234,9 +239,11 @@ def test_the_curve_is_complete(base: Base, spies: list[Spy]) -> None:
 
 
 def test_the_first_evaluation_is_of_the_bare_base(base: Base, spies: list[Spy]) -> None:
-    encoded = [Question.encode(base, e.input, [e.target]) for e in EVALUATION]
+    evaluation = [*EVALUATION, Example("Answer:", "")]  # right but for its end
+    encoded = [Question.encode(base, e.input, [e.target]) for e in evaluation]
     expected = [plain_score(base, q.context, q.choices[0]) for q in encoded]
-    trained, rows = train(base, micro_batch_size=1)
+    assert any(s.is_greedy and not s.ends_greedy for s in expected)
+    trained, rows = train(base, evaluation=evaluation, micro_batch_size=1)
     assert trained.card.metrics["nll_base"] == pytest.approx(
         -sum(s.mean for s in expected) / len(expected), rel=1e-4
     )
@@ -306,7 +313,13 @@ def test_over_a_bfloat16_base_the_trained_weights_are_float32(base: Base, spies:
     _, full_rows = train(base)
     half = load_base(base.name, dtype="bfloat16")
     before = state(half)
+    autocast: list[bool] = []
+    handle = half.model.register_forward_hook(
+        lambda *_: autocast.append(torch.is_autocast_enabled("cpu"))
+    )
     trained, rows = train(half, dtype="bfloat16")
+    handle.remove()
+    assert autocast.count(True) == sum(len(spy.batches) for spy in spies[2:])
     for spy in spies:
         assert {p.dtype for p in spy.parameters} == {torch.float32}
     assert {t.dtype for f in trained.linears.values() for _, t in f.tensors()} == {torch.float32}
