@@ -1,6 +1,7 @@
 """A run's configuration: YAML groups in `conf/`, composed by Hydra, checked before any work."""
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from harness.tasks import TaskSpec, task_specs
 from phatgoose.errors import PhatgooseError
 from phatgoose.recipe import Recipe
-from phatgoose.routers import Router, make_router
+from phatgoose.routers import ROUTERS, Router, make_router
 
 CONF = Path(__file__).parent / "conf"
 GROUPS = ("base", "pool", "suite", "router", "train", "cluster")
@@ -143,12 +144,17 @@ def _check_overrides(overrides: Sequence[str]) -> None:
     except HydraException as error:
         raise PhatgooseError(f"cannot read the command line: {_first_line(error)}") from error
     choices = groups()
-    chosen = [override for override in parsed if override.key_or_group in choices]
-    for override in chosen:
+    for override in parsed:
         key, value = override.key_or_group, override.value()
+        several = isinstance(value, list) and key in choices and key != "router"
+        if override.is_sweep_override() or several:
+            raise PhatgooseError(f"{override.input_line}: one run takes one value")
+        if key not in choices:
+            continue
         for choice in value if isinstance(value, list) else [value]:
             _known(str(choice), choices[key], f"{key}={choice}: no such {key}")
-    keys = _keys([str(override.input_line) for override in chosen])
+    chosen = [str(override.input_line) for override in parsed if override.key_or_group in choices]
+    keys = [*dict.fromkeys([*_keys(chosen), *GROUPS])]
     for override in parsed:
         key = override.key_or_group
         known = RunConfig.__dataclass_fields__ if override.is_add() else keys
@@ -181,17 +187,20 @@ def _to_dataclass(composed: DictConfig) -> RunConfig:
     OmegaConf.set_struct(composed, False)
     if not isinstance(composed.chunk_characters, int):
         raise PhatgooseError(f"chunk_characters={composed.chunk_characters}: not a whole number")
+    if composed.base.dtype not in ("float32", "bfloat16"):
+        raise PhatgooseError(f"base.dtype={composed.base.dtype}: it is float32 or bfloat16")
     composed.train.dtype = composed.base.dtype
+    stages = composed.stages or []
     return RunConfig(
         base=_typed(BaseConfig, composed, "base"),
         pool=_plain(composed, "pool"),
         suite=_plain(composed, "suite"),
-        router=_plain(composed, "router"),
+        router=_router(composed),
         train=_typed(Recipe, composed, "train"),
         cluster=_typed(ClusterConfig, composed, "cluster"),
         run=_typed(RunSection, composed, "run"),
         registry=str(composed.registry),
-        stages=list(composed.stages),
+        stages=[stages] if isinstance(stages, str) else list(stages),
         chunk_characters=composed.chunk_characters,
     )
 
@@ -216,22 +225,39 @@ def _plain(composed: DictConfig, key: str) -> dict[str, Any]:
     return {str(name): value for name, value in container.items()}
 
 
+def _router(composed: DictConfig) -> dict[str, Any]:
+    """The routers and their options, which must have the types that the routers' classes say."""
+    if not composed.get("router"):
+        raise PhatgooseError("router=[]: name at least one router")
+    for name in composed.router:
+        _known(name, groups()["router"], f"router.{name}: no such router")
+        if name not in ("single", "oracle"):
+            _typed(ROUTERS[name], composed.router, name)
+    return _plain(composed, "router")
+
+
 def _check_values(config: RunConfig) -> None:
     for stage in config.stages:
         _known(stage, STAGES, f"stages: no stage {stage!r}")
-    if "://" not in config.run.dir and not Path(config.run.dir).is_absolute():
-        raise PhatgooseError(
-            f"run.dir={config.run.dir} is relative: a submitted job runs in a temporary folder, so "
-            "give an absolute path or a URI"
-        )
+    for key, folder in (("run.dir", config.run.dir), ("registry", config.registry)):
+        if "://" not in folder and not Path(folder).is_absolute():
+            raise PhatgooseError(
+                f"{key}={folder} is relative: a submitted job runs in a temporary folder, so give "
+                "an absolute path or a URI"
+            )
     if config.chunk_characters < 1:
         raise PhatgooseError(f"chunk_characters={config.chunk_characters}: it must be positive")
-    if not config.router:
-        raise PhatgooseError("router=[]: name at least one router")
+    if config.cluster.max_actors is not None and config.cluster.max_actors < 1:
+        raise PhatgooseError(f"cluster.max_actors={config.cluster.max_actors}: it must be positive")
+    for key, group in (("pool", config.pool), ("suite", config.suite)):
+        if not re.fullmatch(r"\w[\w.-]*", str(group["name"])):
+            raise PhatgooseError(f"{key}.name={group['name']}: use letters, digits, _, . and -")
+        if not isinstance(group["tasks"], dict) or not group["tasks"]:
+            raise PhatgooseError(f"{key}.tasks={group['tasks']}: name at least one task")
     experts = [task.name for task in config.pool_tasks()]
     config.suite_tasks()
     config.routers(experts)
-    for expert in config.router.get("single", {}).get("experts", []):
+    for expert in (config.router.get("single") or {}).get("experts", []):
         _known(expert, experts, f"router single:{expert}: the pool has no such expert")
 
 

@@ -301,8 +301,9 @@ class _Job:
         """Mean loss and exact match on the evaluation examples."""
         scores = []
         ordered = sorted(self.evaluation, key=lambda question: question.length)
-        for start in range(0, len(ordered), self.recipe.micro_batch_size):
-            batch = ordered[start : start + self.recipe.micro_batch_size]
+        rows = 4 * self.recipe.micro_batch_size  # nothing is kept for a backward pass
+        for start in range(0, len(ordered), rows):
+            batch = ordered[start : start + rows]
             scores += [choices[0] for choices in score(self.base, batch)]
         loss = -sum(s.mean for s in scores) / len(scores)
         exact = sum(s.is_greedy and s.ends_greedy for s in scores) / len(scores)

@@ -1,0 +1,57 @@
+"""The tiny bases, loaded anew for each test, and a local Ray for those that need one."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from phatgoose.base import Base, load_base
+
+
+@pytest.fixture
+def llama(llama_folder: Path) -> Base:
+    """The tiny Llama-like base, in float32."""
+    return load_base(str(llama_folder))
+
+
+@pytest.fixture
+def t5(t5_folder: Path) -> Base:
+    """The tiny T5-like base, in float32."""
+    return load_base(str(t5_folder))
+
+
+@pytest.fixture(params=["llama", "t5"])
+def base(request: pytest.FixtureRequest) -> Base:
+    """Each of the tiny bases."""
+    loaded: Base = request.getfixturevalue(request.param)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def two_cores() -> Iterator[None]:
+    """A Ray of two cores that only this machine can reach."""
+    import ray
+
+    # Short: the paths of Ray's sockets have a limit of about a hundred characters.
+    folder = tempfile.mkdtemp(prefix="ray-")
+    old = {name: os.environ.get(name) for name in ("RAY_TMPDIR", "RAY_USAGE_STATS_ENABLED")}
+    os.environ.update(RAY_TMPDIR=folder, RAY_USAGE_STATS_ENABLED="0")
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=100 * 2**20,
+        _node_ip_address="127.0.0.1",
+        log_to_driver=False,
+        configure_logging=False,
+    )
+    yield
+    ray.shutdown()
+    for name, value in old.items():
+        os.environ.pop(name)
+        if value is not None:
+            os.environ[name] = value
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,210 @@
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from harness.config import GROUPS, RunConfig, groups, load_config
+from harness.run import main
+from phatgoose.errors import PhatgooseError
+from phatgoose.routers import Phatgoose, Single
+
+RUN = "run.dir=/data/run"
+
+
+def load(*arguments: str) -> RunConfig:
+    return load_config([RUN, *arguments])
+
+
+def refused(*arguments: str) -> str:
+    """The one line with which a command line is refused."""
+    with pytest.raises(PhatgooseError) as caught:
+        load(*arguments)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+def test_the_defaults_and_what_follows_from_them() -> None:
+    config = load()
+    assert config.base.name == "smollm2-135m"
+    assert config.registry == "/data/run/registry"
+    assert config.stages == ["train", "evaluate", "report"]
+    assert list(config.router) == ["base", "phatgoose", "merged", "random", "oracle"]
+    assert len(config.pool_tasks()) == 8
+    assert len(config.suite_tasks()) == 6
+    routers = config.routers(["a", "b"])
+    assert list(routers) == ["base", "phatgoose", "merged", "random", "single:a", "single:b"]
+    assert routers["phatgoose"] == Phatgoose(top_k=2)
+
+
+def test_overrides() -> None:
+    config = load(
+        "train.lora.steps=7",
+        "train.lora.lr=1e-4",
+        "suite.style=paper",
+        "registry=s3://bucket/registry",
+        "router.phatgoose.top_k=1",
+        "cluster.max_actors=1",
+        "pool.tasks.plural.members=[operators]",
+    )
+    assert (config.train.lora.steps, config.train.lora.lr) == (7, 1e-4)
+    assert config.train.gates.steps == load().train.gates.steps
+    assert all(task.style == "paper" for task in config.suite_tasks())
+    assert config.registry == "s3://bucket/registry"
+    assert config.routers([])["phatgoose"] == Phatgoose(top_k=1)
+    assert config.cluster.max_actors == 1
+    assert {task.name: task.members for task in config.pool_tasks()}["plural"] == ("operators",)
+
+
+def test_a_task_may_be_added() -> None:
+    config = load("+pool.tasks.own.members=[operators]")
+    assert config.pool_tasks()[-1].name == "own"
+
+
+def test_the_recipe_trains_over_the_dtype_of_the_base() -> None:
+    assert load().train.dtype == "float32"
+    assert load("base.dtype=bfloat16").train.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("name", ["/models/my-llama", "/models/with space", "owner/model-1.5B"])
+def test_a_base_may_be_a_folder_or_a_hub_name(name: str) -> None:
+    config = load(f"base={name}")
+    assert config.base.name == name
+    assert config.base.dtype == "float32"
+
+
+def test_single_experts() -> None:
+    config = load("router=[single:plural,base,single:qa_wikidata]")
+    routers = config.routers([task.name for task in config.pool_tasks()])
+    assert routers["single:plural"] == Single("plural")
+    assert sorted(routers) == ["base", "single:plural", "single:qa_wikidata"]
+    assert list(load("router=single:plural").routers(["x"])) == ["single:plural"]
+    assert list(load("router=[single]").routers(["x", "y"])) == ["single:x", "single:y"]
+
+
+def test_stages() -> None:
+    assert load("stages=[report]").stages == ["report"]
+    assert load("stages=train").stages == ["train"]
+    assert load("stages=[]").stages == []
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("pol=demo", "pol: no such key; did you mean pool"),
+        ("pool=dmo", "pool=dmo: no such pool; did you mean demo?"),
+        ("base=smolm2-135m", "base=smolm2-135m: no such base; did you mean smollm2-135m"),
+        ("router=[phatgose]", "router=phatgose: no such router; did you mean phatgoose"),
+        ("router=[base,mergd]", "router=mergd: no such router; did you mean merged?"),
+        ("router=[sngle:plural]", "router=sngle:plural: no such router; did you mean single?"),
+        ("router=[single:plurl]", "no such expert; did you mean plural?"),
+        ("train.lora.stps=3", "train.lora.stps: no such key; did you mean train.lora.steps"),
+        ("trian.lora.steps=3", "trian.lora.steps: no such key; did you mean train.lora.steps"),
+        ("+unknown=1", "unknown: no such key; there is base, pool"),
+        ("+train.stps=1", "Key 'stps' not in 'Recipe'"),
+        ("+cluster.gpu=1", "Key 'gpu' not in 'ClusterConfig'"),
+        ("+pool.tasks.plural.membrs=[x]", "there is no 'membrs'; did you mean members?"),
+        ("+router.phatgose.top_k=1", "router.phatgose: no such router; did you mean phatgoose"),
+        ("+router.phatgoose.topk=1", "Key 'topk' not in 'Phatgoose'"),
+        ("stages=[trian]", "no stage 'trian'; did you mean train?"),
+        ("suite.split=evaluaton", "there is no 'evaluaton'; did you mean evaluation?"),
+    ],
+)
+def test_a_mistyped_name_is_refused_with_the_near_names(argument: str, expected: str) -> None:
+    assert expected in refused(argument)
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("train.lora.steps=abc", "lora.steps: Value 'abc'"),
+        ("train.lora.steps=1.5", "lora.steps: Value '1.5'"),
+        ("train.lora=5", "train"),
+        ("train.batch_size=9", "does not divide"),
+        ("train=demo,paper", "one run takes one value"),
+        ("train.seed=1,2", "one run takes one value"),
+        ("base=[smollm2-135m,flan-t5-small]", "one run takes one value"),
+        ("base.name=null", "name"),
+        ("base.dtype=float16", "base.dtype=float16"),
+        ("router=[]", "router=[]"),
+        ("router.phatgoose.top_k=two", "top_k: Value 'two'"),
+        ("router.phatgoose.top_k=null", "top_k"),
+        ("router.phatgoose.top_k=0", "top_k is 0"),
+        ("router.random.seed=x", "seed: Value 'x'"),
+        ("pool.limit=abc", "limit must be a positive number, not 'abc'"),
+        ("pool.tasks=null", "pool.tasks=None"),
+        ("pool.tasks.plural.members=5", "task plural: members must be a list"),
+        ("suite.tasks=null", "suite.tasks=None"),
+        ("suite.name=a/b", "suite.name=a/b"),
+        ("cluster.max_actors=two", "max_actors: Value 'two'"),
+        ("cluster.max_actors=0", "cluster.max_actors=0"),
+        ("chunk_characters=0", "chunk_characters=0"),
+        ("chunk_characters=many", "chunk_characters=many"),
+        ("run.dir=relative/run", "run.dir=relative/run is relative"),
+        ("registry=relative", "registry=relative is relative"),
+        ("run.dir=null", "dir"),
+        ("run.dir=${nope}", "nope"),
+        ("nonsense", "nonsense"),
+        ("--cfg", "cannot read the command line"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused(argument: str, expected: str) -> None:
+    assert expected in refused(argument)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_choice_of_every_group_composes(group: str) -> None:
+    assert groups()[group]
+    for choice in groups()[group]:
+        config = load(f"{group}={choice}")
+        assert config.pool_tasks()
+        assert config.suite_tasks()
+        assert config.routers(["a"])
+
+
+def test_the_paper_recipe_is_the_default_of_the_library() -> None:
+    from phatgoose.recipe import Recipe
+
+    assert load("train=paper", "base=t5-xl-lm-adapt").train == Recipe()
+
+
+def test_help_names_every_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for group, choices in groups().items():
+        line = next(line for line in lines if line.split()[:1] == [group])
+        assert all(choice in line for choice in choices)
+    assert max(map(len, lines)) <= 100
+
+
+def test_an_error_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pol=demo"]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("error: pol: no such key")
+    assert output.err.count("\n") == 1
+
+
+def test_a_mistyped_command_line_ends_within_seconds(tmp_path: Path) -> None:
+    started = time.monotonic()
+    run_dir = tmp_path / "run"
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "harness.run", "pol=demo", f"run.dir={run_dir}"],
+        env={**os.environ, "PHATGOOSE_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert done.returncode == 2
+    assert len(errors) == 1
+    assert "did you mean pool" in errors[0]
+    assert list(tmp_path.iterdir()) == []
+    # What takes seconds to import is for runs that have work to do.
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert imported.isdisjoint({"ray", "deepspeed", "lm_eval", "datasets", "transformers"})
+    assert time.monotonic() - started < 30

@@ -1,0 +1,336 @@
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import results
+from harness.evaluate import Evaluation, count_requests
+from harness.report import make_report
+from harness.storage import Folder
+from harness.tasks import TaskData, TaskSpec
+from harness.tasks.records import Record, read_records
+from phatgoose.base import Base
+from phatgoose.encoding import encode_pair
+from phatgoose.errors import PhatgooseError
+from phatgoose.pool import Pool
+from phatgoose.routers import Router, make_router
+from tests.plain import plain_score
+from tests.tiny import make_experts
+from tests.toy import LocalWorkers, local_actor, prepare_toys
+
+EXPERTS = ["e0", "e1", "e2"]
+SWANS = TaskSpec("swans", ("swans",), split="all", limit=9)
+SUMS = TaskSpec("sums", ("sums",), split="all", limit=5, max_new_tokens=4)
+
+
+class NoWorkers(LocalWorkers):
+    """Everything must be in the journal."""
+
+    def run(self, method: str, calls: Any, tick: Any) -> Any:
+        assert not calls
+        return iter(())
+
+
+@pytest.fixture
+def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[TaskData]:
+    """One task of choices and one of generation."""
+    monkeypatch.setenv("PHATGOOSE_CACHE", str(tmp_path / "cache"))
+    return prepare_toys([SWANS, SUMS], tmp_path)
+
+
+@pytest.fixture
+def workers(llama: Base) -> LocalWorkers:
+    return LocalWorkers(local_actor(llama, Pool.from_experts(make_experts(llama, len(EXPERTS)))))
+
+
+class Run:
+    """Evaluations in one run folder."""
+
+    def __init__(self, folder: Path, tasks: list[TaskData]) -> None:
+        self.folder, self.tasks = Folder(folder), tasks
+        self.answered = 0
+
+    def evaluation(self, workers: LocalWorkers, **changes: Any) -> Evaluation:
+        arguments: dict[str, Any] = {
+            "folder": self.folder,
+            "suite": "held",
+            "tasks": self.tasks,
+            "common": {"run": "toys", "base": "tiny", "manifest": "pool-1"},
+            "dtype": "float32",
+            "experts": EXPERTS,
+            "workers": workers,
+            "chunk_characters": 150,
+            "advance": self.advance,
+        }
+        return Evaluation(**{**arguments, **changes})
+
+    def advance(self, requests: int) -> None:
+        self.answered += requests
+
+    def table(self, name: str) -> list[dict[str, Any]]:
+        schema = {
+            "scores": results.SCORES,
+            "samples": results.SAMPLES,
+            "routing": results.ROUTING,
+        }[name.partition("/")[0].partition(".")[0]]
+        rows: list[dict[str, Any]] = results.read_table(self.folder, name, schema).to_pylist()
+        return rows
+
+
+@pytest.fixture
+def run(tmp_path: Path, tasks: list[TaskData]) -> Run:
+    return Run(tmp_path / "run", tasks)
+
+
+def routers(*names: str) -> dict[str, Router]:
+    return {name: make_router(name) for name in names}
+
+
+def documents(data: TaskData) -> dict[str, Record]:
+    return {r.document: r for r in read_records(data.train) + read_records(data.evaluation)}
+
+
+def plain(base: Base, context: str, choice: str) -> Any:
+    return plain_score(base, *encode_pair(base, context, choice))
+
+
+def test_choices_are_measured_as_computed_by_hand(
+    run: Run, workers: LocalWorkers, llama: Base, tasks: list[TaskData]
+) -> None:
+    rows = run.evaluation(workers).run("single:e1", make_router("single:e1"))
+    samples = [row for row in run.table("samples/single@e1.parquet") if row["task"] == "swans"]
+    known = documents(tasks[0])
+    assert len(samples) == 9
+    by_hand: dict[str, list[float]] = {}
+    for sample in samples:
+        record = known[sample["document"]]
+        scores = [plain(llama, record.input, choice) for choice in record.choices]
+        sums = [score.loglikelihood for score in scores]
+        means = [
+            (score.loglikelihood + score.eos_loglikelihood) / (score.tokens + 1) for score in scores
+        ]
+        normed = [s / len(c) for s, c in zip(sums, record.choices, strict=True)]
+        [right] = record.correct
+        expected = {
+            "acc": float(sums.index(max(sums)) == right),
+            "acc_norm": float(normed.index(max(normed)) == right),
+            "acc_paper": float(means.index(max(means)) == right),
+            "nll": -means[right],
+        }
+        assert dict(sample["metrics"]) == pytest.approx(expected, abs=1e-4)
+        assert sample["choice_scores"] == pytest.approx(sums, abs=1e-4)
+        assert sample["target"] == record.choices[right]
+        assert sample["prediction"] == record.choices[sums.index(max(sums))]
+        assert sample["correct"] == bool(expected["acc"])
+        for metric, value in expected.items():
+            by_hand.setdefault(metric, []).append(value)
+    scored = {row["metric"]: row for row in rows if row["task"] == "swans"}
+    assert scored.keys() == by_hand.keys()
+    for metric, values in by_hand.items():
+        assert scored[metric]["value"] == pytest.approx(statistics.fmean(values), abs=1e-4)
+        error = statistics.stdev(values) / math.sqrt(len(values))
+        assert scored[metric]["stderr"] == pytest.approx(error, abs=1e-4)
+        assert scored[metric]["n"] == 9
+    assert len({round(value, 3) for value in by_hand["nll"]}) > 1
+
+
+def test_generated_answers_are_measured_as_computed_by_hand(
+    run: Run, workers: LocalWorkers, llama: Base, tasks: list[TaskData]
+) -> None:
+    rows = run.evaluation(workers).run("base", make_router("base"))
+    samples = [row for row in run.table("samples/base.parquet") if row["task"] == "sums"]
+    assert len(samples) == 5
+    for sample in samples:
+        record = documents(tasks[1])[sample["document"]]
+        score = plain(llama, record.input, "nine")
+        mean = (score.loglikelihood + score.eos_loglikelihood) / (score.tokens + 1)
+        metrics = dict(sample["metrics"])
+        assert metrics["nll"] == pytest.approx(-mean, abs=1e-4)
+        assert metrics["exact_match"] == float(sample["prediction"] == "nine")
+        assert sample["target"] == "nine"
+        assert sample["choice_scores"] == []
+        assert sample["prediction"] == sample["prediction"].strip()
+    scored = {row["metric"]: row["value"] for row in rows if row["task"] == "sums"}
+    assert scored.keys() == {"exact_match", "nll"}
+
+
+def test_rows_say_what_they_are_of(run: Run, workers: LocalWorkers) -> None:
+    evaluation = run.evaluation(workers)
+    rows = [row for n, r in routers("base", "phatgoose").items() for row in evaluation.run(n, r)]
+    evaluation.write_scores(rows, oracle=False)
+    table = run.table("scores.parquet")
+    assert len(table) == 2 * (4 + 2)
+    for row in table:
+        assert (row["run"], row["base"], row["manifest"]) == ("toys", "tiny", "pool-1")
+        assert row["suite"] == "held"
+        assert row["zero_shot"]
+        assert row["expert"] is None
+        assert row["top_k"] == (2 if row["router"] == "phatgoose" else None)
+        assert row["tokens"] > 0
+        assert row["seconds"] > 0
+
+
+def test_routing_is_recorded_for_routers_that_choose(
+    run: Run, workers: LocalWorkers, llama: Base
+) -> None:
+    evaluation = run.evaluation(workers)
+    for name, router in routers("base", "phatgoose", "merged").items():
+        evaluation.run(name, router)
+    assert run.folder.names("routing/") == ["routing/phatgoose.parquet"]
+    rows = run.table("routing/phatgoose.parquet")
+    assert len(rows) == 2 * len(llama.linears) * len(EXPERTS)
+    order = [row["linear"] for row in rows if (row["task"], row["expert"]) == ("swans", "e0")]
+    assert order == list(llama.linears)  # rows in model order
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["task"], row["linear"]), []).append(row)
+    for group in groups.values():
+        assert [row["expert"] for row in group] == EXPERTS
+        shares = [row["share"] for row in group]
+        assert sum(shares) == pytest.approx(1)
+        entropy = -sum(share * math.log(share) for share in shares if share)
+        assert [row["entropy"] for row in group] == pytest.approx([entropy] * 3)
+        assert all(row["tokens"] > 0 for row in group)
+
+
+def test_the_oracle_is_the_best_single_expert(run: Run, workers: LocalWorkers) -> None:
+    names = [f"single:{expert}" for expert in EXPERTS]
+    evaluation = run.evaluation(workers)
+    rows = [row for n, r in routers("base", *names).items() for row in evaluation.run(n, r)]
+    evaluation.write_scores(rows, oracle=True)
+    table = run.table("scores.parquet")
+    oracle = [row for row in table if row["router"] == "oracle"]
+    assert {(row["task"], row["metric"]) for row in oracle} == {
+        (row["task"], row["metric"]) for row in table
+    }
+    for row in oracle:
+        assert not row["zero_shot"]
+        singles = {
+            other["router"]: other["value"]
+            for other in table
+            if other["router"] in names
+            and (other["task"], other["metric"]) == (row["task"], row["metric"])
+        }
+        best = min if row["metric"] == "nll" else max
+        assert row["value"] == best(singles.values()) == singles[f"single:{row['expert']}"]
+
+
+def test_a_second_run_asks_nothing_and_says_the_same(
+    run: Run, workers: LocalWorkers, tasks: list[TaskData]
+) -> None:
+    wanted = routers("base", "phatgoose", "single:e0")
+
+    def evaluate(workers: LocalWorkers) -> list[dict[str, Any]]:
+        evaluation = run.evaluation(workers)
+        rows = [row for name, router in wanted.items() for row in evaluation.run(name, router)]
+        evaluation.write_scores(rows, oracle=True)
+        return run.table("scores.parquet")
+
+    first = evaluate(workers)
+    assert run.answered == 3 * count_requests(tasks) == 3 * (9 + 2 * 5)
+    files = {name: run.folder.read(name) for name in run.folder.names()}
+    run.answered = 0
+    assert evaluate(NoWorkers(None)) == first  # the seconds of the first time among them
+    assert run.answered == 3 * count_requests(tasks)  # the bar counts what is found, too
+    assert {name: run.folder.read(name) for name in run.folder.names()} == files
+
+
+def test_asking_ahead_leaves_nothing_to_ask(run: Run, workers: LocalWorkers) -> None:
+    wanted = routers("base", "phatgoose", "merged")
+    evaluation = run.evaluation(workers)
+    rows = evaluation.run("base", wanted["base"])
+    evaluation.ask_ahead(wanted)
+    assert workers.calls == len(run.folder.names("journal/"))
+    evaluation._workers = NoWorkers(None)
+    rows += [row for name in ("phatgoose", "merged") for row in evaluation.run(name, wanted[name])]
+
+    separate = Run(Path(str(run.folder)).with_name("separate"), run.tasks)
+    other = separate.evaluation(workers)
+    expected = [row for name, router in wanted.items() for row in other.run(name, router)]
+    assert [{**r, "seconds": 0} for r in rows] == [{**r, "seconds": 0} for r in expected]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"common": {"run": "toys", "base": "tiny", "manifest": "pool-2"}},
+        {"dtype": "bfloat16"},
+        {"chunk_characters": 400},
+    ],
+    ids=["pool", "dtype", "chunks"],
+)
+def test_other_answers_are_asked_anew(
+    run: Run, workers: LocalWorkers, changes: dict[str, Any]
+) -> None:
+    run.evaluation(workers).run("base", make_router("base"))
+    before = workers.calls
+    run.evaluation(workers, **changes).run("base", make_router("base"))
+    assert workers.calls > before
+
+
+def test_a_router_with_other_options_is_asked_anew(run: Run, workers: LocalWorkers) -> None:
+    evaluation = run.evaluation(workers)
+    one = evaluation.run("phatgoose", make_router("phatgoose", top_k=1))
+    two = evaluation.run("phatgoose", make_router("phatgoose", top_k=2))
+    assert [row["top_k"] for row in (one[0], two[0])] == [1, 2]
+    assert [row["value"] for row in one] != [row["value"] for row in two]
+
+
+def test_results_of_other_routers_and_suites_stay(
+    run: Run, workers: LocalWorkers, tasks: list[TaskData]
+) -> None:
+    def evaluate(suite: str, chosen: list[TaskData], *names: str) -> None:
+        evaluation = run.evaluation(workers, suite=suite, tasks=chosen)
+        rows = [row for n, r in routers(*names).items() for row in evaluation.run(n, r)]
+        evaluation.write_scores(rows, oracle=False)
+
+    def held() -> set[tuple[str, str, str]]:
+        rows = run.table("scores.parquet")
+        assert len(rows) == len({(r["suite"], r["router"], r["task"], r["metric"]) for r in rows})
+        return {(row["suite"], row["router"], row["task"]) for row in rows}
+
+    evaluate("held", tasks, "base", "merged")
+    evaluate("second", tasks[:1], "base", "phatgoose")
+    evaluate("held", tasks[:1], "base")
+    assert held() == {
+        ("held", "base", "swans"),
+        ("held", "merged", "swans"),
+        ("held", "merged", "sums"),
+        ("second", "base", "swans"),
+        ("second", "phatgoose", "swans"),
+    }
+    samples = run.table("samples/base.parquet")
+    assert {(row["suite"], row["task"]) for row in samples} == {
+        ("held", "swans"),
+        ("second", "swans"),
+    }
+    assert "suite second" in make_report(run.folder)
+
+
+def test_a_failure_says_which_router_and_task(run: Run, workers: LocalWorkers) -> None:
+    with pytest.raises(PhatgooseError, match="router single:e9, task held/swans: the pool has no expert 'e9'"):
+        run.evaluation(workers).run("single:e9", make_router("single:e9"))
+    assert run.folder.names() == []
+
+
+def test_what_was_answered_before_a_failure_is_kept(run: Run, workers: LocalWorkers) -> None:
+    answer: Callable[..., Any] = workers.worker.answer
+    left = 3
+
+    def dies(*arguments: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise PhatgooseError("out of order")
+        return answer(*arguments)
+
+    workers.worker.answer = dies
+    with pytest.raises(PhatgooseError, match="out of order"):
+        run.evaluation(workers).run("base", make_router("base"))
+    assert len(run.folder.names("journal/")) == 3
+    workers.worker.answer, workers.calls = answer, 0
+    run.evaluation(workers).run("base", make_router("base"))
+    assert workers.calls == len(run.folder.names("journal/")) - 3

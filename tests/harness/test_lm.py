@@ -1,0 +1,225 @@
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from harness.eval_actor import EvalActor
+from harness.journal import Answer, Chunk
+from harness.lm import Ask, ShardedLM
+from phatgoose.base import Base
+from phatgoose.encoding import encode_pair
+from phatgoose.errors import PhatgooseError
+from phatgoose.pool import Pool
+from phatgoose.routers import make_router
+from tests.plain import plain_score
+from tests.tiny import make_experts
+from tests.toy import local_actor
+
+# As BIG-bench writes prompts, with a space or a line at the end, and without.
+DOCUMENTS = [
+    ("Q: Is the lake deep?\nA: ", ["yes", "no"]),
+    ("Q: Is the lake deep?\nA:", [" yes", " no"]),
+    ("Question: which bird flies in the flock?\nAnswer:  ", ["the goose", "swan", "a"]),
+    ("The grey goose flies over the lake, and the", [" swan swims.", " goose", "."]),
+    ("two and three is\n", ["five", "nine"]),
+    ("two and three is five; four and five is", [" nine", " five", " two", " three", " four"]),
+    ("the", ["goose"]),
+]
+CONTEXTS = [
+    "the",
+    "Q: Is the lake deep?\nA:",
+    "Question: which bird flies in the flock?\nAnswer:",
+    "The grey goose flies over the lake, and the swan",
+]
+
+
+def choice_requests(task: str = "choices") -> list[Instance]:
+    """A request per choice, in the order in which lm-eval makes them."""
+    return [
+        Instance("loglikelihood", {}, (context, choice), i, (task, document, 1))
+        for document, (context, choices) in enumerate(DOCUMENTS)
+        for i, choice in enumerate(choices)
+    ]
+
+
+def generation_requests(
+    contexts: Sequence[str], task: str = "generation", **options: Any
+) -> list[Instance]:
+    return [
+        Instance("generate_until", {}, (context, options), 0, (task, document, 1))
+        for document, context in enumerate(contexts)
+    ]
+
+
+def pool_actor(base: Base) -> EvalActor:
+    return local_actor(base, Pool.from_experts(make_experts(base, 4)))
+
+
+def ask(
+    actor: EvalActor, router: str, order: Callable[[list[int]], list[int]] = list
+) -> Ask:
+    """Let an actor answer chunks in some order."""
+
+    def answers(chunks: Sequence[Chunk]) -> Iterator[tuple[int, Answer]]:
+        for index in order(list(range(len(chunks)))):
+            yield index, actor.answer(make_router(router), chunks[index])
+
+    return answers
+
+
+def shuffled(places: list[int]) -> list[int]:
+    assert len(places) > 3  # enough to be shuffled
+    return random.Random(0).sample(places, len(places))
+
+
+@pytest.mark.parametrize("router", ["base", "phatgoose", "merged", "single:e2"])
+def test_answers_do_not_depend_on_who_answers_when(base: Base, router: str) -> None:
+    actor, characters = pool_actor(base), 60
+    requests = [*choice_requests(), *choice_requests("again")]
+    in_order = ShardedLM(ask(actor, router), characters)
+    shuffling = ShardedLM(ask(actor, router, shuffled), characters)
+    expected = in_order.loglikelihood(requests)
+    assert shuffling.loglikelihood(requests) == expected  # equal chunks: equal bits
+    assert shuffling.scores == in_order.scores
+    for task, usage in in_order.usage.items():
+        same = shuffling.usage[task]
+        assert (same.tokens, same.routed) == (usage.tokens, usage.routed)
+        for linear, weights_E in usage.routing.items():
+            assert torch.equal(weights_E, same.routing[linear])
+
+    at_once = ShardedLM(ask(actor, router), 10**6)
+    for (one, one_greedy), (many, many_greedy) in zip(
+        at_once.loglikelihood(requests), expected, strict=True
+    ):
+        assert one == pytest.approx(many, abs=1e-4)
+        assert one_greedy == many_greedy
+    assert at_once.usage["choices"].tokens == in_order.usage["choices"].tokens
+    assert at_once.usage["choices"].routed == in_order.usage["choices"].routed
+
+
+@pytest.mark.parametrize("router", ["base", "random"])
+def test_generated_text_does_not_depend_on_who_writes_when(base: Base, router: str) -> None:
+    actor = pool_actor(base)
+    requests = generation_requests(CONTEXTS, max_gen_toks=6)
+    one_by_one = ShardedLM(ask(actor, router, shuffled), 1).generate_until(requests)
+    assert one_by_one == ShardedLM(ask(actor, router), 1).generate_until(requests)
+    assert one_by_one == ShardedLM(ask(actor, router), 10**6).generate_until(requests)
+    assert any(one_by_one)
+
+
+def test_each_choice_has_its_own_score(llama: Base) -> None:
+    lm = ShardedLM(ask(pool_actor(llama), "single:e0"), 100)
+    results = lm.loglikelihood(choice_requests())
+    place = 0
+    for document, (context, choices) in enumerate(DOCUMENTS):
+        scores = lm.scores["choices", document]
+        assert len(scores) == len(choices)
+        for choice, score in zip(choices, scores, strict=True):
+            expected = plain_score(llama, *encode_pair(llama, context, choice))
+            assert score.loglikelihood == pytest.approx(expected.loglikelihood, abs=1e-4)
+            # The paper's: the mean over the tokens of the choice and the end of the sequence.
+            total = expected.loglikelihood + expected.eos_loglikelihood
+            assert score.mean == pytest.approx(total / (expected.tokens + 1), abs=1e-4)
+            assert results[place] == (score.loglikelihood, score.is_greedy)
+            place += 1
+
+
+def test_a_question_is_asked_once_for_all_its_choices(llama: Base) -> None:
+    asked: list[Chunk] = []
+
+    def answers(chunks: Sequence[Chunk]) -> Iterator[tuple[int, Answer]]:
+        asked.extend(chunks)
+        return ask(pool_actor(llama), "base")(chunks)
+
+    ShardedLM(answers, 10**6).loglikelihood(choice_requests())
+    [chunk] = asked
+    contexts = {request.context: list(request.choices) for request in chunk.requests}
+    assert contexts == dict(DOCUMENTS)
+
+
+@pytest.fixture
+def reference(llama: Base) -> HFLM:
+    """lm-eval's own language model over the same base."""
+    return HFLM(pretrained=llama.model, tokenizer=llama.tokenizer, batch_size=2, device="cpu")
+
+
+def test_loglikelihoods_are_those_of_lm_eval(llama: Base, reference: HFLM) -> None:
+    expected = reference.loglikelihood(choice_requests(), disable_tqdm=True)
+    actual = ShardedLM(ask(pool_actor(llama), "base"), 100).loglikelihood(choice_requests())
+    for (value, greedy), (known, known_greedy) in zip(actual, expected, strict=True):
+        assert value == pytest.approx(known, abs=1e-4)
+        assert greedy == known_greedy
+
+
+def test_greedy_is_told_as_lm_eval_tells_it(llama: Base, reference: HFLM) -> None:
+    requests = []
+    for document, context in enumerate(CONTEXTS):
+        options = {"until": [], "max_gen_toks": 3, "do_sample": False}
+        [text] = reference.generate_until(
+            generation_requests([context], **options), disable_tqdm=True
+        )
+        for i, choice in enumerate((text, text + " goose")):
+            requests.append(Instance("loglikelihood", {}, (context, choice), i, ("t", document, 1)))
+    expected = reference.loglikelihood(requests, disable_tqdm=True)
+    actual = ShardedLM(ask(pool_actor(llama), "base"), 100).loglikelihood(requests)
+    assert [greedy for _, greedy in actual] == [greedy for _, greedy in expected]
+    assert any(greedy for _, greedy in actual)
+    assert not all(greedy for _, greedy in actual)
+
+
+def test_generation_is_that_of_lm_eval(llama: Base, reference: HFLM) -> None:
+    options: dict[str, Any] = {"until": [], "max_gen_toks": 8, "do_sample": False}
+    lm = ShardedLM(ask(pool_actor(llama), "base"), 100)
+    whole = reference.generate_until(generation_requests(CONTEXTS, **options), disable_tqdm=True)
+    assert lm.generate_until(generation_requests(CONTEXTS, **options)) == whole
+    assert all(len(text) > 3 for text in whole)
+    # Stop strings that do come, at different places, one of them inside a token or across two.
+    options["until"] = [whole[0][2:4], whole[1][1:2], "never"]
+    cut = reference.generate_until(generation_requests(CONTEXTS, **options), disable_tqdm=True)
+    assert lm.generate_until(generation_requests(CONTEXTS, **options)) == cut
+    assert cut != whole
+
+
+def test_the_space_after_a_prompt_is_not_part_of_the_answer(llama: Base, reference: HFLM) -> None:
+    options: dict[str, Any] = {"until": ["\n"], "max_gen_toks": 8, "do_sample": False}
+    lm = ShardedLM(ask(pool_actor(llama), "base"), 100)
+    bare = reference.generate_until(generation_requests(CONTEXTS, **options), disable_tqdm=True)
+    spaced = [context + " " for context in CONTEXTS]
+    expected = [text.removeprefix(" ") for text in bare]
+    assert lm.generate_until(generation_requests(spaced, **options)) == expected
+
+
+def test_one_stop_string_may_be_given_bare(llama: Base) -> None:
+    lm = ShardedLM(ask(pool_actor(llama), "base"), 100)
+    [text] = lm.generate_until(generation_requests(CONTEXTS[:1], until=[], max_gen_toks=8))
+    stop = text[3:5]
+    cut = generation_requests(CONTEXTS[:1], until=stop, max_gen_toks=8)
+    assert lm.generate_until(cut) == [text.split(stop)[0]]
+
+
+def test_usage_is_counted_by_task(llama: Base) -> None:
+    lm = ShardedLM(ask(pool_actor(llama), "phatgoose"), 60)
+    lm.loglikelihood(choice_requests("one") + choice_requests("two")[:4])
+    one, two = lm.usage["one"], lm.usage["two"]
+    assert one.tokens > two.tokens > 0
+    for linear in llama.linears:
+        # The weights of a token's two experts are softmax over all experts: less than one.
+        assert 0 < float(one.routing[linear].sum()) < one.routed[linear]
+        assert one.routed[linear] > two.routed[linear] > 0
+    assert not math.isnan(one.seconds)
+
+
+def test_what_is_not_offered_is_refused(llama: Base) -> None:
+    lm = ShardedLM(ask(pool_actor(llama), "base"), 100)
+    with pytest.raises(PhatgooseError, match="task wikitext asks for rolling log-likelihoods"):
+        lm.loglikelihood_rolling(
+            [Instance("loglikelihood_rolling", {}, ("text",), 0, ("wikitext", 0, 1))]
+        )
+    for options in ({"do_sample": True}, {"temperature": 0.7}):
+        with pytest.raises(PhatgooseError, match="only greedy"):
+            lm.generate_until(generation_requests(CONTEXTS, **options))

@@ -1,0 +1,125 @@
+"""A tiny BIG-bench, actors without Ray, and requests: what the tests of the harness share.
+
+The tasks' words are those that the tokenizers of `tests.tiny` know.
+"""
+
+import io
+import itertools
+import json
+import tarfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.eval_actor import EvalActor
+from harness.jobs import Failure
+from harness.tasks import TaskData, TaskSpec, prepare_all
+from phatgoose.base import Base
+from phatgoose.errors import PhatgooseError
+from phatgoose.model import RoutedModel
+from phatgoose.pool import Pool
+
+_NAMES = ("goose", "swan", "bird", "lake", "flock", "question")
+_DEEDS = ("flies", "swims", "is deep", "is dry", "answers", "is grey")
+
+
+def generation_task(answer: str) -> dict[str, Any]:
+    """A task of 36 documents whose answer is always the same: what an expert can learn."""
+    pairs = itertools.product(_NAMES, _DEEDS)
+    examples = [{"input": f"the {name} {deed}", "target": answer} for name, deed in pairs]
+    return {"examples": examples}
+
+
+def choice_task(*choices: str) -> dict[str, Any]:
+    """A task of 36 documents with these choices; now this one is right, now that one."""
+    examples = []
+    for i, (name, deed) in enumerate(itertools.product(_NAMES, _DEEDS)):
+        right = i % len(choices)
+        scores = {choice: float(place == right) for place, choice in enumerate(choices)}
+        examples.append({"input": f"the {name} {deed}?", "target_scores": scores})
+    return {"examples": examples}
+
+
+TASKS = {
+    "birds": generation_task("goose"),
+    "lakes": choice_task("yes", "no"),
+    "numbers": generation_task("five"),
+    "swans": choice_task("the swan", "the grey goose", "no"),
+    "sums": generation_task("nine"),
+}
+
+
+def write_archive(path: Path, tasks: Mapping[str, Any]) -> Path:
+    """Write tasks into an archive laid out like BIG-bench's source distribution."""
+    with tarfile.open(path, "w:gz") as tar:
+        for member, definition in tasks.items():
+            data = json.dumps(definition).encode()
+            info = tarfile.TarInfo(f"bigbench-1.0.0/bigbench/benchmark_tasks/{member}/task.json")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def prepare_toys(specs: Sequence[TaskSpec], folder: Path) -> list[TaskData]:
+    """Put tasks whose members are in `TASKS` into the cache, where runs and actors find them."""
+    return prepare_all(specs, archive=write_archive(folder / "toys.tar.gz", TASKS))
+
+
+def toy_config(base: Path, run_dir: Path, **changes: Any) -> Any:
+    """A run of three experts and two held-out tasks, small enough for a test."""
+    from harness.config import BaseConfig, ClusterConfig, RunConfig, RunSection
+    from phatgoose.recipe import Recipe, Stage
+
+    def group(name: str, *tasks: str, **defaults: Any) -> dict[str, Any]:
+        return {"name": name, "tasks": {task: {"members": [task]} for task in tasks}, **defaults}
+
+    values: dict[str, Any] = {
+        "base": BaseConfig(str(base)),
+        "pool": group("toys", "birds", "lakes", "numbers"),
+        "suite": group("held", "swans", "sums", split="all", limit=8, max_new_tokens=4),
+        "router": {"base": {}, "phatgoose": {"top_k": 2}, "merged": {}, "random": {}, "oracle": {}},
+        "train": Recipe(
+            rank=2,
+            scale=1.0,
+            init_std=0.1,
+            lora=Stage(steps=4, lr=1e-2),
+            gates=Stage(steps=2, lr=1e-2),
+            batch_size=4,
+            micro_batch_size=4,
+            evaluation_examples=4,
+            dtype="float32",
+        ),
+        "cluster": ClusterConfig(),
+        "run": RunSection(str(run_dir)),
+        "registry": str(run_dir / "registry"),
+        "chunk_characters": 200,
+    }
+    return RunConfig(**{**values, **changes})
+
+
+def local_actor(base: Base, pool: Pool) -> EvalActor:
+    """An evaluation actor in this process: its constructor would take over standard output."""
+    actor = object.__new__(EvalActor)
+    actor._model = RoutedModel(base, pool)
+    return actor
+
+
+class LocalWorkers:
+    """Stands for `harness.jobs.Workers`: calls one object in this process, in an order of choice.
+
+    Attributes:
+        calls: how many calls there were.
+    """
+
+    def __init__(self, worker: Any, order: Callable[[list[int]], list[int]] = list) -> None:
+        self.worker, self.order, self.calls = worker, order, 0
+
+    def run(
+        self, method: str, calls: Sequence[tuple[Any, ...]], tick: Callable[[list[Any]], None]
+    ) -> Iterator[tuple[int, Any]]:
+        for index in self.order(list(range(len(calls)))):
+            self.calls += 1
+            try:
+                yield index, getattr(self.worker, method)(*calls[index])
+            except PhatgooseError as error:
+                yield index, Failure(str(error))
