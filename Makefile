@@ -6,7 +6,7 @@ RUN_DIR ?= $(CURDIR)/runs/demo
 .PHONY: demo test lint setup clean
 
 demo: setup  ## train the demo pool, evaluate every router, end with a table and two pictures
-	$(BIN)/python -m harness.run pool=demo run.dir=$(RUN_DIR)
+	$(BIN)/python -m harness.run pool=demo "run.dir='$(RUN_DIR)'"
 
 test: setup  ## all tests
 	$(BIN)/python -m pytest
@@ -20,7 +20,7 @@ setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; call: make PYTHON=python3.11 ...")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 

@@ -10,7 +10,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
 
 import ray
-from ray._private import services
+from ray._private import ray_constants, services
 
 from harness.config import ClusterConfig
 from harness.storage import Folder
@@ -37,8 +37,16 @@ class Cluster:
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "phatgoose"}
         running = _running()
         if running:
-            ray.init(address=running, **quiet)
+            try:
+                ray.init(address=running, **quiet)
+            except ConnectionError as error:
+                raise PhatgooseError(
+                    f"the Ray at {running} does not answer: start it, or end what is left of it "
+                    "with `ray stop` and unset RAY_ADDRESS to have a local one started"
+                ) from error
         else:
+            # Or Ray takes this machine's outer address for 127.0.0.1, and listens on all of them.
+            ray_constants.ENABLE_RAY_CLUSTER = False
             ray.init(
                 address="local",
                 num_cpus=len(os.sched_getaffinity(0)),

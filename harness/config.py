@@ -254,10 +254,16 @@ def _check_values(config: RunConfig) -> None:
             raise PhatgooseError(f"{key}.name={group['name']}: use letters, digits, _, . and -")
         if not isinstance(group["tasks"], dict) or not group["tasks"]:
             raise PhatgooseError(f"{key}.tasks={group['tasks']}: name at least one task")
+    for key in ("limit", "split", "max_new_tokens"):
+        if key in config.pool:
+            raise PhatgooseError(f"pool.{key}: it says how to evaluate, and belongs to a suite")
     experts = [task.name for task in config.pool_tasks()]
     config.suite_tasks()
     config.routers(experts)
-    for expert in (config.router.get("single") or {}).get("experts", []):
+    singles = (config.router.get("single") or {}).get("experts", [])
+    if not isinstance(singles, list):
+        raise PhatgooseError(f"router.single.experts={singles}: give a list, such as [{singles}]")
+    for expert in singles:
         _known(expert, experts, f"router single:{expert}: the pool has no such expert")
 
 

@@ -63,8 +63,10 @@ class EvalActor:
         base, log = self._model.base, RoutingLog()
         questions = [Question.encode(base, r.context, r.choices) for r in chunk.requests]
         self._model.record(log)
-        scores = score(base, questions, log)
-        self._model.record(None)
+        try:
+            scores = score(base, questions, log)
+        finally:
+            self._model.record(None)
         return Answer(
             scores=scores,
             tokens=sum(question.length for question in questions),

@@ -121,12 +121,23 @@ class Evaluation:
         return scores
 
     def write_scores(self, rows: list[dict[str, Any]], *, oracle: bool) -> None:
-        """Write scores.parquet, keeping the rows of other suites and routers."""
+        """Write scores.parquet, keeping what was measured before and can be compared with it.
+
+        That is what other suites, and other routers on the same documents, got with this pool.
+        """
         if oracle:
             rows = rows + oracle_rows(pa.Table.from_pylist(rows, results.SCORES))
         routers = {row["router"] for row in rows}
-        kept = _read(self._folder, results.SCORES_FILE, results.SCORES)
-        kept = [r for r in kept if r["suite"] != self._suite or r["router"] not in routers]
+        documents = {(row["task"], row["n"]) for row in rows}
+        kept = [
+            row
+            for row in _read(self._folder, results.SCORES_FILE, results.SCORES)
+            if row["manifest"] == self._common["manifest"]
+            and (
+                row["suite"] != self._suite
+                or (row["router"] not in routers and (row["task"], row["n"]) in documents)
+            )
+        ]
         results.write_table(self._folder, results.SCORES_FILE, results.SCORES, kept + rows)
 
     def _ask(
@@ -211,15 +222,6 @@ class Evaluation:
         """Write a router's rows of this suite, keeping its rows of others."""
         kept = [r for r in _read(self._folder, name, schema) if r["suite"] != self._suite]
         results.write_table(self._folder, name, schema, kept + rows)
-
-
-def count_requests(tasks: Sequence[TaskData]) -> int:
-    """How many requests one router answers: one a document, two where it is generated."""
-    per_task = {data.name: make_task(data, "count") for data in tasks}
-    return sum(
-        len(task.eval_docs) * (2 if task.OUTPUT_TYPE == "generate_until" else 1)
-        for task in per_task.values()
-    )
 
 
 def _read(folder: Folder, name: str, schema: pa.Schema) -> list[dict[str, Any]]:

@@ -36,11 +36,13 @@ def open_pool(
     if not folder.exists():
         packs.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=packs))
-        Pool.from_experts([load(content) for content in experts.values()]).save(temporary)
         try:
+            Pool.from_experts([load(content) for content in experts.values()]).save(temporary)
+            temporary.chmod(0o755)
             temporary.rename(folder)
-        except OSError:  # another process was first, and its pack is the same
-            shutil.rmtree(temporary)
+        except OSError:
             if not folder.exists():
-                raise
+                raise  # else another process was first, and its pack is the same
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return Pool.open(folder)

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
+import os
 import shutil
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,24 +13,27 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from harness.config import RunConfig
-from harness.evaluate import count_requests
+from harness.estimate import (
+    EvaluationWork,
+    evaluate_seconds,
+    evaluation_work,
+    mean_characters,
+    train_seconds,
+)
 from harness.registry import Registry
 from harness.results import RUN_FILE, read_run
 from harness.storage import Folder
 from harness.tasks import TaskData, TaskSpec, prepare_all
+from harness.tasks.lm_eval_tasks import evaluation_table
 from harness.tasks.records import read_table
 from harness.train_actor import TrainJob
 from phatgoose.base import adapted_linears, fingerprint, locate_base
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Card, validate_name
-from phatgoose.recipe import Recipe
 from phatgoose.routers import Router
 
 # Raise it whenever the same job would train another expert than before.
 _TRAINING_VERSION = 1
-# Of what a processor could do in a large product, what training on short texts gets.
-_EFFICIENCY = 0.5
-_CHARACTERS_PER_TOKEN = 4
 _SPARE_BYTES = 500 * 2**20
 
 
@@ -46,9 +49,9 @@ class Plan:
         jobs: one per expert, in the pool's order.
         finished: content hash by job id, of experts that need no training.
         routers: by their name in results.
-        requests: what one router has to answer.
+        work: what one router has to answer.
         expert_bytes: size of one expert.
-        train_seconds: estimate for one core or GPU; None where there is no basis for one.
+        train_seconds, evaluate_seconds: estimates for one core of this machine.
     """
 
     config: RunConfig
@@ -59,14 +62,15 @@ class Plan:
     jobs: list[TrainJob]
     finished: dict[str, str]
     routers: dict[str, Router]
-    requests: int
+    work: EvaluationWork
     expert_bytes: int
-    train_seconds: float | None
+    train_seconds: float
+    evaluate_seconds: float
 
     @property
     def open_jobs(self) -> list[TrainJob]:
         """Jobs still to be done, the longest first."""
-        length = {data.name: _mean_characters(data) for data in self.pool}
+        length = {data.name: mean_characters(data) for data in self.pool}
         jobs = [job for job in self.jobs if job.card.job not in self.finished]
         return sorted(jobs, key=lambda job: -length[job.task.name])
 
@@ -91,21 +95,21 @@ class Plan:
         ]
         if "train" in config.stages:
             steps = config.train.lora.steps + config.train.gates.steps
-            estimate = "" if self.train_seconds is None else f", {self._estimate()}"
             lines.append(
                 f"train     {len(self.open_jobs)} of {len(self.jobs)} jobs of {steps} steps "
-                f"({done} done before){estimate}"
+                f"({done} done before), {_minutes(self.train_seconds)}"
             )
         if "evaluate" in config.stages:
             lines.append(
-                f"evaluate  {len(self.routers)} passes over {self.requests} requests "
-                "(those answered before are not asked again)"
+                f"evaluate  {len(self.routers)} passes over {self.work.requests} requests in "
+                f"{self.work.chunks} chunks, {_minutes(self.evaluate_seconds)} (less what was "
+                "answered before)"
             )
         return "\n".join(lines)
 
-    def _estimate(self) -> str:
-        minutes = (self.train_seconds or 0) / 60
-        return f"about {max(1, round(minutes))} min of one core's time"
+
+def _minutes(seconds: float) -> str:
+    return f"about {max(1, round(seconds / 60))} min of one core's time"
 
 
 def make_plan(config: RunConfig) -> Plan:
@@ -115,6 +119,8 @@ def make_plan(config: RunConfig) -> Plan:
         PhatgooseError: the first thing that would stop the run later.
     """
     pool_specs, suite_specs = config.pool_tasks(), config.suite_tasks()
+    for uri in (config.run.dir, config.registry):
+        _check_can_be_made(Folder(uri))
     for spec in pool_specs:
         validate_name(spec.name)
     _check_held_out(pool_specs, suite_specs)
@@ -123,14 +129,18 @@ def make_plan(config: RunConfig) -> Plan:
     shapes, parameters = _linear_shapes(location, config)
     data = prepare_all([*pool_specs, *suite_specs])
     pool, suite = data[: len(pool_specs)], data[len(pool_specs) :]
+    _check_documents(pool, suite)
     jobs = [_job(config, base_fingerprint, item) for item in pool]
     registry = Registry(config.registry, base_fingerprint)
     registry.manifest()  # of another base: an error
     finished = {}
     for job in jobs:
-        content_hash = registry.finished(job.card.job)
+        content_hash = registry.recorded(job.card.job)
         if content_hash is not None:
             finished[job.card.job] = content_hash
+    routers = config.routers([job.card.name for job in jobs])
+    work = evaluation_work(suite, config.chunk_characters)
+    unfinished = [d for d, job in zip(pool, jobs, strict=True) if job.card.job not in finished]
     rank = config.train.rank
     plan = Plan(
         config=config,
@@ -140,15 +150,16 @@ def make_plan(config: RunConfig) -> Plan:
         suite=suite,
         jobs=jobs,
         finished=finished,
-        routers=config.routers([job.card.name for job in jobs]),
-        requests=count_requests(suite),
+        routers=routers,
+        work=work,
         expert_bytes=sum(4 * (rank * (d + o) + d) for d, o in shapes),
-        train_seconds=_train_seconds(config.train, pool, jobs, finished, parameters),
+        train_seconds=train_seconds(config.train, unfinished, parameters),
+        evaluate_seconds=evaluate_seconds(work, len(routers), parameters),
     )
     _check_same_run(plan)
+    _check_disk(plan, registry.folder)
     plan.folder.check_writable()
     registry.folder.check_writable()
-    _check_disk(plan, registry.folder)
     return plan
 
 
@@ -178,15 +189,34 @@ def _job(config: RunConfig, base_fingerprint: str, data: TaskData) -> TrainJob:
 
 def _check_held_out(pool: list[TaskSpec], suite: list[TaskSpec]) -> None:
     """Refuse to evaluate on documents that an expert is trained on."""
-    trained = {member: spec.name for spec in pool for member in spec.members}
     for spec in suite:
-        for member in spec.members:
-            expert = trained.get(member)
-            if expert is not None and (spec.split == "all" or spec.name != expert):
+        for expert in pool:
+            shared = set(spec.members) & set(expert.members)
+            if shared and (spec.split == "all" or spec.name != expert.name):
                 raise PhatgooseError(
-                    f"suite task {spec.name} holds documents of {member} that expert {expert} is "
-                    f"trained on: call it {expert} with split: evaluation, or leave one of them out"
+                    f"suite task {spec.name} holds documents of {min(shared)} that expert "
+                    f"{expert.name} is trained on: call it {expert.name} with split: evaluation, "
+                    "or leave one of them out"
                 )
+
+
+def _check_documents(pool: list[TaskData], suite: list[TaskData]) -> None:
+    """Refuse to evaluate on an input that an expert is trained on, wherever it comes from."""
+    for data in suite:
+        inputs = {_normal(text) for text in evaluation_table(data)["input"].to_pylist()}
+        for expert in pool:
+            trained = read_table(expert.train)["input"].to_pylist()
+            shared = inputs.intersection(map(_normal, trained))
+            if shared:
+                raise PhatgooseError(
+                    f"suite task {data.name}: {len(shared)} of its {len(inputs)} inputs are among "
+                    f"those that expert {expert.name} is trained on, such as {min(shared)[:60]!r}: "
+                    "leave one of the two out"
+                )
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.lower().split())
 
 
 def _linear_shapes(location: Path, config: RunConfig) -> tuple[list[tuple[int, int]], int]:
@@ -220,12 +250,28 @@ def _check_same_run(plan: Plan) -> None:
     )
 
 
+def _check_can_be_made(folder: Folder) -> None:
+    """Refuse, before any download, a local folder that cannot be made or written to."""
+    path = _existing(folder)
+    if path is not None and not (path.is_dir() and os.access(path, os.W_OK)):
+        raise PhatgooseError(
+            f"{folder} cannot be written to ({path} is in the way): choose another run.dir= or "
+            "registry="
+        )
+
+
+def _existing(folder: Folder) -> Path | None:
+    """The nearest folder above that is there already; None if it is not a local one."""
+    path = folder.local("objects")
+    while path is not None and not path.exists():
+        path = path.parent
+    return path
+
+
 def _check_disk(plan: Plan, registry: Folder) -> None:
-    path = registry.local("objects")
+    path = _existing(registry)
     if path is None:
         return
-    while not path.exists():
-        path = path.parent
     # Each expert stands in its object and in the pack.
     needed = 2 * len(plan.jobs) * plan.expert_bytes + _SPARE_BYTES
     free = shutil.disk_usage(path).free
@@ -234,45 +280,3 @@ def _check_disk(plan: Plan, registry: Folder) -> None:
             f"{registry} has {free / 2**30:.1f} GiB free, and the run needs about "
             f"{needed / 2**30:.1f} GiB: free some, or choose another registry= and run.dir="
         )
-
-
-def _mean_characters(data: TaskData) -> float:
-    """Mean length of a training example of a task."""
-    table = read_table(data.train).slice(0, 1000)
-    texts = [row["input"] + row["targets"][0] for row in table.to_pylist()]
-    return sum(map(len, texts)) / max(1, len(texts))
-
-
-def _train_seconds(
-    recipe: Recipe,
-    pool: list[TaskData],
-    jobs: list[TrainJob],
-    finished: dict[str, str],
-    parameters: int,
-) -> float | None:
-    """Time that one core needs to train, from a product timed here; None on a GPU."""
-    if torch.cuda.is_available():
-        return None
-    characters = sum(
-        _mean_characters(data)
-        for data, job in zip(pool, jobs, strict=True)
-        if job.card.job not in finished
-    )
-    examples = recipe.batch_size * (recipe.lora.steps + recipe.gates.steps)
-    tokens = examples * characters / _CHARACTERS_PER_TOKEN
-    # Forward, and backward through the activations: two operations per parameter each.
-    return tokens * 4 * parameters / (_EFFICIENCY * _operations_per_second())
-
-
-def _operations_per_second() -> float:
-    """Floating-point operations per second of one core, from a short product."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        matrix = torch.ones(1024, 1024)
-        matrix @ matrix
-        started = time.perf_counter()
-        matrix @ matrix
-        return 2 * 1024**3 / (time.perf_counter() - started)
-    finally:
-        torch.set_num_threads(threads)

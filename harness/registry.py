@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
@@ -74,6 +75,11 @@ class Registry:
         record = self._record(card.job) or self._store(expert)
         self._enter(record)
         return record.object
+
+    def recorded(self, job: str) -> str | None:
+        """As `finished`, but changes nothing: for looking before any work."""
+        record = self._record(job)
+        return None if record is None else record.object
 
     def finished(self, job: str) -> str | None:
         """The hash of the expert that a job made; None if the job is still to be done.
@@ -214,11 +220,15 @@ def registry_actor(uri: str | Path, base_fingerprint: str) -> Any:
     Ray restarts it and repeats calls that were under way, which every method allows. Each Ray job
     has its own, because an actor ends with the driver that made it. Raises what Registry raises.
     """
-    absolute = Registry(uri, base_fingerprint).folder.uri  # a mistake shows here, not in an actor
+    folder = Registry(uri, base_fingerprint).folder  # a mistake shows here, not in an actor
+    absolute = folder.uri
+    # A local folder is this node's: an actor elsewhere would write to another disk.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    place = {"scheduling_strategy": here} if folder.local("objects") else {}
     job = ray.get_runtime_context().get_job_id()
     key = hashlib.sha256(f"{absolute}\n{base_fingerprint}\n{job}".encode()).hexdigest()[:16]
     return RegistryActor.options(
-        name=f"registry-{key}", namespace="phatgoose", get_if_exists=True
+        name=f"registry-{key}", namespace="phatgoose", get_if_exists=True, **place
     ).remote(absolute, base_fingerprint)
 
 

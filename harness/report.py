@@ -54,7 +54,11 @@ def make_report(folder: Folder) -> str:
         PhatgooseError: a file of the run is damaged, or the files do not belong together.
     """
     training = read_folder(folder, TRAINING_FOLDER, TRAINING)
-    parts = [experts_table(training) if len(training) else "no expert has been trained yet"]
+    parts = [
+        experts_table(training)
+        if len(training)
+        else "no training curves in this run folder: its experts come from elsewhere"
+    ]
     if folder.exists(SCORES_FILE):
         scores = read_table(folder, SCORES_FILE, SCORES)
         parts += _router_parts(folder, scores)

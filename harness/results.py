@@ -52,7 +52,9 @@ SCORES = pa.schema(
     [
         _column("run", pa.string(), "name of the run"),
         _column("base", pa.string(), "name of the base"),
-        _column("manifest", pa.string(), "the registry's manifest that the pool was read from"),
+        _column(
+            "manifest", pa.string(), "id of the pool: a hash over its experts' names and contents"
+        ),
         _ROUTER,
         _column("top_k", pa.int32(), "experts kept per token", null="the router keeps no top k"),
         _ZERO_SHOT,
@@ -63,7 +65,9 @@ SCORES = pa.schema(
         _column("stderr", pa.float64(), "standard error of the value", null="lm-eval gave none"),
         _column("n", pa.int64(), "number of documents"),
         _column("seconds", pa.float64(), "time the actors spent on this router and task"),
-        _column("tokens", pa.int64(), "tokens run through the model for this router and task"),
+        _column(
+            "tokens", pa.int64(), "tokens run through the model, generated ones by their limit"
+        ),
         _column("expert", pa.string(), "the expert the oracle chose", null="not the oracle"),
     ]
 )
@@ -116,7 +120,7 @@ ROUTING = pa.schema(
         _column("linear", pa.string(), "dotted module name of the linear; rows in model order"),
         _EXPERT,
         _column("share", pa.float64(), "this expert's part of all weight routed in the linear"),
-        _column("tokens", pa.int64(), "tokens routed in the linear, padding left out"),
+        _column("tokens", pa.int64(), "tokens routed in scoring, padding left out"),
         _column("entropy", pa.float64(), "entropy of the linear's shares over experts, in nats"),
     ]
 )
@@ -126,9 +130,17 @@ TRAINING = pa.schema(
         _EXPERT,
         _column("job", pa.string(), "id of the job that trained the expert"),
         _column("stage", pa.string(), "lora or gates"),
-        _column("split", pa.string(), "train, or evaluation: the expert's own held-out documents"),
+        _column(
+            "split",
+            pa.string(),
+            "train, validation (kept out of it), or evaluation: the task's evaluation split",
+        ),
         _column("step", pa.int64(), "optimiser steps done; evaluation at step 0 is before them"),
-        _column("loss", pa.float64(), "mean negative log-likelihood per target token, in nats"),
+        _column(
+            "loss",
+            pa.float64(),
+            "mean negative log-likelihood per target token; but for train, per document first",
+        ),
         _column("exact_match", pa.float64(), "share of exact greedy answers", null="not measured"),
         _column("lr", pa.float64(), "learning rate of the step", null="not a training step"),
         _column("tokens", pa.int64(), "tokens processed so far in the stage"),

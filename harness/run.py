@@ -11,11 +11,17 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from harness import results
 from harness.config import CONF, RunConfig, groups, load_config
 from phatgoose.errors import PhatgooseError
+
+if TYPE_CHECKING:
+    from harness.cluster import Cluster
+    from harness.plan import Plan
+    from harness.registry import Registry
 
 _PACKAGES = ("phatgoose", "torch", "transformers", "ray", "deepspeed", "lm_eval", "pyarrow")
 
@@ -41,36 +47,49 @@ def run(config: RunConfig) -> None:
     """Carry one configuration through its stages.
 
     Raises:
-        PhatgooseError: a check before work failed, or no expert could be had.
+        PhatgooseError: a check before work failed, no expert could be had, or, after all else was
+            done, some experts could not be trained.
     """
     _be_quiet()
     # Imported here, so that a mistyped configuration is refused at once.
-    from harness.cluster import Cluster
+    from harness.cluster import Cluster, actor_count
     from harness.plan import make_plan
     from harness.report import make_report
 
     started = time.time()
     plan = make_plan(config)
     print(plan.describe(), flush=True)
-    record = _record(config, plan.identity, started)
-    results.write_run(plan.folder, record)
     failures: dict[str, str] = {}
     with Cluster() as cluster:
-        if "train" in config.stages and plan.open_jobs:
-            failures = _train(plan, cluster)
+        to_train = "train" in config.stages and bool(plan.open_jobs)
+        if to_train:
+            cluster.connect()
+            actor_count(config.cluster)  # no room: an error
+        record = _record(config, plan, started)
+        results.write_run(plan.folder, record)
+        if to_train:
+            failures = _train(plan)
         if "evaluate" in config.stages:
             _evaluate(plan, cluster)
     minutes = (time.time() - started) / 60
-    record |= {"finished": _time(time.time()), "minutes": minutes, "failures": failures}
+    record["calls"][-1] |= {
+        "finished": _time(time.time()),
+        "minutes": round(minutes, 2),
+        "failures": failures,
+    }
     results.write_run(plan.folder, record)
     if "report" in config.stages:
         print("\n" + make_report(plan.folder), end="")
     print(f"done in {minutes:.1f} min; everything is in {plan.folder}")
-    for name, error in failures.items():
-        print(f"not trained: {name}: {error}", file=sys.stderr)
+    if failures:
+        raise PhatgooseError(
+            f"{len(failures)} of {len(plan.jobs)} experts were not trained ("
+            + "; ".join(f"{name}: {error}" for name, error in failures.items())
+            + "): the same command tries them again"
+        )
 
 
-def _train(plan: Any, cluster: Any) -> dict[str, str]:
+def _train(plan: "Plan") -> dict[str, str]:
     import ray
 
     from harness.cluster import actor_count, actor_options
@@ -80,7 +99,6 @@ def _train(plan: Any, cluster: Any) -> dict[str, str]:
     from harness.train_actor import TrainActor
 
     config = plan.config
-    cluster.connect()
     remote = ray.remote(TrainActor).options(**actor_options(config.cluster), max_concurrency=2)
     workers = Workers(
         lambda: remote.remote(config.base, plan.base_fingerprint, config.run.dir),
@@ -93,7 +111,7 @@ def _train(plan: Any, cluster: Any) -> dict[str, str]:
         workers.close()
 
 
-def _evaluate(plan: Any, cluster: Any) -> None:
+def _evaluate(plan: "Plan", cluster: "Cluster") -> None:
     import ray
     from tqdm import tqdm
 
@@ -107,6 +125,9 @@ def _evaluate(plan: Any, cluster: Any) -> None:
     config = plan.config
     experts = _pool(Registry(config.registry, plan.base_fingerprint), plan)
     routers = config.routers(list(experts))
+    for name in routers:
+        if name.startswith("single:") and name.removeprefix("single:") not in experts:
+            raise PhatgooseError(f"router {name}: the pool lacks that expert; train it first")
 
     def make() -> Any:
         keeper = registry_actor(config.registry, plan.base_fingerprint)
@@ -125,7 +146,7 @@ def _evaluate(plan: Any, cluster: Any) -> None:
         "base": config.base.name,
         "manifest": pool_id(experts),
     }
-    total = plan.requests * len(routers)
+    total = plan.work.requests * len(routers)
     try:
         with tqdm(total=total, desc="evaluate", unit="request", disable=None) as bar:
             evaluation = Evaluation(
@@ -144,12 +165,13 @@ def _evaluate(plan: Any, cluster: Any) -> None:
                 if place == 1:
                     evaluation.ask_ahead(routers)
                 rows += evaluation.run(name, router)
+                evaluation.write_scores(rows, oracle=False)
             evaluation.write_scores(rows, oracle="oracle" in config.router)
     finally:
         workers.close()
 
 
-def _pool(registry: Any, plan: Any) -> dict[str, str]:
+def _pool(registry: "Registry", plan: "Plan") -> dict[str, str]:
     """The trained experts' content hashes by name; says which ones are lacking."""
     found = {job.card.name: registry.finished(job.card.job) for job in plan.jobs}
     experts = {name: content for name, content in found.items() if content is not None}
@@ -164,17 +186,32 @@ def _pool(registry: Any, plan: Any) -> dict[str, str]:
     return experts
 
 
-def _record(config: RunConfig, identity: dict[str, Any], started: float) -> dict[str, Any]:
-    """What run.json says."""
-    return {
-        "identity": identity,
+def _record(config: RunConfig, plan: "Plan", started: float) -> dict[str, Any]:
+    """What run.json says: what all calls have in common, and each call's own."""
+    before = results.read_run(plan.folder) if plan.folder.exists(results.RUN_FILE) else {}
+    call = {
         "configuration": asdict(config),
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in _PACKAGES},
-        "hardware": {"machine": platform.machine(), "cores": len(os.sched_getaffinity(0))},
+        "hardware": {
+            "processor": _processor(),
+            "cores": len(os.sched_getaffinity(0)),
+            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        },
         "started": _time(started),
         "finished": None,
     }
+    return {"identity": plan.identity, "calls": [*before.get("calls", []), call]}
+
+
+def _processor() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def _time(seconds: float) -> str:

@@ -2,16 +2,18 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from tqdm import tqdm
 
 from harness import results
-from harness.jobs import Failure, Workers, last_line
+from harness.jobs import ATTEMPTS, Failure, Workers, last_line
 from harness.storage import Folder
 from harness.train_actor import TrainJob
+from phatgoose.errors import PhatgooseError
 
 
 def train(
@@ -30,8 +32,17 @@ def train(
 
     Returns:
         What went wrong, by expert.
+
+    Raises:
+        PhatgooseError: the registry or the run folder cannot be written to; going on would train
+            experts that nothing keeps.
     """
+
+    def publish(result: tuple[list[dict[str, Any]], Any]) -> str | _Lost:
+        return _publish(folder, keeper, result)
+
     failures: dict[str, str] = {}
+    waiting = list(range(len(jobs)))
     recipe_steps = [job.recipe.lora.steps + job.recipe.gates.steps for job in jobs]
     done_steps = 0
     with tqdm(total=sum(recipe_steps), desc="train", unit="step", disable=None) as bar:
@@ -41,15 +52,22 @@ def train(
                 bar.n = done_steps + _steps_under_way(actors)
                 bar.refresh()
 
-        for index, result in workers.run("train", [(job,) for job in jobs], tick):
-            name = jobs[index].card.name
-            outcome = result if isinstance(result, Failure) else _publish(folder, keeper, result)
-            done_steps += recipe_steps[index]
-            if isinstance(outcome, Failure):
-                failures[name] = outcome.error
-                tqdm.write(f"failed    {name}: {outcome.error}", file=sys.stderr)
-            else:
-                tqdm.write(f"trained   {name}: {outcome}", file=sys.stderr)
+        for attempt in range(1, ATTEMPTS + 1):
+            lost = []
+            for place, result in workers.run("train", [(jobs[i],) for i in waiting], tick):
+                index = waiting[place]
+                name = jobs[index].card.name
+                outcome = result if isinstance(result, Failure) else publish(result)
+                if isinstance(outcome, _Lost) and attempt < ATTEMPTS:
+                    lost.append(index)
+                    continue
+                done_steps += recipe_steps[index]
+                if isinstance(outcome, str):
+                    tqdm.write(f"trained   {name}: {outcome}", file=sys.stderr)
+                else:
+                    failures[name] = outcome.error
+                    tqdm.write(f"failed    {name}: {outcome.error}", file=sys.stderr)
+            waiting = lost
     return failures
 
 
@@ -66,17 +84,26 @@ def _steps_under_way(actors: Sequence[Any]) -> int:
     return steps
 
 
-def _publish(
-    folder: Folder, keeper: Any, result: tuple[list[dict[str, Any]], Any]
-) -> str | Failure:
+@dataclass(frozen=True)
+class _Lost:
+    """A trained expert whose actor died before it was published."""
+
+    error: str
+
+
+def _publish(folder: Folder, keeper: Any, result: tuple[list[dict[str, Any]], Any]) -> str | _Lost:
     """Keep one job's curve and expert; returns a line that says what was learnt."""
     rows, expert = result
     results.write_table(folder, results.training_file(rows[0]["expert"]), results.TRAINING, rows)
     try:
         # The reference is passed on: the expert goes from actor to actor, not through the driver.
         ray.get(keeper.publish.remote(expert))
+    except RayTaskError as error:
+        if isinstance(error.cause, PhatgooseError):
+            raise error.cause from None
+        return _Lost(f"not published: {last_line(error)}")
     except RayError as error:
-        return Failure(f"not published: {last_line(error)}")
+        return _Lost(f"not published: {last_line(error)}")
     losses = [f"{row['loss']:.2f}" for row in rows if row["split"] == "evaluation"]
     seconds = max(row["seconds"] for row in rows if row["stage"] == "lora") + rows[-1]["seconds"]
     return f"loss {losses[0]} -> {losses[1]}, gates {losses[2]} -> {losses[3]}, {seconds:.0f} s"

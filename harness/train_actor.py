@@ -85,10 +85,12 @@ class TrainActor:
 
 def load_base_on_actor(config: BaseConfig, fingerprint: str) -> Any:
     """Load the base on the device that Ray gave this actor, and check that it is the plan's."""
+    cores = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
+    torch.set_num_threads(max(1, int(cores)))
     base = load_base(
         config.name,
         dtype=config.dtype,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device="cuda" if ray.get_gpu_ids() else "cpu",
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
     )

@@ -63,6 +63,8 @@ PACKAGED_MODELS = {
 }
 
 _TOKENIZER_AND_CONFIG = ["*.json", "*.model", "*.txt", "*.jinja"]
+# Small files that change what a base says, besides config.json.
+_DETERMINING = ["*token*", "vocab.*", "merges.txt", "*.model", "generation_config.json", "*.py"]
 
 
 @dataclass(frozen=True)
@@ -180,22 +182,32 @@ def adapted_linears(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over a base's weight files and its configuration, in hexadecimal.
+    """SHA-256 over a base's weights, configuration, tokenizer and own code, in hexadecimal."""
+    config = json.loads((folder / "config.json").read_text())
+    for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+        config.pop(volatile, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    digest.update(_weights_digest(folder).encode())
+    small = {file for pattern in _DETERMINING for file in folder.glob(pattern)}
+    for file in sorted(small):
+        digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _weights_digest(folder: Path) -> str:
+    """SHA-256 over the weight files.
 
     Reading gigabytes takes seconds, so the result is cached under the files' sizes and times.
     """
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not weights:
         raise PhatgooseError(f"base {folder}: no safetensors or pytorch_model files in it")
-    config = json.loads((folder / "config.json").read_text())
-    for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
-        config.pop(volatile, None)
     stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in weights]
-    key = hashlib.sha256(json.dumps([config, stats], sort_keys=True).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
     cached = cache_dir() / "fingerprints" / key
     if cached.exists():
         return cached.read_text()
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    digest = hashlib.sha256()
     for file in weights:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())

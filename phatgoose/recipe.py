@@ -21,6 +21,14 @@ class Stage:
     lr: float = 5e-3
     warmup: float = 0.06
 
+    def __post_init__(self) -> None:
+        """Raise PhatgooseError if a value cannot be."""
+        if self.steps < 1 or self.lr <= 0 or not 0 <= self.warmup <= 1:
+            raise PhatgooseError(
+                "a stage of training needs steps of at least 1, a positive lr and a warmup between "
+                f"0 and 1, not steps={self.steps} lr={self.lr} warmup={self.warmup}"
+            )
+
     def lr_factor(self, step: int) -> float:
         """What `lr` is multiplied by at a step, counted from 0."""
         return min(1.0, (step + 1) / max(1, math.ceil(self.steps * self.warmup)))
@@ -43,6 +51,9 @@ class Recipe:
         max_target_tokens: targets are cut to it, keeping the end-of-sequence token.
         max_examples: at most so many training examples are used.
         evaluation_examples: examples of the task's evaluation split to report on.
+        validate_every: steps after which the loss on examples kept out of training is measured;
+            the best state is kept. 0, or a stage with fewer steps: the last state is kept.
+        validation_examples: how many to keep out, at most a tenth of the training examples.
         dtype: of the frozen base; bfloat16 also means autocast.
         seed: of A's start and of the order of the examples.
     """
@@ -59,6 +70,8 @@ class Recipe:
     max_target_tokens: int = 512
     max_examples: int = 500_000
     evaluation_examples: int = 1000
+    validate_every: int = 100
+    validation_examples: int = 500
     dtype: str = "bfloat16"
     seed: int = 42
 
@@ -77,6 +90,11 @@ class Recipe:
             )
         if self.dtype not in ("float32", "bfloat16"):
             raise PhatgooseError(f"train.dtype is {self.dtype!r}: float32 or bfloat16")
+
+    @property
+    def validates(self) -> bool:
+        """Whether any state is measured on examples kept out of training."""
+        return 0 < self.validate_every <= max(self.lora.steps, self.gates.steps)
 
     @property
     def accumulation(self) -> int:

@@ -42,11 +42,12 @@ class Progress:
 
     Attributes:
         stage: `lora` or `gates`.
-        split: `train` (loss of a step's batch) or `evaluation` (of the evaluation examples).
+        split: `train` (loss of a step's batch), `validation` (of examples kept out of training) or
+            `evaluation` (of the task's evaluation examples).
         step: optimiser steps done before this loss was measured.
-        loss: mean token cross-entropy; for `evaluation`, averaged per example first.
-        exact_match: share of evaluation examples that greedy decoding gets right; None in training.
-        lr: learning rate of the step; None in evaluation.
+        loss: mean token cross-entropy; but for `train`, averaged per example first.
+        exact_match: share of examples that greedy decoding gets right; None in training.
+        lr: learning rate of the step; None but in training.
         tokens: tokens read so far in this stage.
         seconds: time so far in this stage.
     """
@@ -243,6 +244,11 @@ class _Job:
         self.base, self.layers, self.recipe = base, layers, recipe
         self.train = train[: recipe.max_examples]
         self.evaluation = [self.encode(e) for e in evaluation[: recipe.evaluation_examples]]
+        kept_out = min(recipe.validation_examples, len(self.train) // 10)
+        self.validation: list[Question] = []
+        if recipe.validates and kept_out:
+            self.validation = [self.encode(example) for example in self.train[-kept_out:]]
+            self.train = self.train[:-kept_out]
         self.make_engine, self.report = engine, report
 
     def encode(self, example: Example) -> Question:
@@ -252,9 +258,10 @@ class _Job:
     def run(
         self, name: str, parameters: list[nn.Parameter], stage: Stage
     ) -> tuple[Progress, Progress]:
-        """Train one stage; returns its evaluation before and after."""
+        """Train one stage, leaving its best state; returns its evaluation before and after."""
         started, tokens = time.monotonic(), 0
-        before = self.evaluate(name, 0, tokens, started)
+        before = self.measure(name, "evaluation", 0, tokens, started)
+        best_loss, best_state = math.inf, None
         module = TargetLoss(self.base, self.recipe.dtype)
         engine = self.make_engine(module, parameters, stage, self.recipe)
         try:
@@ -269,9 +276,18 @@ class _Job:
                 lr = stage.lr * stage.lr_factor(step)
                 seconds = time.monotonic() - started
                 self.report(Progress(name, "train", step, loss, None, lr, tokens, seconds))
+                if self.validation and (step + 1) % self.recipe.validate_every == 0:
+                    measured = self.measure(name, "validation", step + 1, tokens, started)
+                    if measured.loss < best_loss:
+                        best_loss = measured.loss
+                        best_state = [parameter.detach().clone() for parameter in parameters]
         finally:
             engine.close()
-        return before, self.evaluate(name, stage.steps, tokens, started)
+        if best_state is not None:
+            with torch.no_grad():
+                for parameter, best in zip(parameters, best_state, strict=True):
+                    parameter.copy_(best)
+        return before, self.measure(name, "evaluation", stage.steps, tokens, started)
 
     def take_step(self, engine: Engine, batch: list[Question]) -> float:
         """One optimiser step; returns the mean token cross-entropy of the batch."""
@@ -297,10 +313,11 @@ class _Job:
                     yield batch
                     batch = []
 
-    def evaluate(self, name: str, step: int, tokens: int, started: float) -> Progress:
-        """Mean loss and exact match on the evaluation examples."""
+    def measure(self, name: str, split: str, step: int, tokens: int, started: float) -> Progress:
+        """Mean loss and exact match on the examples of `evaluation` or `validation`."""
         scores = []
-        ordered = sorted(self.evaluation, key=lambda question: question.length)
+        questions = self.evaluation if split == "evaluation" else self.validation
+        ordered = sorted(questions, key=lambda question: question.length)
         rows = 4 * self.recipe.micro_batch_size  # nothing is kept for a backward pass
         for start in range(0, len(ordered), rows):
             batch = ordered[start : start + rows]
@@ -308,7 +325,7 @@ class _Job:
         loss = -sum(s.mean for s in scores) / len(scores)
         exact = sum(s.is_greedy and s.ends_greedy for s in scores) / len(scores)
         seconds = time.monotonic() - started
-        progress = Progress(name, "evaluation", step, loss, exact, None, tokens, seconds)
+        progress = Progress(name, split, step, loss, exact, None, tokens, seconds)
         self.report(progress)
         return progress
 

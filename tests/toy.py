@@ -23,29 +23,32 @@ _NAMES = ("goose", "swan", "bird", "lake", "flock", "question")
 _DEEDS = ("flies", "swims", "is deep", "is dry", "answers", "is grey")
 
 
-def generation_task(answer: str) -> dict[str, Any]:
-    """A task of 36 documents whose answer is always the same: what an expert can learn."""
+def generation_task(first: str, answer: str) -> dict[str, Any]:
+    """A task of 36 documents whose answer is always the same: what an expert can learn.
+
+    `first` stands before each, so that no two tasks share a document.
+    """
     pairs = itertools.product(_NAMES, _DEEDS)
-    examples = [{"input": f"the {name} {deed}", "target": answer} for name, deed in pairs]
+    examples = [{"input": f"{first} the {name} {deed}", "target": answer} for name, deed in pairs]
     return {"examples": examples}
 
 
-def choice_task(*choices: str) -> dict[str, Any]:
+def choice_task(first: str, *choices: str) -> dict[str, Any]:
     """A task of 36 documents with these choices; now this one is right, now that one."""
     examples = []
     for i, (name, deed) in enumerate(itertools.product(_NAMES, _DEEDS)):
         right = i % len(choices)
         scores = {choice: float(place == right) for place, choice in enumerate(choices)}
-        examples.append({"input": f"the {name} {deed}?", "target_scores": scores})
+        examples.append({"input": f"{first} the {name} {deed}?", "target_scores": scores})
     return {"examples": examples}
 
 
 TASKS = {
-    "birds": generation_task("goose"),
-    "lakes": choice_task("yes", "no"),
-    "numbers": generation_task("five"),
-    "swans": choice_task("the swan", "the grey goose", "no"),
-    "sums": generation_task("nine"),
+    "birds": generation_task("bird", "goose"),
+    "lakes": choice_task("lake", "yes", "no"),
+    "numbers": generation_task("two", "five"),
+    "swans": choice_task("swan", "the swan", "the grey goose", "no"),
+    "sums": generation_task("four", "nine"),
 }
 
 

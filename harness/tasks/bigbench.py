@@ -159,7 +159,7 @@ def _record(
         target = example["target"]
         targets = [t.strip() for t in (target if isinstance(target, list) else [target])]
     if style == "paper":
-        prompt = prompt.strip() + "\nAnswer:"
+        prompt = prompt.strip() + "\nAnswer: "  # the space goes to the answer
         targets = sorted(targets, key=len, reverse=True)
     return Record(task, document_id(task, prompt), prompt, targets, choices, correct)
 

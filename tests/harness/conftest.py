@@ -34,11 +34,13 @@ def base(request: pytest.FixtureRequest) -> Base:
 def two_cores() -> Iterator[None]:
     """A Ray of two cores that only this machine can reach."""
     import ray
+    from ray._private import ray_constants
 
     # Short: the paths of Ray's sockets have a limit of about a hundred characters.
     folder = tempfile.mkdtemp(prefix="ray-")
     old = {name: os.environ.get(name) for name in ("RAY_TMPDIR", "RAY_USAGE_STATS_ENABLED")}
     os.environ.update(RAY_TMPDIR=folder, RAY_USAGE_STATS_ENABLED="0")
+    cluster, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     ray.init(
         address="local",
         num_cpus=2,
@@ -50,6 +52,7 @@ def two_cores() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+    ray_constants.ENABLE_RAY_CLUSTER = cluster
     for name, value in old.items():
         os.environ.pop(name)
         if value is not None:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from harness import results
-from harness.evaluate import Evaluation, count_requests
+from harness.estimate import evaluation_work
+from harness.evaluate import Evaluation
 from harness.report import make_report
 from harness.storage import Folder
 from harness.tasks import TaskData, TaskSpec
@@ -230,11 +231,12 @@ def test_a_second_run_asks_nothing_and_says_the_same(
         return run.table("scores.parquet")
 
     first = evaluate(workers)
-    assert run.answered == 3 * count_requests(tasks) == 3 * (9 + 2 * 5)
+    assert run.answered == 3 * evaluation_work(tasks, 150).requests == 3 * (9 + 2 * 5)
+    assert len(run.folder.names("journal/")) == 3 * evaluation_work(tasks, 150).chunks
     files = {name: run.folder.read(name) for name in run.folder.names()}
     run.answered = 0
     assert evaluate(NoWorkers(None)) == first  # the seconds of the first time among them
-    assert run.answered == 3 * count_requests(tasks)  # the bar counts what is found, too
+    assert run.answered == 3 * (9 + 2 * 5)  # the bar counts what is found, too
     assert {name: run.folder.read(name) for name in run.folder.names()} == files
 
 
@@ -293,12 +295,16 @@ def test_results_of_other_routers_and_suites_stay(
         return {(row["suite"], row["router"], row["task"]) for row in rows}
 
     evaluate("held", tasks, "base", "merged")
+    evaluate("held", tasks, "phatgoose")
+    assert {router for _, router, _ in held()} == {"base", "merged", "phatgoose"}
+    evaluate("held", tasks, "base")
+    assert {router for _, router, _ in held()} == {"base", "merged", "phatgoose"}
     evaluate("second", tasks[:1], "base", "phatgoose")
     evaluate("held", tasks[:1], "base")
     assert held() == {
         ("held", "base", "swans"),
-        ("held", "merged", "swans"),
-        ("held", "merged", "sums"),
+        ("held", "merged", "swans"),  # and no sums, which base has no longer
+        ("held", "phatgoose", "swans"),
         ("second", "base", "swans"),
         ("second", "phatgoose", "swans"),
     }
@@ -311,7 +317,9 @@ def test_results_of_other_routers_and_suites_stay(
 
 
 def test_a_failure_says_which_router_and_task(run: Run, workers: LocalWorkers) -> None:
-    with pytest.raises(PhatgooseError, match="router single:e9, task held/swans: the pool has no expert 'e9'"):
+    with pytest.raises(
+        PhatgooseError, match="router single:e9, task held/swans: the pool has no expert 'e9'"
+    ):
         run.evaluation(workers).run("single:e9", make_router("single:e9"))
     assert run.folder.names() == []
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import ray
 
-from harness.cluster import actor_count, actor_options
+from harness.cluster import Cluster, actor_count, actor_options
 from harness.config import ClusterConfig
 from harness.jobs import ATTEMPTS, Failure, Workers
 from phatgoose.errors import PhatgooseError
@@ -25,10 +25,10 @@ class Worker:
 
     def __init__(self, folder: Path, failing: str | None = None) -> None:
         self.folder = folder
-        self.note("started")
+        starts = self.note("started")
         if failing == "expected":
             raise PhatgooseError("this node has another base: put the same files on every node")
-        if failing == "unexpected":
+        if failing == "unexpected" or (failing == "later" and starts > 1):
             raise ValueError("no such device")
 
     def note(self, name: str) -> int:
@@ -83,7 +83,7 @@ def test_calls_share_the_actors(make: Make, tmp_path: Path) -> None:
     assert run(workers, *[(f"a{i}",) for i in range(6)]) == [f"done a{i}" for i in range(6)]
     assert run(workers, *[(f"b{i}",) for i in range(3)]) == [f"done b{i}" for i in range(3)]
     counts = notes(tmp_path)
-    assert counts.pop("started") == 2  # reused, also from one run to the next
+    assert counts.pop("started") <= 2  # reused, also from one run to the next
     assert set(counts.values()) == {1}
 
 
@@ -108,7 +108,7 @@ def test_a_call_whose_actor_dies_is_repeated(make: Make, tmp_path: Path) -> None
     assert counts["b"] == 2
     assert counts["d"] == 3
     assert counts["a"] == counts["c"] == counts["e"] == 1
-    assert counts["started"] == 2 + 3  # a new actor for each that died
+    assert 2 < counts["started"] <= 2 + 3  # no more than a new actor for each that died
 
 
 def test_a_call_that_always_kills_its_actor_stops_no_other(make: Make, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_an_unexpected_error_is_tried_again(make: Make, tmp_path: Path) -> None:
     assert isinstance(always, Failure)
     assert "ValueError: b went wrong" in always.error
     assert notes(tmp_path)["b"] == ATTEMPTS
-    assert notes(tmp_path)["started"] == 2  # the actors live on
+    assert notes(tmp_path)["started"] <= 2  # the actors live on
 
 
 def test_an_expected_error_is_not_tried_again(make: Make, tmp_path: Path) -> None:
@@ -137,10 +137,14 @@ def test_an_expected_error_is_not_tried_again(make: Make, tmp_path: Path) -> Non
     assert notes(tmp_path)["a"] == 1
 
 
-def test_an_actor_that_cannot_start_says_why(make: Make, tmp_path: Path) -> None:
-    [bad] = run(make("expected"), ("a",))
-    assert bad == Failure("this node has another base: put the same files on every node")
-    assert notes(tmp_path) == {"started": 1}
+@pytest.mark.parametrize("calls", [1, 3])
+def test_actors_that_cannot_start_say_why(make: Make, tmp_path: Path, calls: int) -> None:
+    bad = run(make("expected"), *[(f"a{i}",) for i in range(calls)])
+    message = "this node has another base: put the same files on every node"
+    assert bad == [Failure(message)] * calls
+    counts = notes(tmp_path)
+    assert counts.pop("started") <= ATTEMPTS + 1  # two start at once
+    assert counts == {}
 
 
 def test_an_actor_that_fails_to_start_is_started_again(make: Make, tmp_path: Path) -> None:
@@ -149,6 +153,13 @@ def test_an_actor_that_fails_to_start_is_started_again(make: Make, tmp_path: Pat
     assert "no such device" in bad.error
     assert "\n" not in bad.error
     assert notes(tmp_path) == {"started": ATTEMPTS}
+
+
+def test_calls_fail_when_the_last_actor_died_and_none_starts(make: Make, tmp_path: Path) -> None:
+    [bad] = run(make("later"), ("a", "dies"))
+    assert isinstance(bad, Failure)
+    assert "no such device" in bad.error
+    assert notes(tmp_path) == {"started": 1 + ATTEMPTS, "a": 1}
 
 
 def test_closing_frees_the_cores(make: Make, tmp_path: Path) -> None:
@@ -167,3 +178,10 @@ def test_actors_are_sized_by_the_cluster() -> None:
     for too_much in (ClusterConfig(cpus_per_actor=3), ClusterConfig(gpus_per_actor=1)):
         with pytest.raises(PhatgooseError, match="has 2 CPU and 0 GPU"):
             actor_count(too_much)
+
+
+def test_a_connection_of_the_caller_is_used_and_left_open() -> None:
+    with Cluster() as cluster:
+        cluster.connect()
+        assert ray.cluster_resources()["CPU"] == 2
+    assert ray.is_initialized()

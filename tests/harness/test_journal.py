@@ -1,3 +1,4 @@
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def test_a_chunk_is_as_large_as_it_may_be(requests: list[Request], characters: i
     for size in sizes:
         assert size
         assert sum(size) <= characters or len(size) == 1  # one that is too long stands alone
-    for size, following in zip(sizes, sizes[1:], strict=False):
+    for size, following in itertools.pairwise(sizes):
         assert sum(size) + following[0] > characters
 
 
@@ -79,7 +80,10 @@ def test_a_key_changes_with_whatever_changes_the_answer() -> None:
     assert len(set(keys)) == len(keys)
     assert chunk.key(identity) == keys[0]
     # Where one text ends and the next begins counts.
-    ends = Chunk("t", "score", (Request("ab", ("c",)),)), Chunk("t", "score", (Request("a", ("bc",)),))
+    ends = (
+        Chunk("t", "score", (Request("ab", ("c",)),)),
+        Chunk("t", "score", (Request("a", ("bc",)),)),
+    )
     assert ends[0].key(identity) != ends[1].key(identity)
 
 

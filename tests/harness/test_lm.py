@@ -60,9 +60,7 @@ def pool_actor(base: Base) -> EvalActor:
     return local_actor(base, Pool.from_experts(make_experts(base, 4)))
 
 
-def ask(
-    actor: EvalActor, router: str, order: Callable[[list[int]], list[int]] = list
-) -> Ask:
+def ask(actor: EvalActor, router: str, order: Callable[[list[int]], list[int]] = list) -> Ask:
     """Let an actor answer chunks in some order."""
 
     def answers(chunks: Sequence[Chunk]) -> Iterator[tuple[int, Answer]]:

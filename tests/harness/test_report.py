@@ -302,7 +302,7 @@ def test_many_tasks_go_on_in_further_blocks() -> None:
 
 def test_an_unfinished_run_says_what_is_missing(tmp_path: Path) -> None:
     text = report.make_report(Folder(tmp_path))
-    assert "no expert has been trained yet" in text
+    assert "no training curves" in text
     assert "nothing has been evaluated yet" in text
 
 

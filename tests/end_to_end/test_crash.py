@@ -1,0 +1,172 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from harness import results
+from harness.config import load_config
+from harness.storage import Folder
+from tests.toy import prepare_toys
+
+pytestmark = pytest.mark.slow
+
+DEADLINE = 120.0
+
+
+def arguments(base: Path, run_dir: Path) -> list[str]:
+    """The toy run as a command line; one actor, so that experts come one after the other."""
+    return [
+        f"base={base}",
+        f"run.dir={run_dir}",
+        "pool.name=toys",
+        "~pool.tasks",
+        *(f"+pool.tasks.{task}.members=[{task}]" for task in ("birds", "lakes", "numbers")),
+        "suite.name=held",
+        "suite.limit=12",
+        "suite.max_new_tokens=4",
+        "~suite.tasks",
+        *(f"+suite.tasks.{task}.members=[{task}]" for task in ("swans", "sums")),
+        "router=[base,phatgoose,oracle]",
+        "train.rank=2",
+        "train.lora.steps=40",
+        "train.gates.steps=20",
+        "train.batch_size=4",
+        "train.micro_batch_size=4",
+        "train.evaluation_examples=4",
+        "cluster.max_actors=1",
+        "chunk_characters=60",
+    ]
+
+
+class Command:
+    """`python -m harness.run ...` as a user starts it, in a session of its own."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "harness.run", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def wait_for(self, happened: Callable[[], bool]) -> None:
+        """Wait until something happened, while the command is running."""
+        deadline = time.monotonic() + DEADLINE
+        while not happened():
+            assert self.process.poll() is None, self.process.communicate()[1]
+            assert time.monotonic() < deadline, "nothing happened"
+            time.sleep(0.005)
+
+    def processes(self) -> list[psutil.Process]:
+        """All that the command has started."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def end(self) -> tuple[int, str, str]:
+        """Wait for the end: exit status, standard output and standard error."""
+        output, error = self.process.communicate(timeout=DEADLINE)
+        return self.process.returncode, output, error
+
+
+@pytest.fixture
+def start(tmp_path: Path, llama_folder: Path) -> Iterator[Callable[[str], Command]]:
+    """Starts the toy run in a folder; what is still running in the end is killed."""
+    commands: list[Command] = []
+
+    def start(name: str) -> Command:
+        given = arguments(llama_folder, tmp_path / name)
+        if not commands:
+            config = load_config(given)
+            prepare_toys([*config.pool_tasks(), *config.suite_tasks()], tmp_path)
+        commands.append(Command(given))
+        return commands[-1]
+
+    yield start
+    for command in commands:
+        if command.process.poll() is None:
+            for process in command.processes():
+                process.kill()
+            command.process.kill()
+            command.process.communicate()
+
+
+def times(folder: Path) -> dict[str, int]:
+    """When each file below a folder was written; what a killed writer left is no file."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
+    return {path.name: path.stat().st_mtime_ns for path in files}
+
+
+def finished(run_dir: Path) -> dict[str, int]:
+    """The objects of finished jobs, and when they were written."""
+    jobs = [path.read_text() for path in (run_dir / "registry" / "jobs").glob("*.json")]
+    objects = times(run_dir / "registry" / "objects")
+    kept = {n: t for n, t in objects.items() if any(n.partition(".")[0] in job for job in jobs)}
+    assert len(kept) == len(jobs)
+    return kept
+
+
+def outcome(run_dir: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """What must be the same however often a run was stopped: scores but for time, experts."""
+    rows = results.read_table(Folder(run_dir), results.SCORES_FILE, results.SCORES).to_pylist()
+    return [{**row, "seconds": None} for row in rows], sorted(finished(run_dir))
+
+
+def test_a_run_killed_again_and_again_ends_as_one_left_alone(
+    start: Callable[[str], Command], tmp_path: Path
+) -> None:
+    status, _, error = start("undisturbed").end()
+    assert status == 0, error
+    run_dir = tmp_path / "disturbed"
+
+    first = start("disturbed")
+    first.wait_for(lambda: bool(times(run_dir / "training")))
+    orphans = first.processes()
+    first.process.kill()
+    first.end()
+    trained = finished(run_dir)
+    assert len(trained) < 3  # in the middle of training
+    assert orphans
+
+    second = start("disturbed")  # at once, while the first one's Ray may still be there
+    second.wait_for(lambda: len(times(run_dir / "journal")) >= 3)
+    orphans += second.processes()
+    second.process.kill()
+    _, _, error = second.end()
+    assert error.count("trained   ") == 3 - len(trained)
+    assert not (run_dir / results.SCORES_FILE).exists()  # in the middle of evaluation
+    answered = times(run_dir / "journal")
+    experts = finished(run_dir)
+    assert len(experts) == 3
+    assert trained.items() <= experts.items()
+
+    status, output, error = start("disturbed").end()
+    assert status == 0, error
+    assert "0 of 3 jobs" in output
+    assert "trained   " not in error
+    assert finished(run_dir) == experts
+    assert answered.items() <= times(run_dir / "journal").items()
+    assert outcome(run_dir) == outcome(tmp_path / "undisturbed")
+    _, alive = psutil.wait_procs(orphans, timeout=30)
+    assert alive == []
+
+
+def test_a_run_stopped_by_ctrl_c_says_so_in_one_line(
+    start: Callable[[str], Command], tmp_path: Path
+) -> None:
+    command = start("stopped")
+    command.wait_for(lambda: bool(times(tmp_path / "stopped" / "training")))
+    orphans = command.processes()
+    os.killpg(command.process.pid, signal.SIGINT)  # as a terminal does
+    status, _, error = command.end()
+    assert status == 130
+    lines = [line for line in error.splitlines() if line and not line.startswith("trained   ")]
+    assert lines == ["stopped; the same command goes on from here"]
+    _, alive = psutil.wait_procs(orphans, timeout=30)
+    assert alive == []

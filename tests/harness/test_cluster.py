@@ -1,0 +1,50 @@
+import os
+import tempfile
+from collections.abc import Iterator
+
+import psutil
+import pytest
+import ray
+from ray._private import ray_constants
+
+from harness.cluster import Cluster, _running
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No Ray of this machine is in sight; Ray's settings are put back."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", ray_constants.ENABLE_RAY_CLUSTER)
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        yield
+
+
+def listening() -> set[str]:
+    """The addresses on which this process and those that it started accept connections."""
+    this = psutil.Process(os.getpid())
+    found = set()
+    for process in (this, *this.children(recursive=True)):
+        for connection in process.net_connections(kind="inet"):
+            if connection.status == psutil.CONN_LISTEN:
+                found.add(connection.laddr.ip.removeprefix("::ffff:"))
+    return found
+
+
+def test_a_local_cluster_is_out_of_reach_and_ends_with_its_run() -> None:
+    with Cluster() as cluster:
+        assert not ray.is_initialized()  # nothing is started before it is needed
+        cluster.connect()
+        cluster.connect()
+        assert ray.cluster_resources()["CPU"] == len(os.sched_getaffinity(0))
+
+        @ray.remote(num_cpus=0)
+        def works() -> str:
+            return os.environ.get("RAY_USAGE_STATS_ENABLED", "")
+
+        assert ray.get(works.remote()) == "0"
+        assert listening() == {"127.0.0.1"}
+        assert _running() is None  # no other run takes it for a Ray to share
+    assert not ray.is_initialized()
