@@ -229,7 +229,8 @@ def training_rows(expert: str, base: float) -> list[dict[str, Any]]:
 
 def write_run(folder: Folder, answers: Answers) -> None:
     scores, samples = tables(answers)
-    results.write_table(folder, "scores.parquet", results.SCORES, scores.to_pylist())
+    rows = scores.to_pylist() + oracle_rows(scores)
+    results.write_table(folder, "scores.parquet", results.SCORES, rows)
     by_router: dict[str, list[dict[str, Any]]] = {}
     for row in samples.to_pylist():
         by_router.setdefault(row["router"], []).append({**row, "metrics": dict(row["metrics"])})

@@ -126,7 +126,7 @@ def test_the_choices_of_the_file_outrank_its_free_text() -> None:
 
 def test_paper_style() -> None:
     record = records_of({"input": "How many?", "target": ["3", "three"]}, style="paper")
-    assert record.input == "Q: How many?\nA:\nAnswer:"
+    assert record.input == "Q: How many?\nA:\nAnswer: "
     assert record.targets == ["three", "3"]
 
 
