@@ -1,7 +1,7 @@
 """Log-likelihoods of targets, with logits only where a target stands, and a context read once.
 
-Shape suffixes: B rows, L positions, C choices of one context, N places where a target token is
-predicted, V vocabulary.
+Shape suffixes: B rows, L positions, C choices, N target tokens, P distinct places where target
+tokens are predicted (the first tokens of a question's choices share one), V vocabulary.
 
 A decoder-only base reads a context and all its choices in one row; each choice sees the context and
 itself, at the positions it would have alone, so the numbers are those of separate rows:
@@ -111,11 +111,13 @@ def score(
         PhatgooseError: a sequence is longer than the base's sliding window, if it has one.
     """
     batch = _score_encoder_decoder if base.is_encoder_decoder else _score_decoder
-    predicted, targets = batch(base, questions, log or RoutingLog())
-    logprobs_NV = predicted.float().log_softmax(dim=-1)
-    targets_N = torch.tensor(targets, device=logprobs_NV.device)
-    chosen = logprobs_NV.gather(1, targets_N.unsqueeze(1)).squeeze(1).double().tolist()
-    greedy = (logprobs_NV.argmax(dim=-1) == targets_N).tolist()
+    logits_PV, places, targets = batch(base, questions, log or RoutingLog())
+    places_N = torch.tensor(places, device=logits_PV.device)
+    targets_N = torch.tensor(targets, device=logits_PV.device)
+    total_P = logits_PV.float().logsumexp(dim=-1)
+    chosen_N = logits_PV[places_N, targets_N].float() - total_P[places_N]
+    chosen = chosen_N.double().tolist()
+    greedy = (logits_PV.argmax(dim=-1)[places_N] == targets_N).tolist()
     scores: list[list[Score]] = []
     start = 0
     for question in questions:
@@ -137,8 +139,8 @@ def score(
 
 def _score_decoder(
     base: Base, questions: Sequence[Question], log: RoutingLog
-) -> tuple[Tensor, list[int]]:
-    """Logits [N, V] and the N target tokens, in order of question, choice and token."""
+) -> tuple[Tensor, list[int], list[int]]:
+    """Logits [P, V]; the place and the token of each target, by question, choice and token."""
     _check_window(base, questions)
     length = max(_row_length(question) for question in questions)
     shape = (len(questions), length)
@@ -180,7 +182,7 @@ def _score_decoder(
             position_ids=positions_BL.to(device),
             use_cache=False,
         ).logits
-    return logits[0, [index_of[place] for place in places]], targets
+    return logits[0], [index_of[place] for place in places], targets
 
 
 def _row_length(question: Question) -> int:
@@ -200,8 +202,8 @@ def _check_window(base: Base, questions: Sequence[Question]) -> None:
 
 def _score_encoder_decoder(
     base: Base, questions: Sequence[Question], log: RoutingLog
-) -> tuple[Tensor, list[int]]:
-    """Logits [N, V] and the N target tokens, in order of question, choice and token."""
+) -> tuple[Tensor, list[int], list[int]]:
+    """Logits [P, V]; the place and the token of each target, by question, choice and token."""
     device, model, pad = base.device, base.model, base.tokenizer.pad_token_id
     ids_BL, mask_BL = (t.to(device) for t in pad_rows([q.context for q in questions], pad))
     log.masks = {"encoder": mask_BL.bool()}
@@ -220,6 +222,8 @@ def _score_encoder_decoder(
     cache = first.past_key_values
     cache.batch_select_indices(question_C)
     encoded.last_hidden_state = encoded.last_hidden_state[question_C]
+    # The first token of every choice is predicted where its question's start token stands.
+    logits_PV = first.logits[:, 0]
     places = [(row, column) for row, c in enumerate(choices) for column in range(len(c) - 1)]
     if places:
         rows_N, columns_N = torch.tensor(places, device=device).T
@@ -231,13 +235,14 @@ def _score_encoder_decoder(
                 past_key_values=cache,
                 use_cache=True,
             ).logits[0]
-    logits, taken = [], 0
-    for row, choice in enumerate(choices):
-        logits.append(first.logits[question_C[row], :1])
-        if len(choice) > 1:
-            logits.append(rest_NV[taken : taken + len(choice) - 1])
-            taken += len(choice) - 1
-    return torch.cat(logits), [token for choice in choices for token in choice]
+        logits_PV = torch.cat([logits_PV, rest_NV])
+    index_of = {place: len(questions) + index for index, place in enumerate(places)}
+    found = [
+        question if column < 0 else index_of[row, column]
+        for row, (choice, question) in enumerate(zip(choices, question_C.tolist(), strict=True))
+        for column in range(-1, len(choice) - 1)
+    ]
+    return logits_PV, found, [token for choice in choices for token in choice]
 
 
 def pad_rows(
