@@ -198,6 +198,7 @@ def _record(config: RunConfig, plan: "Plan", started: float) -> dict[str, Any]:
             "cores": len(os.sched_getaffinity(0)),
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         },
+        "overlaps": plan.overlaps,
         "started": _time(started),
         "finished": None,
     }
