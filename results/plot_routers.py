@@ -99,8 +99,10 @@ def draw_panel(axis: Axes, metric: str, panel: list[Row]) -> None:
     factor = 1 if metric == "nll" else 100
     for y, row in enumerate(panel):
         value, low, high = (factor * row[key] for key in ("value", "low", "high"))
-        colour = ZERO_SHOT if row["zero_shot"] else NOT_ZERO_SHOT
-        marker, inside = ("o", colour) if row["zero_shot"] else ("D", "white")
+        # The best single expert was picked by these very scores.
+        zero_shot = row["zero_shot"] and not row["router"].startswith("single:")
+        colour = ZERO_SHOT if zero_shot else NOT_ZERO_SHOT
+        marker, inside = ("o", colour) if zero_shot else ("D", "white")
         error = [[max(0.0, value - low)], [max(0.0, high - value)]]
         axis.errorbar(
             value, y, xerr=error, color=colour, fmt=marker, mfc=inside, ms=6, lw=1.6, capsize=3

@@ -316,6 +316,15 @@ def test_results_of_other_routers_and_suites_stay(
     assert "suite second" in make_report(run.folder)
 
 
+def test_results_of_another_pool_do_not_stay(run: Run, workers: LocalWorkers) -> None:
+    for manifest, name in (("pool-1", "merged"), ("pool-2", "base")):
+        common = {"run": "toys", "base": "tiny", "manifest": manifest}
+        evaluation = run.evaluation(workers, common=common)
+        evaluation.write_scores(evaluation.run(name, make_router(name)), oracle=False)
+    rows = run.table("scores.parquet")
+    assert {(row["manifest"], row["router"]) for row in rows} == {("pool-2", "base")}
+
+
 def test_a_failure_says_which_router_and_task(run: Run, workers: LocalWorkers) -> None:
     with pytest.raises(
         PhatgooseError, match="router single:e9, task held/swans: the pool has no expert 'e9'"

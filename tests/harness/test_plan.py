@@ -204,6 +204,19 @@ def test_trained_documents_are_not_evaluated_on(config: RunConfig, split: str) -
     assert "held holds documents of birds that expert birds is trained on" in line
 
 
+def test_trained_inputs_are_not_evaluated_on_by_another_name(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = generation_task("BIRD ", "swan")  # the inputs of `birds`, but for case and space
+    monkeypatch.setitem(TASKS, "ducks", same)
+    suite = {**config.suite, "tasks": {"ducks": {"members": ["ducks"]}}}
+    changed = dataclasses.replace(config, suite=suite)
+    prepare_toys(changed.suite_tasks(), tmp_path)
+    line = refused(changed)
+    assert "suite task ducks" in line
+    assert "expert birds is trained on" in line
+
+
 def test_a_trained_task_may_be_evaluated_on_its_evaluation_split(config: RunConfig) -> None:
     tasks = {"birds": {"members": ["birds"]}}
     held = {**config.suite, "split": "evaluation", "tasks": tasks}
