@@ -152,7 +152,8 @@ def test_an_actor_that_fails_to_start_is_started_again(make: Make, tmp_path: Pat
     assert isinstance(bad, Failure)
     assert "no such device" in bad.error
     assert "\n" not in bad.error
-    assert notes(tmp_path) == {"started": ATTEMPTS}
+    # Ray itself may call a constructor again whose process it saw end.
+    assert ATTEMPTS <= notes(tmp_path)["started"] <= 2 * ATTEMPTS
 
 
 def test_calls_fail_when_the_last_actor_died_and_none_starts(make: Make, tmp_path: Path) -> None:
