@@ -13,7 +13,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -54,29 +53,24 @@ def _line(width: int, out: int, experts: int, tokens: int) -> str:
 
         return call
 
-    def forced(grouped: bool) -> Callable[[], Tensor]:
-        call = routed(mix)
-
-        def wrapped() -> Tensor:
-            with mock.patch.object(MIX, "_use_grouped", return_value=grouped):
-                return call()
-
-        return wrapped
-
-    ways = {
-        "frozen": lambda: F.linear(x_TD, weight_OD),
-        "loop": forced(False),
-        "grouped": forced(True),
-        "chosen": routed(mix),
-    }
+    chosen = MIX._use_grouped
+    # Name, what decides between the two products, and what to call.
+    ways = [
+        ("frozen", chosen, lambda: F.linear(x_TD, weight_OD)),
+        ("loop", lambda *_: False, routed(mix)),
+        ("grouped", lambda *_: True, routed(mix)),
+        ("chosen", chosen, routed(mix)),
+    ]
     if tokens * experts <= 20_000:  # beyond that, dense takes gigabytes
-        ways["dense"] = routed(mix_reference)
-    times: dict[str, list[float]] = {name: [] for name in ways}
+        ways.append(("dense", chosen, routed(mix_reference)))
+    times: dict[str, list[float]] = {name: [] for name, _, _ in ways}
     for _ in range(ROUNDS + 1):
-        for name, way in ways.items():
+        for name, decides, way in ways:
+            MIX._use_grouped = decides
             started = time.perf_counter()
             way()
             times[name].append(time.perf_counter() - started)
+    MIX._use_grouped = chosen
     median = {name: statistics.median(values[1:]) for name, values in times.items()}
     scoring, mixing = 2 * experts * width, 2 * TOP_K * RANK * (width + out)
     floor = 1 + (scoring + mixing) / (2 * width * out)
