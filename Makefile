@@ -3,10 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN_DIR ?= $(CURDIR)/runs/demo
 
-.PHONY: demo test lint setup clean
+.PHONY: demo routers test lint setup clean
 
 demo: setup  ## train the demo pool, evaluate every router, end with a table and two pictures
 	$(BIN)/python -m harness.run pool=demo "run.dir='$(RUN_DIR)'"
+
+routers: setup  ## every router there is, on the pool of the demo (trained first if need be)
+	$(BIN)/python -m harness.run pool=demo "run.dir='$(RUN_DIR)'" 'router=[all]' router.multitask.steps=64
 
 test: setup  ## all tests
 	$(BIN)/python -m pytest

@@ -3,9 +3,9 @@
 import difflib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -13,14 +13,21 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from harness.summary import DERIVED
 from harness.tasks import TaskSpec, task_specs
 from phatgoose.errors import PhatgooseError
+from phatgoose.profile import ProfileConfig
 from phatgoose.recipe import Recipe
-from phatgoose.routers import ROUTERS, Router, make_router
+from phatgoose.routers import ROUTERS, Router, all_needs, make_router
+from phatgoose.routers.single import Single
 
 CONF = Path(__file__).parent / "conf"
-GROUPS = ("base", "pool", "suite", "router", "train", "cluster")
+GROUPS = ("base", "pool", "suite", "router", "train", "profile", "cluster")
 STAGES = ("train", "evaluate", "report")
+# The name of the expert that is trained on all the pool's data, and of the router that is only it.
+MULTITASK = "multitask"
+# Entries of `router` that stand for single experts.
+_OF_SINGLES = ("single", *DERIVED)
 T = TypeVar("T")
 
 
@@ -59,6 +66,7 @@ class RunConfig:
     suite: dict[str, Any]
     router: dict[str, Any]
     train: Recipe
+    profile: ProfileConfig
     cluster: ClusterConfig
     run: RunSection
     registry: str
@@ -76,16 +84,39 @@ class RunConfig:
     def routers(self, experts: Sequence[str]) -> dict[str, Router]:
         """The routers to evaluate, by the name they have in results.
 
-        `oracle` stands for a single router per expert; its own rows are derived from theirs.
+        `oracle` and `best_individual` stand for a single router per expert; their own rows are
+        derived from theirs. An entry's `kind` is the router that it is a variant of.
         """
         routers: dict[str, Router] = {}
-        for name, options in self.router.items():
-            if name in ("single", "oracle"):
-                for expert in (options or {}).get("experts") or experts:
+        for name, entry in self.router.items():
+            options = dict(entry or {})
+            if name in _OF_SINGLES:
+                for expert in options.get("experts") or experts:
                     routers.setdefault(f"single:{expert}", make_router(f"single:{expert}"))
+            elif name == MULTITASK:
+                routers[name] = Multitask(MULTITASK)
             else:
-                routers[name] = make_router(name, **(options or {}))
+                routers[name] = make_router(options.pop("kind", name), **options)
         return routers
+
+    @property
+    def multitask_recipe(self) -> Recipe | None:
+        """How to train the expert of the router `multitask`; None if there is no such router."""
+        if MULTITASK not in self.router:
+            return None
+        steps = (self.router[MULTITASK] or {}).get("steps")
+        steps = len(self.pool["tasks"]) * self.train.lora.steps if steps is None else steps
+        return replace(self.train, lora=replace(self.train.lora, steps=steps), gates=None)
+
+
+@dataclass(frozen=True)
+class Multitask(Single):
+    """The expert that was trained on all the pool's data together, for every token.
+
+    Not post-hoc: it needs all the data at once. It is no member of the pool.
+    """
+
+    side_information: ClassVar[str | None] = "all training data at once (it is not post-hoc)"
 
 
 def load_config(arguments: Sequence[str]) -> RunConfig:
@@ -197,6 +228,7 @@ def _to_dataclass(composed: DictConfig) -> RunConfig:
         suite=_plain(composed, "suite"),
         router=_router(composed),
         train=_typed(Recipe, composed, "train"),
+        profile=_typed(ProfileConfig, composed, "profile"),
         cluster=_typed(ClusterConfig, composed, "cluster"),
         run=_typed(RunSection, composed, "run"),
         registry=str(composed.registry),
@@ -229,11 +261,27 @@ def _router(composed: DictConfig) -> dict[str, Any]:
     """The routers and their options, which must have the types that the routers' classes say."""
     if not composed.get("router"):
         raise PhatgooseError("router=[]: name at least one router")
-    for name in composed.router:
-        _known(name, groups()["router"], f"router.{name}: no such router")
-        if name not in ("single", "oracle"):
-            _typed(ROUTERS[name], composed.router, name)
+    for name, options in composed.router.items():
+        if not re.fullmatch(r"[A-Za-z]\w*", str(name)):
+            raise PhatgooseError(f"router.{name}: a router's name is letters, digits and _")
+        kind = (options or {}).get("kind", name)
+        own_kind = kind != name
+        _known(
+            str(kind),
+            list(ROUTERS) if own_kind else [*ROUTERS, *DERIVED, MULTITASK],
+            f"router.{name}.kind={kind}: no such router"
+            if own_kind
+            else f"router.{name}: no such router",
+        )
+        if kind in ROUTERS and kind != "single":
+            _options(composed, str(name), ROUTERS[kind])
     return _plain(composed, "router")
+
+
+def _options(composed: DictConfig, name: str, router: type[Router]) -> None:
+    """Check one router's options against the fields of its class."""
+    options = {key: value for key, value in (composed.router[name] or {}).items() if key != "kind"}
+    _typed(router, OmegaConf.create({name: options}), name)
 
 
 def _check_values(config: RunConfig) -> None:
@@ -259,7 +307,14 @@ def _check_values(config: RunConfig) -> None:
             raise PhatgooseError(f"pool.{key}: it says how to evaluate, and belongs to a suite")
     experts = [task.name for task in config.pool_tasks()]
     config.suite_tasks()
-    config.routers(experts)
+    if MULTITASK in experts:
+        raise PhatgooseError(f"pool.tasks.{MULTITASK}: that name is the multitask expert's")
+    _ = config.multitask_recipe  # an error if its steps are no number
+    for router in config.routers(experts).values():
+        if not isinstance(router, Multitask):
+            router.check_experts(experts)
+        if "gates" in all_needs(router) and config.train.gates is None:
+            raise PhatgooseError(f"router {router.name()} needs gates, and train.gates is null")
     singles = (config.router.get("single") or {}).get("experts", [])
     if not isinstance(singles, list):
         raise PhatgooseError(f"router.single.experts={singles}: give a list, such as [{singles}]")

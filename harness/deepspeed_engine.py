@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from phatgoose.engine import TargetLoss, make_optimizer, make_scheduler
 from phatgoose.recipe import Recipe, Stage
 from phatgoose.scoring import Question
-from phatgoose.training import TargetLoss, make_optimizer, make_scheduler
 
 
 def start_deepspeed() -> None:

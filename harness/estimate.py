@@ -10,7 +10,6 @@ from harness.journal import Request, cut
 from harness.tasks import TaskData
 from harness.tasks.lm_eval_tasks import evaluation_table
 from harness.tasks.records import read_table
-from phatgoose.recipe import Recipe
 
 # Of what a processor does in a large product, what short texts get.
 _EFFICIENCY = 0.5
@@ -50,10 +49,8 @@ def mean_characters(data: TaskData) -> float:
     return sum(map(len, texts)) / max(1, len(texts))
 
 
-def train_seconds(recipe: Recipe, tasks: Sequence[TaskData], parameters: int) -> float:
-    """About how long one core trains an expert for each of these tasks."""
-    examples = recipe.batch_size * (recipe.lora.steps + recipe.gates.steps)
-    characters = examples * sum(mean_characters(data) for data in tasks)
+def train_seconds(characters: float, parameters: int) -> float:
+    """About how long one core trains on texts of so many characters, all steps together."""
     # Forward, and backward through the activations: two operations per parameter each.
     return _seconds(characters, 4 * parameters)
 

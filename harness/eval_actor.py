@@ -7,16 +7,18 @@ from typing import Any
 import ray
 
 from harness.cluster import log_to_run_folder
-from harness.config import BaseConfig
+from harness.config import MULTITASK, BaseConfig, Multitask
 from harness.journal import Answer, Chunk, Request
 from harness.pack import open_pool
 from harness.registry import Registry
 from harness.train_actor import load_base_on_actor
-from phatgoose.encoding import encode_context
 from phatgoose.expert import Expert
-from phatgoose.model import RoutedModel, RoutingLog
+from phatgoose.model import RoutedModel
+from phatgoose.pool import Pool
+from phatgoose.query import Query
+from phatgoose.routed_linear import RoutingLog
 from phatgoose.routers import Router
-from phatgoose.scoring import Question, generate, score
+from phatgoose.scoring import Question
 
 
 class EvalActor:
@@ -28,6 +30,8 @@ class EvalActor:
         registry: where the experts are kept.
         keeper: the registry's actor, for nodes that do not see its files.
         experts: content hash by name: the pool.
+        profiles: the experts' profile ids by name; None if no router needs profiles.
+        multitask: content hash of the multitask expert, if a router needs it.
         run_dir: where to write the log.
     """
 
@@ -38,6 +42,8 @@ class EvalActor:
         registry: str,
         keeper: Any,
         experts: Mapping[str, str],
+        profiles: Mapping[str, str] | None,
+        multitask: str | None,
         run_dir: str,
     ) -> None:
         log_to_run_folder(run_dir, "evaluate")
@@ -48,25 +54,39 @@ class EvalActor:
 
         loaded = load_base_on_actor(base, fingerprint)
         pool = open_pool(Registry(registry, fingerprint), experts, fetch)
-        self._model = RoutedModel(loaded, pool)
+        if profiles is not None:
+            calls = [keeper.profile.remote(experts[name], profiles[name]) for name in pool.experts]
+            pool = pool.with_profiles(ray.get(calls))
+        self._pools = {"": pool}
+        if multitask is not None:
+            self._pools[MULTITASK] = Pool.from_experts([fetch(multitask)])
+        self._attached, self._model = "", RoutedModel(loaded, pool)
 
-    def answer(self, router: Router, chunk: Chunk) -> Answer:
-        """Answer one chunk, routed by `router`."""
+    def answer(self, router: Router, chunk: Chunk, description: str = "") -> Answer:
+        """Answer one chunk, routed by `router`, which may look at the task's description."""
+        self._attach(MULTITASK if isinstance(router, Multitask) else "")
         if router != self._model.router:
             self._model.set_router(router)
         started = time.monotonic()
-        answer = self._score(chunk) if chunk.kind == "score" else self._generate(chunk)
+        ask = self._score if chunk.kind == "score" else self._generate
+        answer = ask(chunk, description)
         answer.seconds = time.monotonic() - started
         return answer
 
-    def _score(self, chunk: Chunk) -> Answer:
-        base, log = self._model.base, RoutingLog()
-        questions = [Question.encode(base, r.context, r.choices) for r in chunk.requests]
-        self._model.record(log)
-        try:
-            scores = score(base, questions, log)
-        finally:
-            self._model.record(None)
+    def _attach(self, pool: str) -> None:
+        """Let the base have this pool: the multitask expert is no member of the other one."""
+        if pool != self._attached:
+            self._model.detach()
+            self._attached, self._model = pool, RoutedModel(self._model.base, self._pools[pool])
+
+    def _score(self, chunk: Chunk, description: str) -> Answer:
+        base = self._model.base
+        questions = [
+            Question.encode(base, r.context, r.choices, query=_query(r, description))
+            for r in chunk.requests
+        ]
+        with self._model.recording(RoutingLog()) as log:
+            scores = self._model.score(questions)
         return Answer(
             scores=scores,
             tokens=sum(question.length for question in questions),
@@ -74,13 +94,21 @@ class EvalActor:
             routed=log.tokens,
         )
 
-    def _generate(self, chunk: Chunk) -> Answer:
-        base, requests = self._model.base, chunk.requests
-        contexts = [encode_context(base, request.context) for request in requests]
-        written = generate(base, contexts, max(r.max_new_tokens for r in requests))
+    def _generate(self, chunk: Chunk, description: str) -> Answer:
+        requests, tokenizer = chunk.requests, self._model.base.tokenizer
+        written = self._model.generate(
+            [_query(request, description) for request in requests],
+            max(request.max_new_tokens for request in requests),
+            stops=sorted({stop for request in requests for stop in request.until}),
+        )
         texts = [_cut_text(r, text) for r, text in zip(requests, written, strict=True)]
-        tokens = sum(map(len, contexts)) + len(contexts) * max(r.max_new_tokens for r in requests)
-        return Answer(texts=texts, tokens=tokens)
+        read = sum(len(tokenizer(request.context)["input_ids"]) for request in requests)
+        return Answer(texts=texts, tokens=read + sum(r.max_new_tokens for r in requests))
+
+
+def _query(request: Request, description: str) -> Query:
+    """What routers may know of a request: not the right answer that is scored, if that is all."""
+    return Query(request.context, request.choices if request.choices_shown else (), description)
 
 
 def _cut_text(request: Request, text: str) -> str:

@@ -9,7 +9,7 @@ import contextlib
 import io
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,15 +21,16 @@ from harness.jobs import Failure, Workers
 from harness.journal import Answer, Chunk, Journal, Request
 from harness.lm import ShardedLM, Usage
 from harness.storage import Folder
-from harness.summary import oracle_rows
-from harness.tasks import TaskData
+from harness.summary import BEST_INDIVIDUAL, ORACLE, best_individual_rows, oracle_rows
+from harness.tasks import TaskData, describe
 from harness.tasks.lm_eval_tasks import make_task
 from phatgoose.errors import PhatgooseError
-from phatgoose.routers import Router
+from phatgoose.routers import Router, all_needs
+from phatgoose.routers.interface import side_information
 from phatgoose.scoring import Score
 
 # Raise it whenever the same chunk would be answered differently than before.
-_ANSWER_VERSION = 1
+_ANSWER_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Evaluation:
         workers: evaluation actors, started at the first chunk that the journal does not answer.
         chunk_characters: see `harness.journal.cut`.
         advance: told how many requests were just answered.
+        identities: by a router's name, what determines its answers besides the pool and itself.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Evaluation:
         workers: Workers,
         chunk_characters: int,
         advance: Callable[[int], None],
+        identities: Mapping[str, Sequence[str]],
     ) -> None:
         self._folder, self._suite, self._common = folder, suite, common
         self._experts, self._workers = experts, workers
@@ -76,6 +79,8 @@ class Evaluation:
         self._characters, self._advance = chunk_characters, advance
         self._chunks: dict[Chunk, None] = {}  # all that was asked so far, in order
         self._counted: set[str] = set()
+        self._identities = identities
+        self._descriptions = {f"{suite}/{data.name}": describe(data) for data in tasks}
         self._tasks = {f"{suite}/{data.name}": make_task(data, suite) for data in tasks}
 
     def run(self, name: str, router: Router) -> list[dict[str, Any]]:
@@ -104,8 +109,9 @@ class Evaluation:
             shared = {
                 **labels,
                 **self._common,
-                "top_k": getattr(router, "top_k", None),
+                "top_k": _options(router).get("top_k"),
                 "zero_shot": router.zero_shot,
+                "side_information": side_information(router),
                 "n": len(documents),
                 "seconds": lm.usage[full_name].seconds,
                 "tokens": lm.usage[full_name].tokens,
@@ -120,13 +126,17 @@ class Evaluation:
             self._replace(results.routing_file(name), results.ROUTING, routing)
         return scores
 
-    def write_scores(self, rows: list[dict[str, Any]], *, oracle: bool) -> None:
+    def write_scores(self, rows: list[dict[str, Any]], derived: Collection[str] = ()) -> None:
         """Write scores.parquet, keeping what was measured before and can be compared with it.
 
         That is what other suites, and other routers on the same documents, got with this pool.
+        `derived` are the routers to read off from the single experts' rows.
         """
-        if oracle:
-            rows = rows + oracle_rows(pa.Table.from_pylist(rows, results.SCORES))
+        table = pa.Table.from_pylist(rows, results.SCORES)
+        if ORACLE in derived:
+            rows = rows + oracle_rows(table)
+        if BEST_INDIVIDUAL in derived:
+            rows = rows + best_individual_rows(table)
         routers = {row["router"] for row in rows}
         documents = {(row["task"], row["n"]) for row in rows}
         kept = [
@@ -144,7 +154,7 @@ class Evaluation:
         self, name: str, router: Router, chunks: Sequence[Chunk]
     ) -> Iterator[tuple[int, Answer]]:
         """Answers from the journal, then from the actors; each is kept before it is used."""
-        keys = [self._key(router, chunk) for chunk in chunks]
+        keys = [self._key(name, router, chunk) for chunk in chunks]
         self._chunks |= dict.fromkeys(chunks)
         missing = [i for i, key in enumerate(keys) if not self._journal.has(key)]
         calls = [_Call(keys[i], name, router, chunks[i]) for i in missing]
@@ -162,7 +172,7 @@ class Evaluation:
         journal.
         """
         calls = [
-            _Call(self._key(router, chunk), name, router, chunk)
+            _Call(self._key(name, router, chunk), name, router, chunk)
             for name, router in routers.items()
             for chunk in self._chunks
         ]
@@ -171,7 +181,9 @@ class Evaluation:
 
     def _answer(self, calls: "Sequence[_Call]") -> Iterator[tuple[int, Answer]]:
         """Let the actors answer; every answer is in the journal before it is yielded."""
-        arguments = [(call.router, call.chunk) for call in calls]
+        arguments = [
+            (call.router, call.chunk, self._descriptions[call.chunk.task]) for call in calls
+        ]
         for index, result in self._workers.run("answer", arguments, tick=lambda _: None):
             call = calls[index]
             if isinstance(result, Failure):
@@ -183,9 +195,11 @@ class Evaluation:
             self._count(call.key, call.chunk)
             yield index, result
 
-    def _key(self, router: Router, chunk: Chunk) -> str:
-        options = asdict(router)  # type: ignore[call-overload]  # a dataclass, as all routers are
-        return chunk.key([*self._identity, type(router).__name__, options])
+    def _key(self, name: str, router: Router, chunk: Chunk) -> str:
+        own = [type(router).__name__, _options(router), *self._identities.get(name, ())]
+        if "descriptions" in all_needs(router):
+            own.append(self._descriptions[chunk.task])
+        return chunk.key([*self._identity, *own])
 
     def _count(self, key: str, chunk: Chunk) -> None:
         """Advance the bar, once per chunk and router."""
@@ -201,7 +215,8 @@ class Evaluation:
                 for sample in samples[name]:
                     wanted.append((name, sample["doc_id"]))
                     target = sample["doc"]["targets"][0]
-                    questions.append((name, Request(sample["arguments"][0][0], (target,))))
+                    prompt = sample["arguments"][0][0]
+                    questions.append((name, Request(prompt, (target,), choices_shown=False)))
         for key, scores in zip(wanted, lm.score(questions) if questions else [], strict=True):
             lm.scores[key] = scores
 
@@ -222,6 +237,11 @@ class Evaluation:
         """Write a router's rows of this suite, keeping its rows of others."""
         kept = [r for r in _read(self._folder, name, schema) if r["suite"] != self._suite]
         results.write_table(self._folder, name, schema, kept + rows)
+
+
+def _options(router: Router) -> dict[str, Any]:
+    """A router's options by name."""
+    return asdict(router)  # type: ignore[call-overload]  # a dataclass, as all routers are
 
 
 def _read(folder: Folder, name: str, schema: pa.Schema) -> list[dict[str, Any]]:

@@ -25,12 +25,15 @@ class Request:
         choices: what to score after it; empty to generate.
         max_new_tokens: how much to generate.
         until: strings that end what is generated.
+        choices_shown: whether the choices are part of the question; False where the only one is
+            the right answer, which no router may see.
     """
 
     context: str
     choices: tuple[str, ...] = ()
     max_new_tokens: int = 0
     until: tuple[str, ...] = ()
+    choices_shown: bool = True
 
     @property
     def characters(self) -> int:

@@ -1,16 +1,14 @@
 """What a run will do, found out and checked before anything is written or any actor starts."""
 
-import hashlib
-import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from harness.config import RunConfig
 from harness.estimate import (
@@ -20,6 +18,7 @@ from harness.estimate import (
     mean_characters,
     train_seconds,
 )
+from harness.plan_jobs import check_needs, multitask_job, pool_jobs, with_profiles
 from harness.registry import Registry
 from harness.results import RUN_FILE, read_run
 from harness.storage import Folder
@@ -27,13 +26,11 @@ from harness.tasks import TaskData, TaskSpec, prepare_all
 from harness.tasks.lm_eval_tasks import evaluation_table
 from harness.tasks.records import read_table
 from harness.train_actor import TrainJob
-from phatgoose.base import adapted_linears, fingerprint, locate_base
+from phatgoose.base import Base, adapted_linears, fingerprint, locate_base
 from phatgoose.errors import PhatgooseError
-from phatgoose.expert import Card, validate_name
-from phatgoose.routers import Router
+from phatgoose.expert import validate_name
+from phatgoose.routers import Router, all_needs
 
-# Raise it whenever the same job would train another expert than before.
-_TRAINING_VERSION = 1
 # The largest share of a suite task's inputs that an expert may have been trained on.
 _MOST_OVERLAP = 0.05
 _SPARE_BYTES = 500 * 2**20
@@ -49,6 +46,7 @@ class Plan:
         base_fingerprint: of the base.
         pool, suite: their tasks' data.
         jobs: one per expert, in the pool's order.
+        multitask: the job of the multitask expert, if there is a router for it.
         finished: content hash by job id, of experts that need no training.
         routers: by their name in results.
         work: what one router has to answer.
@@ -63,6 +61,7 @@ class Plan:
     pool: list[TaskData]
     suite: list[TaskData]
     jobs: list[TrainJob]
+    multitask: TrainJob | None
     finished: dict[str, str]
     routers: dict[str, Router]
     work: EvaluationWork
@@ -74,9 +73,13 @@ class Plan:
     @property
     def open_jobs(self) -> list[TrainJob]:
         """Jobs still to be done, the longest first."""
-        length = {data.name: mean_characters(data) for data in self.pool}
-        jobs = [job for job in self.jobs if job.card.job not in self.finished]
-        return sorted(jobs, key=lambda job: -length[job.task.name])
+        return [job for job in self.all_jobs if job.card.job not in self.finished]
+
+    @property
+    def all_jobs(self) -> list[TrainJob]:
+        """The pool's jobs and the multitask one, the longest first."""
+        jobs = [*self.jobs, *([self.multitask] if self.multitask else [])]
+        return sorted(jobs, key=lambda job: -_characters(job, self.pool))
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -88,7 +91,7 @@ class Plan:
 
     def describe(self) -> str:
         """The plan, for a terminal."""
-        config, done = self.config, len(self.jobs) - len(self.open_jobs)
+        config, done = self.config, len(self.all_jobs) - len(self.open_jobs)
         size = len(self.jobs) * self.expert_bytes / 2**20
         lines = [
             f"base      {config.base.name} ({self.base_fingerprint[:12]}, {config.base.dtype})",
@@ -98,10 +101,9 @@ class Plan:
             f"run.dir   {self.folder}",
         ]
         if "train" in config.stages:
-            steps = config.train.lora.steps + config.train.gates.steps
             lines.append(
-                f"train     {len(self.open_jobs)} of {len(self.jobs)} jobs of {steps} steps "
-                f"({done} done before), {_minutes(self.train_seconds)}"
+                f"train     {len(self.open_jobs)} of {len(self.all_jobs)} jobs ({done} done "
+                f"before), {_minutes(self.train_seconds)}"
             )
         if "evaluate" in config.stages:
             lines.append(
@@ -130,36 +132,41 @@ def make_plan(config: RunConfig) -> Plan:
         validate_name(spec.name)
     _check_held_out(pool_specs, suite_specs)
     location = locate_base(config.base.name, revision=config.base.revision)
-    base_fingerprint = fingerprint(location)
-    shapes, parameters = _linear_shapes(location, config)
+    base = _bare_base(location, config)
+    parameters = sum(parameter.numel() for parameter in base.model.parameters())
     data = prepare_all([*pool_specs, *suite_specs])
     pool, suite = data[: len(pool_specs)], data[len(pool_specs) :]
     overlaps = _overlaps(pool, suite)
-    jobs = [_job(config, base_fingerprint, item) for item in pool]
-    registry = Registry(config.registry, base_fingerprint)
-    registry.manifest()  # of another base: an error
-    finished = {}
-    for job in jobs:
+    registry = Registry(config.registry, base.fingerprint)
+    jobs = pool_jobs(config, base, registry, pool)
+    multitask = multitask_job(config, base, pool)
+    routers = config.routers([job.card.name for job in jobs])
+    if "train" in config.stages or needs_profiles(routers.values()):
+        jobs = with_profiles(config, jobs, pool)
+    if "evaluate" in config.stages:
+        check_needs(routers, jobs, registry, config.train)
+    finished, characters = {}, 0.0
+    for job in [*jobs, *([multitask] if multitask else [])]:
         content_hash = registry.recorded(job.card.job)
         if content_hash is not None:
             finished[job.card.job] = content_hash
-    routers = config.routers([job.card.name for job in jobs])
+        else:
+            characters += _characters(job, pool)
     work = evaluation_work(suite, config.chunk_characters)
-    unfinished = [d for d, job in zip(pool, jobs, strict=True) if job.card.job not in finished]
-    rank = config.train.rank
     plan = Plan(
         config=config,
         folder=Folder(config.run.dir),
-        base_fingerprint=base_fingerprint,
+        base_fingerprint=base.fingerprint,
         pool=pool,
         suite=suite,
         jobs=jobs,
+        multitask=multitask,
         finished=finished,
         routers=routers,
         work=work,
         overlaps=overlaps,
-        expert_bytes=sum(4 * (rank * (d + o) + d) for d, o in shapes),
-        train_seconds=train_seconds(config.train, unfinished, parameters),
+        expert_bytes=_expert_bytes(base, config.train.rank),
+        train_seconds=train_seconds(characters, parameters),
         evaluate_seconds=evaluate_seconds(work, len(routers), parameters),
     )
     _check_same_run(plan)
@@ -169,28 +176,16 @@ def make_plan(config: RunConfig) -> Plan:
     return plan
 
 
-def _job(config: RunConfig, base_fingerprint: str, data: TaskData) -> TrainJob:
-    recipe = asdict(config.train)
-    determines = {
-        "version": _TRAINING_VERSION,
-        "name": data.name,
-        "base": base_fingerprint,
-        "data": data.fingerprint,
-        "recipe": recipe,
-    }
-    digest = hashlib.sha256(json.dumps(determines, sort_keys=True).encode()).hexdigest()
-    card = Card(
-        name=data.name,
-        task=data.name,
-        base=config.base.name,
-        base_fingerprint=base_fingerprint,
-        data_fingerprint=data.fingerprint,
-        job=digest[:32],
-        scale=config.train.scale,
-        recipe=recipe,
-        metrics={},
-    )
-    return TrainJob(card, data.spec)
+def _characters(job: TrainJob, pool: list[TaskData]) -> float:
+    """How much text a job trains on, all steps together."""
+    mean = {data.name: mean_characters(data) for data in pool}
+    each = [mean[spec.name] for spec in job.tasks]
+    return job.recipe.batch_size * job.recipe.steps * sum(each) / len(each)
+
+
+def needs_profiles(routers: Iterable[Router]) -> bool:
+    """Whether any of these routers looks at the experts' profiles."""
+    return any(need != "gates" for router in routers for need in all_needs(router))
 
 
 def _check_held_out(pool: list[TaskSpec], suite: list[TaskSpec]) -> None:
@@ -232,18 +227,22 @@ def _normal(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def _linear_shapes(location: Path, config: RunConfig) -> tuple[list[tuple[int, int]], int]:
-    """Input and output features of the adapted linears, and the base's parameters."""
+def _bare_base(location: Path, config: RunConfig) -> Base:
+    """The base without its weights, to know what fits it."""
     settings = AutoConfig.from_pretrained(location, trust_remote_code=config.base.trust_remote_code)
     family = AutoModelForSeq2SeqLM if settings.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
         model = family.from_config(settings, trust_remote_code=config.base.trust_remote_code)
-    shapes = []
-    for name in adapted_linears(model):
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        shapes.append((linear.in_features, linear.out_features))
-    return shapes, sum(parameter.numel() for parameter in model.parameters())
+    tokenizer = AutoTokenizer.from_pretrained(
+        location, trust_remote_code=config.base.trust_remote_code
+    )
+    return Base(config.base.name, fingerprint(location), model, tokenizer, adapted_linears(model))
+
+
+def _expert_bytes(base: Base, rank: int) -> int:
+    """The size of an expert of this rank with its gates."""
+    shapes = [base.model.get_parameter(f"{name}.weight").shape for name in base.linears]
+    return sum(4 * (rank * (d + o) + d) for o, d in shapes)
 
 
 def _check_same_run(plan: Plan) -> None:

@@ -3,47 +3,43 @@
     objects/<hash>.arrow   one expert each, named by the hash of its content
     jobs/<job>.json        which object a finished job made, and under which name
     manifests/<n>.json     name -> hash of the whole pool; the highest number counts
+    profiles/<hash>-<id>.safetensors   what routers know of an expert besides its weights, measured
+                                       in the way that the id stands for
 
 A publish writes them in this order. Once the job's record is there the job is finished, and
-whatever a crash then left undone is done by the next call that meets the record. So every method
-may be repeated at any time, and any number of processes may share a registry.
+whatever a crash then left undone is done by the next call that meets the record. `remove` and
+`rename` delete the record before they write the manifest, so that no call enters the name again
+behind their back. So every method may be repeated at any time.
+
+Any number of processes may share a registry where of two that create a file only one succeeds: on
+a local disk, or a network filesystem with hard links. An object store does not promise that to
+`Folder.create` yet: let one process write there.
+
+`python -m harness.registry --help` tells the command line (harness/registry_cli.py).
 """
 
+import dataclasses
 import difflib
-import hashlib
-import json
-import re
+import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
+from harness.registry_files import (
+    Manifest,
+    Record,
+    job_file,
+    job_files,
+    manifest_file,
+    manifest_numbers,
+    object_file,
+    profile_file,
+    read_manifest,
+    read_record,
+)
 from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
-from phatgoose.expert import Expert, validate_name
-
-SCHEMA_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """The pool at one moment: expert name -> content hash. Number 0 is the empty pool."""
-
-    number: int
-    parent: int | None
-    base_fingerprint: str
-    experts: dict[str, str]
-
-
-@dataclass(frozen=True)
-class _Record:
-    """What a finished job made."""
-
-    object: str
-    name: str
+from phatgoose.expert import Expert, validate_name, with_job
+from phatgoose.profile import Profile
 
 
 class Registry:
@@ -58,12 +54,25 @@ class Registry:
         self.base_fingerprint = base_fingerprint
         self.manifest()
 
-    def publish(self, expert: Expert) -> str:
-        """Store a trained expert under its card's job and name; return its content hash.
+    @classmethod
+    def open(cls, uri: str | Path) -> "Registry":
+        """Open the registry at `uri`, whatever its base; PhatgooseError if there is none."""
+        folder = Folder(uri)
+        numbers = manifest_numbers(folder)
+        if not numbers:
+            raise PhatgooseError(
+                f"no registry here: {folder} has no manifests/<n>.json; give the folder that has "
+                "(a run keeps it in <run.dir>/registry)"
+            )
+        return cls(uri, read_manifest(folder, max(numbers)).base_fingerprint)
+
+    def publish(self, expert: Expert, *, replace: bool = True) -> str:
+        """Store an expert under its card's job and name; return its content hash.
 
         The same expert twice makes one object and one manifest. Work may be delivered twice, and
         training may differ in the last bits: the first expert of a job is kept and its hash is
-        returned for the later ones. Another job's expert of the same name takes over that name.
+        returned for the later ones. Another job's expert of the same name takes over that name;
+        with `replace=False` it is refused.
         """
         card = expert.card
         if card.base_fingerprint != self.base_fingerprint:
@@ -72,8 +81,12 @@ class Registry:
                 f"registry {self.folder} is for base {self.base_fingerprint[:12]}: publish it in "
                 "a registry of its own base"
             )
-        record = self._record(card.job) or self._store(expert)
-        self._enter(record)
+        record = self._record(card.job)
+        if record is None:
+            if not replace:
+                self._check_free(self.manifest(), card.name, expert.content_hash())
+            record = self._store(expert)
+        self._enter(card.job, record, replace)
         return record.object
 
     def recorded(self, job: str) -> str | None:
@@ -90,40 +103,106 @@ class Registry:
         record = self._record(job)
         if record is None:
             return None
-        self._enter(record)
+        self._enter(job, record)
         return record.object
+
+    def remove(self, name: str) -> str | None:
+        """Take a name out of the pool; return the hash that it had, None if it had none.
+
+        The record of the expert's job is deleted, so that the next run that needs the expert
+        trains it again. The object stays, because older manifests name it.
+        """
+        while True:
+            newest = self.manifest()
+            if name not in newest.experts:
+                return None
+            content_hash = newest.experts[name]
+            self._forget(content_hash)
+            rest = {key: value for key, value in newest.experts.items() if key != name}
+            if self._follow(newest, rest):
+                return content_hash
+
+    def rename(self, old: str, new: str) -> str:
+        """Give an expert another name; return the hash of the renamed expert.
+
+        An object never changes and its card holds the name, so the renamed expert is another
+        object; and since a job stands for one name, it is the expert of another job, the one that
+        an import under the new name has (a hash of its content). It is stored, with that job's
+        record, as `publish` does; the old job's record is deleted; one manifest drops `old` and
+        adds `new`. So a run whose pool has `old` trains it again, next to `new`. An imported
+        adapter is afterwards as if it had been imported as `new`.
+
+        Raises PhatgooseError if there is no `old`, if there is a `new`, or if it is no valid name.
+        """
+        validate_name(new)
+        while True:
+            newest = self.manifest()
+            content_hash = self._named(newest, [old])[old]
+            if new in newest.experts:
+                raise PhatgooseError(
+                    f"the registry {self.folder} has an expert {new}: choose another name, or "
+                    "remove or rename that one first"
+                )
+            expert = self.load(content_hash)
+            renamed_expert = with_job(dataclasses.replace(expert.card, name=new), expert.linears)
+            renamed = self._store(renamed_expert).object
+            self._forget(content_hash)
+            rest = {key: value for key, value in newest.experts.items() if key != old}
+            if self._follow(newest, {**rest, new: renamed}):
+                return renamed
 
     def load(self, content_hash: str) -> Expert:
         """Read one expert and verify its content; on a local disk it is mapped, read-only.
 
         Raises PhatgooseError, naming the file, if it is missing, truncated or altered.
         """
-        name = _object_file(content_hash)
+        name = object_file(content_hash)
         path = self.folder.path(name)
         if not self.folder.exists(name):
-            raise PhatgooseError(f"{path} is missing: run again, and its expert is trained again")
+            raise PhatgooseError(
+                f"{path} is missing: run again, and its expert is trained again; if it was "
+                "imported or renamed, do that again"
+            )
         local = self.folder.local(name)
         expert = Expert.load(local) if local else Expert.from_buffer(self.folder.read(name), path)
         actual = expert.content_hash()
         if actual != content_hash:
             raise PhatgooseError(
                 f"{path} was altered (its content hash is {actual[:12]}): delete it, and the next "
-                "run trains it again"
+                "run trains it again; if it was imported or renamed, do that again"
             )
         return expert
+
+    def put_profile(self, content_hash: str, profile_id: str, data: bytes) -> None:
+        """Keep the profile of an expert, `Profile.to_bytes`; one that is there stays."""
+        file = profile_file(content_hash, profile_id)
+        if not self.folder.exists(file):
+            self.folder.write(file, data)
+
+    def has_profile(self, content_hash: str, profile_id: str) -> bool:
+        """Whether the profile of an expert was measured in this way before."""
+        return self.folder.exists(profile_file(content_hash, profile_id))
+
+    def profile(self, content_hash: str, profile_id: str) -> Profile:
+        """Read a profile; on a local disk it is mapped.
+
+        Raises PhatgooseError, naming the file, if it is missing or damaged.
+        """
+        file = profile_file(content_hash, profile_id)
+        local = self.folder.local(file)
+        if local:
+            return Profile.load(local)
+        return Profile.from_bytes(self.folder.read(file), self.folder.path(file))
 
     def manifest(self) -> Manifest:
         """The newest manifest; number 0 and no experts if there is none.
 
         Raises PhatgooseError if it cannot be read, or if it is of another base.
         """
-        names = self.folder.names("manifests/")
-        numbers = [
-            int(m[1]) for m in (re.fullmatch(r"manifests/([1-9]\d*)\.json", n) for n in names) if m
-        ]
+        numbers = manifest_numbers(self.folder)
         if not numbers:
             return Manifest(0, None, self.base_fingerprint, {})
-        newest = self._read_manifest(max(numbers))
+        newest = read_manifest(self.folder, max(numbers))
         if newest.base_fingerprint != self.base_fingerprint:
             raise PhatgooseError(
                 f"the registry {self.folder} was made with base {newest.base_fingerprint[:12]}, "
@@ -134,125 +213,79 @@ class Registry:
 
     def experts(self, names: Iterable[str]) -> dict[str, str]:
         """The hashes of the experts of these names; PhatgooseError lists all that are missing."""
-        wanted, pool = list(names), self.manifest().experts
-        missing = [name for name in wanted if name not in pool]
+        return self._named(self.manifest(), list(names))
+
+    def find(self, name: str) -> str:
+        """The hash of the expert of this name; PhatgooseError if there is none."""
+        return self.experts([name])[name]
+
+    def _named(self, manifest: Manifest, names: list[str]) -> dict[str, str]:
+        """The hashes of these names in one manifest."""
+        pool = manifest.experts
+        missing = [name for name in names if name not in pool]
         if missing:
             near = sorted({n for name in missing for n in difflib.get_close_matches(name, pool)})
             hint = f"did you mean {', '.join(near)}?" if near else "train them first"
             raise PhatgooseError(
                 f"the registry {self.folder} has no experts {', '.join(missing)}: {hint}"
             )
-        return {name: pool[name] for name in wanted}
+        return {name: pool[name] for name in names}
 
-    def find(self, name: str) -> str:
-        """The hash of the expert of this name; PhatgooseError if there is none."""
-        return self.experts([name])[name]
+    def _check_free(self, manifest: Manifest, name: str, content_hash: str) -> None:
+        if manifest.experts.get(name, content_hash) != content_hash:
+            raise PhatgooseError(
+                f"the registry {self.folder} has another expert {name}: choose another name with "
+                "--name, or replace it with --replace"
+            )
 
-    def _store(self, expert: Expert) -> _Record:
+    def _store(self, expert: Expert) -> Record:
         """Write the object, then the job's record; return the record that counts."""
-        record = _Record(expert.content_hash(), expert.card.name)
-        if not self.folder.exists(_object_file(record.object)):
-            self.folder.write(_object_file(record.object), expert.to_bytes())
-        file = _job_file(expert.card.job)
-        if not self.folder.create(file, _to_json(asdict(record))):
+        record = Record(expert.content_hash(), expert.card.name)
+        if not self.folder.exists(object_file(record.object)):
+            self.folder.write(object_file(record.object), expert.to_bytes())
+        file = job_file(expert.card.job)
+        if not self.folder.create(file, record.to_bytes()):
             first = self._record(expert.card.job)
             if first is not None:
                 return first  # another process finished the same job in the meantime
-            self.folder.write(file, _to_json(asdict(record)))  # the old record's object is gone
+            self.folder.write(file, record.to_bytes())  # the old record's object is gone
         return record
 
-    def _record(self, job: str) -> _Record | None:
+    def _record(self, job: str) -> Record | None:
         """The record of a job, if there is one and its object still exists."""
-        file = _job_file(job)
-        if not self.folder.exists(file):
-            return None
-        data = self.folder.read(file)
-        try:
-            record = _Record(**json.loads(data))
-            validate_name(record.name)
-            object_file = _object_file(record.object)
-        except (TypeError, ValueError, PhatgooseError) as error:
-            raise self._malformed(file, error, "the next run trains it again") from error
-        return record if self.folder.exists(object_file) else None
+        record = read_record(self.folder, job_file(job))
+        return record if record and self.folder.exists(object_file(record.object)) else None
 
-    def _enter(self, record: _Record) -> None:
-        """Make the newest manifest name the record's object."""
+    def _forget(self, content_hash: str) -> None:
+        """Delete the records of the jobs that made this object."""
+        for file in job_files(self.folder):
+            record = read_record(self.folder, file)
+            if record and record.object == content_hash:
+                self.folder.delete(file, missing_ok=True)
+
+    def _enter(self, job: str, record: Record, replace: bool = True) -> None:
+        """Make the newest manifest name the record's object, as long as the record is there."""
         while True:
             newest = self.manifest()
             if newest.experts.get(record.name) == record.object:
                 return
-            experts = {**newest.experts, record.name: record.object}
-            number = newest.number + 1
-            following = Manifest(number, newest.number, self.base_fingerprint, experts)
-            data = _to_json({"schema": SCHEMA_VERSION, **asdict(following)})
-            if self.folder.create(f"manifests/{number}.json", data):
+            # Looked at after the manifest: a `remove` that deleted the record since then writes a
+            # manifest that follows it, so that either that call or this one must look again.
+            if self._record(job) != record:
                 return
-            # Another process took this number: build on its manifest.
+            if not replace:
+                self._check_free(newest, record.name, record.object)
+            if self._follow(newest, {**newest.experts, record.name: record.object}):
+                return
 
-    def _read_manifest(self, number: int) -> Manifest:
-        file = f"manifests/{number}.json"
-        data = self.folder.read(file)
-        try:
-            content = json.loads(data)
-            schema = int(content.pop("schema"))
-            manifest = _to_manifest(content, number) if schema <= SCHEMA_VERSION else None
-        except (AttributeError, LookupError, TypeError, ValueError, PhatgooseError) as error:
-            mend = "finished jobs are entered again by the next run"
-            raise self._malformed(file, error, mend) from error
-        if manifest is None:
-            raise PhatgooseError(
-                f"{self.folder.path(file)} has the newer schema {schema}: update phatgoose"
-            )
-        return manifest
-
-    def _malformed(self, file: str, error: Exception, mend: str) -> PhatgooseError:
-        return PhatgooseError(
-            f"{self.folder.path(file)} is malformed ({error}): delete it, and {mend}"
-        )
+    def _follow(self, newest: Manifest, experts: dict[str, str]) -> bool:
+        """Write the manifest after `newest`; False if another process did: build on that one."""
+        number = newest.number + 1
+        following = Manifest(number, newest.number, self.base_fingerprint, experts)
+        return self.folder.create(manifest_file(number), following.to_bytes())
 
 
-RegistryActor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Registry)
+if __name__ == "__main__":
+    from harness.registry_cli import main
 
-
-def registry_actor(uri: str | Path, base_fingerprint: str) -> Any:
-    """This Ray job's actor over `Registry(uri, base_fingerprint)`; its methods are the registry's.
-
-    Ray restarts it and repeats calls that were under way, which every method allows. Each Ray job
-    has its own, because an actor ends with the driver that made it. Raises what Registry raises.
-    """
-    folder = Registry(uri, base_fingerprint).folder  # a mistake shows here, not in an actor
-    absolute = folder.uri
-    # A local folder is this node's: an actor elsewhere would write to another disk.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    place = {"scheduling_strategy": here} if folder.local("objects") else {}
-    job = ray.get_runtime_context().get_job_id()
-    key = hashlib.sha256(f"{absolute}\n{base_fingerprint}\n{job}".encode()).hexdigest()[:16]
-    return RegistryActor.options(
-        name=f"registry-{key}", namespace="phatgoose", get_if_exists=True, **place
-    ).remote(absolute, base_fingerprint)
-
-
-def _to_manifest(content: dict[str, Any], number: int) -> Manifest:
-    manifest = Manifest(**content)
-    if manifest.number != number:
-        raise ValueError(f"it says that it is number {manifest.number}")
-    for name, content_hash in manifest.experts.items():
-        validate_name(name)
-        _object_file(content_hash)
-    return manifest
-
-
-def _object_file(content_hash: str) -> str:
-    if not re.fullmatch(r"[0-9a-f]{64}", content_hash):
-        raise PhatgooseError(f"{content_hash!r} is no content hash: use 64 hexadecimal digits")
-    return f"objects/{content_hash}.arrow"
-
-
-def _job_file(job: str) -> str:
-    if not re.fullmatch(r"[0-9a-f]{8,64}", job):
-        raise PhatgooseError(f"{job!r} is no job id: use 8 to 64 hexadecimal digits")
-    return f"jobs/{job}.json"
-
-
-def _to_json(content: dict[str, Any]) -> bytes:
-    return json.dumps(content, indent=1, sort_keys=True).encode()
+    sys.exit(main())

@@ -30,6 +30,7 @@ from harness.results import (
 )
 from harness.storage import Folder
 from harness.summary import (
+    BEST_INDIVIDUAL,
     LOWER_IS_BETTER,
     PRIMARY,
     RESAMPLES,
@@ -133,6 +134,7 @@ def routers_table(summary: Sequence[dict[str, Any]], suite: str, metric: str) ->
     sign = 1 if metric in LOWER_IS_BETTER else -1
     means = sorted((row for row in rows if row["task"] is None), key=lambda r: sign * r["value"])
     routers = dict.fromkeys([row["router"] for row in [*means, *rows]])
+    first = {row["router"]: row for row in reversed(rows)}
 
     percent = metric != "nll"
     body = []
@@ -140,8 +142,7 @@ def routers_table(summary: Sequence[dict[str, Any]], suite: str, metric: str) ->
         if router.startswith(SINGLE):
             continue
         mean = cells.get((router, None))
-        starred = router if any(r["zero_shot"] for r in rows if r["router"] == router) else None
-        line = [starred or f"{router} *", _with_half_width(mean, percent)]
+        line = [f"{router} {_mark(first[router])}".strip(), _with_half_width(mean, percent)]
         line.append(_difference(mean, percent))
         for task in tasks:
             cell = cells.get((router, task))
@@ -153,21 +154,32 @@ def routers_table(summary: Sequence[dict[str, Any]], suite: str, metric: str) ->
     unit = "%, higher is better" if percent else "nats per token, lower is better"
     best = next((row for row in means if row["router"].startswith(SINGLE)), None)
     title = f"suite {suite}: {metric}{' metric' if metric == PRIMARY else ''} ({unit})"
-    return f"{title}\n\n{_aligned(header, body, fixed=3)}\n\n{_notes(body, best, percent)}"
+    listed = [first[router] for router in routers if not router.startswith(SINGLE)]
+    return f"{title}\n\n{_aligned(header, body, fixed=3)}\n\n{_notes(listed, best, percent)}"
 
 
-def _notes(body: list[list[str]], best: dict[str, Any] | None, percent: bool) -> str:
+def _mark(row: dict[str, Any]) -> str:
+    """What points to a note below the table."""
+    return "*" if not row["zero_shot"] else "+" if row["side_information"] else ""
+
+
+def _notes(listed: Sequence[dict[str, Any]], best: dict[str, Any] | None, percent: bool) -> str:
     """What the reader of a routers table must know, a line each."""
     notes = [
         f"± and [ ]: 95 % intervals, {RESAMPLES:,} resamples of the documents within each task; "
         "tasks fixed, differences paired"
     ]
-    if any(line[0].endswith(" *") for line in body):
+    if any(_mark(row) == "*" for row in listed):
         notes.append(
-            "* not zero-shot; oracle: the best single expert per task and metric, chosen on these "
-            "documents: an upper bound"
+            "* not zero-shot, chosen on these documents: oracle is the best single expert per\n"
+            "  task and metric, an upper bound; best_individual is the best one on average"
         )
-    if best:
+    notes += [
+        f"+ {row['router']} also uses {row['side_information']}"
+        for row in listed
+        if _mark(row) == "+"
+    ]
+    if best and not any(row["router"] == BEST_INDIVIDUAL for row in listed):
         name = best["router"].removeprefix(SINGLE)
         mean = _with_half_width(best, percent)
         notes.append(f"best single expert by this mean: {name}, {mean} (not zero-shot)")

@@ -47,6 +47,12 @@ _EXPERT = _column("expert", pa.string(), "name of the expert")
 _ZERO_SHOT = _column(
     "zero_shot", pa.bool_(), "whether the router was chosen without looking at the evaluation data"
 )
+_SIDE_INFORMATION = _column(
+    "side_information",
+    pa.string(),
+    "what the router knows besides the pool, its profiles and the query",
+    null="nothing",
+)
 
 SCORES = pa.schema(
     [
@@ -56,8 +62,14 @@ SCORES = pa.schema(
             "manifest", pa.string(), "id of the pool: a hash over its experts' names and contents"
         ),
         _ROUTER,
-        _column("top_k", pa.int32(), "experts kept per token", null="the router keeps no top k"),
+        _column(
+            "top_k",
+            pa.int32(),
+            "experts kept per token or query",
+            null="not an option of the router",
+        ),
         _ZERO_SHOT,
+        _SIDE_INFORMATION,
         _SUITE,
         _TASK,
         _column("metric", pa.string(), "acc, acc_norm, acc_paper, exact_match or nll"),
@@ -68,7 +80,12 @@ SCORES = pa.schema(
         _column(
             "tokens", pa.int64(), "tokens run through the model, generated ones by their limit"
         ),
-        _column("expert", pa.string(), "the expert the oracle chose", null="not the oracle"),
+        _column(
+            "expert",
+            pa.string(),
+            "the expert that oracle or best_individual chose",
+            null="neither of them",
+        ),
     ]
 )
 
@@ -77,6 +94,7 @@ SUMMARY = pa.schema(
         _SUITE,
         _ROUTER,
         _ZERO_SHOT,
+        _SIDE_INFORMATION,
         _column("metric", pa.string(), "a metric, or `primary`: the primary metric of each task"),
         _column(
             "task",

@@ -6,6 +6,7 @@ Plan and check, train what has not been trained, evaluate what has not been answ
 import os
 import platform
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import results
-from harness.config import CONF, RunConfig, groups, load_config
+from harness.config import CONF, MULTITASK, RunConfig, groups, load_config
 from phatgoose.errors import PhatgooseError
 
 if TYPE_CHECKING:
     from harness.cluster import Cluster
+    from harness.jobs import Workers
     from harness.plan import Plan
     from harness.registry import Registry
 
@@ -69,6 +71,7 @@ def run(config: RunConfig) -> None:
         results.write_run(plan.folder, record)
         if to_train:
             failures = _train(plan)
+        _measure_profiles(plan, cluster)
         if "evaluate" in config.stages:
             _evaluate(plan, cluster)
     minutes = (time.time() - started) / 60
@@ -90,25 +93,58 @@ def run(config: RunConfig) -> None:
 
 
 def _train(plan: "Plan") -> dict[str, str]:
-    import ray
-
-    from harness.cluster import actor_count, actor_options
-    from harness.jobs import Workers
-    from harness.registry import registry_actor
+    from harness.registry_actor import registry_actor
     from harness.train import train
-    from harness.train_actor import TrainActor
 
-    config = plan.config
-    remote = ray.remote(TrainActor).options(**actor_options(config.cluster), max_concurrency=2)
-    workers = Workers(
-        lambda: remote.remote(config.base, plan.base_fingerprint, config.run.dir),
-        lambda: actor_count(config.cluster),
-    )
-    keeper = registry_actor(config.registry, plan.base_fingerprint)
+    keeper = registry_actor(plan.config.registry, plan.base_fingerprint)
+    workers = _trainers(plan)
     try:
         return train(plan.open_jobs, plan.folder, workers, keeper)
     finally:
         workers.close()
+
+
+def _measure_profiles(plan: "Plan", cluster: "Cluster") -> None:
+    """Measure the profiles that routers will look at and that the pool lacks."""
+    from harness.registry import Registry
+    from harness.registry_actor import registry_actor
+    from harness.train import measure_profiles
+
+    registry = Registry(plan.config.registry, plan.base_fingerprint)
+    experts, lacking = {}, []
+    for job in plan.jobs:
+        content_hash = registry.finished(job.card.job)
+        if content_hash is None or job.profile_id is None:
+            continue
+        if not registry.has_profile(content_hash, job.profile_id):
+            experts[job.card.name] = content_hash
+            lacking.append(job)
+    if not lacking:
+        return
+    cluster.connect()
+    workers = _trainers(plan)
+    keeper = registry_actor(plan.config.registry, plan.base_fingerprint)
+    try:
+        measure_profiles(lacking, experts, workers, keeper)
+    finally:
+        workers.close()
+
+
+def _trainers(plan: "Plan") -> "Workers":
+    """Training actors, started when there is work."""
+    import ray
+
+    from harness.cluster import actor_count, actor_options
+    from harness.jobs import Workers
+    from harness.train_actor import TrainActor
+
+    config = plan.config
+    profile = config.profile if any(job.profile_id for job in plan.jobs) else None
+    remote = ray.remote(TrainActor).options(**actor_options(config.cluster), max_concurrency=2)
+    return Workers(
+        lambda: remote.remote(config.base, plan.base_fingerprint, profile, config.run.dir),
+        lambda: actor_count(config.cluster),
+    )
 
 
 def _evaluate(plan: "Plan", cluster: "Cluster") -> None:
@@ -120,11 +156,18 @@ def _evaluate(plan: "Plan", cluster: "Cluster") -> None:
     from harness.evaluate import Evaluation
     from harness.jobs import Workers
     from harness.pack import pool_id
-    from harness.registry import Registry, registry_actor
+    from harness.plan import needs_profiles
+    from harness.registry import Registry
+    from harness.registry_actor import registry_actor
 
-    config = plan.config
-    experts = _pool(Registry(config.registry, plan.base_fingerprint), plan)
+    config, registry = plan.config, Registry(plan.config.registry, plan.base_fingerprint)
+    experts = _pool(registry, plan)
     routers = config.routers(list(experts))
+    profiles, multitask = _extras(registry, plan, experts)
+    identities: dict[str, list[str]] = {MULTITASK: [multitask]} if multitask else {}
+    for name, router in routers.items():
+        if profiles and needs_profiles([router]):
+            identities[name] = list(profiles.values())
     for name in routers:
         if name.startswith("single:") and name.removeprefix("single:") not in experts:
             raise PhatgooseError(f"router {name}: the pool lacks that expert; train it first")
@@ -133,7 +176,14 @@ def _evaluate(plan: "Plan", cluster: "Cluster") -> None:
         keeper = registry_actor(config.registry, plan.base_fingerprint)
         remote = ray.remote(EvalActor).options(**actor_options(config.cluster))
         return remote.remote(
-            config.base, plan.base_fingerprint, config.registry, keeper, experts, config.run.dir
+            config.base,
+            plan.base_fingerprint,
+            config.registry,
+            keeper,
+            experts,
+            profiles,
+            multitask,
+            config.run.dir,
         )
 
     def count() -> int:
@@ -159,14 +209,15 @@ def _evaluate(plan: "Plan", cluster: "Cluster") -> None:
                 workers,
                 config.chunk_characters,
                 bar.update,
+                identities,
             )
             rows = []
             for place, (name, router) in enumerate(routers.items()):
                 if place == 1:
                     evaluation.ask_ahead(routers)
                 rows += evaluation.run(name, router)
-                evaluation.write_scores(rows, oracle=False)
-            evaluation.write_scores(rows, oracle="oracle" in config.router)
+                evaluation.write_scores(rows)
+            evaluation.write_scores(rows, derived=set(config.router))
     finally:
         workers.close()
 
@@ -184,6 +235,27 @@ def _pool(registry: "Registry", plan: "Plan") -> dict[str, str]:
     if lacking:
         print(f"the pool lacks {len(lacking)} experts: {', '.join(lacking)}", file=sys.stderr)
     return experts
+
+
+def _extras(
+    registry: "Registry", plan: "Plan", experts: dict[str, str]
+) -> tuple[dict[str, str] | None, str | None]:
+    """The experts' profile ids by name, and the multitask expert, where routers need them."""
+    from harness.plan import needs_profiles
+
+    profiles = None
+    if needs_profiles(plan.routers.values()):
+        profiles = {
+            job.card.name: job.profile_id
+            for job in plan.jobs
+            if job.card.name in experts and job.profile_id is not None
+        }
+    multitask = None
+    if plan.multitask is not None:
+        multitask = registry.finished(plan.multitask.card.job)
+        if multitask is None:
+            raise PhatgooseError("router multitask: its expert is not trained: run the stage train")
+    return profiles, multitask
 
 
 def _record(config: RunConfig, plan: "Plan", started: float) -> dict[str, Any]:
@@ -231,7 +303,12 @@ def _be_quiet() -> None:
 
 def help_text() -> str:
     """What --help prints."""
-    listed = "\n".join(f"  {group:8} {', '.join(names)}" for group, names in groups().items())
+    listed = "\n".join(
+        textwrap.fill(
+            ", ".join(names), 98, initial_indent=f"  {group:8} ", subsequent_indent=" " * 11
+        )
+        for group, names in groups().items()
+    )
     return f"""usage: python -m harness.run [group=choice ...] [key=value ...]
 
 Train a pool of experts, evaluate routers over it on a suite of tasks, and report.

@@ -80,10 +80,18 @@ class Folder:
             self._put(name, data)
             return True
 
-    def delete(self, name: str) -> None:
-        """Delete one file."""
+    def delete(self, name: str, *, missing_ok: bool = False) -> None:
+        """Delete one file; with `missing_ok` it may be gone already."""
+        full = self._full(name)
         with self._named_errors("delete", name):
-            self._fs.delete_file(self._full(name))
+            try:
+                self._fs.delete_file(full)
+            except FileNotFoundError:
+                if not missing_ok:
+                    raise
+                return
+            if self._is_local:
+                _flush_folder(Path(full).parent)
 
     def exists(self, name: str) -> bool:
         """Whether there is a file of this name."""

@@ -24,6 +24,9 @@ Row = dict[str, Any]
 PRIMARY = "primary"
 MERGED = "merged"
 ORACLE = "oracle"
+BEST_INDIVIDUAL = "best_individual"
+# Routers whose rows are read off from those of the single experts.
+DERIVED = (ORACLE, BEST_INDIVIDUAL)
 SINGLE = "single:"
 LOWER_IS_BETTER = frozenset({"nll"})
 
@@ -68,6 +71,32 @@ def oracle_rows(scores: pa.Table) -> list[Row]:
     ]
 
 
+def best_individual_rows(scores: pa.Table) -> list[Row]:
+    """The rows of scores.parquet of the one expert that is best over the suite, as a router.
+
+    Best by the mean over the suite's tasks of their primary metric; of equals the first by name.
+    """
+    singles = [row for row in scores.to_pylist() if row["router"].startswith(SINGLE)]
+    by_task: dict[tuple[str, str], set[str]] = {}
+    for row in singles:
+        by_task.setdefault((row["suite"], row["task"]), set()).add(row["metric"])
+    totals: dict[tuple[str, str], float] = {}
+    for row in singles:
+        if row["metric"] == primary_metric(by_task[row["suite"], row["task"]]):
+            key = (row["suite"], row["router"])
+            totals[key] = totals.get(key, 0.0) + row["value"]
+    rows = []
+    for suite in dict.fromkeys(suite for suite, _ in totals):
+        ranked = sorted((-total, router) for (s, router), total in totals.items() if s == suite)
+        best = ranked[0][1]
+        rows += [
+            {**row, "router": BEST_INDIVIDUAL, "zero_shot": False, "expert": best[len(SINGLE) :]}
+            for row in singles
+            if (row["suite"], row["router"]) == (suite, best)
+        ]
+    return rows
+
+
 def resampled_means(values_NM: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Means over N documents drawn with replacement, RESAMPLES times: shape (RESAMPLES, M).
 
@@ -97,7 +126,7 @@ class _Task:
 
     name: str
     documents: list[str]  # their ids, in the order of the values below
-    routers: dict[str, bool]  # name -> zero_shot
+    routers: dict[str, Row]  # name -> zero_shot and side_information
     scores: dict[tuple[str, str], float]  # (metric, router) -> value
     values: dict[str, dict[str, np.ndarray]]  # metric -> router -> one value per document
 
@@ -170,11 +199,11 @@ def summary_rows(scores: pa.Table, samples: pa.Table) -> list[Row]:
 def _metric_rows(suite: str, metric: str, tasks: list[_Task]) -> list[Row]:
     """Rows of one metric. The sums over tasks are kept, the draws of a single task are not."""
     having = [(i, task) for i, task in enumerate(tasks) if task.metric(metric) in task.values]
-    zero_shot = {router: flag for _, task in having for router, flag in task.routers.items()}
+    known = {router: columns for _, task in having for router, columns in task.routers.items()}
 
     def row(router: str, task: str | None, numbers: _Sum) -> Row:
         names = {"suite": suite, "router": router, "metric": metric, "task": task}
-        return {**names, "zero_shot": zero_shot[router], **numbers.columns()}
+        return {**names, **known[router], **numbers.columns()}
 
     rows: list[Row] = []
     sums: dict[str, _Sum] = {}
@@ -228,7 +257,7 @@ def _collect(scores: pa.Table, samples: pa.Table) -> dict[str, list[_Task]]:
     suites: dict[str, dict[str, _Task]] = {}
     for score in scores.to_pylist():
         suite, name, router, metric = (score[k] for k in ("suite", "task", "router", "metric"))
-        source = SINGLE + score["expert"] if router == ORACLE else router
+        source = SINGLE + score["expert"] if router in DERIVED else router
         answered = answers.get((suite, name, source), {})
         task = suites.setdefault(suite, {}).setdefault(
             name, _Task(name, sorted(answered), {}, {}, {})
@@ -238,7 +267,7 @@ def _collect(scores: pa.Table, samples: pa.Table) -> dict[str, list[_Task]]:
                 f"{samples_file(source)}: task {name} has other documents than another router's "
                 f"samples; delete {SCORES_FILE} and {SAMPLES_FOLDER}/ and run again"
             )
-        task.routers[router] = score["zero_shot"]
+        task.routers[router] = {key: score[key] for key in ("zero_shot", "side_information")}
         task.scores[metric, router] = score["value"]
         values_N = np.array([answered[document].get(metric, np.nan) for document in task.documents])
         _check(score, values_N, source)

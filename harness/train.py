@@ -1,7 +1,7 @@
 """The stage `train`: one job per expert on reused actors, published as each one ends."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,12 +38,12 @@ def train(
             experts that nothing keeps.
     """
 
-    def publish(result: tuple[list[dict[str, Any]], Any]) -> str | _Lost:
-        return _publish(folder, keeper, result)
+    def publish(job: TrainJob, result: tuple[Any, ...]) -> str | _Lost:
+        return _publish(folder, keeper, job, result)
 
     failures: dict[str, str] = {}
     waiting = list(range(len(jobs)))
-    recipe_steps = [job.recipe.lora.steps + job.recipe.gates.steps for job in jobs]
+    recipe_steps = [job.recipe.steps for job in jobs]
     done_steps = 0
     with tqdm(total=sum(recipe_steps), desc="train", unit="step", disable=None) as bar:
 
@@ -57,7 +57,7 @@ def train(
             for place, result in workers.run("train", [(jobs[i],) for i in waiting], tick):
                 index = waiting[place]
                 name = jobs[index].card.name
-                outcome = result if isinstance(result, Failure) else publish(result)
+                outcome = result if isinstance(result, Failure) else publish(jobs[index], result)
                 if isinstance(outcome, _Lost) and attempt < ATTEMPTS:
                     lost.append(index)
                     continue
@@ -69,6 +69,31 @@ def train(
                     tqdm.write(f"failed    {name}: {outcome.error}", file=sys.stderr)
             waiting = lost
     return failures
+
+
+def measure_profiles(
+    jobs: Sequence[TrainJob], experts: Mapping[str, str], workers: Workers, keeper: Any
+) -> None:
+    """Measure the profiles of experts that were made before.
+
+    Args:
+        jobs: of these experts; each has a profile_id.
+        experts: their content hashes by name.
+        workers: the training actors.
+        keeper: the registry's actor.
+
+    Raises:
+        PhatgooseError: a profile cannot be measured.
+    """
+    calls = [(job, keeper.load.remote(experts[job.card.name])) for job in jobs]
+    with tqdm(total=len(jobs), desc="profile", unit="expert", disable=None) as bar:
+        for index, result in workers.run("profile", calls, tick=lambda _: None):
+            job = jobs[index]
+            if isinstance(result, Failure):
+                raise PhatgooseError(f"profile of expert {job.card.name}: {result.error}")
+            content_hash = experts[job.card.name]
+            ray.get(keeper.put_profile.remote(content_hash, job.profile_id, result))
+            bar.update()
 
 
 def _steps_under_way(actors: Sequence[Any]) -> int:
@@ -91,19 +116,27 @@ class _Lost:
     error: str
 
 
-def _publish(folder: Folder, keeper: Any, result: tuple[list[dict[str, Any]], Any]) -> str | _Lost:
+def _publish(folder: Folder, keeper: Any, job: TrainJob, result: tuple[Any, ...]) -> str | _Lost:
     """Keep one job's curve and expert; returns a line that says what was learnt."""
-    rows, expert = result
-    results.write_table(folder, results.training_file(rows[0]["expert"]), results.TRAINING, rows)
+    rows, expert, profile = result
+    if rows:
+        results.write_table(folder, results.training_file(job.card.name), results.TRAINING, rows)
     try:
-        # The reference is passed on: the expert goes from actor to actor, not through the driver.
-        ray.get(keeper.publish.remote(expert))
+        # References are passed on: experts go from actor to actor, not through the driver.
+        content_hash = ray.get(keeper.publish.remote(expert))
+        if job.profile_id is not None:
+            ray.get(keeper.put_profile.remote(content_hash, job.profile_id, profile))
     except RayTaskError as error:
         if isinstance(error.cause, PhatgooseError):
             raise error.cause from None
         return _Lost(f"not published: {last_line(error)}")
     except RayError as error:
         return _Lost(f"not published: {last_line(error)}")
+    if not rows:
+        return "imported, without gates"
     losses = [f"{row['loss']:.2f}" for row in rows if row["split"] == "evaluation"]
-    seconds = max(row["seconds"] for row in rows if row["stage"] == "lora") + rows[-1]["seconds"]
-    return f"loss {losses[0]} -> {losses[1]}, gates {losses[2]} -> {losses[3]}, {seconds:.0f} s"
+    changes = [f"{losses[i]} -> {losses[i + 1]}" for i in range(0, len(losses), 2)]
+    stages = dict.fromkeys(row["stage"] for row in rows)
+    seconds = sum(max(row["seconds"] for row in rows if row["stage"] == s) for s in stages)
+    said = [f"{stage} {change}" for stage, change in zip(stages, changes, strict=True)]
+    return f"loss: {', '.join(said)}; {seconds:.0f} s"

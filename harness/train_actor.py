@@ -1,6 +1,10 @@
 """The actor that trains experts: one job after the other, over one base."""
 
+import hashlib
+import itertools
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -8,39 +12,52 @@ import torch
 
 from harness.cluster import log_to_run_folder
 from harness.config import BaseConfig
-from harness.tasks import TaskSpec, prepare
+from harness.tasks import TaskData, TaskSpec, prepare_all
 from harness.tasks.records import Record, read_records
 from phatgoose.base import load_base
+from phatgoose.encoder import load_encoder
 from phatgoose.errors import PhatgooseError
-from phatgoose.expert import Card
-from phatgoose.recipe import Recipe, recipe_from_dict
-from phatgoose.training import Example, Progress, train_expert
+from phatgoose.expert import Card, Expert
+from phatgoose.profile import ProfileConfig
+from phatgoose.profiling import measure_profile
+from phatgoose.recipe import Recipe
+from phatgoose.training import Example, Progress, train_expert, train_gates
 
 
 @dataclass(frozen=True)
 class TrainJob:
-    """One expert to be trained: its card without metrics, and its task."""
+    """One expert to be made: its card without metrics, and the tasks it is made for.
+
+    Attributes:
+        card: what it will say of itself.
+        tasks: one; all of the pool's for the multitask expert.
+        recipe: how to train it.
+        profile_id: in which way its profile is to be measured; None if it gets none.
+    """
 
     card: Card
-    task: TaskSpec
-
-    @property
-    def recipe(self) -> Recipe:
-        """How to train it."""
-        return recipe_from_dict(self.card.recipe)
+    tasks: tuple[TaskSpec, ...]
+    recipe: Recipe
+    profile_id: str | None = None
 
 
 class TrainActor:
-    """Trains experts in a process of its own.
+    """Trains experts and measures profiles, in a process of its own.
 
     Args:
         base: which base to load.
         fingerprint: what it must be.
+        profile: how profiles are measured; None if none are.
         run_dir: where to write the log.
     """
 
-    def __init__(self, base: BaseConfig, fingerprint: str, run_dir: str) -> None:
+    def __init__(
+        self, base: BaseConfig, fingerprint: str, profile: ProfileConfig | None, run_dir: str
+    ) -> None:
         log_to_run_folder(run_dir, "train")
+        self._profile = profile
+        if profile is not None:
+            load_encoder(profile.encoder)  # to fail now, if it must, and not after a training
         from harness.deepspeed_engine import DeepSpeedEngine, start_deepspeed  # slow to import
 
         start_deepspeed()
@@ -48,15 +65,13 @@ class TrainActor:
         self._base = load_base_on_actor(base, fingerprint)
         self._steps = 0
 
-    def train(self, job: TrainJob) -> tuple[list[dict[str, Any]], ray.ObjectRef]:
-        """Train one expert; returns its training curve and a reference to the expert."""
-        data = prepare(job.task)
-        if data.fingerprint != job.card.data_fingerprint:
-            raise PhatgooseError(
-                f"task {job.task.name}: the data on this node is {data.fingerprint[:12]}, the plan "
-                f"was made with {job.card.data_fingerprint[:12]}: empty the cache on the one that "
-                "is out of date"
-            )
+    def train(self, job: TrainJob) -> tuple[list[dict[str, Any]], ray.ObjectRef, ray.ObjectRef]:
+        """Make one expert.
+
+        Returns:
+            Its training curve, and references to the expert and to its profile's bytes (or None).
+        """
+        train, evaluation = self._examples(job)
         rows: list[dict[str, Any]] = []
         self._steps = 0
 
@@ -65,22 +80,53 @@ class TrainActor:
             self._steps += progress.split == "train"
 
         print(f"training {job.card.name} (job {job.card.job})", flush=True)
-        expert = train_expert(
-            self._base,
-            job.card,
-            _examples(read_records(data.train)),
-            _examples(read_records(data.evaluation)),
-            job.recipe,
-            engine=self._engine,
-            report=report,
-        )
+        train_one = partial(train_expert, engine=self._engine, report=report)
+        train_its_gates = partial(train_gates, engine=self._engine, report=report)
+        adapter = job.tasks[0].adapter
+        if adapter is None:
+            expert = train_one(self._base, job.card, train, evaluation, job.recipe)
+        else:
+            expert = Expert.from_peft(adapter, base=self._base, name=job.card.name)
+            expert = Expert(job.card, expert.linears)
+            if train:
+                expert = train_its_gates(self._base, expert, train, evaluation, job.recipe)
         print(f"trained {job.card.name}: {expert.card.metrics}", flush=True)
         self._steps = 0
-        return rows, ray.put(expert)
+        return rows, ray.put(expert), ray.put(self._measure(job, expert, train))
+
+    def profile(self, job: TrainJob, expert: Expert) -> bytes:
+        """Measure the profile of an expert that is there already; returns its bytes."""
+        train, _ = self._examples(job)
+        profile = self._measure(job, expert, train)
+        assert profile is not None  # only jobs with a profile are sent here
+        return profile
 
     def steps(self) -> int:
         """Optimiser steps done of the job under way."""
         return self._steps
+
+    def _examples(self, job: TrainJob) -> tuple[list[Example], list[Example]]:
+        """The job's training and evaluation examples, which must be those of the plan."""
+        data = prepare_all(job.tasks)
+        found = data_fingerprint(data)
+        if found != job.card.data_fingerprint:
+            raise PhatgooseError(
+                f"expert {job.card.name}: the data on this node is {found[:12]}, the plan was made "
+                f"with {job.card.data_fingerprint[:12]}: empty the cache on the one that is out of "
+                "date"
+            )
+        train = [read_records(item.train) for item in data]
+        evaluation = [read_records(item.evaluation) for item in data]
+        return _interleaved(train), _interleaved(evaluation)
+
+    def _measure(self, job: TrainJob, expert: Expert, examples: list[Example]) -> bytes | None:
+        if job.profile_id is None or self._profile is None:
+            return None
+        (data,) = prepare_all(job.tasks)
+        profile = measure_profile(
+            self._base, expert, examples, self._profile, description=data.description
+        )
+        return profile.to_bytes()
 
 
 def load_base_on_actor(config: BaseConfig, fingerprint: str) -> Any:
@@ -102,5 +148,19 @@ def load_base_on_actor(config: BaseConfig, fingerprint: str) -> Any:
     return base
 
 
-def _examples(records: list[Record]) -> list[Example]:
-    return [Example(record.input, record.targets[0]) for record in records]
+def data_fingerprint(data: Sequence[TaskData]) -> str:
+    """What identifies the data of one task or of several."""
+    if len(data) == 1:
+        return data[0].fingerprint
+    return hashlib.sha256("".join(item.fingerprint for item in data).encode()).hexdigest()
+
+
+def _interleaved(tasks: Sequence[Sequence[Record]]) -> list[Example]:
+    """One example of each task in turn, as long as it has any: every prefix is fairly mixed."""
+    rounds = itertools.zip_longest(*tasks)
+    return [
+        Example(record.input, record.targets[0], tuple(record.choices))
+        for records in rounds
+        for record in records
+        if record is not None
+    ]

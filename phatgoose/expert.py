@@ -15,10 +15,10 @@ import os
 import re
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,9 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import PhatgooseError
+
+if TYPE_CHECKING:
+    from phatgoose.base import Base
 
 SCHEMA_VERSION = 1
 _VERSION_KEY, _CARD_KEY = b"phatgoose.version", b"phatgoose.card"
@@ -205,6 +208,32 @@ class Expert:
                 f"{source} is not a whole expert file ({_one_line(error)}): delete it, and train "
                 "it again or copy it again"
             ) from error
+
+    @classmethod
+    def from_peft(
+        cls, folder: str | Path, *, base: "Base | None" = None, name: str | None = None
+    ) -> "Expert":
+        """Read a LoRA adapter saved by PEFT: `phatgoose.peft_adapters.from_peft`."""
+        from phatgoose.peft_adapters import from_peft
+
+        return from_peft(folder, base=base, name=name)
+
+    def to_peft(self, folder: str | Path, *, base: "Base | None" = None) -> None:
+        """Write a LoRA adapter that PEFT loads: `phatgoose.peft_adapters.to_peft`."""
+        from phatgoose.peft_adapters import to_peft
+
+        to_peft(self, folder, base=base)
+
+
+def with_job(card: Card, linears: Mapping[str, LoraFactors]) -> Expert:
+    """An imported expert whose job is a hash of its content: name, fingerprints, scale, factors.
+
+    What its base is called and how it was made do not count, so that the same import from
+    somewhere else is the same job.
+    """
+    anonymous = dataclasses.replace(card, base="", job="", recipe={}, metrics={})
+    job = Expert(anonymous, dict(linears)).content_hash()[:32]
+    return Expert(dataclasses.replace(card, job=job), dict(linears))
 
 
 class _NewerFileError(PhatgooseError):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phatgoose.errors import PhatgooseError
-from phatgoose.expert import LoraFactors
+from phatgoose.expert import Expert, LoraFactors
 
 
 class GatedLora(nn.Module):
@@ -23,22 +23,17 @@ class GatedLora(nn.Module):
 
     Args:
         base: the linear to adapt; its parameters must be frozen.
-        rank: LoRA rank R.
+        lora_A_RD, lora_B_OR: where the factors start; they are copied, in float32.
         scale: what `B A x` is multiplied by.
-        init_std: standard deviation of A's start; B starts at zero, so the layer starts as `base`.
-        generator: source of A's random start.
     """
 
-    def __init__(
-        self, base: nn.Linear, rank: int, scale: float, init_std: float, generator: torch.Generator
-    ) -> None:
+    def __init__(self, base: nn.Linear, lora_A_RD: Tensor, lora_B_OR: Tensor, scale: float) -> None:
         super().__init__()
         self.base = base
         self.scale = scale
-        start_RD = torch.randn(rank, base.in_features, generator=generator) * init_std
         device = base.weight.device
-        self.lora_A_RD = nn.Parameter(start_RD.to(device))
-        self.lora_B_OR = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        self.lora_A_RD = nn.Parameter(lora_A_RD.to(device, torch.float32, copy=True))
+        self.lora_B_OR = nn.Parameter(lora_B_OR.to(device, torch.float32, copy=True))
         self.gate_D: nn.Parameter | None = None
 
     @property
@@ -73,19 +68,52 @@ def attach_lora(
 ) -> dict[str, GatedLora]:
     """Freeze `model` and put a GatedLora in place of each named linear.
 
+    A starts normal with standard deviation `init_std`, B at zero, so that each layer starts as the
+    linear it stands for.
+
     Returns:
         The new layers by the linear's name, in the order given.
 
     Raises:
         PhatgooseError: a name is not a linear of the model, or is adapted already.
     """
-    model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     layers = {}
     for name in linears:
         linear = find_linear(model, name)
-        layers[name] = GatedLora(linear, rank, scale, init_std, generator)
+        start_RD = torch.randn(rank, linear.in_features, generator=generator) * init_std
+        start_OR = torch.zeros(linear.out_features, rank)
+        layers[name] = GatedLora(linear, start_RD, start_OR, scale)
+    return _put_in(model, layers)
+
+
+def attach_expert(model: nn.Module, expert: Expert) -> dict[str, GatedLora]:
+    """Freeze `model` and put a GatedLora with an expert's factors in place of its linears.
+
+    Returns:
+        The new layers by the linear's name, without gates.
+
+    Raises:
+        PhatgooseError: the expert does not fit the model, or the model is adapted already.
+    """
+    layers = {}
+    for name, factors in expert.linears.items():
+        linear = find_linear(model, name)
+        expected = (linear.in_features, linear.out_features)
+        found = (factors.lora_A_RD.shape[1], factors.lora_B_OR.shape[0])
+        if expected != found:
+            raise PhatgooseError(
+                f"expert {expert.card.name!r} maps {found} on {name}, the base {expected}"
+            )
+        layers[name] = GatedLora(linear, factors.lora_A_RD, factors.lora_B_OR, expert.card.scale)
+    return _put_in(model, layers)
+
+
+def _put_in(model: nn.Module, layers: dict[str, GatedLora]) -> dict[str, GatedLora]:
+    model.requires_grad_(False)
     for name, layer in layers.items():
+        layer.requires_grad_(True)
+        layer.base.requires_grad_(False)
         replace_module(model, name, layer)
     return layers
 

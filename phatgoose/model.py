@@ -1,156 +1,193 @@
-"""Attach a pool and a router to a base, and read what was routed where.
+"""Attach a pool and a router to a base; score, generate, and read what was routed where.
 
-Shape suffixes: ... any leading dimensions, T tokens, D input features, O output features,
-E experts, K experts per token, R rank.
+Shape suffixes: D input features, E experts, K experts kept, Q queries.
 """
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from phatgoose.base import Base
+from phatgoose.batch import Batch
+from phatgoose.encoding import encode_context
 from phatgoose.errors import PhatgooseError
 from phatgoose.gated_lora import find_linear, replace_module
-from phatgoose.ops import mix
+from phatgoose.generation import generate
 from phatgoose.pool import Pool, PoolLinear
-from phatgoose.routers import Merge, Router, TokenRouter
-from phatgoose.routers.interface import TokenRule
+from phatgoose.query import Query
+from phatgoose.routed_linear import RoutedLinear, RoutingLog
+from phatgoose.routers import Merge, QueryRouter, Router, TokenRouter, Wrapper, make_router
+from phatgoose.routers.interface import Probe
+from phatgoose.scoring import Question, Score, pad_rows, score
 
-
-@dataclass
-class RoutingLog:
-    """What was routed since recording began.
-
-    Attributes:
-        weights: per linear, the summed routing weight of each expert, float64 [E].
-        tokens: per linear, how many tokens were routed (padding is not counted).
-        masks: which positions of the pass under way are tokens, by side (`encoder`, `decoder`).
-    """
-
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    tokens: dict[str, int] = field(default_factory=dict)
-    masks: dict[str, Tensor] = field(default_factory=dict)
-
-    def add(self, linear: str, weights_TK: Tensor, indices_TK: Tensor, experts: int) -> None:
-        """Count one call of a linear."""
-        mask_T = self.masks[_side(linear)].flatten()
-        kept_TK = weights_TK.double() * mask_T.unsqueeze(-1)
-        total_E = self.weights.setdefault(linear, kept_TK.new_zeros(experts))
-        total_E.index_add_(0, indices_TK.flatten(), kept_TK.flatten())
-        self.tokens[linear] = self.tokens.get(linear, 0) + int(mask_T.sum())
-
-
-class RoutedLinear(nn.Module):
-    """A frozen linear, plus what the router's experts add to it."""
-
-    def __init__(self, base: nn.Linear, name: str) -> None:
-        super().__init__()
-        self.base = base
-        self.name = name
-        self.log: RoutingLog | None = None
-        self._factors: PoolLinear | None = None
-        self._rule: TokenRule | None = None
-        self._delta: list[Tensor] | None = None
-
-    @property
-    def weight(self) -> Tensor:
-        """The frozen linear's weight: T5's feed-forward reads the dtype of its last linear."""
-        return self.base.weight
-
-    def clear(self) -> None:
-        """Be the frozen linear again."""
-        self._factors = self._rule = self._delta = None
-
-    def set_token_rule(self, factors: PoolLinear, rule: TokenRule) -> None:
-        """Route every token by `rule` among the experts of `factors`."""
-        self.clear()
-        self._factors, self._rule = factors, rule
-
-    def set_static(self, lora_A_RD: Tensor, lora_B_OR: Tensor) -> None:
-        """Add one static expert to every token, as factors or as a matrix, whichever is smaller."""
-        self.clear()
-        (rank, inputs), outputs = lora_A_RD.shape, lora_B_OR.shape[0]
-        if rank * (inputs + outputs) < inputs * outputs:
-            self._delta = [lora_A_RD.contiguous(), lora_B_OR.contiguous()]
-        else:
-            self._delta = [lora_B_OR @ lora_A_RD]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `x` [..., D] to [..., O]."""
-        y = self.base(x)
-        if self._delta is not None:
-            added = x
-            for matrix in self._delta:
-                added = F.linear(added, matrix)
-            return y + added
-        if self._rule is None or self._factors is None:
-            return y
-        x_TD = x.reshape(-1, x.shape[-1])
-        weights_TK, indices_TK = self._rule(x_TD)
-        if self.log is not None:
-            experts = self._factors.lora_A_ERD.shape[0]
-            self.log.add(self.name, weights_TK, indices_TK, experts)
-        factors = self._factors
-        y_TO = mix(x_TD, factors.lora_A_ERD, factors.lora_B_EOR, indices_TK, weights_TK)
-        return y + y_TO.view_as(y)
+_QUERY_PROJECTION = re.compile(r".*(SelfAttention\.q|q_proj|query_key_value)")
 
 
 class RoutedModel:
     """A base with a pool attached; its router can be changed at any time.
 
+    Without a router, and with `base`, it says what the base says.
+
     Args:
         base: the base; its linears are wrapped in place, and `detach` restores them.
         pool: the experts to route among.
+        router: the first router, or its name.
+
+    Attributes:
+        pool: the pool in the base's dtype and on its device.
+        router: the router.
+        batch: what the rows and positions of the pass under way are.
 
     Raises:
         PhatgooseError: the pool was made with another base, or does not fit its linears.
     """
 
-    def __init__(self, base: Base, pool: Pool) -> None:
+    def __init__(self, base: Base, pool: Pool, router: Router | str = "base") -> None:
         if pool.base_fingerprint != base.fingerprint:
             raise PhatgooseError(
                 f"the pool was made with the base {pool.base_fingerprint[:12]}, and {base.name} is "
                 f"{base.fingerprint[:12]}: load the base that the pool was trained on"
             )
         self.base = base
-        self.router: Router | None = None
-        self.pool = _fit(base, pool)
+        self._given, self.pool = pool, _fit(base, pool)
+        self.batch = Batch()
         self._linears = {
-            name: RoutedLinear(find_linear(base.model, name), name) for name in pool.linears
+            name: RoutedLinear(find_linear(base.model, name), name, self.batch)
+            for name in self.pool.linears
         }
         for name, linear in self._linears.items():
             replace_module(base.model, name, linear)
+        self.set_router(router)
 
-    def set_router(self, router: Router) -> None:
-        """Route by `router` from now on; PhatgooseError if the pool lacks what it needs."""
+    @torch.no_grad()
+    def set_router(self, router: Router | str) -> None:
+        """Route by `router`, or the router of that name, from now on.
+
+        Raises:
+            PhatgooseError: there is no router of that name, or the pool lacks what it needs.
+        """
+        router = make_router(router) if isinstance(router, str) else router
         router.check(self.pool)
+        acting: Router = router
+        wrappers = []
+        while isinstance(acting, Wrapper):
+            wrappers.append(acting)
+            acting = acting.inner
+        # A merge is rounded to the base's dtype once, at its end.
+        pool = self._given if isinstance(acting, Merge) else self.pool
+        for wrapper in wrappers:
+            pool = wrapper.change(pool)
         for name, linear in self._linears.items():
-            factors = self.pool.linears[name]
-            if isinstance(router, TokenRouter):
-                linear.set_token_rule(factors, router.rule(name, factors))
-            elif isinstance(router, Merge):
-                linear.set_static(*router.merge(self.pool, name))
+            factors = pool.linears[name]
+            if isinstance(acting, TokenRouter):
+                rule = acting.rule(pool, name)
+                linear.set_token_rule(factors, rule, mixes_factors=acting.mix == "factors")
+            elif isinstance(acting, QueryRouter):
+                linear.set_query_mixture(factors)
+            elif isinstance(acting, Merge):
+                like = self.pool.linears[name].lora_A_ERD
+                linear.set_static([matrix.to(like) for matrix in acting.merge(pool, name)])
             else:
                 linear.clear()
-        self.router = router
+        self.router, self._acting, self._acting_pool = router, acting, pool
+
+    def score(self, questions: Sequence[Question]) -> list[list[Score]]:
+        """Score every choice of every question in one batch; see `phatgoose.scoring.score`."""
+        with self._decided([q.query for q in questions], [q.context for q in questions]):
+            return score(self.base, questions, self.batch)
+
+    def generate(
+        self, prompts: Sequence[Query | str], max_new_tokens: int, *, stops: Sequence[str] = ()
+    ) -> list[str]:
+        """Greedy continuations of a batch of prompts; see `phatgoose.generation.generate`."""
+        queries = [Query(p) if isinstance(p, str) else p for p in prompts]
+        contexts = [encode_context(self.base, query.text) for query in queries]
+        with self._decided(queries, contexts):
+            return generate(self.base, contexts, max_new_tokens, stops=stops, batch=self.batch)
 
     def record(self, log: RoutingLog | None) -> None:
         """Count what is routed into `log` from now on; stop counting if it is None."""
         for linear in self._linears.values():
             linear.log = log
 
+    @contextmanager
+    def recording(self, log: RoutingLog) -> Iterator[RoutingLog]:
+        """Count what is routed into `log` within the `with` block."""
+        before = next(iter(self._linears.values())).log
+        self.record(log)
+        try:
+            yield log
+        finally:
+            self.record(before)
+
+    @contextmanager
+    def listening(self, hear: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """Within the block, tell `hear` the name and the input of each adapted linear that runs."""
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            assert isinstance(module, RoutedLinear)
+            hear(module.name, args[0])
+
+        handles = [linear.register_forward_pre_hook(hook) for linear in self._linears.values()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def detach(self) -> None:
         """Put the frozen linears back, so that the base is as it was."""
         for name, linear in self._linears.items():
             replace_module(self.base.model, name, linear.base)
 
+    @contextmanager
+    def _decided(self, queries: Sequence[Query], contexts: Sequence[list[int]]) -> Iterator[None]:
+        """Let a router that looks at whole queries decide about those of the next batch."""
+        acting, pool = self._acting, self._acting_pool
+        like = next(iter(self.pool.linears.values())).lora_A_ERD
+        try:
+            with torch.inference_mode():
+                if isinstance(acting, QueryRouter):
+                    probe = Probe(self._probe_linear(), lambda: self._probe(contexts))
+                    weights_QK, indices_QK = acting.mixture(pool, queries, probe)
+                    self.batch.mixture = weights_QK.to(like), indices_QK.to(like.device)
+                elif isinstance(acting, TokenRouter) and acting.biased:
+                    # Not in the base's dtype: a large bias would drown the scores.
+                    self.batch.bias_QE = acting.bias(pool, queries).to(like.device)
+            yield
+        finally:
+            self.batch.mixture = self.batch.bias_QE = None
 
-def _side(linear: str) -> str:
-    """Whose tokens a linear reads: cross-attention's keys and values read the encoder's."""
-    encoder = re.match(r"encoder\.|.*EncDecAttention\.[kv]$", linear)
-    return "encoder" if encoder else "decoder"
+    def _probe_linear(self) -> str:
+        side = "encoder." if self.base.is_encoder_decoder else ""
+        names = [n for n in self.base.linears if n.startswith(side) and n in self.pool.linears]
+        found = [name for name in names if _QUERY_PROJECTION.fullmatch(name)]
+        return found[-1] if found else ""
+
+    def _probe(self, contexts: Sequence[list[int]]) -> Tensor:
+        """What `Probe.run` returns: x_QD of the query projection, under the bare base."""
+        name, base = self._probe_linear(), self.base
+        if not name:
+            raise PhatgooseError(
+                "this router reads the last block's query projection, which no expert of the pool "
+                "adapts: use another router"
+            )
+        ids_BL, mask_BL = (
+            t.to(base.device) for t in pad_rows(contexts, base.tokenizer.pad_token_id)
+        )
+        heard: dict[str, Tensor] = {}
+        whole = base.model.get_encoder() if base.is_encoder_decoder else base.model.base_model
+        self.batch.bare = True
+        try:
+            with self.listening(heard.__setitem__):
+                whole(input_ids=ids_BL, attention_mask=mask_BL)
+        finally:
+            self.batch.bare = False
+        last_B = mask_BL.sum(dim=1) - 1
+        return heard[name][torch.arange(len(contexts), device=base.device), last_B]
 
 
 def _fit(base: Base, pool: Pool) -> Pool:
@@ -163,12 +200,13 @@ def _fit(base: Base, pool: Pool) -> Pool:
         if expected != found:
             raise PhatgooseError(f"the pool maps {found} on {name}, the base {expected}")
         dtype, device = linear.weight.dtype, linear.weight.device
-        gate_ED = factors.gate_ED
+        gate_ED, absent_E = factors.gate_ED, factors.absent_E
         linears[name] = PoolLinear(
             lora_A_ERD=factors.lora_A_ERD.to(device, dtype),
             lora_B_EOR=factors.lora_B_EOR.to(device, dtype),
             gate_ED=None if gate_ED is None else gate_ED.to(device, dtype),
+            absent_E=None if absent_E is None else absent_E.to(device),
         )
     if not linears:
         raise PhatgooseError("the pool adapts no linear")
-    return Pool(pool.base_fingerprint, pool.experts, linears)
+    return Pool(pool.base_fingerprint, pool.experts, linears, pool.profiles)

@@ -3,9 +3,10 @@
 Shape suffixes: E experts, R LoRA rank (the largest of the pool), D input and O output features.
 """
 
+import difflib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
+from phatgoose.profile import Profile
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,15 @@ class PoolLinear:
     Attributes:
         lora_A_ERD: every expert's A.
         lora_B_EOR: every expert's B times its scale, so that an expert adds `B A x`.
-        gate_ED: every expert's gate; None if any expert has none.
+        gate_ED: every expert's gate; None if an expert that adapts this linear has none.
+        absent_E: True for experts that do not adapt this linear, whose rows above are zeros and
+            which no router sends a token to; None if there are none.
     """
 
     lora_A_ERD: Tensor
     lora_B_EOR: Tensor
-    gate_ED: Tensor | None
+    gate_ED: Tensor | None = None
+    absent_E: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -39,20 +44,22 @@ class Pool:
     Attributes:
         base_fingerprint: the base they were trained on.
         experts: their names; an expert's index below is its place here.
-        linears: stacked factors by the linear's name, in the model's order.
+        linears: stacked factors by the linear's name, for every linear that any expert adapts.
+        profiles: what some routers need to know of each expert; None if that is not at hand.
     """
 
     base_fingerprint: str
     experts: tuple[str, ...]
     linears: dict[str, PoolLinear]
+    profiles: tuple[Profile, ...] | None = None
 
     @staticmethod
     def from_experts(experts: Sequence[Expert]) -> "Pool":
-        """Stack experts, in the order given.
+        """Stack experts, in the order given; they may differ in rank and in the linears they adapt.
 
         Raises:
-            PhatgooseError: there are none, or they differ in base, linears or shapes, or share a
-                name.
+            PhatgooseError: there are none, or they differ in base or in a linear's shape, or share
+                a name.
         """
         if not experts:
             raise PhatgooseError("a pool needs at least one expert")
@@ -61,9 +68,28 @@ class Pool:
         if len(set(names)) < len(names):
             raise PhatgooseError(f"two experts of the pool have one name: {sorted(names)}")
         for expert in experts[1:]:
-            _check_alike(first, expert)
-        linears = {linear: _stack(linear, experts) for linear in first.linears}
+            if expert.card.base_fingerprint != first.card.base_fingerprint:
+                raise PhatgooseError(
+                    f"experts {first.card.name!r} and {expert.card.name!r} were made with "
+                    "different bases: they cannot share a pool"
+                )
+        adapted = dict.fromkeys(linear for expert in experts for linear in expert.linears)
+        linears = {linear: _stack(linear, experts) for linear in adapted}
         return Pool(first.card.base_fingerprint, tuple(names), linears)
+
+    def with_profiles(self, profiles: Sequence[Profile]) -> "Pool":
+        """The same pool with a profile for each expert, in its order.
+
+        Raises:
+            PhatgooseError: there is not one for each, or they come from different encoders.
+        """
+        if len(profiles) != len(self.experts):
+            raise PhatgooseError(f"{len(profiles)} profiles for {len(self.experts)} experts")
+        if len({profile.encoder_fingerprint for profile in profiles}) > 1:
+            raise PhatgooseError(
+                "the profiles' embeddings come from different encoders: measure them with one"
+            )
+        return replace(self, profiles=tuple(profiles))
 
     def save(self, folder: Path) -> None:
         """Write the pool as one safetensors file that `open` maps."""
@@ -74,6 +100,8 @@ class Pool:
             tensors[f"{name}.lora_B"] = linear.lora_B_EOR
             if linear.gate_ED is not None:
                 tensors[f"{name}.gate"] = linear.gate_ED
+            if linear.absent_E is not None:
+                tensors[f"{name}.absent"] = linear.absent_E
         metadata = {
             "base_fingerprint": self.base_fingerprint,
             "experts": json.dumps(self.experts),
@@ -92,11 +120,16 @@ class Pool:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata, keys = file.metadata(), set(file.keys())
+
+                def read(key: str) -> Tensor | None:
+                    return file.get_tensor(key) if key in keys else None
+
                 linears = {
                     name: PoolLinear(
                         lora_A_ERD=file.get_tensor(f"{name}.lora_A"),
                         lora_B_EOR=file.get_tensor(f"{name}.lora_B"),
-                        gate_ED=file.get_tensor(f"{name}.gate") if f"{name}.gate" in keys else None,
+                        gate_ED=read(f"{name}.gate"),
+                        absent_E=read(f"{name}.absent"),
                     )
                     for name in json.loads(metadata["linears"])
                 }
@@ -109,40 +142,44 @@ class Pool:
 
     def index(self, expert: str) -> int:
         """The place of an expert; PhatgooseError if the pool has none of that name."""
-        if expert not in self.experts:
-            raise PhatgooseError(
-                f"the pool has no expert {expert!r}; it has {', '.join(self.experts)}"
-            )
-        return self.experts.index(expert)
+        return self.experts.index(known_expert(expert, self.experts))
 
 
-def _check_alike(first: Expert, other: Expert) -> None:
-    pair = f"experts {first.card.name!r} and {other.card.name!r}"
-    if first.card.base_fingerprint != other.card.base_fingerprint:
-        raise PhatgooseError(f"{pair} were trained on different bases: they cannot share a pool")
-    if set(first.linears) != set(other.linears):
-        different = sorted(set(first.linears) ^ set(other.linears))
-        raise PhatgooseError(f"{pair} adapt different linears, such as {different[0]}")
-    for linear, factors in first.linears.items():
-        others = other.linears[linear]
-        if (
-            factors.lora_A_RD.shape[1] != others.lora_A_RD.shape[1]
-            or factors.lora_B_OR.shape[0] != others.lora_B_OR.shape[0]
-        ):
-            raise PhatgooseError(f"{pair} have different shapes on {linear}")
+def known_expert(expert: str, experts: Sequence[str]) -> str:
+    """The name, if it is one of these; else PhatgooseError."""
+    if expert not in experts:
+        near = difflib.get_close_matches(expert, experts, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise PhatgooseError(
+            f"the pool has no expert {expert!r}: {hint}it has {', '.join(experts)}"
+        )
+    return expert
 
 
 def _stack(linear: str, experts: Sequence[Expert]) -> PoolLinear:
-    factors = [expert.linears[linear] for expert in experts]
-    rank = max(f.lora_A_RD.shape[0] for f in factors)
-    lora_A = [f.lora_A_RD for f in factors]
-    lora_B = [f.lora_B_OR * e.card.scale for f, e in zip(factors, experts, strict=True)]
-    # Zeros fill up lower ranks: they add nothing to `B A x`.
-    padded_A = [torch.nn.functional.pad(a, (0, 0, 0, rank - a.shape[0])) for a in lora_A]
-    padded_B = [torch.nn.functional.pad(b, (0, rank - b.shape[1])) for b in lora_B]
-    gates = [f.gate_D for f in factors if f.gate_D is not None]
-    return PoolLinear(
-        lora_A_ERD=torch.stack(padded_A),
-        lora_B_EOR=torch.stack(padded_B),
-        gate_ED=torch.stack(gates) if len(gates) == len(factors) else None,
-    )
+    present = {i: e.linears[linear] for i, e in enumerate(experts) if linear in e.linears}
+    sizes = {(f.lora_A_RD.shape[1], f.lora_B_OR.shape[0]): i for i, f in present.items()}
+    if len(sizes) > 1:
+        names = [experts[i].card.name for i in sizes.values()]
+        raise PhatgooseError(f"experts {names[0]!r} and {names[1]!r} differ in shape on {linear}")
+    ((inputs, outputs),) = sizes
+    rank = max(f.lora_A_RD.shape[0] for f in present.values())
+    # Never narrower than float32: scaling in half precision would change what an expert adds.
+    dtype = torch.float32
+    for factors in present.values():
+        dtype = torch.promote_types(dtype, factors.lora_A_RD.dtype)
+    # Zeros fill up lower ranks and stand for absent experts: they add nothing to `B A x`.
+    lora_A_ERD = torch.zeros(len(experts), rank, inputs, dtype=dtype)
+    lora_B_EOR = torch.zeros(len(experts), outputs, rank, dtype=dtype)
+    gate_ED: Tensor | None = torch.zeros(len(experts), inputs, dtype=dtype)
+    absent_E = torch.ones(len(experts), dtype=torch.bool)
+    for i, factors in present.items():
+        own = factors.lora_A_RD.shape[0]
+        lora_A_ERD[i, :own] = factors.lora_A_RD
+        lora_B_EOR[i, :, :own] = factors.lora_B_OR.to(dtype) * experts[i].card.scale
+        absent_E[i] = False
+        if factors.gate_D is None:
+            gate_ED = None
+        elif gate_ED is not None:
+            gate_ED[i] = factors.gate_D
+    return PoolLinear(lora_A_ERD, lora_B_EOR, gate_ED, absent_E if absent_E.any() else None)

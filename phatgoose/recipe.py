@@ -43,7 +43,7 @@ class Recipe:
         scale: what `B A x` is multiplied by.
         init_std: standard deviation of A's start (B starts at zero).
         lora: the stage that trains A and B.
-        gates: the stage that trains the gates.
+        gates: the stage that trains the gates; None trains none.
         batch_size: sequences per optimiser step.
         micro_batch_size: sequences per forward pass; divides `batch_size`.
         clip: the largest norm of a step's gradient.
@@ -62,7 +62,7 @@ class Recipe:
     scale: float = 1 / 16
     init_std: float = 0.01
     lora: Stage = field(default_factory=Stage)
-    gates: Stage = field(default_factory=lambda: Stage(steps=100))
+    gates: Stage | None = field(default_factory=lambda: Stage(steps=100))
     batch_size: int = 1024
     micro_batch_size: int = 8
     clip: float = 1.0
@@ -94,7 +94,17 @@ class Recipe:
     @property
     def validates(self) -> bool:
         """Whether any state is measured on examples kept out of training."""
-        return 0 < self.validate_every <= max(self.lora.steps, self.gates.steps)
+        return 0 < self.validate_every <= max(stage.steps for stage in self.stages)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages that there are."""
+        return (self.lora,) if self.gates is None else (self.lora, self.gates)
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
 
     @property
     def accumulation(self) -> int:
@@ -104,5 +114,5 @@ class Recipe:
 
 def recipe_from_dict(values: dict[str, Any]) -> Recipe:
     """Build a Recipe from plain values, as configuration and cards hold them."""
-    stages = {name: Stage(**values[name]) for name in ("lora", "gates")}
+    stages = {name: Stage(**values[name]) for name in ("lora", "gates") if values[name]}
     return Recipe(**{**values, **stages})

@@ -21,9 +21,12 @@ import torch
 from torch import Tensor
 
 from phatgoose.base import Base
+from phatgoose.batch import Batch
 from phatgoose.encoding import encode_pair
 from phatgoose.errors import PhatgooseError
-from phatgoose.model import RoutingLog
+from phatgoose.query import Query
+
+_NO_QUERY = Query("")
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,14 @@ class Score:
 
 @dataclass(frozen=True)
 class Question:
-    """Token ids of one context and of its targets, each ending with end-of-sequence."""
+    """Token ids of one context and of its targets, each ending with end-of-sequence.
+
+    `query` is the same as text, for routers that look at it.
+    """
 
     context: list[int]
     choices: list[list[int]]
+    query: Query = _NO_QUERY
 
     @staticmethod
     def encode(
@@ -64,10 +71,16 @@ class Question:
         choices: Sequence[str],
         max_context: int | None = None,
         max_target: int | None = None,
+        query: Query | None = None,
     ) -> "Question":
-        """Tokenize; lengths are cut as `encode_pair` does."""
+        """Tokenize; lengths are cut as `encode_pair` does.
+
+        The query is the context with the choices, unless another one is given: where the only
+        choice is the right answer, routers must not see it.
+        """
         pairs = [encode_pair(base, context, choice, max_context, max_target) for choice in choices]
-        return Question(pairs[0][0], [target for _, target in pairs])
+        query = query or Query(context, tuple(choices))
+        return Question(pairs[0][0], [target for _, target in pairs], query)
 
     @property
     def length(self) -> int:
@@ -95,14 +108,14 @@ def logits_at(base: Base, rows_N: Tensor, columns_N: Tensor) -> Iterator[None]:
 
 @torch.inference_mode()
 def score(
-    base: Base, questions: Sequence[Question], log: RoutingLog | None = None
+    base: Base, questions: Sequence[Question], batch: Batch | None = None
 ) -> list[list[Score]]:
     """Score every choice of every question in one batch.
 
     Args:
         base: the base, with experts attached or not.
         questions: the batch.
-        log: told which positions are tokens, if routing is being recorded.
+        batch: told what each pass reads.
 
     Returns:
         For each question, a Score per choice.
@@ -110,8 +123,8 @@ def score(
     Raises:
         PhatgooseError: a sequence is longer than the base's sliding window, if it has one.
     """
-    batch = _score_encoder_decoder if base.is_encoder_decoder else _score_decoder
-    logits_PV, places, targets = batch(base, questions, log or RoutingLog())
+    logits = _score_encoder_decoder if base.is_encoder_decoder else _score_decoder
+    logits_PV, places, targets = logits(base, questions, batch or Batch())
     places_N = torch.tensor(places, device=logits_PV.device)
     targets_N = torch.tensor(targets, device=logits_PV.device)
     total_P = logits_PV.float().logsumexp(dim=-1)
@@ -138,7 +151,7 @@ def score(
 
 
 def _score_decoder(
-    base: Base, questions: Sequence[Question], log: RoutingLog
+    base: Base, questions: Sequence[Question], batch: Batch
 ) -> tuple[Tensor, list[int], list[int]]:
     """Logits [P, V]; the place and the token of each target, by question, choice and token."""
     _check_window(base, questions)
@@ -170,7 +183,7 @@ def _score_decoder(
     device, dtype = base.device, base.model.dtype
     bias_BLL = torch.zeros(*shape, length, dtype=dtype, device=device)
     bias_BLL.masked_fill_(~sees_BLL.to(device), torch.finfo(dtype).min)
-    log.masks = {"decoder": tokens_BL.to(device)}
+    batch.enter("decoder", tokens_BL.to(device))
     # The choices of a question share the place that predicts their first token: project it once.
     unique = list(dict.fromkeys(places))
     index_of = {place: index for index, place in enumerate(unique)}
@@ -201,15 +214,15 @@ def _check_window(base: Base, questions: Sequence[Question]) -> None:
 
 
 def _score_encoder_decoder(
-    base: Base, questions: Sequence[Question], log: RoutingLog
+    base: Base, questions: Sequence[Question], batch: Batch
 ) -> tuple[Tensor, list[int], list[int]]:
     """Logits [P, V]; the place and the token of each target, by question, choice and token."""
     device, model, pad = base.device, base.model, base.tokenizer.pad_token_id
     ids_BL, mask_BL = (t.to(device) for t in pad_rows([q.context for q in questions], pad))
-    log.masks = {"encoder": mask_BL.bool()}
+    batch.enter("encoder", mask_BL.bool())
     encoded = model.get_encoder()(input_ids=ids_BL, attention_mask=mask_BL)
     start_B1 = torch.full((len(questions), 1), model.config.decoder_start_token_id, device=device)
-    log.masks["decoder"] = torch.ones_like(start_B1, dtype=torch.bool)
+    batch.enter("decoder", torch.ones_like(start_B1, dtype=torch.bool))
     first = model(
         encoder_outputs=encoded, attention_mask=mask_BL, decoder_input_ids=start_B1, use_cache=True
     )
@@ -218,7 +231,7 @@ def _score_encoder_decoder(
         [i for i, question in enumerate(questions) for _ in question.choices], device=device
     )
     ids_CL, mask_CL = (t.to(device) for t in pad_rows([c[:-1] for c in choices], pad))
-    log.masks["decoder"] = mask_CL.bool()
+    batch.enter("decoder", mask_CL.bool(), question_C)
     cache = first.past_key_values
     cache.batch_select_indices(question_C)
     encoded.last_hidden_state = encoded.last_hidden_state[question_C]
@@ -257,37 +270,3 @@ def pad_rows(
         ids_BL[index, place] = torch.tensor(row, dtype=torch.long)
         mask_BL[index, place] = 1
     return ids_BL, mask_BL
-
-
-@torch.inference_mode()
-def generate(base: Base, contexts: Sequence[list[int]], max_new_tokens: int) -> list[str]:
-    """Greedy continuations of a batch of contexts, as text, end-of-sequence left out.
-
-    Args:
-        base: the base, with experts attached or not.
-        contexts: token ids, see `encode_context`.
-        max_new_tokens: the most tokens to write for each.
-    """
-    pad = base.tokenizer.pad_token_id
-    # A decoder goes on where its row ends, so its rows are filled up on the left.
-    ids_BL, mask_BL = pad_rows(contexts, pad, left=not base.is_encoder_decoder)
-    written_BL = base.model.generate(  # type: ignore[operator]  # a mixin hides its type
-        input_ids=ids_BL.to(base.device),
-        attention_mask=mask_BL.to(base.device),
-        max_new_tokens=max_new_tokens,
-        # Greedy, whatever the base's own generation configuration asks for.
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        pad_token_id=pad,
-        eos_token_id=_end_tokens(base),
-    )
-    new_BL = written_BL[:, 1:] if base.is_encoder_decoder else written_BL[:, ids_BL.shape[1] :]
-    return base.tokenizer.batch_decode(new_BL, skip_special_tokens=True)
-
-
-def _end_tokens(base: Base) -> list[int]:
-    """The end-of-sequence token that experts are taught, and those that the base has besides."""
-    own = base.model.generation_config.eos_token_id
-    others = own if isinstance(own, list) else [own]
-    return sorted({base.tokenizer.eos_token_id, *others} - {None})

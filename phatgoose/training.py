@@ -4,9 +4,7 @@
     examples ──► [stage lora: A, B of each linear] ──► [stage gates: v of each linear] ──► Expert
 
 Loss is the cross-entropy of the target's tokens, end-of-sequence included (arXiv 2402.05859,
-sections 4 and 5.1). What runs a step is an engine: `PlainEngine` here, DeepSpeed's in the harness.
-
-Shape suffixes: N target tokens of a micro-batch, V vocabulary, L positions, B rows.
+sections 4 and 5.1). What runs a step is an engine, see `phatgoose.engine`.
 """
 
 import dataclasses
@@ -14,26 +12,35 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phatgoose.base import Base
+from phatgoose.engine import Engine, EngineFactory, PlainEngine, TargetLoss
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Card, Expert
-from phatgoose.gated_lora import GatedLora, attach_lora, detach_lora, read_factors
+from phatgoose.gated_lora import (
+    GatedLora,
+    attach_expert,
+    attach_lora,
+    detach_lora,
+    read_factors,
+)
 from phatgoose.recipe import Recipe, Stage
-from phatgoose.scoring import Question, logits_at, pad_rows, score
+from phatgoose.scoring import Question, score
 
 
 @dataclass(frozen=True)
 class Example:
-    """One training example: what is read, and what is to be written."""
+    """One training example: what is read, and what is to be written.
+
+    `choices` are the answers to choose from, if there are any; only routers look at them.
+    """
 
     input: str
     target: str
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,109 +69,6 @@ class Progress:
     seconds: float
 
 
-class Engine(Protocol):
-    """What runs optimiser steps."""
-
-    def loss(self, questions: Sequence[Question]) -> Tensor:
-        """The summed cross-entropy of a micro-batch's targets."""
-
-    def backward(self, loss: Tensor) -> None:
-        """Add a micro-batch's gradients, divided by the number of micro-batches per step."""
-
-    def step(self) -> None:
-        """Called after every micro-batch; takes an optimiser step after the last one."""
-
-    def close(self) -> None:
-        """Free what the engine holds."""
-
-
-EngineFactory = Callable[["TargetLoss", list[nn.Parameter], Stage, Recipe], Engine]
-
-
-class TargetLoss(nn.Module):
-    """The module an engine trains: a base with LoRA attached, from a micro-batch to its loss."""
-
-    def __init__(self, base: Base, dtype: str) -> None:
-        super().__init__()
-        self.base = base
-        self.model = base.model
-        self.autocast = dtype == "bfloat16"
-
-    def forward(self, questions: Sequence[Question]) -> Tensor:
-        """Summed cross-entropy of the questions' first choices (scalar, float32)."""
-        with torch.autocast(self.base.device.type, torch.bfloat16, enabled=self.autocast):
-            logits_NV, targets_N = target_logits(self.base, questions)
-        return F.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
-
-
-def target_logits(base: Base, questions: Sequence[Question]) -> tuple[Tensor, Tensor]:
-    """Logits [N, V] where each question's first choice is predicted, and its tokens [N]."""
-    pad, device = base.tokenizer.pad_token_id, base.device
-    choices = [question.choices[0] for question in questions]
-    inputs: dict[str, Tensor] = {}
-    if base.is_encoder_decoder:
-        start = base.model.config.decoder_start_token_id
-        ids_BL, mask_BL = pad_rows([question.context for question in questions], pad)
-        decoder_BL, decoder_mask_BL = pad_rows([[start, *choice[:-1]] for choice in choices], pad)
-        inputs = {"decoder_input_ids": decoder_BL, "decoder_attention_mask": decoder_mask_BL}
-        first = [0] * len(choices)
-    else:
-        rows = [[*q.context, *choice[:-1]] for q, choice in zip(questions, choices, strict=True)]
-        ids_BL, mask_BL = pad_rows(rows, pad)
-        first = [len(question.context) - 1 for question in questions]
-    inputs |= {"input_ids": ids_BL, "attention_mask": mask_BL}
-    places = [(b, first[b] + i) for b, choice in enumerate(choices) for i in range(len(choice))]
-    rows_N, columns_N = torch.tensor(places, device=device).T
-    with logits_at(base, rows_N, columns_N):
-        moved = {name: tensor.to(device) for name, tensor in inputs.items()}
-        logits_NV = base.model(**moved, use_cache=False).logits[0]
-    return logits_NV, torch.tensor([t for choice in choices for t in choice], device=device)
-
-
-class PlainEngine:
-    """An engine of plain PyTorch, for use without DeepSpeed."""
-
-    def __init__(
-        self, module: TargetLoss, parameters: list[nn.Parameter], stage: Stage, recipe: Recipe
-    ) -> None:
-        self._module, self._parameters, self._recipe = module, parameters, recipe
-        self._optimizer = make_optimizer(parameters, stage)
-        self._scheduler = make_scheduler(self._optimizer, stage)
-        self._micro_batches = 0
-
-    def loss(self, questions: Sequence[Question]) -> Tensor:
-        """The summed cross-entropy of a micro-batch's targets."""
-        return self._module(questions)
-
-    def backward(self, loss: Tensor) -> None:
-        """Add a micro-batch's gradients."""
-        (loss / self._recipe.accumulation).backward()
-
-    def step(self) -> None:
-        """Take an optimiser step after the last micro-batch of a batch."""
-        self._micro_batches += 1
-        if self._micro_batches % self._recipe.accumulation == 0:
-            nn.utils.clip_grad_norm_(self._parameters, self._recipe.clip)
-            self._optimizer.step()
-            self._scheduler.step()
-            self._optimizer.zero_grad()
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
-def make_optimizer(parameters: list[nn.Parameter], stage: Stage) -> torch.optim.Optimizer:
-    """AdamW as the paper sets it: eps 1e-8, no weight decay."""
-    return torch.optim.AdamW(parameters, lr=stage.lr, eps=1e-8, weight_decay=0.0)
-
-
-def make_scheduler(
-    optimizer: torch.optim.Optimizer, stage: Stage
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """A constant rate after a linear warm-up."""
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, stage.lr_factor)
-
-
 def train_expert(
     base: Base,
     card: Card,
@@ -182,22 +86,14 @@ def train_expert(
         card: what the expert will say of itself; its metrics are added here.
         train: training examples.
         evaluation: examples of the same task that are not trained on.
-        recipe: how to train.
+        recipe: how to train; without a stage `gates` the expert has none.
         engine: what runs the steps.
         report: called with every row of the training curve.
 
     Raises:
         PhatgooseError: a split is empty, the base has another dtype, or the loss is not finite.
     """
-    if not train or not evaluation:
-        raise PhatgooseError(
-            f"task {card.task}: {len(train)} training and {len(evaluation)} evaluation examples; "
-            "at least one of each is needed"
-        )
-    if base.model.dtype != getattr(torch, recipe.dtype):
-        raise PhatgooseError(
-            f"the base is {base.model.dtype}, the recipe trains over {recipe.dtype}: load it so"
-        )
+    _check(base, card, train, evaluation, recipe)
     layers = attach_lora(
         base.model,
         base.linears,
@@ -208,24 +104,68 @@ def train_expert(
     )
     try:
         job = _Job(base, layers, train, evaluation, recipe, engine, report)
-        factors = [p for layer in layers.values() for p in (layer.lora_A_RD, layer.lora_B_OR)]
-        before, after = job.run("lora", factors, recipe.lora)
-        trained = [factor.detach().clone() for factor in factors]
-        for layer in layers.values():
-            layer.add_gate()
-        gates = [layer.gate_D for layer in layers.values() if layer.gate_D is not None]
-        gates_before, gates_after = job.run("gates", gates, recipe.gates)
-        _check_only_gates_moved(card.name, factors, trained, gates)
+        metrics = job.train_factors()
+        if recipe.gates is not None:
+            metrics |= job.train_gates(card.name, recipe.gates)
         linears = read_factors(layers)
     finally:
         detach_lora(base.model, layers)
-    metrics = {
-        "nll_base": before.loss,
-        "nll_lora": after.loss,
-        "nll_gates_start": gates_before.loss,
-        "nll_gates": gates_after.loss,
-    }
     return Expert(card=dataclasses.replace(card, metrics=metrics), linears=linears)
+
+
+def train_gates(
+    base: Base,
+    expert: Expert,
+    train: Sequence[Example],
+    evaluation: Sequence[Example],
+    recipe: Recipe,
+    *,
+    engine: EngineFactory = PlainEngine,
+    report: Callable[[Progress], None] = lambda _: None,
+) -> Expert:
+    """Train gates for an expert that is there already, such as one imported from PEFT.
+
+    Arguments and errors are those of `train_expert`; of the recipe only the stage `gates` counts,
+    and the expert's own rank and scale stay. The factors come out as they went in, in float32.
+
+    Returns:
+        The expert with gates, and the gates' metrics on its card.
+
+    Raises:
+        PhatgooseError: as `train_expert`; also if the recipe has no stage `gates`, or the expert
+            does not fit the base.
+    """
+    card = expert.card
+    _check(base, card, train, evaluation, recipe)
+    if recipe.gates is None:
+        raise PhatgooseError(f"expert {card.name}: the recipe has no stage gates to train")
+    if card.base_fingerprint != base.fingerprint:
+        raise PhatgooseError(
+            f"expert {card.name} was made with base {card.base_fingerprint[:12]}, and {base.name} "
+            f"is {base.fingerprint[:12]}: load the base it was made with"
+        )
+    layers = attach_expert(base.model, expert)
+    try:
+        job = _Job(base, layers, train, evaluation, recipe, engine, report)
+        metrics = card.metrics | job.train_gates(card.name, recipe.gates)
+        linears = read_factors(layers)
+    finally:
+        detach_lora(base.model, layers)
+    return Expert(card=dataclasses.replace(card, metrics=metrics), linears=linears)
+
+
+def _check(
+    base: Base, card: Card, train: Sequence[Example], evaluation: Sequence[Example], recipe: Recipe
+) -> None:
+    if not train or not evaluation:
+        raise PhatgooseError(
+            f"task {card.task}: {len(train)} training and {len(evaluation)} evaluation examples; "
+            "at least one of each is needed"
+        )
+    if base.model.dtype != getattr(torch, recipe.dtype):
+        raise PhatgooseError(
+            f"the base is {base.model.dtype}, the recipe trains over {recipe.dtype}: load it so"
+        )
 
 
 class _Job:
@@ -250,6 +190,27 @@ class _Job:
             self.validation = [self.encode(example) for example in self.train[-kept_out:]]
             self.train = self.train[:-kept_out]
         self.make_engine, self.report = engine, report
+
+    def train_factors(self) -> dict[str, float]:
+        """The first stage; returns its metrics."""
+        before, after = self.run("lora", self.factors, self.recipe.lora)
+        return {"nll_base": before.loss, "nll_lora": after.loss}
+
+    def train_gates(self, name: str, stage: Stage) -> dict[str, float]:
+        """The second stage, which nothing but the gates comes out of changed."""
+        factors = self.factors
+        trained = [factor.detach().clone() for factor in factors]
+        for layer in self.layers.values():
+            layer.add_gate()
+        gates = [layer.gate_D for layer in self.layers.values() if layer.gate_D is not None]
+        before, after = self.run("gates", gates, stage)
+        _check_only_gates_moved(name, factors, trained, gates)
+        return {"nll_gates_start": before.loss, "nll_gates": after.loss}
+
+    @property
+    def factors(self) -> list[nn.Parameter]:
+        """Every A and B."""
+        return [p for layer in self.layers.values() for p in (layer.lora_A_RD, layer.lora_B_OR)]
 
     def encode(self, example: Example) -> Question:
         limits = self.recipe.max_input_tokens, self.recipe.max_target_tokens

@@ -2,8 +2,12 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from phatgoose.base import Base
 
 # Before anything imports torch or huggingface_hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -29,3 +33,26 @@ def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import make_t5
 
     return make_t5(tmp_path_factory.mktemp("bases") / "t5")
+
+
+@pytest.fixture
+def llama(llama_folder: Path) -> "Base":
+    """The tiny Llama-like base, in float32, loaded anew: tests attach things to it."""
+    from phatgoose.base import load_base
+
+    return load_base(str(llama_folder))
+
+
+@pytest.fixture
+def t5(t5_folder: Path) -> "Base":
+    """The tiny T5-like base, in float32, loaded anew."""
+    from phatgoose.base import load_base
+
+    return load_base(str(t5_folder))
+
+
+@pytest.fixture(params=["llama", "t5"])
+def base(request: pytest.FixtureRequest) -> "Base":
+    """Each of the tiny bases."""
+    loaded: Base = request.getfixturevalue(request.param)
+    return loaded

@@ -18,6 +18,7 @@ from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
 from phatgoose.model import RoutedModel
 from phatgoose.pool import Pool
+from tests.tiny_encoder import make_encoder
 
 _NAMES = ("goose", "swan", "bird", "lake", "flock", "question")
 _DEEDS = ("flies", "swims", "is deep", "is dry", "answers", "is grey")
@@ -71,7 +72,12 @@ def prepare_toys(specs: Sequence[TaskSpec], folder: Path) -> list[TaskData]:
 def toy_config(base: Path, run_dir: Path, **changes: Any) -> Any:
     """A run of three experts and two held-out tasks, small enough for a test."""
     from harness.config import BaseConfig, ClusterConfig, RunConfig, RunSection
+    from phatgoose.profile import ProfileConfig
     from phatgoose.recipe import Recipe, Stage
+
+    encoder = run_dir.parent / "encoder"
+    if not encoder.exists():
+        make_encoder(encoder)
 
     def group(name: str, *tasks: str, **defaults: Any) -> dict[str, Any]:
         return {"name": name, "tasks": {task: {"members": [task]} for task in tasks}, **defaults}
@@ -92,6 +98,7 @@ def toy_config(base: Path, run_dir: Path, **changes: Any) -> Any:
             evaluation_examples=4,
             dtype="float32",
         ),
+        "profile": ProfileConfig(str(encoder), embedded_examples=8, activation_examples=4),
         "cluster": ClusterConfig(),
         "run": RunSection(str(run_dir)),
         "registry": str(run_dir / "registry"),
@@ -103,7 +110,7 @@ def toy_config(base: Path, run_dir: Path, **changes: Any) -> Any:
 def local_actor(base: Base, pool: Pool) -> EvalActor:
     """An evaluation actor in this process: its constructor would take over standard output."""
     actor = object.__new__(EvalActor)
-    actor._model = RoutedModel(base, pool)
+    actor._pools, actor._attached, actor._model = {"": pool}, "", RoutedModel(base, pool)
     return actor
 
 

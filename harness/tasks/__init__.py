@@ -24,7 +24,10 @@ from phatgoose.cache import cache_dir
 from phatgoose.errors import PhatgooseError
 
 # Raise it whenever the same specification gives other records than before.
-_VERSION = 1
+_VERSION = 2
+SOURCES = ("bigbench", "jsonl", "registry")
+# Keys of a pool or suite that are not the defaults of its tasks.
+_NOT_OF_TASKS = ("name", "tasks", "general")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 
@@ -35,7 +38,12 @@ class TaskSpec:
     Attributes:
         name: the task's name; letters, digits, `_`, `.` and `-`.
         members: what it is made of: tasks of BIG-bench, or the user's own files.
-        source: `bigbench`, or `jsonl` for files of JSON lines (`harness.tasks.jsonl`).
+        source: `bigbench`; `jsonl` for files of JSON lines (`harness.tasks.jsonl`); `registry` for
+            an expert of that name that the registry has already, which needs no members.
+        adapter: a folder with a LoRA adapter saved by PEFT, which becomes the task's expert. With
+            members its gates are trained on them; without it has no gates, and no profile.
+        description: what the task is about, for the routers that read it; BIG-bench's own, or made
+            of the task's name and some inputs, if it is empty.
         style: how prompts are written, see `bigbench.STYLES`.
         load_opts: changes to the members as they are read, see `bigbench.LOAD_OPTS`.
         split: what to evaluate on: the `evaluation` fifth, or `all`, for a task that no expert of
@@ -47,6 +55,8 @@ class TaskSpec:
     name: str
     members: tuple[str, ...]
     source: str = "bigbench"
+    adapter: str | None = None
+    description: str = ""
     style: str = "bigbench"
     load_opts: Mapping[str, bool] = field(default_factory=dict)
     split: Literal["evaluation", "all"] = "evaluation"
@@ -60,9 +70,15 @@ class TaskSpec:
             raise PhatgooseError(
                 f"{self.name!r} cannot be a task's name: use letters, digits, _, . and -"
             )
-        if not isinstance(self.members, tuple) or not self.members:
+        _one_of(self.source, SOURCES, f"{where}: source")
+        needs_members = self.source != "registry" and self.adapter is None
+        if not isinstance(self.members, tuple) or (needs_members and not self.members):
             raise PhatgooseError(f"{where}: members must be a list of BIG-bench tasks or of files")
-        _one_of(self.source, ("bigbench", "jsonl"), f"{where}: source")
+        if self.source == "registry" and (self.members or self.adapter):
+            raise PhatgooseError(
+                f"{where}: an expert of the registry is taken as it is: leave out members and "
+                "adapter, or choose another source"
+            )
         _one_of(self.style, bigbench.STYLES, f"{where}: style")
         _one_of(self.split, ("evaluation", "all"), f"{where}: split")
         for option, on in self.load_opts.items():
@@ -82,8 +98,9 @@ class TaskData:
         spec: what they were made from.
         train, evaluation: the parquet files of the two splits (`records.read_records`).
         fingerprint: SHA-256 of the records of both splits.
-        counts: how many records each split has.
+        counts: how many records each split has; none where an expert comes without data.
         kind: how the task is evaluated.
+        description: what the task is about, as far as that is known.
     """
 
     spec: TaskSpec
@@ -92,6 +109,7 @@ class TaskData:
     fingerprint: str
     counts: dict[Split, int]
     kind: Kind
+    description: str = ""
 
     @property
     def name(self) -> str:
@@ -104,12 +122,13 @@ def task_specs(group: Mapping[str, Any]) -> list[TaskSpec]:
 
     Args:
         group: the YAML file as plain dictionaries and lists: `name`, `tasks` (task name -> fields
-            of TaskSpec), and any other field of TaskSpec as the default for all its tasks.
+            of TaskSpec), and any other field of TaskSpec as the default for all its tasks. A pool
+            may name its `general` expert, which some routers treat apart.
 
     Raises:
         PhatgooseError: an unknown key or value; the message gives the near names.
     """
-    defaults = {key: value for key, value in group.items() if key not in ("name", "tasks")}
+    defaults = {key: value for key, value in group.items() if key not in _NOT_OF_TASKS}
     allowed = tuple(f.name for f in fields(TaskSpec) if f.name != "name")
     specs = []
     for name, own in group["tasks"].items():
@@ -141,7 +160,8 @@ def prepare_all(specs: Sequence[TaskSpec], *, archive: Path | None = None) -> li
     Raises:
         PhatgooseError: the archive, a member of a task, or one of its examples is faulty.
     """
-    new = [s for s in specs if s.source == "bigbench" and not _evaluation_path(s).exists()]
+    missing = [spec for spec in specs if not _evaluation_path(spec).exists()]
+    new = [spec for spec in missing if spec.source == "bigbench" and spec.members]
     if new:
         print(f"reading {len(new)} tasks from BIG-bench ...", file=sys.stderr, flush=True)
         members = [member for spec in new for member in spec.members]
@@ -154,18 +174,31 @@ def prepare_all(specs: Sequence[TaskSpec], *, archive: Path | None = None) -> li
             # BIG-bench's mark, by which text can be kept out of training corpora, stays with it.
             canary = "\n".join(sorted({str(d.get("canary", "")) for d in definitions}))
             splits = bigbench.make_records(spec.name, definitions, spec.style)
-            _write(spec, splits, {"source": "BIG-bench 1.0.0", "canary": canary})
-    for spec in specs:
-        if spec.source == "jsonl" and not _evaluation_path(spec).exists():
+            about = "; ".join(str(d["description"]) for d in definitions if d.get("description"))
+            origin = {"source": "BIG-bench 1.0.0", "canary": canary, "description": about}
+            _write(spec, splits, origin)
+    for spec in missing:
+        if not spec.members:
+            _write(spec, {"train": [], "evaluation": []}, {"source": "none"})
+        elif spec.source == "jsonl":
             _write(spec, jsonl.read_splits(spec.name, spec.members), {"source": "jsonl"})
     return [_find(spec) for spec in specs]
+
+
+def describe(data: TaskData) -> str:
+    """What a task is about; its name, if nothing else is known."""
+    return data.description or data.name.replace("_", " ")
 
 
 def _write(spec: TaskSpec, splits: dict[Split, list[Record]], origin: dict[str, str]) -> None:
     metadata = {
         **origin,
         "members": ", ".join(spec.members),
-        "kind": kind_of(spec.name, splits["train"] + splits["evaluation"]),
+        "kind": (
+            kind_of(spec.name, splits["train"] + splits["evaluation"])
+            if spec.members
+            else "generation"
+        ),
         "fingerprint": fingerprint_of(splits),
         "counts": json.dumps({split: len(records) for split, records in splits.items()}),
     }
@@ -185,6 +218,7 @@ def _find(spec: TaskSpec) -> TaskData:
         fingerprint=metadata["fingerprint"],
         counts=json.loads(metadata["counts"]),
         kind=metadata["kind"],  # type: ignore[arg-type]
+        description=spec.description or metadata.get("description", ""),
     )
 
 

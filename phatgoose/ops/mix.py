@@ -8,11 +8,18 @@ token, R LoRA rank, N = T * K pairs of a token and an expert, sorted by expert.
                 x_ND  --A_e-->  h_NR  --* w-->  --B_e-->  y_NO  --scatter, sum over K-->  y_TO
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# From each expert's run of rows and that expert's matrix to their products.
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+
+# The sizes of the groups are data: a compiled model runs these two as they are.
+@torch.compiler.disable
 def mix(
     x_TD: Tensor,
     lora_A_ERD: Tensor,
@@ -34,16 +41,35 @@ def mix(
     Returns:
         `y_TO` in the dtype of `x_TD`: what is added to the frozen linear's output.
     """
-    tokens, top_k = indices_TK.shape
-    experts_N, order_N = indices_TK.flatten().sort(stable=True)
-    counts_E = torch.bincount(experts_N, minlength=lora_A_ERD.shape[0])
-    grouped = _use_grouped(lora_A_ERD, lora_B_EOR, len(order_N))
-    product = _product_grouped if grouped else _product_loop
+    top_k = indices_TK.shape[1]
+    order_N, counts_E, product = _group(indices_TK, lora_A_ERD, lora_B_EOR)
     weights_N = weights_TK.flatten()[order_N] * scale
     h_NR = product(x_TD[order_N // top_k], lora_A_ERD, counts_E) * weights_N.unsqueeze(-1)
-    y_NO = product(h_NR, lora_B_EOR, counts_E)
-    y_TKO = torch.empty_like(y_NO).index_copy_(0, order_N, y_NO).unflatten(0, (tokens, top_k))
-    return y_TKO.sum(dim=1)
+    return _sum_pairs(product(h_NR, lora_B_EOR, counts_E), order_N, top_k)
+
+
+@torch.compiler.disable
+def mix_factors(
+    x_TD: Tensor,
+    lora_A_ERD: Tensor,
+    lora_B_EOR: Tensor,
+    indices_TK: Tensor,
+    weights_TK: Tensor,
+    scale: float = 1.0,
+) -> Tensor:
+    """Mix each token's chosen experts factor by factor, as Arrow does (arXiv 2405.11157).
+
+        y = scale * (sum_k w_k B_k) (sum_k w_k A_k) x
+
+    Arguments and result are those of `mix`.
+    """
+    top_k = indices_TK.shape[1]
+    order_N, counts_E, product = _group(indices_TK, lora_A_ERD, lora_B_EOR)
+    weights_N1 = weights_TK.flatten()[order_N].unsqueeze(-1)
+    h_NR = product(x_TD[order_N // top_k], lora_A_ERD, counts_E) * weights_N1
+    h_TR = _sum_pairs(h_NR, order_N, top_k)
+    y_NO = product(h_TR[order_N // top_k] * (weights_N1 * scale), lora_B_EOR, counts_E)
+    return _sum_pairs(y_NO, order_N, top_k)
 
 
 def mix_reference(
@@ -59,6 +85,22 @@ def mix_reference(
     weights_TE.scatter_add_(1, indices_TK, weights_TK)
     y_TEO = torch.einsum("td,erd,eor->teo", x_TD, lora_A_ERD, lora_B_EOR)
     return scale * torch.einsum("te,teo->to", weights_TE, y_TEO)
+
+
+def _group(
+    indices_TK: Tensor, lora_A_ERD: Tensor, lora_B_EOR: Tensor
+) -> tuple[Tensor, Tensor, Product]:
+    """The pairs sorted by expert: their order, each expert's number, and how to multiply them."""
+    experts_N, order_N = indices_TK.flatten().sort(stable=True)
+    counts_E = torch.bincount(experts_N, minlength=lora_A_ERD.shape[0])
+    grouped = _use_grouped(lora_A_ERD, lora_B_EOR, len(order_N))
+    return order_N, counts_E, _product_grouped if grouped else _product_loop
+
+
+def _sum_pairs(y_NO: Tensor, order_N: Tensor, top_k: int) -> Tensor:
+    """Put the pairs back in their tokens' order, and sum over each token's experts."""
+    y_TKO = torch.empty_like(y_NO).index_copy_(0, order_N, y_NO).unflatten(0, (-1, top_k))
+    return y_TKO.sum(dim=1)
 
 
 def _use_grouped(lora_A_ERD: Tensor, lora_B_EOR: Tensor, pairs: int) -> bool:

@@ -4,6 +4,7 @@ Shape suffixes: T tokens, D input features of a linear, E experts, K experts kep
 """
 
 import math
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,10 +48,25 @@ def route(x_TD: Tensor, gates_ED: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     Returns:
         `weights_TK` and `indices_TK`, as `top_k_softmax` gives them.
     """
-    return route_standardised(x_TD, standardise(gates_ED), top_k)
+    return top_k_softmax(gate_scorer(gates_ED)(x_TD), top_k)
 
 
-def route_standardised(x_TD: Tensor, gates_ED: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """`route` for gates that are standardised already (a router does that once, not per token)."""
-    scores_TE = standardise(x_TD) @ gates_ED.T / math.sqrt(x_TD.shape[-1])
-    return top_k_softmax(scores_TE, top_k)
+def gate_scorer(
+    gates_ED: Tensor, temperature: float = 1.0, *, of_input: bool = True, of_gates: bool = True
+) -> Callable[[Tensor], Tensor]:
+    """What scores tokens against gates, from `x_TD` to `scores_TE`, as `route` does.
+
+    Args:
+        gates_ED: one gate vector per expert.
+        temperature: scores are divided by it.
+        of_input: whether to standardise the input.
+        of_gates: whether to standardise the gates, which is done once.
+    """
+    if of_gates:
+        gates_ED = standardise(gates_ED)
+    divisor = math.sqrt(gates_ED.shape[1]) * temperature
+
+    def score(x_TD: Tensor) -> Tensor:
+        return (standardise(x_TD) if of_input else x_TD) @ gates_ED.T / divisor
+
+    return score

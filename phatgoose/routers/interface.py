@@ -1,20 +1,76 @@
-"""What a router is: for each linear, a rule that says what the pool's experts add to it.
+"""What a router is, in four kinds: token routers, query routers, merges, and wrappers of these.
 
-Shape suffixes: T tokens, D input features, E experts, K experts per token, O output features,
-R rank.
+Shape suffixes: T tokens, D input features, E experts, K experts kept, Q queries, O output
+features, R rank.
+
+    TokenRouter   each token, at each linear, goes to the experts whose scores are the highest
+    QueryRouter   each query gets one mixture of experts, the same for all its tokens and linears
+    Merge         the pool becomes one static expert
+    Wrapper       another router over a changed pool
 """
 
+import hashlib
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from phatgoose.errors import PhatgooseError
-from phatgoose.pool import Pool, PoolLinear
+from phatgoose.ops.route import top_k_softmax
+from phatgoose.pool import Pool
+from phatgoose.query import Query
 
-# From the inputs of a linear, `x_TD`, to `weights_TK` and `indices_TK`.
-TokenRule = Callable[[Tensor], tuple[Tensor, Tensor]]
+# From the inputs of a linear, `x_TD`, to each expert's score, `scores_TE`.
+Scorer = Callable[[Tensor], Tensor]
+# From them, and what is added to the scores (`bias_TE`), to `weights_TK` and `indices_TK`.
+TokenRule = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+# What a router may need besides the experts' factors, and how to get it.
+NEEDS = {
+    "gates": "train gates for the experts without (`train_gates`), or use a router without gates",
+    "activations": "measure the experts' profiles on some of their data (`measure_profile`)",
+    "embeddings": "measure the experts' profiles on some of their data (`measure_profile`)",
+    "descriptions": "say what every expert's task is about (`description`)",
+}
+
+
+@dataclass(frozen=True)
+class _Allowed:
+    """Which values an option may have, as a test and in words."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+_COUNT = _Allowed("a whole number of at least 1", lambda v: isinstance(v, int) and v >= 1)
+
+# Options of one name mean the same in every router.
+_ALLOWED = {
+    "top_k": _COUNT,
+    "temperature": _Allowed("a positive number", lambda value: value > 0),
+    "density": _Allowed("above 0 and at most 1", lambda value: 0 < value <= 1),
+    "drop": _Allowed("at least 0 and below 1", lambda value: 0 <= value < 1),
+    "candidates": _COUNT,
+    "centroids": _COUNT,
+    "examples": _COUNT,
+}
+
+
+def _holds(allowed: _Allowed, value: Any) -> bool:
+    try:
+        return allowed.holds(value)
+    except TypeError:  # a word where a number belongs
+        return False
+
+
+UNKNOWN_QUERIES = (
+    "this router looks at whole queries: use the routed model's own `score` and `generate`, which "
+    "tell it what they are"
+)
 
 
 class Router:
@@ -22,32 +78,187 @@ class Router:
 
     Attributes:
         zero_shot: False if the rule looks at the evaluation task's answers.
-        needs: what the experts must carry besides their factors, such as `gates`.
+        side_information: what it knows besides the pool and the query, in words, if anything.
+        needs: keys of `NEEDS`: what the pool must have besides the experts' factors.
+        choices: the values that an option which is a word may have.
     """
 
     zero_shot: ClassVar[bool] = True
+    side_information: ClassVar[str | None] = None
     needs: ClassVar[tuple[str, ...]] = ()
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+
+    @classmethod
+    def name(cls) -> str:
+        """The router's name in messages: `AverageActivation` is `average_activation`."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+
+    def check_options(self) -> None:
+        """Raise PhatgooseError for an option that cannot be."""
+        words = {
+            option: _Allowed(" or ".join(values), values.__contains__)
+            for option, values in self.choices.items()
+        }
+        for option, allowed in (_ALLOWED | words).items():
+            value = getattr(self, option, None)
+            if value is not None and not _holds(allowed, value):
+                raise PhatgooseError(
+                    f"router {self.name()}: {option} is {value!r}: it must be {allowed.text}"
+                )
+
+    def check_experts(self, experts: Sequence[str]) -> None:
+        """Raise PhatgooseError if the router names an expert that is not among these."""
 
     def check(self, pool: Pool) -> None:
         """Raise PhatgooseError if the pool lacks what this router needs."""
-        if "gates" in self.needs and any(p.gate_ED is None for p in pool.linears.values()):
-            raise PhatgooseError(
-                f"router {type(self).__name__.lower()} needs a gate for every expert, and the pool "
-                "has experts without: train their gates, or use a router that needs none"
-            )
+        self.check_experts(pool.experts)
+        for need in self.needs:
+            if not _has(pool, need):
+                raise PhatgooseError(
+                    f"router {self.name()} needs {need}, and not every expert of the pool has "
+                    f"them: {NEEDS[need]}"
+                )
 
 
 class TokenRouter(Router, ABC):
-    """Sends every token, at every linear, to a few experts."""
+    """Sends every token, at every linear, to the `top_k` experts with the highest scores.
+
+    Their weights are the softmax over the kept scores, or all `equal`. `mix` says what they are
+    applied to: the experts' `outputs`, `sum_k w_k B_k A_k x`, or their `factors`,
+    `(sum_k w_k B_k) (sum_k w_k A_k) x`.
+    """
+
+    top_k: int = 1
+    mix: str = "outputs"
+    weights: str = "softmax"
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "mix": ("outputs", "factors"),
+        "weights": ("softmax", "equal"),
+    }
+
+    biased: ClassVar[bool] = False
 
     @abstractmethod
-    def rule(self, linear: str, factors: PoolLinear) -> TokenRule:
-        """The rule for one linear, with whatever can be computed once already computed."""
+    def scorer(self, pool: Pool, linear: str) -> Scorer:
+        """How one linear scores experts, with whatever can be computed once already computed."""
+
+    def bias(self, pool: Pool, queries: Sequence[Query]) -> Tensor:
+        """What is added to every score of a query's tokens, `bias_QE`.
+
+        Only asked for where `biased` is True.
+        """
+        raise NotImplementedError
+
+    def rule(self, pool: Pool, linear: str) -> TokenRule:
+        """The choice of experts on one linear: the best scores of those that adapt it."""
+        score, absent_E = self.scorer(pool, linear), pool.linears[linear].absent_E
+
+        def rule(x_TD: Tensor, bias_TE: Tensor | None) -> tuple[Tensor, Tensor]:
+            scores_TE = score(x_TD)
+            if self.biased:
+                if bias_TE is None:
+                    raise PhatgooseError(UNKNOWN_QUERIES)
+                scores_TE = scores_TE + bias_TE
+            if absent_E is not None:
+                scores_TE = scores_TE.masked_fill(absent_E, -torch.inf)
+            weights_TK, indices_TK = top_k_softmax(scores_TE, self.top_k)
+            if self.weights == "equal":
+                # Not `weights_TK > 0`: a large gap between scores makes a small weight 0.
+                kept_TK = (scores_TE.gather(1, indices_TK) > -torch.inf).to(weights_TK)
+                weights_TK = kept_TK / kept_TK.sum(dim=-1, keepdim=True)
+            if absent_E is not None:
+                # Where every expert is absent the softmax is over nothing, and is not a number.
+                weights_TK = weights_TK.masked_fill(absent_E[indices_TK], 0.0)
+            return weights_TK.to(x_TD.dtype), indices_TK
+
+        return rule
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One pass of the bare base over the queries of a batch.
+
+    Attributes:
+        linear: where it listens: the last query projection that the pool adapts (of the encoder,
+            if there is one).
+        run: returns the input of that linear at each query's last token, `x_QD`.
+    """
+
+    linear: str
+    run: Callable[[], Tensor]
+
+
+class QueryRouter(Router, ABC):
+    """Gives every query one mixture of experts, the same for all its tokens and linears."""
+
+    @abstractmethod
+    def mixture(self, pool: Pool, queries: Sequence[Query], probe: Probe) -> tuple[Tensor, Tensor]:
+        """The mixture of each query: `weights_QK` and `indices_QK`."""
 
 
 class Merge(Router, ABC):
     """Makes one static expert of the pool, the same for every token."""
 
     @abstractmethod
-    def merge(self, pool: Pool, linear: str) -> tuple[Tensor, Tensor]:
-        """The static expert's factors on one linear: `lora_A_RD` and `lora_B_OR`."""
+    def merge(self, pool: Pool, linear: str) -> tuple[Tensor, ...]:
+        """The static expert on one linear: `(lora_A_RD, lora_B_OR)` or `(delta_OD,)`."""
+
+
+class Wrapper(Router, ABC):
+    """Another router over a changed pool."""
+
+    @property
+    @abstractmethod
+    def inner(self) -> Router:
+        """The router that the changed pool is given to."""
+
+    @abstractmethod
+    def change(self, pool: Pool) -> Pool:
+        """The changed pool: the same experts in the same places, with other factors."""
+
+    def check_options(self) -> None:
+        """Raise PhatgooseError for an option that cannot be, or an inner router that is none."""
+        super().check_options()
+        self.inner.check_options()
+
+    def check_experts(self, experts: Sequence[str]) -> None:
+        """Raise PhatgooseError if the inner router names an expert that is not among these."""
+        self.inner.check_experts(experts)
+
+    def check(self, pool: Pool) -> None:
+        """Raise PhatgooseError if the pool lacks what this router or the inner one needs."""
+        super().check(pool)
+        self.inner.check(pool)
+
+
+def all_needs(router: Router) -> tuple[str, ...]:
+    """What a router needs, its inner router's needs included."""
+    inner = all_needs(router.inner) if isinstance(router, Wrapper) else ()
+    return tuple(dict.fromkeys([*router.needs, *inner]))
+
+
+def side_information(router: Router) -> str | None:
+    """What a router, or its inner router, knows besides the pool and the query."""
+    inner = side_information(router.inner) if isinstance(router, Wrapper) else None
+    return router.side_information or inner
+
+
+def _has(pool: Pool, need: str) -> bool:
+    if need == "gates":
+        return all(linear.gate_ED is not None for linear in pool.linears.values())
+    if pool.profiles is None:
+        return False
+    if need == "activations":
+        return all(
+            linear in profile.mean_activation
+            for linear, factors in pool.linears.items()
+            for e, profile in enumerate(pool.profiles)
+            if factors.absent_E is None or not factors.absent_E[e]
+        )
+    return need != "descriptions" or all(profile.description for profile in pool.profiles)
+
+
+def generator_for(seed: int, linear: str) -> torch.Generator:
+    """A source of random numbers that depends on a seed and a linear's name alone."""
+    digest = hashlib.sha256(f"{seed}/{linear}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -1,28 +1,37 @@
 """PHATGOOSE: post-hoc adaptive tokenwise gating over an ocean of specialised experts."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
-from phatgoose.ops.route import route_standardised, standardise
-from phatgoose.pool import PoolLinear
-from phatgoose.routers.interface import TokenRouter, TokenRule
+from phatgoose.ops.route import gate_scorer
+from phatgoose.pool import Pool
+from phatgoose.routers.interface import Scorer, TokenRouter
 
 
 @dataclass(frozen=True)
 class Phatgoose(TokenRouter):
     """Each token goes to the experts whose standardised gates match its standardised input best.
 
-        score_TE = standardise(x_TD) . standardise(gates_ED) / sqrt(D); softmax; the top_k largest
+        score_TE = standardise(x_TD) . standardise(gate_ED) / (temperature * sqrt(D))
 
     Muqeeth, Liu, Liu and Raffel, "Learning to Route Among Specialized Experts for Zero-Shot
-    Generalization", ICML 2024 (arXiv 2402.05859), section 4.
+    Generalization", ICML 2024 (arXiv 2402.05859), section 4. There top_k is 2, the temperature 1,
+    and both sides are standardised.
     """
 
     top_k: int = 2
+    temperature: float = 1.0
+    standardise_input: bool = True
+    standardise_gates: bool = True
     needs: ClassVar[tuple[str, ...]] = ("gates",)
 
-    def rule(self, linear: str, factors: PoolLinear) -> TokenRule:
-        """Standardise the gates of this linear once."""
-        assert factors.gate_ED is not None  # `check` was called
-        return partial(route_standardised, gates_ED=standardise(factors.gate_ED), top_k=self.top_k)
+    def scorer(self, pool: Pool, linear: str) -> Scorer:
+        """Match the input with the gates."""
+        gate_ED = pool.linears[linear].gate_ED
+        assert gate_ED is not None  # `check` was called
+        return gate_scorer(
+            gate_ED,
+            self.temperature,
+            of_input=self.standardise_input,
+            of_gates=self.standardise_gates,
+        )

@@ -1,14 +1,12 @@
 """The control for PHATGOOSE: the same rule with gates that know nothing."""
 
-import hashlib
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
-from phatgoose.ops.route import route_standardised, standardise
-from phatgoose.pool import PoolLinear
-from phatgoose.routers.interface import TokenRouter, TokenRule
+from phatgoose.ops.route import gate_scorer
+from phatgoose.pool import Pool
+from phatgoose.routers.interface import Scorer, TokenRouter, generator_for
 
 
 @dataclass(frozen=True)
@@ -22,10 +20,9 @@ class Random(TokenRouter):
     top_k: int = 2
     seed: int = 0
 
-    def rule(self, linear: str, factors: PoolLinear) -> TokenRule:
+    def scorer(self, pool: Pool, linear: str) -> Scorer:
         """Draw the gates of this linear from its name and the seed."""
-        digest = hashlib.sha256(f"{self.seed}/{linear}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        experts, _, features = factors.lora_A_ERD.shape
-        gates_ED = torch.randn(experts, features, generator=generator).to(factors.lora_A_ERD)
-        return partial(route_standardised, gates_ED=standardise(gates_ED), top_k=self.top_k)
+        like = pool.linears[linear].lora_A_ERD
+        experts, _, features = like.shape
+        gates_ED = torch.randn(experts, features, generator=generator_for(self.seed, linear))
+        return gate_scorer(gates_ED.to(like))

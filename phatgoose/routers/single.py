@@ -1,24 +1,29 @@
 """One expert for everything: the building block of `oracle` and of the best individual expert."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from phatgoose.pool import Pool
+from phatgoose.pool import Pool, known_expert
 from phatgoose.routers.interface import Merge
 
 
 @dataclass(frozen=True)
 class Single(Merge):
-    """One named expert, applied to every token at full strength, without its gate."""
+    """One named expert, applied to every token at full strength, without its gate.
+
+    `oracle` (per evaluation task, the best of them) and `best_individual` (the best on average)
+    are read off from their scores, and so are not zero-shot.
+    """
 
     expert: str
 
-    def check(self, pool: Pool) -> None:
+    def check_experts(self, experts: Sequence[str]) -> None:
         """Raise PhatgooseError if the pool has no such expert."""
-        pool.index(self.expert)
+        known_expert(self.expert, experts)
 
-    def merge(self, pool: Pool, linear: str) -> tuple[Tensor, Tensor]:
+    def merge(self, pool: Pool, linear: str) -> tuple[Tensor, ...]:
         """The expert's own factors."""
         factors, index = pool.linears[linear], pool.index(self.expert)
         return factors.lora_A_ERD[index], factors.lora_B_EOR[index]

@@ -65,6 +65,7 @@ class Run:
             "workers": workers,
             "chunk_characters": 150,
             "advance": self.advance,
+            "identities": {},
         }
         return Evaluation(**{**arguments, **changes})
 
@@ -161,7 +162,7 @@ def test_generated_answers_are_measured_as_computed_by_hand(
 def test_rows_say_what_they_are_of(run: Run, workers: LocalWorkers) -> None:
     evaluation = run.evaluation(workers)
     rows = [row for n, r in routers("base", "phatgoose").items() for row in evaluation.run(n, r)]
-    evaluation.write_scores(rows, oracle=False)
+    evaluation.write_scores(rows)
     table = run.table("scores.parquet")
     assert len(table) == 2 * (4 + 2)
     for row in table:
@@ -201,7 +202,7 @@ def test_the_oracle_is_the_best_single_expert(run: Run, workers: LocalWorkers) -
     names = [f"single:{expert}" for expert in EXPERTS]
     evaluation = run.evaluation(workers)
     rows = [row for n, r in routers("base", *names).items() for row in evaluation.run(n, r)]
-    evaluation.write_scores(rows, oracle=True)
+    evaluation.write_scores(rows, derived={"oracle"})
     table = run.table("scores.parquet")
     oracle = [row for row in table if row["router"] == "oracle"]
     assert {(row["task"], row["metric"]) for row in oracle} == {
@@ -227,7 +228,7 @@ def test_a_second_run_asks_nothing_and_says_the_same(
     def evaluate(workers: LocalWorkers) -> list[dict[str, Any]]:
         evaluation = run.evaluation(workers)
         rows = [row for name, router in wanted.items() for row in evaluation.run(name, router)]
-        evaluation.write_scores(rows, oracle=True)
+        evaluation.write_scores(rows, derived={"oracle"})
         return run.table("scores.parquet")
 
     first = evaluate(workers)
@@ -287,7 +288,7 @@ def test_results_of_other_routers_and_suites_stay(
     def evaluate(suite: str, chosen: list[TaskData], *names: str) -> None:
         evaluation = run.evaluation(workers, suite=suite, tasks=chosen)
         rows = [row for n, r in routers(*names).items() for row in evaluation.run(n, r)]
-        evaluation.write_scores(rows, oracle=False)
+        evaluation.write_scores(rows)
 
     def held() -> set[tuple[str, str, str]]:
         rows = run.table("scores.parquet")
@@ -320,7 +321,7 @@ def test_results_of_another_pool_do_not_stay(run: Run, workers: LocalWorkers) ->
     for manifest, name in (("pool-1", "merged"), ("pool-2", "base")):
         common = {"run": "toys", "base": "tiny", "manifest": manifest}
         evaluation = run.evaluation(workers, common=common)
-        evaluation.write_scores(evaluation.run(name, make_router(name)), oracle=False)
+        evaluation.write_scores(evaluation.run(name, make_router(name)))
     rows = run.table("scores.parquet")
     assert {(row["manifest"], row["router"]) for row in rows} == {("pool-2", "base")}
 

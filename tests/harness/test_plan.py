@@ -73,7 +73,7 @@ def test_a_plan_says_what_will_be_done(config: RunConfig) -> None:
     assert list(plan.routers)[:4] == ["base", "phatgoose", "merged", "random"]
     assert list(plan.routers)[4:] == ["single:birds", "single:lakes", "single:numbers"]
     text = plan.describe()
-    for part in ("3 of 3 jobs of 6 steps", "7 passes over 24 requests", "swans, sums", "toys"):
+    for part in ("3 of 3 jobs (0 done before)", "7 passes over 24 requests", "swans, sums", "toys"):
         assert part in text
     assert "min of one core's time" in text
     assert files(Path(config.run.dir)) == {}
@@ -141,7 +141,7 @@ def test_job_ids_change_with_the_base_and_not_with_its_folder(
 
 def test_open_jobs_come_longest_first(config: RunConfig) -> None:
     # Prompts of `lakes` list the choices.
-    assert make_plan(config).open_jobs[0].task.name == "lakes"
+    assert make_plan(config).open_jobs[0].card.name == "lakes"
 
 
 def test_finished_jobs_are_not_open(config: RunConfig) -> None:
@@ -149,7 +149,7 @@ def test_finished_jobs_are_not_open(config: RunConfig) -> None:
     publish(plan, "birds", "numbers")
     after = make_plan(config)
     assert [job.card.name for job in after.open_jobs] == ["lakes"]
-    assert "1 of 3 jobs of 6 steps (2 done before)" in after.describe()
+    assert "1 of 3 jobs (2 done before)" in after.describe()
     registry = Registry(config.registry, plan.base_fingerprint)
     path = registry.folder.local(f"objects/{registry.find('birds')}.arrow")
     assert path is not None

@@ -1,14 +1,13 @@
 import itertools
 import json
 import multiprocessing
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 import torch
 
-from harness.registry import Manifest, Registry, registry_actor
+from harness.registry import Registry
+from harness.registry_files import Manifest
 from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Card, Expert, LoraFactors
@@ -265,37 +264,22 @@ def test_two_processes_publish_into_one_registry(tmp_path: Path) -> None:
         assert before["experts"].items() < after["experts"].items()
 
 
-@pytest.fixture
-def local_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
-        num_cpus=1,
-        include_dashboard=False,
-        _node_ip_address="127.0.0.1",
-        log_to_driver=False,
-        configure_logging=False,
-    )
-    yield
-    ray.shutdown()
+def test_open_finds_the_base_by_itself(registry: Registry) -> None:
+    with pytest.raises(PhatgooseError, match=r"no registry here: .*pool has no manifests"):
+        Registry.open(registry.folder.uri)
+    content_hash = registry.publish(make_expert(1))
+    if registry.folder.local("x"):  # the mock is another, empty one each time
+        opened = Registry.open(registry.folder.uri)
+        assert (opened.base_fingerprint, opened.find("task-1")) == (BASE, content_hash)
 
 
-@pytest.mark.slow
-def test_the_actor_survives_being_killed(
-    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    actor = registry_actor("pool", BASE)
-    content_hash = ray.get(actor.publish.remote(make_expert(1)))
-    ray.kill(actor, no_restart=False)
-
-    same = registry_actor(tmp_path / "pool", BASE)
-    assert same == actor
-    assert ray.get(same.publish.remote(make_expert(1))) == content_hash
-    assert ray.get(same.finished.remote(make_expert(1).card.job)) == content_hash
-    assert ray.get(same.manifest.remote()) == Manifest(1, 0, BASE, {"task-1": content_hash})
-    assert Registry(tmp_path / "pool", BASE).load(content_hash).card.name == "task-1"
-
-    with pytest.raises(PhatgooseError, match="no experts zebra"):
-        ray.get(same.find.remote("zebra"))
-    with pytest.raises(PhatgooseError, match="choose another folder"):
-        registry_actor(tmp_path / "pool", OTHER_BASE)
+def test_publish_refuses_to_take_over_a_name_if_told(registry: Registry) -> None:
+    first = registry.publish(make_expert(1, name="task"), replace=False)
+    assert registry.publish(make_expert(1, name="task"), replace=False) == first
+    files = registry.folder.names()
+    with pytest.raises(PhatgooseError, match=r"pool has another expert task: .*--replace"):
+        registry.publish(make_expert(2, name="task"), replace=False)
+    assert registry.folder.names() == files  # nothing is left of what was refused
+    assert registry.publish(make_expert(2, name="task")) == registry.find("task") != first
+    with pytest.raises(PhatgooseError, match="another expert task"):
+        registry.publish(make_expert(1, name="task"), replace=False)

@@ -41,7 +41,12 @@ def tables(answers: Answers) -> tuple[pa.Table, pa.Table]:
 def score(task: str, router: str, metric: str, value: float, n: int) -> dict[str, Any]:
     return {
         **{"run": "r", "base": "b", "manifest": "1", "router": router, "top_k": None},
-        **{"zero_shot": not router.startswith(NOT_ZERO_SHOT), "suite": "s", "task": task},
+        **{
+            "zero_shot": not router.startswith(NOT_ZERO_SHOT),
+            "side_information": None,
+            "suite": "s",
+            "task": task,
+        },
         **{"metric": metric, "value": value, "stderr": None, "n": n, "seconds": 1.0},
         **{"tokens": 10, "expert": None},
     }

@@ -20,6 +20,7 @@ SCORE: dict[str, Any] = {
     "router": "phatgoose",
     "top_k": 2,
     "zero_shot": True,
+    "side_information": None,
     "suite": "held_out",
     "task": "plural",
     "metric": "acc",

@@ -63,6 +63,8 @@ def test_delete(folder: Folder) -> None:
     assert folder.names() == []
     with pytest.raises(PhatgooseError, match=r"cannot delete .*pool/a"):
         folder.delete("a")
+    folder.delete("a", missing_ok=True)
+    folder.delete("no/such/folder", missing_ok=True)
 
 
 def test_missing_file_is_named(folder: Folder) -> None:

@@ -12,7 +12,7 @@ OPTIONS = {"rank": 3, "scale": 0.25, "init_std": 0.01}
 
 def make_layer(dtype: torch.dtype = torch.float32) -> GatedLora:
     linear = nn.Linear(8, 5, dtype=dtype).requires_grad_(False)
-    return GatedLora(linear, generator=torch.Generator().manual_seed(0), **OPTIONS)
+    return GatedLora(linear, 0.01 * torch.randn(3, 8), torch.zeros(5, 3), scale=0.25)
 
 
 def test_a_new_expert_adds_nothing() -> None:

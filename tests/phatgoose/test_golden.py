@@ -18,9 +18,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from phatgoose.base import Base, adapted_linears
 from phatgoose.gated_lora import GatedLora
 from phatgoose.model import RoutedModel
-from phatgoose.ops import mix, mix_reference, route
+from phatgoose.ops import mix, mix_reference, route, top_k_softmax
 from phatgoose.pool import Pool, PoolLinear
 from phatgoose.routers import make_router
+from phatgoose.routers.arrow import arrow_scorer
+from phatgoose.routers.retrieval import nearest_example
 from tests.tiny import llama_tokenizer
 
 OWN = Path(__file__).parents[1] / "golden"
@@ -92,15 +94,10 @@ def gated_lora(lora_A_RD: Tensor, lora_B_OR: Tensor, gate_D: Tensor) -> GatedLor
     (rank, inputs), outputs = lora_A_RD.shape, lora_B_OR.shape[0]
     linear = nn.Linear(inputs, outputs, bias=False).requires_grad_(False)
     nn.init.zeros_(linear.weight)
-    layer = GatedLora(linear, rank, 1 / rank, 0.01, torch.Generator().manual_seed(0))
+    layer = GatedLora(linear, lora_A_RD, lora_B_OR, 1 / rank)
     layer.add_gate()
     assert layer.gate_D is not None
-    for parameter, value in (
-        (layer.lora_A_RD, lora_A_RD),
-        (layer.lora_B_OR, lora_B_OR),
-        (layer.gate_D, gate_D),
-    ):
-        parameter.data.copy_(value)
+    layer.gate_D.data.copy_(gate_D)
     return layer
 
 
@@ -136,6 +133,29 @@ def test_authors_tokenwise(name: str) -> None:
             scale=1 / sizes["rank"],
         )
         assert_near(y_TO, case["lora_output"].flatten(0, 1))
+
+
+@authors
+def test_authors_arrow() -> None:
+    """Arrow as PHATGOOSE's authors compare with it: divided by sqrt(D), outputs mixed."""
+    sizes = json.loads((AUTHORS / "cases.json").read_text())["arrow_scores"]
+    case = load_file(AUTHORS / "arrow_scores.safetensors")
+    hidden_TD = case["hidden"].flatten(0, 1)
+    score = arrow_scorer(case["gate"], temperature=1.0, divide_by_sqrt_d=True)
+    weights_TK, indices_TK = top_k_softmax(score(hidden_TD), sizes["top_k"])
+    kept_TK = case["routing_probability"].flatten(0, 1).gather(1, indices_TK)
+    assert_near(weights_TK, kept_TK / (kept_TK.sum(1, keepdim=True) + 1e-6))
+    for mixer in (mix, mix_reference):
+        factors = case["lora_A"], case["lora_B"]
+        y_TO = mixer(hidden_TD, *factors, indices_TK, weights_TK, scale=1 / sizes["rank"])
+        assert_near(y_TO, case["lora_output"].flatten(0, 1))
+
+
+@authors
+def test_authors_retrieval() -> None:
+    case = load_file(AUTHORS / "retrieval.safetensors")
+    chosen_Q = nearest_example(case["query"], list(case["library"]))
+    assert torch.equal(chosen_Q, case["chosen_expert"].long())
 
 
 @authors

@@ -9,12 +9,13 @@ from torch import Tensor
 from phatgoose.base import Base, load_base
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
-from phatgoose.model import RoutedLinear, RoutedModel, RoutingLog
+from phatgoose.model import RoutedModel
 from phatgoose.ops import route
 from phatgoose.pool import Pool
+from phatgoose.routed_linear import RoutedLinear, RoutingLog
 from phatgoose.routers import make_router
 from phatgoose.routers.random import Random
-from phatgoose.scoring import Question, score
+from phatgoose.scoring import Question
 from tests.plain import plain_logits
 from tests.tiny import make_experts, state
 
@@ -138,19 +139,19 @@ def test_a_random_choice_depends_on_the_token_alone(llama: Base) -> None:
     pool = Pool.from_experts(make_experts(llama, 6))
     name, other = llama.linears[0], llama.linears[1]
     x_TD = torch.randn(9, 32, generator=torch.Generator().manual_seed(0))
-    rule = Random(seed=1).rule(name, pool.linears[name])
-    weights_TK, indices_TK = rule(x_TD)
+    rule = Random(seed=1).rule(pool, name)
+    weights_TK, indices_TK = rule(x_TD, None)
     for token in range(9):
-        alone = rule(x_TD[token : token + 1])
+        alone = rule(x_TD[token : token + 1], None)
         assert torch.equal(alone[1][0], indices_TK[token])
         torch.testing.assert_close(alone[0][0], weights_TK[token])
-    again = Random(seed=1).rule(name, pool.linears[name])(x_TD)
+    again = Random(seed=1).rule(pool, name)(x_TD, None)
     assert torch.equal(again[0], weights_TK)
     for changed in (
-        Random(seed=2).rule(name, pool.linears[name]),
-        Random(seed=1).rule(other, pool.linears[other]),
+        Random(seed=2).rule(pool, name),
+        Random(seed=1).rule(pool, other),
     ):
-        assert not torch.equal(changed(x_TD)[1], indices_TK)
+        assert not torch.equal(changed(x_TD, None)[1], indices_TK)
     assert len(set(indices_TK[:, 0].tolist())) > 2  # not one expert for everything
 
 
@@ -190,9 +191,9 @@ def test_a_base_takes_one_pool_at_a_time(base: Base) -> None:
 def test_a_router_that_the_pool_cannot_serve_is_refused_and_the_old_one_stays(base: Base) -> None:
     routed = attach(base, make_experts(base, gates=False), "random")
     before = logits(base)
-    with pytest.raises(PhatgooseError, match="router phatgoose needs a gate for every expert"):
+    with pytest.raises(PhatgooseError, match="router phatgoose needs gates"):
         routed.set_router(make_router("phatgoose"))
-    with pytest.raises(PhatgooseError, match="no expert 'e9'; it has e0, e1, e2"):
+    with pytest.raises(PhatgooseError, match=r"no expert 'e9': .*it has e0, e1, e2"):
         routed.set_router(make_router("single:e9"))
     assert torch.equal(logits(base), before)
     assert routed.router == make_router("random")
@@ -212,10 +213,8 @@ def test_pools_follow_the_bases_dtype(base: Base, router: str) -> None:
 
 
 def record(base: Base, questions: list[Question], routed: RoutedModel) -> RoutingLog:
-    log = RoutingLog()
-    routed.record(log)
-    score(base, questions, log)
-    routed.record(None)
+    with routed.recording(RoutingLog()) as log:
+        routed.score(questions)
     return log
 
 
@@ -274,5 +273,65 @@ def test_nothing_is_logged_without_routing_or_after_recording(base: Base) -> Non
     routed.set_router(make_router("phatgoose"))
     log = record(base, QUESTIONS, routed)
     tokens = dict(log.tokens)
-    score(base, QUESTIONS)
+    routed.score(QUESTIONS)
     assert log.tokens == tokens
+
+
+def test_what_generation_routes_is_counted_without_padding(base: Base) -> None:
+    """Each prompt alone, and the tokens written before a row ended; as forward passes count."""
+    prompts = ["Is the lake deep?", "the goose", "The grey goose flies over the lake, and"]
+    routed = attach(base, make_experts(base, 4), "phatgoose")
+    with routed.recording(RoutingLog()) as together:
+        texts = routed.generate(prompts, 6)
+    alone = []
+    for prompt, text in zip(prompts, texts, strict=True):
+        with routed.recording(RoutingLog()) as log:
+            assert routed.generate([prompt], 6) == [text]
+        alone.append(log)
+    for name in base.linears:
+        assert together.tokens[name] == sum(log.tokens[name] for log in alone), name
+        expected = torch.stack([log.weights[name] for log in alone]).sum(dim=0)
+        torch.testing.assert_close(together.weights[name], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_experts_that_adapt_different_linears_share_a_pool(base: Base) -> None:
+    """An expert gets no token where it adapts nothing, and adds nothing there."""
+    whole, part = make_experts(base, 2)
+    left_out = [name for name in base.linears if re.search(r"\.(q|q_proj)$", name)]
+    kept = {name: f for name, f in part.linears.items() if name not in left_out}
+    routed = RoutedModel(base, Pool.from_experts([whole, dataclasses.replace(part, linears=kept)]))
+    routed.set_router("phatgoose")
+    with routed.recording(RoutingLog()) as log:
+        routed.score(QUESTIONS)
+    for name in base.linears:
+        assert (log.weights[name] > 0).tolist() == [True, name not in left_out]
+        if name in left_out:
+            assert float(log.weights[name][0]) == pytest.approx(log.tokens[name], rel=1e-5)
+    zeros = {
+        name: f if name in kept else dataclasses.replace(f, lora_B_OR=torch.zeros_like(f.lora_B_OR))
+        for name, f in part.linears.items()
+    }
+    for router in ("merged", "single:e1"):
+        routed.set_router(router)
+        said = logits(base)
+        routed.detach()
+        alike = RoutedModel(
+            base, Pool.from_experts([whole, dataclasses.replace(part, linears=zeros)])
+        )
+        alike.set_router(router)
+        torch.testing.assert_close(said, logits(base))
+        alike.detach()
+        routed = RoutedModel(base, routed.pool)
+
+
+@pytest.mark.parametrize("router", ["phatgoose", "merged"])
+def test_the_compiled_model_says_the_same(llama: Base, router: str) -> None:
+    attach(llama, make_experts(llama, 3), router)
+    expected = logits(llama)
+    compiled = torch.compile(llama.model, backend="eager")
+    with torch.no_grad():
+        ids = llama.tokenizer("the goose flies", return_tensors="pt").input_ids
+        torch.testing.assert_close(
+            compiled(input_ids=ids).logits, llama.model(input_ids=ids).logits
+        )
+    assert torch.equal(logits(llama), expected)

@@ -5,10 +5,11 @@ from torch import nn
 from phatgoose.base import ADAPTED_LINEARS, Base, adapted_linears, load_base
 from phatgoose.encoding import encode_context
 from phatgoose.errors import PhatgooseError
+from phatgoose.generation import generate
 from phatgoose.model import RoutedModel
 from phatgoose.pool import Pool
 from phatgoose.routers import make_router
-from phatgoose.scoring import Question, Score, generate, logits_at, score
+from phatgoose.scoring import Question, Score, logits_at, score
 from tests.plain import plain_generate, plain_score
 from tests.tiny import build, decoder_sizes, llama_tokenizer, make_experts
 
@@ -207,3 +208,20 @@ def test_logits_at_leaves_no_hook_after_an_error(base: Base) -> None:
     with pytest.raises(RuntimeError, match="on purpose"), logits_at(base, place, place):
         raise RuntimeError("on purpose")
     assert not base.model.get_output_embeddings()._forward_pre_hooks
+
+
+@pytest.mark.parametrize("stop", ["o", "is", "e l"])
+def test_a_text_ends_before_its_first_stop_string(base: Base, stop: str) -> None:
+    contexts = [encode_context(base, context) for context in CONTEXTS]
+    whole = generate(base, contexts, 9)
+    assert generate(base, contexts, 9, stops=[stop]) == [text.split(stop)[0] for text in whole]
+
+
+def test_generation_ends_once_every_row_has_its_stop_string(base: Base) -> None:
+    context = encode_context(base, CONTEXTS[0])
+    text = generate(base, [context], 30)[0]
+    passes = []
+    handle = base.model.get_output_embeddings().register_forward_hook(lambda *_: passes.append(1))
+    generate(base, [context], 30, stops=[text[:1]])
+    handle.remove()
+    assert 0 < len(passes) < 5

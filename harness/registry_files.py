@@ -1,0 +1,147 @@
+"""The registry's small files: their names, what is in them, and reading them.
+
+    jobs/<job>.json        {"object": content hash, "name": expert's name}
+    manifests/<n>.json     {"schema": 1, "number": n, "parent": n - 1, "base_fingerprint": hash,
+                            "experts": {name: content hash}}
+
+What is read is checked before any of it becomes part of a path. Files of other names are ignored.
+"""
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from harness.storage import Folder
+from phatgoose.errors import PhatgooseError
+from phatgoose.expert import validate_name
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The pool at one moment: expert name -> content hash. Number 0 is the empty pool."""
+
+    number: int
+    parent: int | None
+    base_fingerprint: str
+    experts: dict[str, str]
+
+    def to_bytes(self) -> bytes:
+        """The bytes of its file."""
+        return _to_json({"schema": SCHEMA_VERSION, **asdict(self)})
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a finished job made."""
+
+    object: str
+    name: str
+
+    def to_bytes(self) -> bytes:
+        """The bytes of its file."""
+        return _to_json(asdict(self))
+
+
+def object_file(content_hash: str) -> str:
+    """The file of an expert; PhatgooseError if this is no content hash."""
+    if not re.fullmatch(r"[0-9a-f]{64}", content_hash):
+        raise PhatgooseError(f"{content_hash!r} is no content hash: use 64 hexadecimal digits")
+    return f"objects/{content_hash}.arrow"
+
+
+def profile_file(content_hash: str, profile_id: str) -> str:
+    """The file of an expert's profile; PhatgooseError if one of the two cannot be in a name."""
+    object_file(content_hash)
+    if not re.fullmatch(r"[0-9a-f]{8,64}", profile_id):
+        raise PhatgooseError(f"{profile_id!r} is no profile id: use 8 to 64 hexadecimal digits")
+    return f"profiles/{content_hash}-{profile_id}.safetensors"
+
+
+def job_file(job: str) -> str:
+    """The file of a job's record; PhatgooseError if this is no job id."""
+    if not re.fullmatch(r"[0-9a-f]{8,64}", job):
+        raise PhatgooseError(f"{job!r} is no job id: use 8 to 64 hexadecimal digits")
+    return f"jobs/{job}.json"
+
+
+def manifest_file(number: int) -> str:
+    """The file of a manifest."""
+    return f"manifests/{number}.json"
+
+
+def object_files(folder: Folder) -> list[str]:
+    """The files of all experts."""
+    names = folder.names("objects/")
+    return [name for name in names if re.fullmatch(r"objects/[0-9a-f]{64}\.arrow", name)]
+
+
+def job_files(folder: Folder) -> list[str]:
+    """The files of all records."""
+    names = folder.names("jobs/")
+    return [name for name in names if re.fullmatch(r"jobs/[0-9a-f]{8,64}\.json", name)]
+
+
+def manifest_numbers(folder: Folder) -> list[int]:
+    """The numbers of all manifests, in order."""
+    matches = (re.fullmatch(r"manifests/([1-9]\d*)\.json", n) for n in folder.names("manifests/"))
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def read_record(folder: Folder, file: str) -> Record | None:
+    """The record in a file; None if there is no such file (any more).
+
+    Raises PhatgooseError, naming the file, if it is malformed.
+    """
+    try:
+        data = folder.read(file)
+    except PhatgooseError:
+        if folder.exists(file):
+            raise
+        return None
+    try:
+        record = Record(**json.loads(data))
+        validate_name(record.name)
+        object_file(record.object)
+    except (TypeError, ValueError, PhatgooseError) as error:
+        raise _malformed(folder, file, error, "the next run trains it again") from error
+    return record
+
+
+def read_manifest(folder: Folder, number: int) -> Manifest:
+    """The manifest of this number.
+
+    Raises PhatgooseError, naming the file, if it is malformed or from a newer version.
+    """
+    file = manifest_file(number)
+    data = folder.read(file)
+    try:
+        content = json.loads(data)
+        schema = int(content.pop("schema"))
+        manifest = _to_manifest(content, number) if schema <= SCHEMA_VERSION else None
+    except (AttributeError, LookupError, TypeError, ValueError, PhatgooseError) as error:
+        mend = "finished jobs are entered again by the next run"
+        raise _malformed(folder, file, error, mend) from error
+    if manifest is None:
+        raise PhatgooseError(f"{folder.path(file)} has the newer schema {schema}: update phatgoose")
+    return manifest
+
+
+def _to_manifest(content: dict[str, Any], number: int) -> Manifest:
+    manifest = Manifest(**content)
+    if manifest.number != number:
+        raise ValueError(f"it says that it is number {manifest.number}")
+    for name, content_hash in manifest.experts.items():
+        validate_name(name)
+        object_file(content_hash)
+    return manifest
+
+
+def _malformed(folder: Folder, file: str, error: Exception, mend: str) -> PhatgooseError:
+    return PhatgooseError(f"{folder.path(file)} is malformed ({error}): delete it, and {mend}")
+
+
+def _to_json(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, indent=1, sort_keys=True).encode()

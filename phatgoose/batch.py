@@ -1,0 +1,48 @@
+"""What the rows and positions of the pass under way are, for whoever listens inside the model.
+
+Shape suffixes: B rows, L positions, T = B * L, Q queries, E experts, K experts kept.
+
+A side is `encoder` or `decoder`. Cross-attention's keys and values read the encoder's tokens.
+"""
+
+import re
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """Set by what runs a pass, read by the routed linears.
+
+    Attributes:
+        masks: which positions are tokens and not padding, by side, bool [B, L].
+        queries: which query each row belongs to, by side, int64 [B].
+        mixture: a query router's choice for each query: `weights_QK` and `indices_QK`.
+        bias_QE: what is added to every score of a query's tokens, if anything is.
+        bare: True while the experts are left out.
+    """
+
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    queries: dict[str, Tensor] = field(default_factory=dict)
+    mixture: tuple[Tensor, Tensor] | None = None
+    bias_QE: Tensor | None = None
+    bare: bool = False
+
+    def enter(self, side: str, mask_BL: Tensor, queries_B: Tensor | None = None) -> None:
+        """Say what the next pass of one side reads; without `queries_B` row b is query b."""
+        if queries_B is None:
+            queries_B = torch.arange(len(mask_BL), device=mask_BL.device)
+        self.masks[side], self.queries[side] = mask_BL, queries_B
+
+    def query_T(self, side: str, tokens: int) -> Tensor:  # a shape suffix
+        """The query that each of a pass's tokens, row after row, belongs to."""
+        queries_B = self.queries[side]
+        return queries_B.repeat_interleave(tokens // len(queries_B))
+
+
+def side_of(linear: str) -> str:
+    """Whose tokens a linear reads."""
+    encoder = re.match(r"encoder\.|.*EncDecAttention\.[kv]$", linear)
+    return "encoder" if encoder else "decoder"

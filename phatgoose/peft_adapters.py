@@ -1,0 +1,371 @@
+"""LoRA adapters of PEFT: read one as an expert, write an expert as one.
+
+Shape suffixes: D input features of a linear, O its output features, R LoRA rank.
+
+An adapter is a folder with `adapter_config.json` and `adapter_model.safetensors`. The file holds
+`base_model.model.<linear>.lora_A.weight` [R, D] and `....lora_B.weight` [O, R], and the linear
+becomes `y = W x + s B A x` with `s = alpha / R`, or `alpha / sqrt(R)` for rank-stabilised LoRA
+(arXiv 2312.03732). Patterns in the configuration may give linears their own R and alpha.
+"""
+
+import dataclasses
+import json
+import math
+import re
+import statistics
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, TaskType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save_file
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+)
+
+from phatgoose.base import Base, adapted_linears, fingerprint, locate_base
+from phatgoose.errors import PhatgooseError
+from phatgoose.expert import Card, Expert, LoraFactors, validate_name, with_job
+
+# The fields of a configuration that determine what an adapter adds, or that tell how it was made.
+_RECIPE = (
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
+    *("init_lora_weights", "lora_dropout", "task_type", "base_model_name_or_path", "revision"),
+)
+# Fields that say how factors were trained or found, and nothing about what they add.
+_HARMLESS = (
+    *("peft_type", "peft_version", "auto_mapping", "inference_mode", "runtime_config"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("fan_in_fan_out", "megatron_core", "qalora_group_size", "ensure_weight_tying"),
+    *("eva_config", "corda_config", "lora_ga_config", "loftq_config", "velora_config"),
+)
+# Any other field must be as PEFT starts it. Why, for those in use:
+_REFUSED = {
+    "modules_to_save": "it trained whole modules: train it without modules_to_save",
+    "use_dora": "DoRA also scales the base's weights: train it without use_dora",
+    "bias": 'it trained the base\'s biases: train it with bias="none"',
+    "lora_bias": "its B has a bias: train it with lora_bias=False",
+    "layer_replication": "it repeats layers of the base: train it without layer_replication",
+    "trainable_token_indices": "it trained embeddings: train it without trainable_token_indices",
+    "target_parameters": "it adapts bare parameters: train it with target_modules only",
+    "alora_invocation_tokens": "it acts on some tokens only: train it without invocation tokens",
+}
+# Initialisations that leave the base's weights as they are.
+_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
+# Those that change them in a way that PEFT can undo when it saves the adapter.
+_MENDABLE_INITS = ("pissa", "corda", "olora", "lora_ga")
+_KEY = re.compile(r"(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What an adapter is checked against; the model may be without weights."""
+
+    name: str
+    fingerprint: str
+    model: PreTrainedModel
+    linears: tuple[str, ...]
+
+
+def from_peft(folder: str | Path, *, base: Base | None = None, name: str | None = None) -> Expert:
+    """Read a LoRA adapter saved by PEFT as an expert without gates.
+
+    The card's scale is the one that most linears have; where a linear has another, its B is
+    multiplied by the quotient, in float32 or wider. The card's `data_fingerprint` is `unknown`,
+    its `job` the beginning of a hash over name, base and factors.
+
+    Args:
+        folder: of the adapter, with adapter_config.json and adapter_model.safetensors.
+        base: the base it was trained on; looked up under the name that the adapter gives if None.
+        name: of the expert; the folder's if None.
+
+    Raises:
+        PhatgooseError: there is no adapter, its base cannot be had, it does not fit the base, or it
+            is more than plain LoRA factors on linears.
+    """
+    folder = Path(folder)
+    name = validate_name(folder.resolve().name if name is None else name)
+    config = _read_config(folder)
+    factors = _read_factors(folder)
+    target = _find_base(folder, config) if base is None else base
+    for linear, (A_RD, B_OR) in factors.items():
+        check_fits(f"adapter {folder}", linear, A_RD, B_OR, target)
+    scales = {linear: _scale(folder, config, linear, A_RD) for linear, (A_RD, _) in factors.items()}
+    scale = statistics.mode(scales.values())
+    card = Card(
+        name=name,
+        task=name,
+        base=target.name,
+        base_fingerprint=target.fingerprint,
+        data_fingerprint="unknown",
+        job="",
+        scale=scale,
+        recipe={"peft": {field: getattr(config, field) for field in _RECIPE}},
+        metrics={},
+    )
+    return with_job(
+        card,
+        {
+            linear: LoraFactors(A_RD, _fold(B_OR, scales[linear], scale))
+            for linear, (A_RD, B_OR) in factors.items()
+        },
+    )
+
+
+def to_peft(expert: Expert, folder: str | Path, *, base: Base | None = None) -> None:
+    """Write an expert as an adapter that `peft.PeftModel.from_pretrained(model, folder)` loads.
+
+    The model with the adapter gives what the base gives with the expert alone, at weight 1. PEFT
+    has no place for the gates and the card: they are not written, nor is any third file.
+
+    Args:
+        expert: what to write.
+        folder: where to; made if it is not there. An earlier export of the same expert is replaced.
+        base: the expert's base, so that the adapter says whether it is an encoder and decoder.
+
+    Raises:
+        PhatgooseError: the folder holds something else or cannot be written, or the expert was
+            made with another base.
+    """
+    folder, card = Path(folder), expert.card
+    if base is not None and base.fingerprint != card.base_fingerprint:
+        raise PhatgooseError(
+            f"expert {card.name!r} was made with the base {card.base_fingerprint[:12]}, and "
+            f"{base.name} is {base.fingerprint[:12]}: pass the base that it was made with"
+        )
+    temporary = folder / f".{uuid.uuid4().hex}.tmp"
+    try:
+        _check_free(folder, card.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        metadata = {"format": "pt", "expert": card.name}
+        save_file(_peft_tensors(expert), temporary, metadata=metadata)
+        # The configuration comes last: what an interrupted export leaves is no adapter without it.
+        (folder / CONFIG_NAME).unlink(missing_ok=True)
+        temporary.replace(folder / SAFETENSORS_WEIGHTS_NAME)
+        _peft_config(expert, base).save_pretrained(str(folder))
+    except (OSError, SafetensorError) as error:
+        raise PhatgooseError(
+            f"cannot write expert {card.name!r} to {folder} ({error}): choose a writable folder "
+            "with space"
+        ) from error
+    finally:
+        if temporary.exists():
+            temporary.unlink()
+
+
+def check_fits(
+    where: str, linear: str, lora_A_RD: Tensor, lora_B_OR: Tensor, base: Base | _Target
+) -> None:
+    """Raise PhatgooseError, which begins with `where`, if factors do not fit the base's linear."""
+    if linear not in base.linears:
+        raise PhatgooseError(
+            f"{where}: {linear!r} is no linear that experts of {base.name} adapt (such as "
+            f"{base.linears[0]}): was it made for another base?"
+        )
+    # Not through nn.Linear's sizes, so that it also holds while a pool is attached.
+    outputs, inputs = base.model.get_parameter(f"{linear}.weight").shape
+    A, B = list(lora_A_RD.shape), list(lora_B_OR.shape)
+    if len(A) != 2 or 0 in A or (A[1], B) != (inputs, [outputs, A[0]]):
+        raise PhatgooseError(
+            f"{where}: A {A} and B {B} on {linear} do not fit [R, {inputs}] and [{outputs}, R] of "
+            f"{base.name}: was it made for another base?"
+        )
+
+
+def _read_config(folder: Path) -> LoraConfig:
+    """The adapter's configuration, if it describes plain LoRA."""
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        nested = [str(found.parent) for found in sorted(folder.glob(f"*/{CONFIG_NAME}"))]
+        mend = f"pass {' or '.join(nested)}" if nested else "pass a folder that PEFT saved"
+        raise PhatgooseError(f"no adapter in {folder}, it has no {CONFIG_NAME}: {mend}")
+    try:
+        raw = json.loads(path.read_text())
+        kind = raw.get("peft_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise PhatgooseError(f"cannot read {path} ({error}): save the adapter again") from error
+    if kind != "LORA":
+        raise PhatgooseError(f"adapter {folder} is of the kind {kind}: only LORA can be an expert")
+    _check_plain(folder, raw)
+    known = {field.name for field in dataclasses.fields(LoraConfig)} - {"runtime_config"}
+    given = {field: value for field, value in raw.items() if field in known and value is not None}
+    try:
+        return LoraConfig(**given)
+    except (TypeError, ValueError, ImportError) as error:
+        raise PhatgooseError(
+            f"PEFT does not take {path} ({error}): update PEFT or save the adapter again"
+        ) from error
+
+
+def _check_plain(folder: Path, raw: dict[str, Any]) -> None:
+    """Refuse what would make the adapter more than `s B A x` next to an unchanged base."""
+    plain = LoraConfig().to_dict()
+    for field, value in raw.items():
+        usual = plain.get(field)
+        if value is None or value == usual or not (value or usual):
+            continue
+        if field in (*_RECIPE, *_HARMLESS):
+            continue
+        reason = _REFUSED.get(field, "an expert is plain LoRA factors: train it without")
+        if field not in plain:
+            reason = "this version of PEFT does not know it: update PEFT"
+        raise PhatgooseError(f"adapter {folder} has {field} = {json.dumps(value)}, {reason}")
+    init = raw.get("init_lora_weights", True)
+    if not isinstance(init, str) or init.lower() in _PLAIN_INITS:
+        return
+    mend = "train it with a plain initialisation"
+    if init.lower().startswith(_MENDABLE_INITS):
+        mend = "save it again with path_initial_model_for_weight_conversion, which makes it plain"
+    raise PhatgooseError(
+        f"adapter {folder} has init_lora_weights = {init!r}, which changes the base's weights: "
+        f"{mend}"
+    )
+
+
+def _read_factors(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B by linear, if the file holds nothing else."""
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        mend = "check the folder"
+        if (folder / WEIGHTS_NAME).exists():
+            mend = f"load {WEIGHTS_NAME} with PEFT and save it as safetensors (pickles run code)"
+        raise PhatgooseError(f"adapter {folder} has no {SAFETENSORS_WEIGHTS_NAME}: {mend}")
+    try:
+        # Not mapped: PEFT saves in place, which would cut a mapped expert off.
+        tensors = load(path.read_bytes())
+    except (OSError, SafetensorError) as error:
+        raise PhatgooseError(f"cannot read {path} ({error}): save the adapter again") from error
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key.removeprefix("base_model.model."))
+        if match is None or tensor.ndim != 2:
+            raise PhatgooseError(
+                f"adapter {folder} holds {key} {list(tensor.shape)}, which is no LoRA factor of a "
+                "linear: train it without embeddings, convolutions and whole modules"
+            )
+        linear, letter = match.groups()
+        if letter in found.setdefault(linear, {}):
+            raise PhatgooseError(f"adapter {folder} holds two {letter} of {linear}: save one only")
+        found[linear][letter] = tensor
+    for linear, letters in found.items():
+        if len(letters) < 2:
+            missing = "B" if "A" in letters else "A"
+            raise PhatgooseError(f"adapter {folder} lacks {missing} of {linear}: save it again")
+    if not found:
+        raise PhatgooseError(f"adapter {folder} holds no factors: save it again")
+    return {linear: (letters["A"], letters["B"]) for linear, letters in found.items()}
+
+
+def _find_base(folder: Path, config: LoraConfig) -> _Target:
+    """The base that the adapter names, as a model without weights."""
+    name = config.base_model_name_or_path
+    mend = "load the base and pass it as `base`"
+    if not name:
+        raise PhatgooseError(f"adapter {folder} does not name its base: {mend}")
+    try:
+        local = locate_base(name, revision=config.revision)
+        shape = AutoConfig.from_pretrained(local, trust_remote_code=False)
+        family = AutoModelForSeq2SeqLM if shape.is_encoder_decoder else AutoModelForCausalLM
+        with torch.device("meta"):
+            model = family.from_config(shape)
+    except (PhatgooseError, OSError, ValueError) as error:
+        raise PhatgooseError(
+            f"adapter {folder} was trained on {name}, which cannot be opened "
+            f"({' '.join(str(error).split())}): {mend}"
+        ) from error
+    return _Target(name, fingerprint(local), model, adapted_linears(model))
+
+
+def _scale(folder: Path, config: LoraConfig, linear: str, lora_A_RD: Tensor) -> float:
+    """What PEFT multiplies `B A x` by on a linear, after checking the rank that it expects."""
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    rank = ranks.get(get_pattern_key(list(ranks), linear), config.r)
+    alpha = alphas.get(get_pattern_key(list(alphas), linear), config.lora_alpha)
+    if rank != lora_A_RD.shape[0]:
+        raise PhatgooseError(
+            f"adapter {folder}: its configuration gives {linear} rank {rank}, its file "
+            f"{lora_A_RD.shape[0]}: save it again"
+        )
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha == 0:
+        raise PhatgooseError(
+            f"adapter {folder}: with alpha {alpha} on {linear} it adds nothing: mend lora_alpha"
+        )
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def _fold(lora_B_OR: Tensor, own: float, scale: float) -> Tensor:
+    """B with `scale * B` being what `own * B` was."""
+    if math.isclose(own, scale, rel_tol=1e-9):
+        return lora_B_OR
+    # Half precision would round the products away from what PEFT computes.
+    return lora_B_OR.to(torch.promote_types(lora_B_OR.dtype, torch.float32)) * (own / scale)
+
+
+def _check_free(folder: Path, name: str) -> None:
+    """Refuse a folder that holds anything but an earlier export of the expert."""
+    entries = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
+    if not entries:
+        return
+    if entries <= {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME} and _exported(folder) == name:
+        return
+    raise PhatgooseError(
+        f"{folder} holds something else than an earlier export of expert {name!r}: choose a new "
+        "folder"
+    )
+
+
+def _exported(folder: Path) -> str | None:
+    """The name of the expert that was exported to a folder."""
+    try:
+        with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
+            return (file.metadata() or {}).get("expert")
+    except (OSError, SafetensorError):
+        return None
+
+
+def _peft_tensors(expert: Expert) -> dict[str, Tensor]:
+    tensors = {}
+    for linear, factors in expert.linears.items():
+        for letter, matrix in (("A", factors.lora_A_RD), ("B", factors.lora_B_OR)):
+            # A copy, since a file takes no tensors that share memory.
+            copy = matrix.detach().cpu().clone(memory_format=torch.contiguous_format)
+            tensors[f"base_model.model.{linear}.lora_{letter}.weight"] = copy
+    return tensors
+
+
+def _peft_config(expert: Expert, base: Base | None) -> LoraConfig:
+    ranks = {linear: f.lora_A_RD.shape[0] for linear, f in expert.linears.items()}
+    rank = statistics.mode(ranks.values())
+    # PEFT reads the keys as regular expressions.
+    others = {f"^{re.escape(linear)}": own for linear, own in ranks.items() if own != rank}
+    alphas = {own: _alpha(expert.card.scale, own) for own in ranks.values()}
+    family = None
+    if base is not None:
+        family = TaskType.SEQ_2_SEQ_LM if base.is_encoder_decoder else TaskType.CAUSAL_LM
+    config = LoraConfig(
+        task_type=family,
+        base_model_name_or_path=expert.card.base if base is None else base.name,
+        r=rank,
+        lora_alpha=alphas[rank],  # type: ignore[arg-type]  # declared, not enforced, as integer
+        rank_pattern=others,
+        alpha_pattern={key: alphas[own] for key, own in others.items()},
+        inference_mode=True,
+    )
+    # Set afterwards: the constructor makes a set of it, whose order changes from run to run.
+    config.target_modules = sorted(expert.linears)
+    return config
+
+
+def _alpha(scale: float, rank: int) -> float:
+    """What PEFT divides by the rank to get the scale; an integer if it is one, as PEFT has it."""
+    alpha = scale * rank
+    return int(alpha) if alpha.is_integer() else alpha

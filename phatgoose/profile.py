@@ -1,0 +1,128 @@
+"""A profile: what some routers know of an expert besides its weights and gates.
+
+Shape suffixes: D input features of a linear, N examples, S features of a sentence embedding.
+
+It is measured on examples of the expert's own task (`phatgoose.profiling.measure_profile`), at the
+end of training or later, and kept beside the expert: the expert does not depend on it.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save
+from torch import Tensor
+
+from phatgoose.errors import PhatgooseError
+
+_MEAN, _NORMS = "mean_activation/", "norms/"
+# What reading a damaged file may raise.
+_DAMAGE = (OSError, SafetensorError, LookupError, TypeError, ValueError)
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """How a profile is measured.
+
+    Attributes:
+        encoder: name of the sentence encoder (`phatgoose.encoder.load_encoder`).
+        embedded_examples: at most so many training examples are embedded.
+        activation_examples: at most so many are run through the base with the expert attached.
+        max_input_tokens: inputs are cut to it there.
+        max_target_tokens: and targets to it.
+    """
+
+    encoder: str = "all-minilm-l6-v2"
+    embedded_examples: int = 1000
+    activation_examples: int = 1000
+    max_input_tokens: int = 512
+    max_target_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        """Raise PhatgooseError if a value cannot be."""
+        for name, value in asdict(self).items():
+            if name != "encoder" and value < 1:
+                raise PhatgooseError(f"profile.{name} is {value}: it must be at least 1")
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """What routers know of an expert.
+
+    Attributes:
+        mean_activation: per linear, its input averaged over an example's tokens, then over
+            examples, with the expert attached, float32 [D].
+        norms: per linear, mean and standard deviation over those tokens of the norm of what the
+            expert adds, float32 [2].
+        embeddings_NS: unit-length embeddings of training examples.
+        encoder: the sentence encoder that made them.
+        encoder_fingerprint: what it was.
+        description: what the expert's task is about.
+    """
+
+    mean_activation: dict[str, Tensor]
+    norms: dict[str, Tensor]
+    embeddings_NS: Tensor
+    encoder: str
+    encoder_fingerprint: str
+    description: str
+
+    def to_bytes(self) -> bytes:
+        """The profile as a safetensors file."""
+        tensors = {f"{_MEAN}{linear}": t for linear, t in self.mean_activation.items()}
+        tensors |= {f"{_NORMS}{linear}": t for linear, t in self.norms.items()}
+        tensors["embeddings"] = self.embeddings_NS
+        texts = {
+            "encoder": self.encoder,
+            "encoder_fingerprint": self.encoder_fingerprint,
+            "description": self.description,
+        }
+        return save(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            metadata={"profile": json.dumps(texts)},
+        )
+
+    @staticmethod
+    def load(path: str | Path) -> "Profile":
+        """Map a saved profile.
+
+        Raises:
+            PhatgooseError: the file is missing or damaged.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                return _from_parts(tensors, file.metadata())
+        except _DAMAGE as error:
+            raise _damaged(str(path), error) from error
+
+    @staticmethod
+    def from_bytes(data: bytes, source: str) -> "Profile":
+        """Read the bytes of a saved profile; `source` names them in errors."""
+        try:
+            # The library reads metadata from files only; the layout is its published format.
+            size = int.from_bytes(data[:8], "little")
+            return _from_parts(load(data), json.loads(data[8 : 8 + size])["__metadata__"])
+        except _DAMAGE as error:
+            raise _damaged(source, error) from error
+
+
+def _from_parts(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Profile:
+    return Profile(
+        mean_activation=_below(_MEAN, tensors),
+        norms=_below(_NORMS, tensors),
+        embeddings_NS=tensors["embeddings"],
+        **json.loads(metadata["profile"]),
+    )
+
+
+def _damaged(source: str, error: Exception) -> PhatgooseError:
+    reason = " ".join(str(error).split())[:100]
+    return PhatgooseError(
+        f"{source} is no whole profile ({reason}): delete it, and the next run measures it again"
+    )
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -1,0 +1,149 @@
+"""A frozen linear plus what the router's experts add to it, and the log of what was routed.
+
+Shape suffixes: ... any leading dimensions, T tokens, D input features, O output features,
+E experts, K experts per token, R rank.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from phatgoose.batch import Batch, side_of
+from phatgoose.errors import PhatgooseError
+from phatgoose.ops import mix, mix_factors
+from phatgoose.pool import PoolLinear
+from phatgoose.routers.interface import UNKNOWN_QUERIES, TokenRule
+
+
+@dataclass
+class RoutingLog:
+    """What was routed since recording began; padding is not counted.
+
+    Attributes:
+        weights: per linear, the summed routing weight of each expert, float64 [E].
+        tokens: per linear, how many tokens were routed.
+    """
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+
+    def add(
+        self, linear: str, weights_TK: Tensor, indices_TK: Tensor, mask_T: Tensor, experts: int
+    ) -> None:
+        """Count one call of a linear; `mask_T` is True where a token stands."""
+        kept_TK = weights_TK.double() * mask_T.unsqueeze(-1)
+        total_E = self.weights.setdefault(linear, kept_TK.new_zeros(experts))
+        total_E.index_add_(0, indices_TK.flatten(), kept_TK.flatten())
+        self.tokens[linear] = self.tokens.get(linear, 0) + int(mask_T.sum())
+
+
+@dataclass
+class TokenLog(RoutingLog):
+    """A log that also keeps, for one linear, each token's weights, in the order they were routed.
+
+    Attributes:
+        linear: the linear to keep.
+        routed: the weights of each pass, float64 [T, E].
+    """
+
+    linear: str = ""
+    routed: list[Tensor] = field(default_factory=list)
+
+    def add(
+        self, linear: str, weights_TK: Tensor, indices_TK: Tensor, mask_T: Tensor, experts: int
+    ) -> None:
+        """Count one call, and keep it if it is of the chosen linear."""
+        super().add(linear, weights_TK, indices_TK, mask_T, experts)
+        if linear == self.linear:
+            weights_TE = weights_TK.new_zeros(len(weights_TK), experts).double()
+            weights_TE.scatter_add_(1, indices_TK, weights_TK.double())
+            self.routed.append(weights_TE[mask_T])
+
+
+class RoutedLinear(nn.Module):
+    """A frozen linear, plus what the router's experts add to it.
+
+    Args:
+        base: the frozen linear.
+        name: its name in the base.
+        batch: what the rows of the pass under way are; shared by all linears of a model.
+    """
+
+    def __init__(self, base: nn.Linear, name: str, batch: Batch) -> None:
+        super().__init__()
+        self.base = base
+        self.name = name
+        self.side = side_of(name)
+        self.log: RoutingLog | None = None
+        self.clear()
+        # Not a submodule, and shared: `batch` is told about each pass from outside.
+        self._batch = batch
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen linear's weight: T5's feed-forward reads the dtype of its last linear."""
+        return self.base.weight
+
+    def clear(self) -> None:
+        """Be the frozen linear again."""
+        self._factors: PoolLinear | None = None
+        self._rule: TokenRule | None = None
+        self._delta: list[Tensor] | None = None
+        self._mixes_factors = False
+
+    def set_token_rule(self, factors: PoolLinear, rule: TokenRule, *, mixes_factors: bool) -> None:
+        """Route every token by `rule` among the experts of `factors`."""
+        self.clear()
+        self._factors, self._rule, self._mixes_factors = factors, rule, mixes_factors
+
+    def set_query_mixture(self, factors: PoolLinear) -> None:
+        """Give every token the mixture that the batch has for its query."""
+        self.set_token_rule(factors, self._mixture, mixes_factors=False)
+
+    def set_static(self, matrices: Sequence[Tensor]) -> None:
+        """Add one static expert to every token: `lora_A_RD` and `lora_B_OR`, or `delta_OD`.
+
+        Factors are multiplied out where the product is the smaller of the two.
+        """
+        self.clear()
+        self._delta = [matrix.contiguous() for matrix in matrices]
+        if len(matrices) == 2:
+            lora_A_RD, lora_B_OR = matrices
+            (rank, inputs), outputs = lora_A_RD.shape, lora_B_OR.shape[0]
+            if rank * (inputs + outputs) >= inputs * outputs:
+                self._delta = [lora_B_OR @ lora_A_RD]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x` [..., D] to [..., O]."""
+        y = self.base(x)
+        if self._batch.bare:
+            return y
+        if self._delta is not None:
+            added = x
+            for matrix in self._delta:
+                added = F.linear(added, matrix)
+            return y + added
+        if self._rule is None or self._factors is None:
+            return y
+        factors, x_TD = self._factors, x.reshape(-1, x.shape[-1])
+        weights_TK, indices_TK = self._rule(x_TD, self._bias(len(x_TD)))
+        if self.log is not None:
+            mask_T = self._batch.masks[self.side].flatten()
+            experts = len(factors.lora_A_ERD)
+            self.log.add(self.name, weights_TK, indices_TK, mask_T, experts)
+        apply = mix_factors if self._mixes_factors else mix
+        y_TO = apply(x_TD, factors.lora_A_ERD, factors.lora_B_EOR, indices_TK, weights_TK)
+        return y + y_TO.view_as(y)
+
+    def _bias(self, tokens: int) -> Tensor | None:
+        bias_QE = self._batch.bias_QE
+        return None if bias_QE is None else bias_QE[self._batch.query_T(self.side, tokens)]
+
+    def _mixture(self, x_TD: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self._batch.mixture is None:
+            raise PhatgooseError(UNKNOWN_QUERIES)
+        weights_QK, indices_QK = self._batch.mixture
+        query_T = self._batch.query_T(self.side, len(x_TD))
+        return weights_QK[query_T], indices_QK[query_T]

@@ -1,0 +1,46 @@
+"""The control for the experts: random factors of the same norms, under the same router."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from phatgoose.pool import Pool, PoolLinear
+from phatgoose.routers.interface import Router, Wrapper, generator_for
+
+
+@dataclass(frozen=True)
+class RandomExperts(Wrapper):
+    """Another router over experts that have learnt nothing.
+
+    Every A and B is replaced by normal random numbers of the same Frobenius norm; gates and
+    profiles stay. What a router gains over this, it gains from what the experts know. "random
+    LoRAs merge about as well as real ones" is a finding of arXiv 2602.12323.
+    """
+
+    router: str = "merged"
+    seed: int = 0
+
+    @property
+    def inner(self) -> Router:
+        """The router over the random experts, with its default options."""
+        from phatgoose.routers import make_router
+
+        return make_router(self.router)
+
+    def change(self, pool: Pool) -> Pool:
+        """Draw the factors from the seed and the linear's name."""
+        return replace(pool, linears={n: self._random(n, f) for n, f in pool.linears.items()})
+
+    def _random(self, linear: str, factors: PoolLinear) -> PoolLinear:
+        generator = generator_for(self.seed, linear)
+
+        def like(stack: Tensor) -> Tensor:
+            drawn = torch.randn(stack.shape, generator=generator).to(stack)
+            drawn = drawn * (stack != 0)  # what fills up lower ranks stays empty
+            old, new = (t.float().flatten(1).norm(dim=1) for t in (stack, drawn))
+            return drawn * (old / new.clamp(min=1e-12)).view(-1, 1, 1).to(stack)
+
+        return replace(
+            factors, lora_A_ERD=like(factors.lora_A_ERD), lora_B_EOR=like(factors.lora_B_EOR)
+        )

@@ -1,0 +1,355 @@
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from phatgoose.base import Base, load_base
+from phatgoose.errors import PhatgooseError
+from phatgoose.expert import Expert
+from phatgoose.model import RoutedModel
+from phatgoose.pool import Pool
+from phatgoose.query import Query
+from phatgoose.routers import QueryRouter, make_router
+from phatgoose.routers.ariadne import Ariadne
+from phatgoose.routers.interface import Probe
+from phatgoose.routers.lorauter import Lorauter
+from phatgoose.routers.profiles import embed
+from phatgoose.routers.retrieval import Retrieval, nearest_example
+from phatgoose.scoring import Question
+from tests.plain import plain_generate, plain_logits, plain_score
+from tests.pools import (
+    FakeEncoder,
+    fake_embedding,
+    make_profiles,
+    make_uneven_experts,
+    pool_of,
+    without,
+)
+from tests.textbook import base_with, facts_of, mixed
+
+QUERIES = [
+    Query("Question: which bird flies in the flock?\nAnswer:", (" the goose", " swan", "")),
+    Query("Is the lake deep?", (" yes", " no")),
+    Query("two and three is", (" five", " four and four")),
+    Query("", ("the",)),
+    Query("The grey goose flies over the lake, and the", (" swan",)),
+    Query("lake"),
+]
+# What is embedded of them.
+TEXTS = [
+    "Answer Choices: the goose, swan, , "
+    "Instance: Question: which bird flies in the flock?\nAnswer:",
+    "Answer Choices: yes, no, Instance: Is the lake deep?",
+    "Answer Choices: five, four and four, Instance: two and three is",
+    "Answer Choices: the, Instance: ",
+    "Answer Choices: swan, Instance: The grey goose flies over the lake, and the",
+    "Answer Choices: None, Instance: lake",
+]
+# The query projections of the last block, of the encoder if there is one.
+PROBED = {
+    "llama": "model.layers.1.self_attn.q_proj",
+    "t5": "encoder.block.1.layer.0.SelfAttention.q",
+}
+
+
+def silent() -> Tensor:
+    raise AssertionError("this router needs no probe")
+
+
+NO_PROBE = Probe("", silent)
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / math.sqrt(a @ a) / math.sqrt(b @ b))
+
+
+def library_of(pool: Pool) -> list[np.ndarray]:
+    assert pool.profiles is not None
+    return [profile.embeddings_NS.double().numpy() for profile in pool.profiles]
+
+
+def retrieved(query_S: np.ndarray, library: Sequence[np.ndarray]) -> int:
+    best, chosen = -2.0, -1
+    for expert, rows in enumerate(library):
+        for row in rows:
+            if cosine(query_S, row) > best:
+                best, chosen = cosine(query_S, row), expert
+    return chosen
+
+
+@pytest.fixture
+def pool(llama: Base) -> Pool:
+    return pool_of(make_uneven_experts(llama, 7))
+
+
+def test_retrieval_takes_the_expert_of_the_nearest_example(
+    pool: Pool, encoder: FakeEncoder
+) -> None:
+    weights_Q1, indices_Q1 = Retrieval().mixture(pool, QUERIES, NO_PROBE)
+    assert encoder.asked == TEXTS
+    library = library_of(pool)
+    expected = [[retrieved(fake_embedding(text).double().numpy(), library)] for text in TEXTS]
+    assert indices_Q1.tolist() == expected
+    assert len({row[0] for row in expected}) > 2
+    assert torch.equal(weights_Q1, torch.ones(6, 1))
+
+
+def test_a_cosine_is_blind_to_length() -> None:
+    query_QS = torch.tensor([[3.0, 0.0], [0.0, 0.1]])
+    library = [torch.tensor([[0.5, 0.0], [-1.0, 0.0]]), torch.tensor([[9.0, 9.0]])]
+    assert nearest_example(query_QS, library).tolist() == [0, 1]
+
+
+def test_a_text_is_embedded_once(pool: Pool, encoder: FakeEncoder) -> None:
+    rows_QS = embed(pool, ["a", "b", "a"])
+    again_QS = embed(pool, ["b", "c"])
+    assert encoder.asked == ["a", "b", "c"]
+    assert torch.equal(rows_QS, torch.stack([fake_embedding(text) for text in "aba"]))
+    assert torch.equal(again_QS, torch.stack([fake_embedding(text) for text in "bc"]))
+
+
+def test_another_encoder_than_the_profiles_is_refused(pool: Pool, encoder: FakeEncoder) -> None:
+    encoder.fingerprint = "other" * 12
+    with pytest.raises(PhatgooseError, match=r"encoder fake fakefakefake, .* otherotherot: use"):
+        Retrieval().mixture(pool, QUERIES, NO_PROBE)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"top_k": 1}, {"top_k": 99}, {"temperature": 1.0}, {"examples": 2}]
+)
+def test_lorauter_mixes_the_nearest_tasks(
+    pool: Pool, encoder: FakeEncoder, options: dict[str, Any]
+) -> None:
+    router = Lorauter(**options)
+    weights_QK, indices_QK = router.mixture(pool, QUERIES, NO_PROBE)
+    assert weights_QK.shape == indices_QK.shape == (6, min(router.top_k, 7))
+    for text, weights, indices in zip(TEXTS, weights_QK, indices_QK, strict=True):
+        query_S = fake_embedding(text).double().numpy()
+        cosines = []
+        for rows in library_of(pool):
+            rows = rows[: options.get("examples", 200)]
+            cosines.append(cosine(query_S, sum(rows) / len(rows)))
+        kept = sorted(range(7), key=lambda e: -cosines[e])[: options.get("top_k", 3)]
+        warm = [math.exp(cosines[e] / options.get("temperature", 0.2)) for e in kept]
+        assert indices.tolist() == kept
+        assert weights.tolist() == pytest.approx([w / sum(warm) for w in warm], abs=1e-5)
+
+
+def test_ariadne_with_a_centroid_for_each_example_is_retrieval(
+    pool: Pool, encoder: FakeEncoder
+) -> None:
+    assert pool.profiles is not None
+    doubled = [  # an example twice is no second point
+        dataclasses.replace(p, embeddings_NS=p.embeddings_NS.repeat(2, 1)) for p in pool.profiles
+    ]
+    expected = Retrieval().mixture(pool, QUERIES, NO_PROBE)
+    for examples in (pool, pool.with_profiles(doubled)):
+        weights_Q1, indices_Q1 = Ariadne(centroids=99).mixture(examples, QUERIES, NO_PROBE)
+        assert torch.equal(indices_Q1, expected[1])
+        assert torch.equal(weights_Q1, expected[0])
+
+
+def test_ariadne_with_one_centroid_takes_the_nearest_mean(pool: Pool, encoder: FakeEncoder) -> None:
+    _, indices_Q1 = Ariadne(centroids=1).mixture(pool, QUERIES, NO_PROBE)
+    means = [rows.mean(axis=0, keepdims=True) for rows in library_of(pool)]
+    expected = [[retrieved(fake_embedding(text).double().numpy(), means)] for text in TEXTS]
+    assert indices_Q1.tolist() == expected
+    assert indices_Q1.tolist() != Retrieval().mixture(pool, QUERIES, NO_PROBE)[1].tolist()
+
+
+def test_ariadne_finds_the_clumps_of_an_expert(llama: Base, encoder: FakeEncoder) -> None:
+    """The query lies at one of two clumps of the first expert, whose mean is far from it."""
+    experts = make_uneven_experts(llama, 2)
+    at_S, off_S = fake_embedding(TEXTS[1]), fake_embedding("something else")
+    generator = torch.Generator().manual_seed(0)
+
+    def clump(centre_S: Tensor) -> Tensor:
+        return centre_S + 0.02 * torch.randn(20, len(centre_S), generator=generator)
+
+    between_S = at_S + off_S  # nearer to the query than the mean of the first expert's clumps
+    examples = [torch.cat([clump(at_S), clump(-5 * off_S)]), clump(between_S)]
+    profiles = [
+        dataclasses.replace(p, embeddings_NS=rows)
+        for p, rows in zip(make_profiles(experts), examples, strict=True)
+    ]
+    pool = Pool.from_experts(experts).with_profiles(profiles)
+    chosen = {
+        centroids: int(Ariadne(centroids).mixture(pool, [QUERIES[1]], NO_PROBE)[1])
+        for centroids in (1, 2)
+    }
+    assert chosen == {1: 1, 2: 0}
+
+
+def test_ariadne_says_the_same_again(llama: Base, encoder: FakeEncoder) -> None:
+    """With profiles that are read anew, so that nothing is known from before."""
+    experts = make_uneven_experts(llama, 7)
+    queries = [Query(f"question {i}") for i in range(40)]
+    first, again = (
+        Ariadne(centroids=3).mixture(pool_of(experts), queries, NO_PROBE)[1] for _ in range(2)
+    )
+    assert torch.equal(first, again)
+    assert len(set(first.flatten().tolist())) > 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Spy(QueryRouter):
+    """Sends every query to the first expert, and keeps what it was told."""
+
+    seen: list[tuple[str, Tensor]] = dataclasses.field(default_factory=list)
+
+    def mixture(self, pool: Pool, queries: Sequence[Query], probe: Probe) -> tuple[Tensor, Tensor]:
+        self.seen.append((probe.linear, probe.run()))
+        return torch.ones(len(queries), 1), torch.zeros(len(queries), 1, dtype=torch.long)
+
+
+def encode(base: Base) -> list[Question]:
+    return [Question.encode(base, q.text, q.choices, query=q) for q in QUERIES if q.choices]
+
+
+@torch.no_grad()
+def last_input(base: Base, context: list[int]) -> Tensor:
+    """What the last block's query projection of a base reads at a context's last token, [D]."""
+    heard: list[Tensor] = []
+    linear = base.model.get_submodule(PROBED[base.model.config.model_type])
+    assert type(linear) is nn.Linear  # nothing is attached
+    handle = linear.register_forward_pre_hook(lambda _, args: heard.append(args[0]))
+    plain_logits(base, context, [])
+    handle.remove()
+    ((x_1LD,),) = [heard]
+    assert x_1LD.shape[:2] == (1, len(context))
+    return x_1LD[0, -1]
+
+
+def test_the_probe_is_the_bare_base_at_the_last_token(base: Base) -> None:
+    spy, bare, questions = Spy(), load_base(base.name), encode(base)
+    routed = RoutedModel(base, pool_of(make_uneven_experts(base)), spy)
+    assert len({len(question.context) for question in questions}) > 2
+    routed.score(questions)
+    routed.generate([question.query for question in questions], 1)
+    assert len(spy.seen) == 2
+    for linear, x_QD in spy.seen:
+        assert linear == PROBED[base.model.config.model_type]
+        expected_QD = torch.stack([last_input(bare, q.context) for q in questions])
+        torch.testing.assert_close(x_QD, expected_QD, rtol=1e-4, atol=1e-5)
+
+
+def test_a_probe_needs_an_adapted_query_projection(base: Base) -> None:
+    experts = [without(e, "q", "q_proj") for e in make_uneven_experts(base)]
+    routed = RoutedModel(base, pool_of(experts), "logo")
+    with pytest.raises(PhatgooseError, match=r"query projection, which no expert .*another router"):
+        routed.score(encode(base))
+
+
+def logo_weights(base: Base, experts: list[Expert], context: list[int], by: str) -> list[float]:
+    """LoGo's scores, proportionally; `e2` does not adapt the projection."""
+    scores = []
+    h_D = last_input(base, context).double()
+    for fact in facts_of(experts, PROBED[base.model.config.model_type]):
+        if fact is None:
+            scores.append(0.0)
+            continue
+        o_O = fact.delta_OD @ h_D
+        if by == "norm":
+            scores.append(math.sqrt(sum(float(o) ** 2 for o in o_O)))
+        else:
+            p_O = [math.exp(float(o)) for o in o_O]
+            p_O = [p / sum(p_O) for p in p_O]
+            scores.append(1 / -sum(p * math.log(p) for p in p_O))
+    return [score / sum(scores) for score in scores]
+
+
+def weights_alone(
+    base: Base, name: str, experts: list[Expert], question: Question, by: str
+) -> list[float]:
+    """What each expert weighs for one question, computed without the router."""
+    if name == "logo":
+        return logo_weights(base, experts, question.context, by)
+    query_S = fake_embedding(question.query.retrieval_text).double().numpy()
+    library = library_of(pool_of(experts))
+    if name == "retrieval":
+        return [float(e == retrieved(query_S, library)) for e in range(len(experts))]
+    warm = [math.exp(cosine(query_S, rows.mean(axis=0)) / 0.2) for rows in library]
+    kept = sorted(range(len(warm)), key=lambda e: -warm[e])[:3]
+    return [warm[e] / sum(warm[k] for k in kept) if e in kept else 0.0 for e in range(len(warm))]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("retrieval", {}), ("lorauter", {}), ("logo", {}), ("logo", {"by": "entropy"})],
+)
+def test_each_row_of_a_batch_has_its_own_mixture(
+    base: Base, encoder: FakeEncoder, name: str, options: dict[str, Any]
+) -> None:
+    experts, bare, questions = make_uneven_experts(base), load_base(base.name), encode(base)
+    routed = RoutedModel(base, pool_of(experts), make_router(name, **options))
+    together = routed.score(questions)
+    texts = routed.generate([question.query for question in questions], 4)
+    facts = {n: facts_of(experts, n) for n in base.linears}
+    seen = set()
+    for question, scores, text in zip(questions, together, texts, strict=True):
+        weights = weights_alone(bare, name, experts, question, options.get("by", "norm"))
+        seen.add(tuple(weights))
+        plain = base_with(base, lambda linear, x_D, w=weights: mixed(x_D, facts[linear], w))
+        for choice, actual in zip(question.choices, scores, strict=True):
+            expected = plain_score(plain, question.context, choice)
+            assert actual.loglikelihood == pytest.approx(expected.loglikelihood, abs=3e-4)
+            assert actual.eos_loglikelihood == pytest.approx(expected.eos_loglikelihood, abs=3e-4)
+            assert actual.is_greedy == expected.is_greedy
+        ids = plain_generate(plain, question.context, 4)
+        assert text == base.tokenizer.decode(ids, skip_special_tokens=True)
+    assert len(seen) > 2
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_logo_keeps_the_strongest(base: Base, top_k: int) -> None:
+    experts, bare = make_uneven_experts(base, 6), load_base(base.name)
+    questions = encode(base)
+    logo = make_router("logo", top_k=top_k)
+    assert isinstance(logo, QueryRouter)
+    routed_pool = pool_of(experts)
+    linear = PROBED[base.model.config.model_type]
+    x_QD = torch.stack([last_input(bare, question.context) for question in questions])
+    weights_QK, indices_QK = logo.mixture(routed_pool, [], Probe(linear, lambda: x_QD))
+    for question, weights, indices in zip(questions, weights_QK, indices_QK, strict=True):
+        scores = logo_weights(bare, experts, question.context, "norm")
+        kept = sorted(range(6), key=lambda e: -scores[e])[:top_k]
+        assert indices.tolist() == kept
+        expected = [scores[e] / sum(scores[k] for k in kept) for e in kept]
+        assert weights.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["retrieval", "logo"])
+def test_a_question_alone_is_scored_as_in_any_batch(
+    base: Base, encoder: FakeEncoder, name: str
+) -> None:
+    routed = RoutedModel(base, pool_of(make_uneven_experts(base)), name)
+    questions = encode(base)
+    together = routed.score(questions)
+    turned = routed.score(questions[::-1])[::-1]
+    for question, scores, others in zip(questions, together, turned, strict=True):
+        (alone,) = routed.score([question])
+        for one, two, three in zip(scores, others, alone, strict=True):
+            assert one.mean == pytest.approx(two.mean, abs=1e-4)
+            assert one.mean == pytest.approx(three.mean, abs=1e-4)
+
+
+def test_rows_that_end_early_leave_the_others_their_mixtures(
+    base: Base, encoder: FakeEncoder
+) -> None:
+    routed = RoutedModel(base, pool_of(make_uneven_experts(base)), "retrieval")
+    queries = [question.query for question in encode(base)]
+    whole = [routed.generate([query], 6)[0] for query in queries]
+    assert routed.generate(queries, 6) == whole
+    stop = next(text for text in whole if len(text) > 1)[:1]
+    assert routed.generate(queries, 6, stops=[stop]) == [text.split(stop)[0] for text in whole]
+
+
+def test_a_pass_that_nobody_announced_is_refused(base: Base) -> None:
+    RoutedModel(base, pool_of(make_uneven_experts(base)), "logo")
+    with pytest.raises(PhatgooseError, match="looks at whole queries: use the routed model's"):
+        plain_logits(base, [5, 9, 11], [12])
