@@ -85,7 +85,7 @@ COLUMNS = (
     "also knows",
     "options",
     "cost per token and linear",
-    "of T5-XL's own, with 36 / 166 experts",
+    "in % of T5-XL's linears, E = 36 / 166",
 )
 _KINDS: dict[type[Router], tuple[str, str]] = {
     TokenRouter: ("token", "token and linear"),
@@ -189,7 +189,7 @@ def _share(cost: str, top_k: int) -> str:
             n * operations(cost, D=inputs, O=outputs, **sizes) for n, inputs, outputs in T5_XL
         )
         shares.append(f"{100 * added / base:.1f}")
-    return f"{' / '.join(shares)} %"
+    return " / ".join(shares)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -105,7 +105,10 @@ class RunConfig:
         if MULTITASK not in self.router:
             return None
         steps = (self.router[MULTITASK] or {}).get("steps")
-        steps = len(self.pool["tasks"]) * self.train.lora.steps if steps is None else steps
+        if steps is None:
+            steps = len(self.pool["tasks"]) * self.train.lora.steps
+        if not isinstance(steps, int):
+            raise PhatgooseError(f"router.multitask.steps={steps}: not a whole number")
         return replace(self.train, lora=replace(self.train.lora, steps=steps), gates=None)
 
 

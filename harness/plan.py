@@ -141,9 +141,10 @@ def make_plan(config: RunConfig) -> Plan:
     jobs = pool_jobs(config, base, registry, pool)
     multitask = multitask_job(config, base, pool)
     routers = config.routers([job.card.name for job in jobs])
-    if "train" in config.stages or needs_profiles(routers.values()):
+    evaluates = "evaluate" in config.stages
+    if "train" in config.stages or (evaluates and needs_profiles(routers.values())):
         jobs = with_profiles(config, jobs, pool)
-    if "evaluate" in config.stages:
+    if evaluates:
         check_needs(routers, jobs, registry, config.train)
     finished, characters = {}, 0.0
     for job in [*jobs, *([multitask] if multitask else [])]:

@@ -105,7 +105,7 @@ def _train(plan: "Plan") -> dict[str, str]:
 
 
 def _measure_profiles(plan: "Plan", cluster: "Cluster") -> None:
-    """Measure the profiles that routers will look at and that the pool lacks."""
+    """Measure the profiles that the pool lacks, after a training that was cut short or long ago."""
     from harness.registry import Registry
     from harness.registry_actor import registry_actor
     from harness.train import measure_profiles

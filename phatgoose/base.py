@@ -37,9 +37,11 @@ ADAPTED_LINEARS = {
     "t5": r"(SelfAttention|EncDecAttention)\.[qkvo]|DenseReluDense\.(wi|wi_0|wi_1|wo)",
     "mt5": r"(SelfAttention|EncDecAttention)\.[qkvo]|DenseReluDense\.(wi|wi_0|wi_1|wo)",
     "gpt_neox": r"attention\.(query_key_value|dense)|mlp\.(dense_h_to_4h|dense_4h_to_h)",
+    "phi3": r"self_attn\.(qkv|o)_proj|mlp\.(gate_up|down)_proj",
     **dict.fromkeys(
-        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "smollm3", "olmo2"), _DECODER
+        ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo", "olmo2", "granite"), _DECODER
     ),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), _DECODER),
 }
 
 
@@ -116,8 +118,11 @@ def load_base(
     Raises:
         PhatgooseError: the base cannot be found, or its architecture is not in `ADAPTED_LINEARS`.
     """
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise PhatgooseError(f"base {name}: dtype is {dtype!r}: float32, bfloat16 or float16")
     folder = locate_base(name, revision=revision)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    _pattern_of(config.model_type)  # before weights are read
     family = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     transformers_logging.disable_progress_bar()
     model = family.from_pretrained(
@@ -162,13 +167,7 @@ def adapted_linears(model: PreTrainedModel) -> tuple[str, ...]:
         PhatgooseError: the architecture is unknown, or the table matches not all of its linears.
     """
     kind = model.config.model_type
-    if kind not in ADAPTED_LINEARS:
-        known = ", ".join(sorted(ADAPTED_LINEARS))
-        raise PhatgooseError(
-            f"it is not known which linears of a {kind!r} model to adapt (known: {known}): "
-            "add it to phatgoose.base.ADAPTED_LINEARS"
-        )
-    pattern = re.compile(rf".*\.({ADAPTED_LINEARS[kind]})")
+    pattern = _pattern_of(kind)
     head = model.get_output_embeddings()
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
     missed = [name for name in linears if not pattern.fullmatch(name)]
@@ -179,6 +178,17 @@ def adapted_linears(model: PreTrainedModel) -> tuple[str, ...]:
             "mend phatgoose.base.ADAPTED_LINEARS"
         )
     return tuple(linears)
+
+
+def _pattern_of(kind: str) -> re.Pattern[str]:
+    """What the names of the adapted linears of an architecture look like."""
+    if kind not in ADAPTED_LINEARS:
+        known = ", ".join(sorted(ADAPTED_LINEARS))
+        raise PhatgooseError(
+            f"it is not known which linears of a {kind!r} model to adapt (known: {known}): "
+            "add it to phatgoose.base.ADAPTED_LINEARS"
+        )
+    return re.compile(rf".*\.({ADAPTED_LINEARS[kind]})")
 
 
 def fingerprint(folder: Path) -> str:

@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ import pytest
 from harness.config import GROUPS, RunConfig, groups, load_config
 from harness.run import main
 from phatgoose.errors import PhatgooseError
-from phatgoose.routers import Phatgoose, Single
+from phatgoose.routers import ROUTERS, Phatgoose, Single, make_router
 
 RUN = "run.dir=/data/run"
 
@@ -217,3 +218,59 @@ def test_a_mistyped_command_line_ends_within_seconds(tmp_path: Path) -> None:
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert imported.isdisjoint({"ray", "deepspeed", "lm_eval", "datasets", "transformers"})
     assert time.monotonic() - started < 30
+
+
+def test_a_variant_stands_beside_the_router_that_it_is_a_variant_of() -> None:
+    config = load(
+        "+router.top1.kind=phatgoose", "+router.top1.top_k=1", "router=[phatgoose,arrow_phatgoose]"
+    )
+    routers = config.routers([])
+    assert routers == {
+        "phatgoose": make_router("phatgoose"),
+        "arrow_phatgoose": make_router(
+            "arrow", top_k=2, temperature=10.0, divide_by_sqrt_d=True, mix="outputs"
+        ),
+        "top1": make_router("phatgoose", top_k=1),
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["+router.mine.kind=phatgose"], "router.mine.kind=phatgose: no such router; did you mean"),
+        (["+router.mine.kind=oracle"], "router.mine.kind=oracle: no such router"),
+        (["+router.a/b.kind=arrow"], "a router's name is letters, digits and _"),
+        (["router=[arrow]", "router.arrow.mix=x"], "router arrow: mix is 'x'"),
+        (["router=[arrow]", "router.arrow.top_k=two"], "'two'"),
+        (["router=[genknowsub]", "pool.general=nobody"], "no expert 'nobody'"),
+        (["router=[genknowsub]", "~pool.general"], "router genknowsub: name the general expert"),
+        (["train.gates=null"], "router phatgoose needs gates, and train.gates is null"),
+        (["router=[multitask]", "router.multitask.steps=0"], "steps of at least 1"),
+        (["router=[multitask]", "router.multitask.steps=many"], "router.multitask.steps"),
+        (["router=[multitask]", "+pool.tasks.multitask.members=[plural]"], "multitask"),
+    ],
+)
+def test_routers_that_cannot_be_are_refused(arguments: list[str], expected: str) -> None:
+    with pytest.raises(PhatgooseError, match=re.escape(expected)):
+        load(*arguments)
+
+
+def test_every_router_is_among_all() -> None:
+    """A YAML for each, with the class's own defaults, and a line in all.yaml."""
+    config = load("router=[all]")
+    assert {*config.router, "single", "all"} == set(groups()["router"])
+    assert set(ROUTERS) - {"single"} <= set(config.router)
+    for name, router in config.routers([]).items():
+        kind = (config.router[name] or {}).get("kind")
+        if kind is None and name not in ("genknowsub", "multitask"):
+            assert router == make_router(name), name
+
+
+def test_the_multitask_expert_is_trained_as_long_as_all_experts_together() -> None:
+    recipe = load("router=[multitask]").multitask_recipe
+    assert recipe is not None
+    assert (recipe.lora.steps, recipe.gates) == (8 * 24, None)
+    recipe = load("router=[multitask]", "router.multitask.steps=5").multitask_recipe
+    assert recipe is not None
+    assert recipe.lora.steps == 5
+    assert load().multitask_recipe is None

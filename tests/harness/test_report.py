@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 
 from harness import report, results
 from harness.storage import Folder
-from harness.summary import RESAMPLES, interval, oracle_rows, resampled_means, summary_rows
+from harness.summary import (
+    RESAMPLES,
+    best_individual_rows,
+    interval,
+    oracle_rows,
+    resampled_means,
+    summary_rows,
+)
 from phatgoose.errors import PhatgooseError
 
 # task -> router -> metric -> one value per document
@@ -203,6 +210,23 @@ def test_the_oracle_takes_the_samples_of_its_experts() -> None:
     oracle, chosen = find(rows, "oracle", "acc", "t"), find(rows, "single:good", "acc", "t")
     same = ("value", "low", "high", "difference", "difference_low", "difference_high")
     assert [oracle[key] for key in same] == [chosen[key] for key in same]
+
+
+def test_the_best_individual_is_the_best_on_average_and_no_oracle() -> None:
+    """`a` is best on one task and in nll, `b` on average over the primary metrics."""
+    acc = {"one": {"a": 0.9, "b": 0.7, "c": 0.7}, "two": {"a": 0.1, "b": 0.5, "c": 0.5}}
+    nll = {"a": 0.1, "b": 2.0, "c": 2.0}
+    answers: Answers = {
+        task: {f"single:{e}": {"acc": [share], "nll": [nll[e]]} for e, share in shares.items()}
+        for task, shares in acc.items()
+    }
+    rows = best_individual_rows(tables(answers)[0])
+    found = {(row["task"], row["metric"]): row["value"] for row in rows}
+    expected = {("one", "acc"): 0.7, ("two", "acc"): 0.5, ("one", "nll"): 2.0, ("two", "nll"): 2.0}
+    assert found == expected
+    for row in rows:
+        assert (row["router"], row["expert"], row["zero_shot"]) == ("best_individual", "b", False)
+    assert best_individual_rows(tables({"t": {"merged": {"acc": [1.0]}}})[0]) == []
 
 
 # --- tables and the whole report ---
