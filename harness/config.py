@@ -28,6 +28,12 @@ STAGES = ("train", "evaluate", "report")
 MULTITASK = "multitask"
 # Entries of `router` that stand for single experts.
 _OF_SINGLES = ("single", *DERIVED)
+# The options of entries that are no classes of `ROUTERS`, or are not filled in by the user.
+_OPTIONS: dict[str, list[str]] = {
+    "single": ["experts"],
+    MULTITASK: ["steps"],
+    **{router: [] for router in DERIVED},
+}
 T = TypeVar("T")
 
 
@@ -213,7 +219,8 @@ def _keys(chosen: Sequence[str]) -> list[str]:
 def _known(name: str, known: Sequence[str], problem: str) -> None:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        there_is = f"did you mean {' or '.join(near)}?" if near else f"there is {', '.join(known)}"
+        there_is = f"did you mean {' or '.join(near)}?" if near else "there is "
+        there_is += "" if near else ", ".join(known) or "none"
         raise PhatgooseError(f"{problem}; {there_is}")
 
 
@@ -267,17 +274,22 @@ def _router(composed: DictConfig) -> dict[str, Any]:
     for name, options in composed.router.items():
         if not re.fullmatch(r"[A-Za-z]\w*", str(name)):
             raise PhatgooseError(f"router.{name}: a router's name is letters, digits and _")
-        kind = (options or {}).get("kind", name)
-        own_kind = kind != name
-        _known(
-            str(kind),
-            list(ROUTERS) if own_kind else [*ROUTERS, *DERIVED, MULTITASK],
-            f"router.{name}.kind={kind}: no such router"
-            if own_kind
-            else f"router.{name}: no such router",
-        )
-        if kind in ROUTERS and kind != "single":
+        options = options or {}
+        if "kind" in options:
+            if name in (*ROUTERS, *_OPTIONS):
+                raise PhatgooseError(
+                    f"router.{name}.kind: {name} is a router itself: give the variant another name"
+                )
+            kind = str(options["kind"])
+            kinds = [router for router in ROUTERS if router != "single"]
+            _known(kind, kinds, f"router.{name}.kind={kind}: no such router")
             _options(composed, str(name), ROUTERS[kind])
+        elif name in _OPTIONS:
+            for option in options:
+                _known(str(option), _OPTIONS[name], f"router.{name}.{option}: no such option")
+        else:
+            _known(str(name), [*ROUTERS, *_OPTIONS], f"router.{name}: no such router")
+            _options(composed, str(name), ROUTERS[str(name)])
     return _plain(composed, "router")
 
 
@@ -309,7 +321,9 @@ def _check_values(config: RunConfig) -> None:
         if key in config.pool:
             raise PhatgooseError(f"pool.{key}: it says how to evaluate, and belongs to a suite")
     experts = [task.name for task in config.pool_tasks()]
-    config.suite_tasks()
+    for task in config.suite_tasks():
+        if task.adapter or task.source == "registry":
+            raise PhatgooseError(f"suite task {task.name}: an expert stands in a pool, not here")
     if MULTITASK in experts:
         raise PhatgooseError(f"pool.tasks.{MULTITASK}: that name is the multitask expert's")
     _ = config.multitask_recipe  # an error if its steps are no number

@@ -15,6 +15,7 @@ from harness.train_actor import load_base_on_actor
 from phatgoose.expert import Expert
 from phatgoose.model import RoutedModel
 from phatgoose.pool import Pool
+from phatgoose.profile import Profile
 from phatgoose.query import Query
 from phatgoose.routed_linear import RoutingLog
 from phatgoose.routers import Router
@@ -53,10 +54,12 @@ class EvalActor:
             return expert
 
         loaded = load_base_on_actor(base, fingerprint)
-        pool = open_pool(Registry(registry, fingerprint), experts, fetch)
+        kept = Registry(registry, fingerprint)
+        pool = open_pool(kept, experts, fetch)
         if profiles is not None:
-            calls = [keeper.profile.remote(experts[name], profiles[name]) for name in pool.experts]
-            pool = pool.with_profiles(ray.get(calls))
+            pool = pool.with_profiles(
+                [_profile(kept, keeper, experts[name], profiles[name]) for name in pool.experts]
+            )
         self._pools = {"": pool}
         if multitask is not None:
             self._pools[MULTITASK] = Pool.from_experts([fetch(multitask)])
@@ -76,8 +79,9 @@ class EvalActor:
     def _attach(self, pool: str) -> None:
         """Let the base have this pool: the multitask expert is no member of the other one."""
         if pool != self._attached:
-            self._model.detach()
-            self._attached, self._model = pool, RoutedModel(self._model.base, self._pools[pool])
+            self._model.detach()  # from here on it refuses to answer
+            self._model = RoutedModel(self._model.base, self._pools[pool])
+            self._attached = pool
 
     def _score(self, chunk: Chunk, description: str) -> Answer:
         base = self._model.base
@@ -104,6 +108,14 @@ class EvalActor:
         texts = [_cut_text(r, text) for r, text in zip(requests, written, strict=True)]
         read = sum(len(tokenizer(request.context)["input_ids"]) for request in requests)
         return Answer(texts=texts, tokens=read + sum(r.max_new_tokens for r in requests))
+
+
+def _profile(registry: Registry, keeper: Any, content_hash: str, profile_id: str) -> Profile:
+    """A profile, mapped where this node sees the registry's files."""
+    if registry.has_profile(content_hash, profile_id):
+        return registry.profile(content_hash, profile_id)
+    profile: Profile = ray.get(keeper.profile.remote(content_hash, profile_id))
+    return profile
 
 
 def _query(request: Request, description: str) -> Query:

@@ -7,6 +7,7 @@ lm-eval ──requests──► ShardedLM ──chunks──► journal, else ev
 
 import contextlib
 import io
+import json
 import math
 import statistics
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from phatgoose.routers.interface import side_information
 from phatgoose.scoring import Score
 
 # Raise it whenever the same chunk would be answered differently than before.
-_ANSWER_VERSION = 2
+_ANSWER_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ class Evaluation:
                 **labels,
                 **self._common,
                 "top_k": _options(router).get("top_k"),
+                "options": json.dumps({"kind": type(router).name(), **_options(router)}),
                 "zero_shot": router.zero_shot,
                 "side_information": side_information(router),
                 "n": len(documents),

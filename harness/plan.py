@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,7 @@ class Plan:
         jobs: one per expert, in the pool's order.
         multitask: the job of the multitask expert, if there is a router for it.
         finished: content hash by job id, of experts that need no training.
+        characters: by job id, how much text the job trains on, all steps together.
         routers: by their name in results.
         work: what one router has to answer.
         overlaps: inputs that stand on both sides, in words; few enough to go on.
@@ -63,6 +65,7 @@ class Plan:
     jobs: list[TrainJob]
     multitask: TrainJob | None
     finished: dict[str, str]
+    characters: dict[str, float]
     routers: dict[str, Router]
     work: EvaluationWork
     overlaps: list[str]
@@ -73,13 +76,13 @@ class Plan:
     @property
     def open_jobs(self) -> list[TrainJob]:
         """Jobs still to be done, the longest first."""
-        return [job for job in self.all_jobs if job.card.job not in self.finished]
+        jobs = [job for job in self.all_jobs if job.card.job not in self.finished]
+        return sorted(jobs, key=lambda job: -self.characters[job.card.job])
 
     @property
     def all_jobs(self) -> list[TrainJob]:
-        """The pool's jobs and the multitask one, the longest first."""
-        jobs = [*self.jobs, *([self.multitask] if self.multitask else [])]
-        return sorted(jobs, key=lambda job: -_characters(job, self.pool))
+        """The pool's jobs and the multitask one."""
+        return [*self.jobs, *([self.multitask] if self.multitask else [])]
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -146,13 +149,11 @@ def make_plan(config: RunConfig) -> Plan:
         jobs = with_profiles(config, jobs, pool)
     if evaluates:
         check_needs(routers, jobs, registry, config.train)
-    finished, characters = {}, 0.0
-    for job in [*jobs, *([multitask] if multitask else [])]:
-        content_hash = registry.recorded(job.card.job)
-        if content_hash is not None:
-            finished[job.card.job] = content_hash
-        else:
-            characters += _characters(job, pool)
+    all_jobs = [*jobs, *([multitask] if multitask else [])]
+    recorded = {job.card.job: registry.recorded(job.card.job) for job in all_jobs}
+    finished = {job: content for job, content in recorded.items() if content is not None}
+    characters = _characters(all_jobs, pool)
+    unfinished = sum(text for job, text in characters.items() if job not in finished)
     work = evaluation_work(suite, config.chunk_characters)
     plan = Plan(
         config=config,
@@ -163,11 +164,12 @@ def make_plan(config: RunConfig) -> Plan:
         jobs=jobs,
         multitask=multitask,
         finished=finished,
+        characters=characters,
         routers=routers,
         work=work,
         overlaps=overlaps,
         expert_bytes=_expert_bytes(base, config.train.rank),
-        train_seconds=train_seconds(characters, parameters),
+        train_seconds=train_seconds(unfinished, parameters),
         evaluate_seconds=evaluate_seconds(work, len(routers), parameters),
     )
     _check_same_run(plan)
@@ -177,11 +179,15 @@ def make_plan(config: RunConfig) -> Plan:
     return plan
 
 
-def _characters(job: TrainJob, pool: list[TaskData]) -> float:
-    """How much text a job trains on, all steps together."""
+def _characters(jobs: list[TrainJob], pool: list[TaskData]) -> dict[str, float]:
+    """By job id, how much text a job trains on, all steps together."""
     mean = {data.name: mean_characters(data) for data in pool}
-    each = [mean[spec.name] for spec in job.tasks]
-    return job.recipe.batch_size * job.recipe.steps * sum(each) / len(each)
+    return {
+        job.card.job: job.recipe.batch_size
+        * job.steps
+        * statistics.fmean(mean[spec.name] for spec in job.tasks)
+        for job in jobs
+    }
 
 
 def needs_profiles(routers: Iterable[Router]) -> bool:

@@ -36,11 +36,12 @@ def pool_jobs(
         spec = data.spec
         if spec.source == "registry":
             card = registry.load(registry.find(spec.name)).card
+            jobs.append(TrainJob(card, (spec,), config.train))
         elif spec.adapter is not None:
-            card = _adapter_card(config, base, data)
+            jobs.append(_adapter_job(config.train, base, data))
         else:
             card = _card(config.train, base, spec.name, data.fingerprint)
-        jobs.append(TrainJob(card, (spec,), config.train))
+            jobs.append(TrainJob(card, (spec,), config.train))
     return jobs
 
 
@@ -122,29 +123,24 @@ def _card(recipe: Recipe, base: Base, name: str, data: str) -> Card:
     )
 
 
-def _adapter_card(config: RunConfig, base: Base, data: TaskData) -> Card:
-    """The card of an imported expert, and of one whose gates are trained here.
+def _adapter_job(recipe: Recipe, base: Base, data: TaskData) -> TrainJob:
+    """The job of an imported expert, whose gates are trained here if there is data for them.
 
-    Without data its job is that of the import alone, wherever that is done.
+    Without gates its job is that of the import alone, wherever that is done.
     """
     assert data.spec.adapter is not None
     imported = Expert.from_peft(data.spec.adapter, base=base, name=data.spec.name).card
-    job, recipe = imported.job, imported.recipe
-    if data.spec.members:
-        if config.train.gates is None:
-            raise PhatgooseError(
-                f"pool task {data.name}: its members are for gates, and train.gates is null"
-            )
-        job = _digest(
-            {
-                "version": _TRAINING_VERSION,
-                "adapter": imported.job,
-                "data": data.fingerprint,
-                "recipe": asdict(config.train),
-            }
-        )
-        recipe = {**recipe, **asdict(config.train)}
-    return replace(imported, job=job, data_fingerprint=data.fingerprint, recipe=recipe)
+    card = imported
+    if data.spec.members and recipe.gates is not None:
+        # Of the recipe, what made the factors was somebody else's.
+        ours = asdict(recipe)
+        for other in ("rank", "scale", "init_std", "lora"):
+            del ours[other]
+        determines = {"adapter": imported.job, "data": data.fingerprint, "recipe": ours}
+        job = _digest({"version": _TRAINING_VERSION, **determines})
+        card = replace(imported, job=job, recipe={**imported.recipe, **ours})
+    card = replace(card, data_fingerprint=data.fingerprint)
+    return TrainJob(card, (data.spec,), recipe, imported=imported.job)
 
 
 def _digest(determines: dict[str, object]) -> str:

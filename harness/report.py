@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from harness.config import MULTITASK
 from harness.results import (
     ROUTING,
     ROUTING_FOLDER,
@@ -55,6 +57,8 @@ def make_report(folder: Folder) -> str:
         PhatgooseError: a file of the run is damaged, or the files do not belong together.
     """
     training = read_folder(folder, TRAINING_FOLDER, TRAINING)
+    # The multitask expert is no member of the pool, and has no task of its own.
+    training = training.filter(pc.not_equal(training["expert"], MULTITASK))
     parts = [
         experts_table(training)
         if len(training)

@@ -68,6 +68,7 @@ SCORES = pa.schema(
             "experts kept per token or query",
             null="not an option of the router",
         ),
+        _column("options", pa.string(), "what kind of router it is and its options, as JSON"),
         _ZERO_SHOT,
         _SIDE_INFORMATION,
         _SUITE,

@@ -3,6 +3,7 @@
 Plan and check, train what has not been trained, evaluate what has not been answered, report.
 """
 
+import functools
 import os
 import platform
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import results
-from harness.config import CONF, MULTITASK, RunConfig, groups, load_config
+from harness.config import CONF, RunConfig, groups, load_config
 from phatgoose.errors import PhatgooseError
 
 if TYPE_CHECKING:
@@ -50,18 +51,18 @@ def run(config: RunConfig) -> None:
 
     Raises:
         PhatgooseError: a check before work failed, no expert could be had, or, after all else was
-            done, some experts could not be trained.
+            done, some experts, profiles or routers had to be left out.
     """
     _be_quiet()
     # Imported here, so that a mistyped configuration is refused at once.
     from harness.cluster import Cluster, actor_count
-    from harness.plan import make_plan
+    from harness.plan import make_plan, needs_profiles
     from harness.report import make_report
 
     started = time.time()
     plan = make_plan(config)
     print(plan.describe(), flush=True)
-    failures: dict[str, str] = {}
+    problems: list[str] = []
     with Cluster() as cluster:
         to_train = "train" in config.stages and bool(plan.open_jobs)
         if to_train:
@@ -70,42 +71,44 @@ def run(config: RunConfig) -> None:
         record = _record(config, plan, started)
         results.write_run(plan.folder, record)
         if to_train:
-            failures = _train(plan)
-        _measure_profiles(plan, cluster)
+            problems += _train(plan)
         if "evaluate" in config.stages:
-            _evaluate(plan, cluster)
+            if needs_profiles(plan.routers.values()):
+                problems += _measure_profiles(plan, cluster)
+            problems += _evaluate(plan, cluster)
     minutes = (time.time() - started) / 60
     record["calls"][-1] |= {
         "finished": _time(time.time()),
         "minutes": round(minutes, 2),
-        "failures": failures,
+        "problems": problems,
     }
     results.write_run(plan.folder, record)
     if "report" in config.stages:
         print("\n" + make_report(plan.folder), end="")
     print(f"done in {minutes:.1f} min; everything is in {plan.folder}")
-    if failures:
+    if problems:
         raise PhatgooseError(
-            f"{len(failures)} of {len(plan.jobs)} experts were not trained ("
-            + "; ".join(f"{name}: {error}" for name, error in failures.items())
-            + "): the same command tries them again"
+            f"{len(problems)} things could not be done ({'; '.join(problems)}): the same command "
+            "tries them again"
         )
 
 
-def _train(plan: "Plan") -> dict[str, str]:
+def _train(plan: "Plan") -> list[str]:
+    """Train what has not been trained; says what could not be."""
     from harness.registry_actor import registry_actor
     from harness.train import train
 
     keeper = registry_actor(plan.config.registry, plan.base_fingerprint)
     workers = _trainers(plan)
     try:
-        return train(plan.open_jobs, plan.folder, workers, keeper)
+        failures = train(plan.open_jobs, plan.folder, workers, keeper)
     finally:
         workers.close()
+    return [f"expert {name}: {error}" for name, error in failures.items()]
 
 
-def _measure_profiles(plan: "Plan", cluster: "Cluster") -> None:
-    """Measure the profiles that the pool lacks, after a training that was cut short or long ago."""
+def _measure_profiles(plan: "Plan", cluster: "Cluster") -> list[str]:
+    """Measure the profiles that the pool lacks; says what could not be measured."""
     from harness.registry import Registry
     from harness.registry_actor import registry_actor
     from harness.train import measure_profiles
@@ -113,21 +116,22 @@ def _measure_profiles(plan: "Plan", cluster: "Cluster") -> None:
     registry = Registry(plan.config.registry, plan.base_fingerprint)
     experts, lacking = {}, []
     for job in plan.jobs:
-        content_hash = registry.finished(job.card.job)
+        content_hash = registry.recorded(job.card.job)
         if content_hash is None or job.profile_id is None:
             continue
         if not registry.has_profile(content_hash, job.profile_id):
             experts[job.card.name] = content_hash
             lacking.append(job)
     if not lacking:
-        return
+        return []
     cluster.connect()
     workers = _trainers(plan)
     keeper = registry_actor(plan.config.registry, plan.base_fingerprint)
     try:
-        measure_profiles(lacking, experts, workers, keeper)
+        failures = measure_profiles(lacking, experts, workers, keeper)
     finally:
         workers.close()
+    return [f"profile of {name}: {error}" for name, error in failures.items()]
 
 
 def _trainers(plan: "Plan") -> "Workers":
@@ -147,7 +151,8 @@ def _trainers(plan: "Plan") -> "Workers":
     )
 
 
-def _evaluate(plan: "Plan", cluster: "Cluster") -> None:
+def _evaluate(plan: "Plan", cluster: "Cluster") -> list[str]:
+    """Evaluate every router that the pool can serve; says which ones it cannot."""
     import ray
     from tqdm import tqdm
 
@@ -156,33 +161,30 @@ def _evaluate(plan: "Plan", cluster: "Cluster") -> None:
     from harness.evaluate import Evaluation
     from harness.jobs import Workers
     from harness.pack import pool_id
-    from harness.plan import needs_profiles
     from harness.registry import Registry
     from harness.registry_actor import registry_actor
+    from harness.serve import choose
 
     config, registry = plan.config, Registry(plan.config.registry, plan.base_fingerprint)
     experts = _pool(registry, plan)
-    routers = config.routers(list(experts))
-    profiles, multitask = _extras(registry, plan, experts)
-    identities: dict[str, list[str]] = {MULTITASK: [multitask]} if multitask else {}
-    for name, router in routers.items():
-        if profiles and needs_profiles([router]):
-            identities[name] = list(profiles.values())
-    for name in routers:
-        if name.startswith("single:") and name.removeprefix("single:") not in experts:
-            raise PhatgooseError(f"router {name}: the pool lacks that expert; train it first")
+    served = choose(plan, registry, experts)
+    for problem in served.problems:
+        print(problem, file=sys.stderr)
+
+    @functools.cache  # one handle for the whole stage: an actor ends with its last one
+    def keeper() -> Any:
+        return registry_actor(config.registry, plan.base_fingerprint)
 
     def make() -> Any:
-        keeper = registry_actor(config.registry, plan.base_fingerprint)
         remote = ray.remote(EvalActor).options(**actor_options(config.cluster))
         return remote.remote(
             config.base,
             plan.base_fingerprint,
             config.registry,
-            keeper,
+            keeper(),
             experts,
-            profiles,
-            multitask,
+            served.profiles,
+            served.multitask,
             config.run.dir,
         )
 
@@ -196,7 +198,7 @@ def _evaluate(plan: "Plan", cluster: "Cluster") -> None:
         "base": config.base.name,
         "manifest": pool_id(experts),
     }
-    total = plan.work.requests * len(routers)
+    total = plan.work.requests * len(served.routers)
     try:
         with tqdm(total=total, desc="evaluate", unit="request", disable=None) as bar:
             evaluation = Evaluation(
@@ -209,17 +211,18 @@ def _evaluate(plan: "Plan", cluster: "Cluster") -> None:
                 workers,
                 config.chunk_characters,
                 bar.update,
-                identities,
+                served.identities,
             )
             rows = []
-            for place, (name, router) in enumerate(routers.items()):
+            for place, (name, router) in enumerate(served.routers.items()):
                 if place == 1:
-                    evaluation.ask_ahead(routers)
+                    evaluation.ask_ahead(served.routers)
                 rows += evaluation.run(name, router)
                 evaluation.write_scores(rows)
             evaluation.write_scores(rows, derived=set(config.router))
     finally:
         workers.close()
+    return served.problems
 
 
 def _pool(registry: "Registry", plan: "Plan") -> dict[str, str]:
@@ -235,27 +238,6 @@ def _pool(registry: "Registry", plan: "Plan") -> dict[str, str]:
     if lacking:
         print(f"the pool lacks {len(lacking)} experts: {', '.join(lacking)}", file=sys.stderr)
     return experts
-
-
-def _extras(
-    registry: "Registry", plan: "Plan", experts: dict[str, str]
-) -> tuple[dict[str, str] | None, str | None]:
-    """The experts' profile ids by name, and the multitask expert, where routers need them."""
-    from harness.plan import needs_profiles
-
-    profiles = None
-    if needs_profiles(plan.routers.values()):
-        profiles = {
-            job.card.name: job.profile_id
-            for job in plan.jobs
-            if job.card.name in experts and job.profile_id is not None
-        }
-    multitask = None
-    if plan.multitask is not None:
-        multitask = registry.finished(plan.multitask.card.job)
-        if multitask is None:
-            raise PhatgooseError("router multitask: its expert is not trained: run the stage train")
-    return profiles, multitask
 
 
 def _record(config: RunConfig, plan: "Plan", started: float) -> dict[str, Any]:

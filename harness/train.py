@@ -43,7 +43,7 @@ def train(
 
     failures: dict[str, str] = {}
     waiting = list(range(len(jobs)))
-    recipe_steps = [job.recipe.steps for job in jobs]
+    recipe_steps = [job.steps for job in jobs]
     done_steps = 0
     with tqdm(total=sum(recipe_steps), desc="train", unit="step", disable=None) as bar:
 
@@ -73,7 +73,7 @@ def train(
 
 def measure_profiles(
     jobs: Sequence[TrainJob], experts: Mapping[str, str], workers: Workers, keeper: Any
-) -> None:
+) -> dict[str, str]:
     """Measure the profiles of experts that were made before.
 
     Args:
@@ -82,18 +82,21 @@ def measure_profiles(
         workers: the training actors.
         keeper: the registry's actor.
 
-    Raises:
-        PhatgooseError: a profile cannot be measured.
+    Returns:
+        What went wrong, by expert.
     """
-    calls = [(job, keeper.load.remote(experts[job.card.name])) for job in jobs]
+    failures = {}
+    calls = [(job, experts[job.card.name], keeper) for job in jobs]
     with tqdm(total=len(jobs), desc="profile", unit="expert", disable=None) as bar:
         for index, result in workers.run("profile", calls, tick=lambda _: None):
             job = jobs[index]
             if isinstance(result, Failure):
-                raise PhatgooseError(f"profile of expert {job.card.name}: {result.error}")
-            content_hash = experts[job.card.name]
-            ray.get(keeper.put_profile.remote(content_hash, job.profile_id, result))
+                failures[job.card.name] = result.error
+            else:
+                content_hash = experts[job.card.name]
+                ray.get(keeper.put_profile.remote(content_hash, job.profile_id, result))
             bar.update()
+    return failures
 
 
 def _steps_under_way(actors: Sequence[Any]) -> int:
@@ -124,14 +127,17 @@ def _publish(folder: Folder, keeper: Any, job: TrainJob, result: tuple[Any, ...]
     try:
         # References are passed on: experts go from actor to actor, not through the driver.
         content_hash = ray.get(keeper.publish.remote(expert))
-        if job.profile_id is not None:
-            ray.get(keeper.put_profile.remote(content_hash, job.profile_id, profile))
     except RayTaskError as error:
         if isinstance(error.cause, PhatgooseError):
             raise error.cause from None
         return _Lost(f"not published: {last_line(error)}")
     except RayError as error:
         return _Lost(f"not published: {last_line(error)}")
+    if profile is not None:
+        try:
+            ray.get(keeper.put_profile.remote(content_hash, job.profile_id, profile))
+        except RayError as error:  # it is measured again before a router needs it
+            tqdm.write(f"no profile of {job.card.name}: {last_line(error)}", file=sys.stderr)
     if not rows:
         return "imported, without gates"
     losses = [f"{row['loss']:.2f}" for row in rows if row["split"] == "evaluation"]

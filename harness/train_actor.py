@@ -2,9 +2,9 @@
 
 import hashlib
 import itertools
+import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import ray
@@ -33,12 +33,22 @@ class TrainJob:
         tasks: one; all of the pool's for the multitask expert.
         recipe: how to train it.
         profile_id: in which way its profile is to be measured; None if it gets none.
+        imported: the id of the import that the task's adapter must be, if it has one.
     """
 
     card: Card
     tasks: tuple[TaskSpec, ...]
     recipe: Recipe
     profile_id: str | None = None
+    imported: str | None = None
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps that it takes: of the gates alone for an adapter, if there is data."""
+        if self.imported is None:
+            return self.recipe.steps
+        gates = self.recipe.gates if self.tasks[0].members else None
+        return 0 if gates is None else gates.steps
 
 
 class TrainActor:
@@ -65,11 +75,14 @@ class TrainActor:
         self._base = load_base_on_actor(base, fingerprint)
         self._steps = 0
 
-    def train(self, job: TrainJob) -> tuple[list[dict[str, Any]], ray.ObjectRef, ray.ObjectRef]:
+    def train(
+        self, job: TrainJob
+    ) -> tuple[list[dict[str, Any]], ray.ObjectRef, ray.ObjectRef | None]:
         """Make one expert.
 
         Returns:
-            Its training curve, and references to the expert and to its profile's bytes (or None).
+            Its training curve, a reference to the expert, and one to its profile's bytes if it has
+            a profile.
         """
         train, evaluation = self._examples(job)
         rows: list[dict[str, Any]] = []
@@ -80,26 +93,43 @@ class TrainActor:
             self._steps += progress.split == "train"
 
         print(f"training {job.card.name} (job {job.card.job})", flush=True)
-        train_one = partial(train_expert, engine=self._engine, report=report)
-        train_its_gates = partial(train_gates, engine=self._engine, report=report)
-        adapter = job.tasks[0].adapter
-        if adapter is None:
-            expert = train_one(self._base, job.card, train, evaluation, job.recipe)
+        if job.imported is None:
+            expert = train_expert(
+                self._base,
+                job.card,
+                train,
+                evaluation,
+                job.recipe,
+                engine=self._engine,
+                report=report,
+            )
         else:
-            expert = Expert.from_peft(adapter, base=self._base, name=job.card.name)
-            expert = Expert(job.card, expert.linears)
-            if train:
-                expert = train_its_gates(self._base, expert, train, evaluation, job.recipe)
+            expert = self._import(job)
+            if job.steps:
+                expert = train_gates(
+                    self._base,
+                    expert,
+                    train,
+                    evaluation,
+                    job.recipe,
+                    engine=self._engine,
+                    report=report,
+                )
         print(f"trained {job.card.name}: {expert.card.metrics}", flush=True)
         self._steps = 0
-        return rows, ray.put(expert), ray.put(self._measure(job, expert, train))
+        profile = None
+        if job.profile_id is not None:
+            try:
+                profile = ray.put(self._measure(job, expert, train))
+            # An expert is worth more than its profile, which can be measured again.
+            except Exception as error:
+                print(f"no profile of {job.card.name}: {error}", flush=True)
+        return rows, ray.put(expert), profile
 
-    def profile(self, job: TrainJob, expert: Expert) -> bytes:
-        """Measure the profile of an expert that is there already; returns its bytes."""
+    def profile(self, job: TrainJob, content_hash: str, keeper: Any) -> bytes:
+        """Measure the profile of an expert that the registry has; returns its bytes."""
         train, _ = self._examples(job)
-        profile = self._measure(job, expert, train)
-        assert profile is not None  # only jobs with a profile are sent here
-        return profile
+        return self._measure(job, ray.get(keeper.load.remote(content_hash)), train)
 
     def steps(self) -> int:
         """Optimiser steps done of the job under way."""
@@ -117,11 +147,22 @@ class TrainActor:
             )
         train = [read_records(item.train) for item in data]
         evaluation = [read_records(item.evaluation) for item in data]
-        return _interleaved(train), _interleaved(evaluation)
+        return _mixed(train, job.recipe.seed), _in_turn(evaluation)
 
-    def _measure(self, job: TrainJob, expert: Expert, examples: list[Example]) -> bytes | None:
-        if job.profile_id is None or self._profile is None:
-            return None
+    def _import(self, job: TrainJob) -> Expert:
+        """The expert of the job's adapter, which must be that of the plan."""
+        adapter = job.tasks[0].adapter
+        assert adapter is not None
+        expert = Expert.from_peft(adapter, base=self._base, name=job.card.name)
+        if expert.card.job != job.imported:
+            raise PhatgooseError(
+                f"expert {job.card.name}: the adapter {adapter} on this node is not the one that "
+                "the plan was made with: put the same files on every node, and start again"
+            )
+        return Expert(job.card, expert.linears)
+
+    def _measure(self, job: TrainJob, expert: Expert, examples: list[Example]) -> bytes:
+        assert self._profile is not None  # the plan's, where any job has a profile
         (data,) = prepare_all(job.tasks)
         profile = measure_profile(
             self._base, expert, examples, self._profile, description=data.description
@@ -155,12 +196,19 @@ def data_fingerprint(data: Sequence[TaskData]) -> str:
     return hashlib.sha256("".join(item.fingerprint for item in data).encode()).hexdigest()
 
 
-def _interleaved(tasks: Sequence[Sequence[Record]]) -> list[Example]:
-    """One example of each task in turn, as long as it has any: every prefix is fairly mixed."""
+def _mixed(tasks: Sequence[Sequence[Record]], seed: int) -> list[Example]:
+    """The examples of all tasks; of several in a random order, so that every part is a fair one."""
+    examples = [_example(record) for records in tasks for record in records]
+    if len(tasks) > 1:
+        random.Random(seed).shuffle(examples)
+    return examples
+
+
+def _in_turn(tasks: Sequence[Sequence[Record]]) -> list[Example]:
+    """One example of each task in turn, as long as it has any."""
     rounds = itertools.zip_longest(*tasks)
-    return [
-        Example(record.input, record.targets[0], tuple(record.choices))
-        for records in rounds
-        for record in records
-        if record is not None
-    ]
+    return [_example(r) for records in rounds for r in records if r is not None]
+
+
+def _example(record: Record) -> Example:
+    return Example(record.input, record.targets[0], tuple(record.choices))

@@ -11,6 +11,7 @@ import re
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,9 @@ from phatgoose.cache import cache_dir, fetch_distribution
 from phatgoose.errors import PhatgooseError
 
 _DECODER = r"self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj"
+
+# The projection that makes queries, alone or fused with those of keys and values.
+_QUERY_PROJECTION = re.compile(r".*(SelfAttention\.q|q_proj|qkv_proj|query_key_value)")
 
 # Which linears an expert adapts: every one of the attention and feed-forward blocks (PHATGOOSE,
 # section 5.1), by the model type in the base's configuration.
@@ -178,6 +182,13 @@ def adapted_linears(model: PreTrainedModel) -> tuple[str, ...]:
             "mend phatgoose.base.ADAPTED_LINEARS"
         )
     return tuple(linears)
+
+
+def last_query_projection(base: Base, adapted: Container[str]) -> str | None:
+    """The last query projection among these linears, of the encoder if there is one."""
+    side = "encoder." if base.is_encoder_decoder else ""
+    names = [name for name in base.linears if name.startswith(side) and name in adapted]
+    return next((name for name in reversed(names) if _QUERY_PROJECTION.fullmatch(name)), None)
 
 
 def _pattern_of(kind: str) -> re.Pattern[str]:

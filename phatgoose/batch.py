@@ -36,6 +36,11 @@ class Batch:
             queries_B = torch.arange(len(mask_BL), device=mask_BL.device)
         self.masks[side], self.queries[side] = mask_BL, queries_B
 
+    def clear(self) -> None:
+        """Forget the passes before: what comes now was not announced."""
+        self.masks, self.queries = {}, {}
+        self.mixture = self.bias_QE = None
+
     def query_T(self, side: str, tokens: int) -> Tensor:  # a shape suffix
         """The query that each of a pass's tokens, row after row, belongs to."""
         queries_B = self.queries[side]

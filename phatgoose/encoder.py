@@ -114,7 +114,7 @@ def _load(name: str, device: str) -> Encoder:
     except ImportError as error:
         raise PhatgooseError(
             f"encoder {name} needs sentence-transformers ({_reason(error)}): "
-            "pip install 'phatgoose[embeddings]'"
+            "pip install sentence-transformers"
         ) from error
     folder = _locate(name)
     _check_folder(name, folder)

@@ -3,14 +3,14 @@
 Shape suffixes: D input features, E experts, K experts kept, Q queries.
 """
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from phatgoose.base import Base
+from phatgoose.base import Base, last_query_projection
 from phatgoose.batch import Batch
 from phatgoose.encoding import encode_context
 from phatgoose.errors import PhatgooseError
@@ -22,8 +22,6 @@ from phatgoose.routed_linear import RoutedLinear, RoutingLog
 from phatgoose.routers import Merge, QueryRouter, Router, TokenRouter, Wrapper, make_router
 from phatgoose.routers.interface import Probe
 from phatgoose.scoring import Question, Score, pad_rows, score
-
-_QUERY_PROJECTION = re.compile(r".*(SelfAttention\.q|q_proj|query_key_value)")
 
 
 class RoutedModel:
@@ -60,14 +58,20 @@ class RoutedModel:
         }
         for name, linear in self._linears.items():
             replace_module(base.model, name, linear)
-        self.set_router(router)
+        self._attached = True
+        try:
+            self.set_router(router)
+        except BaseException:
+            self.detach()
+            raise
 
     @torch.no_grad()
     def set_router(self, router: Router | str) -> None:
         """Route by `router`, or the router of that name, from now on.
 
         Raises:
-            PhatgooseError: there is no router of that name, or the pool lacks what it needs.
+            PhatgooseError: there is no router of that name, or the pool lacks what it needs; then
+                the router before it stays.
         """
         router = make_router(router) if isinstance(router, str) else router
         router.check(self.pool)
@@ -80,19 +84,25 @@ class RoutedModel:
         pool = self._given if isinstance(acting, Merge) else self.pool
         for wrapper in wrappers:
             pool = wrapper.change(pool)
-        for name, linear in self._linears.items():
-            factors = pool.linears[name]
-            if isinstance(acting, TokenRouter):
-                rule = acting.rule(pool, name)
-                linear.set_token_rule(factors, rule, mixes_factors=acting.mix == "factors")
-            elif isinstance(acting, QueryRouter):
-                linear.set_query_mixture(factors)
-            elif isinstance(acting, Merge):
-                like = self.pool.linears[name].lora_A_ERD
-                linear.set_static([matrix.to(like) for matrix in acting.merge(pool, name)])
-            else:
-                linear.clear()
+        install = [self._prepare(acting, pool, name) for name in self._linears]
+        for call in install:  # now that nothing can go wrong any more
+            call()
         self.router, self._acting, self._acting_pool = router, acting, pool
+
+    def _prepare(self, router: Router, pool: Pool, name: str) -> Callable[[], None]:
+        """All that one linear needs for a router, and the call that puts it there."""
+        linear, factors = self._linears[name], pool.linears[name]
+        if isinstance(router, TokenRouter):
+            rule, mixes_factors = router.rule(pool, name), router.mix == "factors"
+            return lambda: linear.set_token_rule(factors, rule, mixes_factors=mixes_factors)
+        if isinstance(router, QueryRouter):
+            return lambda: linear.set_query_mixture(factors)
+        if isinstance(router, Merge):
+            moved = _moved(factors, self.base.device)
+            matrices = router.merge(replace(pool, linears={name: moved}), name)
+            static = linear.as_static(matrices)
+            return lambda: linear.set_static(static)
+        return linear.clear
 
     def score(self, questions: Sequence[Question]) -> list[list[Score]]:
         """Score every choice of every question in one batch; see `phatgoose.scoring.score`."""
@@ -124,14 +134,20 @@ class RoutedModel:
             self.record(before)
 
     @contextmanager
-    def listening(self, hear: Callable[[str, Tensor], None]) -> Iterator[None]:
-        """Within the block, tell `hear` the name and the input of each adapted linear that runs."""
+    def listening(
+        self, hear: Callable[[str, Tensor], None], linears: Sequence[str] | None = None
+    ) -> Iterator[None]:
+        """Within the block, tell `hear` the name and the input of each adapted linear that runs.
+
+        Only those named in `linears`, if it is given.
+        """
 
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             assert isinstance(module, RoutedLinear)
             hear(module.name, args[0])
 
-        handles = [linear.register_forward_pre_hook(hook) for linear in self._linears.values()]
+        chosen = self._linears if linears is None else linears
+        handles = [self._linears[name].register_forward_pre_hook(hook) for name in chosen]
         try:
             yield
         finally:
@@ -139,13 +155,16 @@ class RoutedModel:
                 handle.remove()
 
     def detach(self) -> None:
-        """Put the frozen linears back, so that the base is as it was."""
+        """Put the frozen linears back, so that the base is as it was; this model ends with it."""
+        self._attached = False
         for name, linear in self._linears.items():
             replace_module(self.base.model, name, linear.base)
 
     @contextmanager
     def _decided(self, queries: Sequence[Query], contexts: Sequence[list[int]]) -> Iterator[None]:
         """Let a router that looks at whole queries decide about those of the next batch."""
+        if not self._attached:
+            raise PhatgooseError("this model was detached from its base: make a new RoutedModel")
         acting, pool = self._acting, self._acting_pool
         like = next(iter(self.pool.linears.values())).lora_A_ERD
         try:
@@ -159,21 +178,18 @@ class RoutedModel:
                     self.batch.bias_QE = acting.bias(pool, queries).to(like.device)
             yield
         finally:
-            self.batch.mixture = self.batch.bias_QE = None
+            self.batch.clear()
 
     def _probe_linear(self) -> str:
-        side = "encoder." if self.base.is_encoder_decoder else ""
-        names = [n for n in self.base.linears if n.startswith(side) and n in self.pool.linears]
-        found = [name for name in names if _QUERY_PROJECTION.fullmatch(name)]
-        return found[-1] if found else ""
+        return last_query_projection(self.base, self.pool.linears) or ""
 
     def _probe(self, contexts: Sequence[list[int]]) -> Tensor:
         """What `Probe.run` returns: x_QD of the query projection, under the bare base."""
         name, base = self._probe_linear(), self.base
         if not name:
             raise PhatgooseError(
-                "this router reads the last block's query projection, which no expert of the pool "
-                "adapts: use another router"
+                "this router reads the input of a query projection, and the pool adapts none: use "
+                "another router"
             )
         ids_BL, mask_BL = (
             t.to(base.device) for t in pad_rows(contexts, base.tokenizer.pad_token_id)
@@ -182,12 +198,22 @@ class RoutedModel:
         whole = base.model.get_encoder() if base.is_encoder_decoder else base.model.base_model
         self.batch.bare = True
         try:
-            with self.listening(heard.__setitem__):
+            with self.listening(heard.__setitem__, [name]):
                 whole(input_ids=ids_BL, attention_mask=mask_BL)
         finally:
             self.batch.bare = False
         last_B = mask_BL.sum(dim=1) - 1
         return heard[name][torch.arange(len(contexts), device=base.device), last_B]
+
+
+def _moved(factors: PoolLinear, device: torch.device) -> PoolLinear:
+    """The same factors on another device; gates play no part in a merge."""
+    return replace(
+        factors,
+        lora_A_ERD=factors.lora_A_ERD.to(device),
+        lora_B_EOR=factors.lora_B_EOR.to(device),
+        gate_ED=None,
+    )
 
 
 def _fit(base: Base, pool: Pool) -> Pool:

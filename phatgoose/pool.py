@@ -120,6 +120,8 @@ class Pool:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata, keys = file.metadata(), set(file.keys())
+                fingerprint = metadata["base_fingerprint"]
+                experts = tuple(json.loads(metadata["experts"]))
 
                 def read(key: str) -> Tensor | None:
                     return file.get_tensor(key) if key in keys else None
@@ -133,12 +135,11 @@ class Pool:
                     )
                     for name in json.loads(metadata["linears"])
                 }
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
             raise PhatgooseError(
                 f"cannot open the pool {path} ({error}): delete it and save it again"
             ) from error
-        experts = tuple(json.loads(metadata["experts"]))
-        return Pool(metadata["base_fingerprint"], experts, linears)
+        return Pool(fingerprint, experts, linears)
 
     def index(self, expert: str) -> int:
         """The place of an expert; PhatgooseError if the pool has none of that name."""

@@ -29,6 +29,7 @@ class ProfileConfig:
         encoder: name of the sentence encoder (`phatgoose.encoder.load_encoder`).
         embedded_examples: at most so many training examples are embedded.
         activation_examples: at most so many are run through the base with the expert attached.
+        batch_size: so many of them at a time.
         max_input_tokens: inputs are cut to it there.
         max_target_tokens: and targets to it.
     """
@@ -36,6 +37,7 @@ class ProfileConfig:
     encoder: str = "all-minilm-l6-v2"
     embedded_examples: int = 1000
     activation_examples: int = 1000
+    batch_size: int = 16
     max_input_tokens: int = 512
     max_target_tokens: int = 512
 

@@ -22,8 +22,6 @@ from phatgoose.routers.single import Single
 from phatgoose.scoring import Question
 from phatgoose.training import Example
 
-_ROWS = 16
-
 
 def measure_profile(
     base: Base,
@@ -81,8 +79,8 @@ def _listen(
     questions.sort(key=lambda question: question.length)
     statistics = _Statistics(model.batch, expert)
     with model.listening(statistics.hear):
-        for start in range(0, len(questions), _ROWS):
-            model.score(questions[start : start + _ROWS])
+        for start in range(0, len(questions), config.batch_size):
+            model.score(questions[start : start + config.batch_size])
             statistics.end_batch()
     return statistics
 
@@ -99,7 +97,8 @@ class _Statistics:
         self._sums: dict[str, Tensor] = {}  # of the batch under way, [Q, D]
         self._counts: dict[str, Tensor] = {}  # and its tokens, [Q]
         self._means: dict[str, Tensor] = {}  # of the examples before, summed, [D]
-        self._norms: dict[str, list[Tensor]] = {}  # of each token, [T]
+        # Of all tokens: how many, and the sums of their norms and of the squares, float64 [3].
+        self._norms: dict[str, Tensor] = {}
         self._examples = 0
 
     def hear(self, linear: str, x: Tensor) -> None:
@@ -114,7 +113,9 @@ class _Statistics:
         count_Q = self._counts.setdefault(linear, x_TD.new_zeros(questions))
         count_Q.index_add_(0, query_T, torch.ones_like(query_T, dtype=count_Q.dtype))
         along_TR = x_TD @ self._projections[linear].to(x_TD.device).T
-        self._norms.setdefault(linear, []).append(along_TR.norm(dim=-1))
+        norm_T = along_TR.norm(dim=-1).double()
+        sums = torch.stack([torch.ones_like(norm_T), norm_T, norm_T**2]).sum(dim=1)
+        self._norms[linear] = self._norms.get(linear, torch.zeros_like(sums)) + sums
 
     def end_batch(self) -> None:
         """Average over each example's tokens."""
@@ -130,8 +131,9 @@ class _Statistics:
 
     def norms(self) -> dict[str, Tensor]:
         """Per linear, mean and standard deviation over all tokens, float32 [2]."""
-        all_tokens = {name: torch.cat(parts).double() for name, parts in self._norms.items()}
-        return {
-            name: torch.stack([norm_T.mean(), norm_T.std(correction=0)]).float().cpu()
-            for name, norm_T in all_tokens.items()
-        }
+        found = {}
+        for name, (count, total, squares) in self._norms.items():
+            mean = total / count
+            std = (squares / count - mean**2).clamp(min=0).sqrt()
+            found[name] = torch.stack([mean, std]).float().cpu()
+        return found

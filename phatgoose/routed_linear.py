@@ -14,7 +14,7 @@ from phatgoose.batch import Batch, side_of
 from phatgoose.errors import PhatgooseError
 from phatgoose.ops import mix, mix_factors
 from phatgoose.pool import PoolLinear
-from phatgoose.routers.interface import UNKNOWN_QUERIES, TokenRule
+from phatgoose.routers.interface import UNANNOUNCED, TokenRule
 
 
 @dataclass
@@ -102,18 +102,23 @@ class RoutedLinear(nn.Module):
         """Give every token the mixture that the batch has for its query."""
         self.set_token_rule(factors, self._mixture, mixes_factors=False)
 
-    def set_static(self, matrices: Sequence[Tensor]) -> None:
-        """Add one static expert to every token: `lora_A_RD` and `lora_B_OR`, or `delta_OD`.
+    def as_static(self, matrices: Sequence[Tensor]) -> list[Tensor]:
+        """One static expert, `(lora_A_RD, lora_B_OR)` or `(delta_OD,)`, ready for `set_static`.
 
-        Factors are multiplied out where the product is the smaller of the two.
+        Factors are multiplied out where the product is the smaller of the two; what results is
+        rounded to the frozen linear's dtype.
         """
-        self.clear()
-        self._delta = [matrix.contiguous() for matrix in matrices]
         if len(matrices) == 2:
             lora_A_RD, lora_B_OR = matrices
             (rank, inputs), outputs = lora_A_RD.shape, lora_B_OR.shape[0]
             if rank * (inputs + outputs) >= inputs * outputs:
-                self._delta = [lora_B_OR @ lora_A_RD]
+                matrices = [lora_B_OR @ lora_A_RD]
+        return [matrix.to(self.weight).contiguous() for matrix in matrices]
+
+    def set_static(self, matrices: list[Tensor]) -> None:
+        """Add one static expert, from `as_static`, to every token."""
+        self.clear()
+        self._delta = matrices
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` [..., D] to [..., O]."""
@@ -130,6 +135,8 @@ class RoutedLinear(nn.Module):
         factors, x_TD = self._factors, x.reshape(-1, x.shape[-1])
         weights_TK, indices_TK = self._rule(x_TD, self._bias(len(x_TD)))
         if self.log is not None:
+            if self.side not in self._batch.masks:
+                raise PhatgooseError(UNANNOUNCED)
             mask_T = self._batch.masks[self.side].flatten()
             experts = len(factors.lora_A_ERD)
             self.log.add(self.name, weights_TK, indices_TK, mask_T, experts)
@@ -143,7 +150,7 @@ class RoutedLinear(nn.Module):
 
     def _mixture(self, x_TD: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
         if self._batch.mixture is None:
-            raise PhatgooseError(UNKNOWN_QUERIES)
+            raise PhatgooseError(UNANNOUNCED)
         weights_QK, indices_QK = self._batch.mixture
         query_T = self._batch.query_T(self.side, len(x_TD))
         return weights_QK[query_T], indices_QK[query_T]

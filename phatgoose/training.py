@@ -137,17 +137,20 @@ def train_gates(
     """
     card = expert.card
     _check(base, card, train, evaluation, recipe)
-    if recipe.gates is None:
+    stage = recipe.gates
+    if stage is None:
         raise PhatgooseError(f"expert {card.name}: the recipe has no stage gates to train")
     if card.base_fingerprint != base.fingerprint:
         raise PhatgooseError(
             f"expert {card.name} was made with base {card.base_fingerprint[:12]}, and {base.name} "
             f"is {base.fingerprint[:12]}: load the base it was made with"
         )
+    if recipe.validate_every > stage.steps:  # nothing need be kept out of training
+        recipe = dataclasses.replace(recipe, validate_every=0)
     layers = attach_expert(base.model, expert)
     try:
         job = _Job(base, layers, train, evaluation, recipe, engine, report)
-        metrics = card.metrics | job.train_gates(card.name, recipe.gates)
+        metrics = card.metrics | job.train_gates(card.name, stage)
         linears = read_factors(layers)
     finally:
         detach_lora(base.model, layers)

@@ -6,6 +6,9 @@ token, R LoRA rank, N = T * K pairs of a token and an expert, sorted by expert.
                 x_TD                       pairs sorted by expert: [e0 e0 e0 | e1 | e3 e3 ...]
                   |   gather rows                                   \\________/ one product each
                 x_ND  --A_e-->  h_NR  --* w-->  --B_e-->  y_NO  --scatter, sum over K-->  y_TO
+
+Where a token's choice is a good part of the pool, sorting does not pay: all experts' A at once,
+then each expert's B, with a weight of zero for those that were not chosen.
 """
 
 from collections.abc import Callable
@@ -28,7 +31,7 @@ def mix(
     weights_TK: Tensor,
     scale: float = 1.0,
 ) -> Tensor:
-    """Sum the chosen experts' outputs for each token, touching no expert that was not chosen.
+    """Sum the chosen experts' outputs for each token.
 
     Args:
         x_TD: inputs of the linear.
@@ -41,8 +44,13 @@ def mix(
     Returns:
         `y_TO` in the dtype of `x_TD`: what is added to the frozen linear's output.
     """
-    top_k = indices_TK.shape[1]
-    order_N, counts_E, product = _group(indices_TK, lora_A_ERD, lora_B_EOR)
+    top_k, way = indices_TK.shape[1], _way(lora_A_ERD, lora_B_EOR, indices_TK)
+    if way == "dense":
+        weights_TE1 = _dense_weights(x_TD, lora_A_ERD, indices_TK, weights_TK * scale)
+        h_TER = F.linear(x_TD, lora_A_ERD.flatten(0, 1)).unflatten(1, lora_A_ERD.shape[:2])
+        return _sum_experts(h_TER * weights_TE1, lora_B_EOR)
+    order_N, counts_E = _sort(indices_TK, len(lora_A_ERD))
+    product = _PRODUCTS[way]
     weights_N = weights_TK.flatten()[order_N] * scale
     h_NR = product(x_TD[order_N // top_k], lora_A_ERD, counts_E) * weights_N.unsqueeze(-1)
     return _sum_pairs(product(h_NR, lora_B_EOR, counts_E), order_N, top_k)
@@ -63,8 +71,14 @@ def mix_factors(
 
     Arguments and result are those of `mix`.
     """
-    top_k = indices_TK.shape[1]
-    order_N, counts_E, product = _group(indices_TK, lora_A_ERD, lora_B_EOR)
+    top_k, way = indices_TK.shape[1], _way(lora_A_ERD, lora_B_EOR, indices_TK)
+    if way == "dense":
+        weights_TE1 = _dense_weights(x_TD, lora_A_ERD, indices_TK, weights_TK)
+        h_TER = F.linear(x_TD, lora_A_ERD.flatten(0, 1)).unflatten(1, lora_A_ERD.shape[:2])
+        h_TR = (h_TER * weights_TE1).sum(dim=1)
+        return _sum_experts(h_TR.unsqueeze(1) * (weights_TE1 * scale), lora_B_EOR)
+    order_N, counts_E = _sort(indices_TK, len(lora_A_ERD))
+    product = _PRODUCTS[way]
     weights_N1 = weights_TK.flatten()[order_N].unsqueeze(-1)
     h_NR = product(x_TD[order_N // top_k], lora_A_ERD, counts_E) * weights_N1
     h_TR = _sum_pairs(h_NR, order_N, top_k)
@@ -87,31 +101,50 @@ def mix_reference(
     return scale * torch.einsum("te,teo->to", weights_TE, y_TEO)
 
 
-def _group(
-    indices_TK: Tensor, lora_A_ERD: Tensor, lora_B_EOR: Tensor
-) -> tuple[Tensor, Tensor, Product]:
-    """The pairs sorted by expert: their order, each expert's number, and how to multiply them."""
+def _way(lora_A_ERD: Tensor, lora_B_EOR: Tensor, indices_TK: Tensor) -> str:
+    """The fastest way of those that can take these shapes: `dense`, `grouped` or `loop`.
+
+    The borders were measured (benchmarks/mix.py).
+    """
+    experts, rank, inputs = lora_A_ERD.shape
+    # Up to four experts for one that is chosen, sorting takes longer than evaluating them all.
+    if experts <= 4 * indices_TK.shape[1]:
+        return "dense"
+    # The grouped product looks at every expert, chosen or not: with few pairs in a large pool the
+    # loop over those that were chosen wins, from a fifth as many pairs as experts on it loses.
+    if indices_TK.numel() * 5 < experts:
+        return "loop"
+    # `grouped_mm` wants every operand's rows on 16-byte boundaries.
+    widths, size = (inputs, rank, lora_B_EOR.shape[1]), lora_A_ERD.element_size()
+    return "grouped" if all(width * size % 16 == 0 for width in widths) else "loop"
+
+
+def _dense_weights(
+    x_TD: Tensor, lora_A_ERD: Tensor, indices_TK: Tensor, weights_TK: Tensor
+) -> Tensor:
+    """The weight of every expert for every token, [T, E, 1]."""
+    weights_TE = x_TD.new_zeros(len(x_TD), len(lora_A_ERD))
+    return weights_TE.scatter_add_(1, indices_TK, weights_TK.to(x_TD.dtype)).unsqueeze(-1)
+
+
+def _sum_experts(h_TER: Tensor, lora_B_EOR: Tensor) -> Tensor:
+    """sum_e B_e h_e for every token, without a copy of the B's."""
+    y_TO = h_TER.new_zeros(len(h_TER), lora_B_EOR.shape[1])
+    for h_TR, lora_B_OR in zip(h_TER.unbind(1), lora_B_EOR, strict=True):
+        y_TO.addmm_(h_TR, lora_B_OR.T)
+    return y_TO
+
+
+def _sort(indices_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """The order of the pairs sorted by expert, and how many pairs each expert has."""
     experts_N, order_N = indices_TK.flatten().sort(stable=True)
-    counts_E = torch.bincount(experts_N, minlength=lora_A_ERD.shape[0])
-    grouped = _use_grouped(lora_A_ERD, lora_B_EOR, len(order_N))
-    return order_N, counts_E, _product_grouped if grouped else _product_loop
+    return order_N, torch.bincount(experts_N, minlength=experts)
 
 
 def _sum_pairs(y_NO: Tensor, order_N: Tensor, top_k: int) -> Tensor:
     """Put the pairs back in their tokens' order, and sum over each token's experts."""
     y_TKO = torch.empty_like(y_NO).index_copy_(0, order_N, y_NO).unflatten(0, (-1, top_k))
     return y_TKO.sum(dim=1)
-
-
-def _use_grouped(lora_A_ERD: Tensor, lora_B_EOR: Tensor, pairs: int) -> bool:
-    """Whether the grouped product can take these shapes, and is the faster way."""
-    # It looks at every expert, chosen or not: with few pairs in a large pool the loop over those
-    # that were chosen wins, from a fifth as many pairs as experts on it loses (benchmarks/mix.py).
-    if pairs * 5 < lora_A_ERD.shape[0]:
-        return False
-    # `grouped_mm` wants every operand's rows on 16-byte boundaries.
-    widths = (lora_A_ERD.shape[2], lora_A_ERD.shape[1], lora_B_EOR.shape[1])
-    return all(width * lora_A_ERD.element_size() % 16 == 0 for width in widths)
 
 
 def _product_grouped(x_ND: Tensor, weight_EOD: Tensor, counts_E: Tensor) -> Tensor:
@@ -131,3 +164,6 @@ def _product_loop(x_ND: Tensor, weight_EOD: Tensor, counts_E: Tensor) -> Tensor:
             )
             start += rows
     return y_NO
+
+
+_PRODUCTS: dict[str, Product] = {"grouped": _product_grouped, "loop": _product_loop}

@@ -32,7 +32,7 @@ class Arrow(TokenRouter):
         factors = pool.linears[linear]
         _, v_ERD = thin_svd(factors.lora_A_ERD, factors.lora_B_EOR)
         return arrow_scorer(
-            v_ERD[:, 0].to(factors.lora_A_ERD), self.temperature, self.divide_by_sqrt_d
+            v_ERD[:, 0].clone().to(factors.lora_A_ERD), self.temperature, self.divide_by_sqrt_d
         )
 
 

@@ -10,6 +10,7 @@ features, R rank.
 """
 
 import hashlib
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -51,7 +52,9 @@ _COUNT = _Allowed("a whole number of at least 1", lambda v: isinstance(v, int) a
 # Options of one name mean the same in every router.
 _ALLOWED = {
     "top_k": _COUNT,
-    "temperature": _Allowed("a positive number", lambda value: value > 0),
+    "temperature": _Allowed("a positive number", lambda value: 0 < value < math.inf),
+    "gamma": _Allowed("a number", math.isfinite),
+    "weight": _Allowed("a number", math.isfinite),
     "density": _Allowed("above 0 and at most 1", lambda value: 0 < value <= 1),
     "drop": _Allowed("at least 0 and below 1", lambda value: 0 <= value < 1),
     "candidates": _COUNT,
@@ -67,9 +70,9 @@ def _holds(allowed: _Allowed, value: Any) -> bool:
         return False
 
 
-UNKNOWN_QUERIES = (
-    "this router looks at whole queries: use the routed model's own `score` and `generate`, which "
-    "tell it what they are"
+UNANNOUNCED = (
+    "a router that looks at whole queries, and recording, must be told what a pass reads: use the "
+    "routed model's own `score` and `generate`"
 )
 
 
@@ -157,7 +160,7 @@ class TokenRouter(Router, ABC):
             scores_TE = score(x_TD)
             if self.biased:
                 if bias_TE is None:
-                    raise PhatgooseError(UNKNOWN_QUERIES)
+                    raise PhatgooseError(UNANNOUNCED)
                 scores_TE = scores_TE + bias_TE
             if absent_E is not None:
                 scores_TE = scores_TE.masked_fill(absent_E, -torch.inf)

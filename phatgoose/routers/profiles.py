@@ -63,9 +63,10 @@ def embed(pool: Pool, texts: Sequence[str]) -> Tensor:
     known = _embedded.setdefault(encoder.fingerprint, {})
     if len(known) > _MOST_EMBEDDED:
         known.clear()
-    new = [text for text in dict.fromkeys(texts) if text not in known]
-    if new:
-        known.update(zip(new, encoder.encode(new), strict=True))
+    for text in texts:
+        if text not in known:
+            # Alone: in a batch the last bits would depend on what else is in it.
+            known[text] = encoder.encode([text])[0]
     return torch.stack([known[text] for text in texts])
 
 

@@ -13,9 +13,10 @@ from phatgoose.routers.interface import Router, Wrapper, generator_for
 class RandomExperts(Wrapper):
     """Another router over experts that have learnt nothing.
 
-    Every A and B is replaced by normal random numbers of the same Frobenius norm; gates and
-    profiles stay. What a router gains over this, it gains from what the experts know. "random
-    LoRAs merge about as well as real ones" is a finding of arXiv 2602.12323.
+    Every A and B is replaced by normal random numbers of the same Frobenius norm (the norm of
+    their product changes); gates and profiles stay. What a router gains over this, it gains from
+    what the experts know. arXiv 2602.12323 finds that random LoRAs merge about as well as real
+    ones where the coefficients are tuned on the target task.
     """
 
     router: str = "merged"

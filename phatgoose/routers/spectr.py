@@ -17,9 +17,9 @@ class Spectr(TokenRouter):
         B_e A_e = U S V^T;   score_TE = norm(S V^T x_T) = norm(B_e A_e x_T)
 
     "SpectR: Dynamically Composing LM Experts with Spectral Routing", 2025 (arXiv 2504.03454). The
-    norm is computed as `norm(R_e A_e x)` with `B_e = Q_e R_e`, which is the same number. The
-    defaults are those of the authors' released code: the kept experts weigh the same, and their
-    factors are mixed.
+    norm is computed as `norm(R_e A_e x)` with `B_e = Q_e R_e`, which is the same number. Weights
+    and mixing are those of the authors' released code: the kept experts weigh the same, and their
+    factors are mixed. (That code moves S into B before it scores, so its score is `norm(V^T x)`.)
     """
 
     top_k: int = 4

@@ -98,7 +98,7 @@ def check_files(run_dir: Path, linears: int) -> None:
     assert {row["router"] for row in summary} == ROUTERS
     record = json.loads((run_dir / "run.json").read_text())
     [call] = record["calls"]
-    assert call["failures"] == {}
+    assert call["problems"] == []
     assert call["finished"] > call["started"]
     assert call["configuration"]["pool"]["name"] == "toys"
     for name in ("routers.png", "routing.png"):

@@ -233,7 +233,7 @@ def test_without_the_library_the_error_says_how_to_get_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     runpy.run_path(str(encoder_module.__file__))  # to import the module needs no library
-    with pytest.raises(PhatgooseError, match=r"pip install 'phatgoose\[embeddings\]'"):
+    with pytest.raises(PhatgooseError, match=r"pip install sentence-transformers"):
         load_encoder(str(tmp_path))
 
 

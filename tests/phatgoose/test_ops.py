@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from phatgoose.ops import mix, mix_reference, route, standardise, top_k_softmax
-from phatgoose.ops.mix import _product_grouped, _product_loop, _use_grouped
+from phatgoose.ops.mix import _product_grouped, _product_loop, _way, mix_factors
 
 sizes = st.fixed_dictionaries(
     {
@@ -74,15 +74,34 @@ def test_both_products_agree_where_experts_have_no_rows(
 
 
 @pytest.mark.parametrize(
-    ("tokens", "experts", "rank", "grouped"),
-    [(8, 3, 4, True), (8, 3, 3, False), (1, 40, 4, False), (200, 4, 16, True)],
+    ("tokens", "experts", "rank", "way"),
+    [
+        (8, 9, 4, "grouped"),
+        (8, 9, 3, "loop"),
+        (1, 40, 4, "loop"),
+        (200, 12, 16, "grouped"),
+        (200, 8, 3, "dense"),
+        (1, 1, 4, "dense"),
+    ],
 )
-def test_both_ways_of_mixing_are_taken(tokens: int, experts: int, rank: int, grouped: bool) -> None:
+def test_every_way_of_mixing_is_taken(tokens: int, experts: int, rank: int, way: str) -> None:
     case = make_case(
         tokens=tokens, experts=experts, top_k=2, rank=rank, inputs=16, outputs=8, seed=1
     )
-    assert _use_grouped(case[1], case[2], pairs=tokens * 2) == grouped
+    assert _way(*case[1:4]) == way
     torch.testing.assert_close(mix(*case), mix_reference(*case), rtol=1e-4, atol=1e-4)
+
+
+@settings(deadline=None, max_examples=100)
+@given(sizes)
+def test_factors_are_mixed_before_they_are_multiplied(sizes: dict[str, int]) -> None:
+    x_TD, A_ERD, B_EOR, indices_TK, weights_TK = make_case(**sizes)
+    y_TO = mix_factors(x_TD, A_ERD, B_EOR, indices_TK, weights_TK, scale=0.5)
+    for t, (chosen, weights) in enumerate(zip(indices_TK, weights_TK, strict=True)):
+        A_RD = torch.einsum("k,krd->rd", weights, A_ERD[chosen])
+        B_OR = torch.einsum("k,kor->or", weights, B_EOR[chosen])
+        expected_O = 0.5 * B_OR @ (A_RD @ x_TD[t])
+        torch.testing.assert_close(y_TO[t], expected_O, rtol=1e-4, atol=1e-4)
 
 
 def test_mix_reads_a_mapped_pool_at_any_address() -> None:
@@ -98,7 +117,7 @@ def test_mix_reads_a_mapped_pool_at_any_address() -> None:
 @pytest.mark.parametrize("rank", [3, 4])
 def test_an_expert_that_no_token_chose_is_not_touched(rank: int) -> None:
     x_TD, A_ERD, B_EOR, _, _ = make_case(
-        tokens=6, experts=3, top_k=1, rank=rank, inputs=16, outputs=8, seed=0
+        tokens=6, experts=6, top_k=1, rank=rank, inputs=16, outputs=8, seed=0
     )
     indices_TK = torch.tensor([[0], [2], [2], [0], [0], [2]])
     A_ERD[1] = B_EOR[1] = float("nan")

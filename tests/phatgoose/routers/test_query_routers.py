@@ -241,7 +241,7 @@ def test_the_probe_is_the_bare_base_at_the_last_token(base: Base) -> None:
 def test_a_probe_needs_an_adapted_query_projection(base: Base) -> None:
     experts = [without(e, "q", "q_proj") for e in make_uneven_experts(base)]
     routed = RoutedModel(base, pool_of(experts), "logo")
-    with pytest.raises(PhatgooseError, match=r"query projection, which no expert .*another router"):
+    with pytest.raises(PhatgooseError, match=r"query projection, .*another router"):
         routed.score(encode(base))
 
 
@@ -351,5 +351,5 @@ def test_rows_that_end_early_leave_the_others_their_mixtures(
 
 def test_a_pass_that_nobody_announced_is_refused(base: Base) -> None:
     RoutedModel(base, pool_of(make_uneven_experts(base)), "logo")
-    with pytest.raises(PhatgooseError, match="looks at whole queries: use the routed model's"):
+    with pytest.raises(PhatgooseError, match=r"looks at whole queries, .* routed model's"):
         plain_logits(base, [5, 9, 11], [12])

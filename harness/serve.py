@@ -1,0 +1,79 @@
+"""Which routers the pool that there is can serve, and with what besides its experts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from harness.config import Multitask
+from harness.plan import Plan, needs_profiles
+from harness.registry import Registry
+from phatgoose.errors import PhatgooseError
+from phatgoose.routers import Router
+
+
+@dataclass
+class Served:
+    """What can be evaluated.
+
+    Attributes:
+        routers: by their name in results.
+        problems: the routers that cannot be, and why.
+        profiles: the experts' profile ids by name; None if no router looks at profiles.
+        multitask: content hash of the multitask expert, if it is there.
+        identities: by a router's name, what determines its answers besides the pool and itself.
+    """
+
+    routers: dict[str, Router] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    profiles: dict[str, str] | None = None
+    multitask: str | None = None
+    identities: dict[str, list[str]] = field(default_factory=dict)
+
+
+def choose(plan: Plan, registry: Registry, experts: Mapping[str, str]) -> Served:
+    """Leave out the routers that lack an expert, a profile, or the multitask expert.
+
+    The plan has checked what can be known before training; this is what came of it.
+
+    Args:
+        plan: the checked run.
+        registry: where the experts are.
+        experts: content hash by name of those of the pool that there are.
+
+    Raises:
+        PhatgooseError: no router is left.
+    """
+    served, profiles = Served(), _profiles(plan, registry, experts)
+    if plan.multitask is not None:
+        served.multitask = registry.finished(plan.multitask.card.job)
+    lacking = ", ".join(name for name in experts if name not in profiles)
+    for name, router in plan.config.routers(list(experts)).items():
+        try:
+            if isinstance(router, Multitask):
+                if served.multitask is None:
+                    raise PhatgooseError("its expert is not trained")
+                served.identities[name] = [served.multitask]
+            else:
+                router.check_experts(list(experts))
+            if needs_profiles([router]):
+                if lacking:
+                    raise PhatgooseError(f"there is no profile of {lacking}")
+                served.profiles = profiles
+                served.identities[name] = list(profiles.values())
+        except PhatgooseError as error:
+            served.problems.append(f"router {name} is left out: {error}")
+            continue
+        served.routers[name] = router
+    if not served.routers:
+        raise PhatgooseError("; ".join(served.problems))
+    return served
+
+
+def _profiles(plan: Plan, registry: Registry, experts: Mapping[str, str]) -> dict[str, str]:
+    """The ids, by expert, of the profiles that are there."""
+    ids = {job.card.name: job.profile_id for job in plan.jobs}
+    found = {}
+    for name, content_hash in experts.items():
+        profile_id = ids[name]
+        if profile_id is not None and registry.has_profile(content_hash, profile_id):
+            found[name] = profile_id
+    return found
