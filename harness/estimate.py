@@ -26,19 +26,16 @@ class EvaluationWork:
 
 
 def evaluation_work(tasks: Sequence[TaskData], chunk_characters: int) -> EvaluationWork:
-    """The work of one router: a request per document, two where the answer is generated."""
+    """The work of one router: a request per document."""
     requests = chunks = characters = 0
     for data in tasks:
-        rows = evaluation_table(data).to_pylist()
         asked = [
-            [Request(row["input"], tuple(row["choices"] or row["targets"][:1])) for row in rows]
+            Request(row["input"], tuple(row["choices"] or row["targets"][:1]))
+            for row in evaluation_table(data).to_pylist()
         ]
-        if data.kind == "generation":
-            asked.append([Request(row["input"]) for row in rows])
-        for part in asked:
-            requests += len(part)
-            chunks += len(cut(data.name, "score", part, chunk_characters))
-            characters += sum(request.characters for request in part)
+        requests += len(asked)
+        chunks += len(cut(data.name, "score", asked, chunk_characters))
+        characters += sum(request.characters for request in asked)
     return EvaluationWork(requests, chunks, characters)
 
 

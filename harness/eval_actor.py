@@ -12,6 +12,7 @@ from harness.journal import Answer, Chunk, Request
 from harness.pack import open_pool
 from harness.registry import Registry
 from harness.train_actor import load_base_on_actor
+from phatgoose.encoding import encode_context
 from phatgoose.expert import Expert
 from phatgoose.model import RoutedModel
 from phatgoose.pool import Pool
@@ -99,15 +100,35 @@ class EvalActor:
         )
 
     def _generate(self, chunk: Chunk, description: str) -> Answer:
-        requests, tokenizer = chunk.requests, self._model.base.tokenizer
-        written = self._model.generate(
-            [_query(request, description) for request in requests],
-            max(request.max_new_tokens for request in requests),
-            stops=sorted({stop for request in requests for stop in request.until}),
+        base, requests = self._model.base, chunk.requests
+        limit = max(request.max_new_tokens for request in requests)
+        stops = sorted({stop for request in requests for stop in request.until})
+        queries = [_query(request, description) for request in requests]
+        contexts = [encode_context(base, request.context) for request in requests]
+        questions = [
+            Question.encode(base, request.context, request.choices, query=query)
+            for request, query in zip(requests, queries, strict=True)
+            if request.choices
+        ]
+        # With white space at its end, a prompt is one before what is written and another before
+        # the answer, to which that space belongs.
+        together = [question.context for question in questions] == contexts
+        with self._model.recording(RoutingLog()) as log:
+            if together and getattr(base.model.config, "sliding_window", None) is None:
+                written, first = self._model.answer(questions, limit, stops=stops)
+                scores = [[score] for score in first]
+            else:
+                scores = self._model.score(questions) if questions else []
+                with self._model.recording(None):
+                    written = self._model.generate(queries, limit, stops=stops)
+        read = sum(map(len, contexts)) + sum(len(q.choices[0]) for q in questions)
+        return Answer(
+            scores=scores,
+            texts=[_cut_text(r, text) for r, text in zip(requests, written, strict=True)],
+            tokens=read + sum(request.max_new_tokens for request in requests),
+            routing=log.weights,
+            routed=log.tokens,
         )
-        texts = [_cut_text(r, text) for r, text in zip(requests, written, strict=True)]
-        read = sum(len(tokenizer(request.context)["input_ids"]) for request in requests)
-        return Answer(texts=texts, tokens=read + sum(r.max_new_tokens for r in requests))
 
 
 def _profile(registry: Registry, keeper: Any, content_hash: str, profile_id: str) -> Profile:

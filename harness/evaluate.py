@@ -19,7 +19,7 @@ from lm_eval import evaluator
 
 from harness import results
 from harness.jobs import Failure, Workers
-from harness.journal import Answer, Chunk, Journal, Request
+from harness.journal import Answer, Chunk, Journal
 from harness.lm import ShardedLM, Usage
 from harness.storage import Folder
 from harness.summary import BEST_INDIVIDUAL, ORACLE, best_individual_rows, oracle_rows
@@ -96,7 +96,6 @@ class Evaluation:
                 lm, {"tasks": self._tasks, "groups": {}}, bootstrap_iters=1, log_samples=True
             )
         assert output is not None
-        self._score_generated(lm, output["samples"])
         scores: list[dict[str, Any]] = []
         samples: list[dict[str, Any]] = []
         routing: list[dict[str, Any]] = []
@@ -208,19 +207,6 @@ class Evaluation:
         if key not in self._counted:
             self._counted.add(key)
             self._advance(len(chunk.requests))
-
-    def _score_generated(self, lm: ShardedLM, samples: Mapping[str, list[dict[str, Any]]]) -> None:
-        """Score the right answer of each document that lm-eval let the model generate for."""
-        wanted, questions = [], []
-        for name, task in self._tasks.items():
-            if task.OUTPUT_TYPE == "generate_until":
-                for sample in samples[name]:
-                    wanted.append((name, sample["doc_id"]))
-                    target = sample["doc"]["targets"][0]
-                    prompt = sample["arguments"][0][0]
-                    questions.append((name, Request(prompt, (target,), choices_shown=False)))
-        for key, scores in zip(wanted, lm.score(questions) if questions else [], strict=True):
-            lm.scores[key] = scores
 
     def _routing(self, usage: Usage) -> Iterator[dict[str, Any]]:
         for linear, weights_E in usage.routing.items():

@@ -60,7 +60,7 @@ class Answer:
     """What an actor says of a chunk.
 
     Attributes:
-        scores: per request, a Score per choice (kind `score`).
+        scores: per request, a Score per choice; kind `generate`: of the right answer, or none.
         texts: per request, what was generated (kind `generate`).
         tokens: tokens run through the model.
         seconds: time it took.

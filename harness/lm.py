@@ -65,7 +65,7 @@ class ShardedLM(LM):
             for (task, _, context), places in groups.items()
         ]
         found: list[Score | None] = [None] * len(requests)
-        for places, scores in zip(groups.values(), self.score(questions), strict=True):
+        for places, scores in zip(groups.values(), self._scores(questions), strict=True):
             for place, score in zip(places, scores, strict=True):
                 found[place] = score
         results = []
@@ -76,7 +76,11 @@ class ShardedLM(LM):
         return results
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Greedy continuations up to the first stop string."""
+        """Greedy continuations up to the first stop string.
+
+        Where the document names its right answers, the first of them is scored as well, into
+        `scores`.
+        """
         questions = []
         for instance in requests:
             context, options = instance.args
@@ -85,9 +89,17 @@ class ShardedLM(LM):
             until = options.get("until") or ()
             stops = (until,) if isinstance(until, str) else tuple(until)
             limit = int(options.get("max_gen_toks", 256))
-            request = Request(context, max_new_tokens=limit, until=stops)
+            right = tuple((instance.doc or {}).get("targets") or ())[:1]
+            request = Request(context, right, limit, stops, choices_shown=False)
             questions.append((_origin(instance)[0], request))
-        return [answer.texts[i] for answer, i in self._answers("generate", questions)]
+        texts = []
+        for instance, (answer, i) in zip(
+            requests, self._answers("generate", questions), strict=True
+        ):
+            texts.append(answer.texts[i])
+            if answer.scores:
+                self.scores[_origin(instance)] = answer.scores[i]
+        return texts
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """Not supported: no task of the benchmark measures the perplexity of whole documents."""
@@ -96,8 +108,7 @@ class ShardedLM(LM):
             "inference does not offer: leave it out of the suite"
         )
 
-    def score(self, questions: Sequence[tuple[str, Request]]) -> list[list[Score]]:
-        """Score every choice of each request; a request comes with the task it is counted under."""
+    def _scores(self, questions: Sequence[tuple[str, Request]]) -> list[list[Score]]:
         return [answer.scores[i] for answer, i in self._answers("score", questions)]
 
     def _answers(

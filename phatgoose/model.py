@@ -6,6 +6,7 @@ Shape suffixes: D input features, E experts, K experts kept, Q queries.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,15 @@ from phatgoose.batch import Batch
 from phatgoose.encoding import encode_context
 from phatgoose.errors import PhatgooseError
 from phatgoose.gated_lora import find_linear, replace_module
-from phatgoose.generation import generate
+from phatgoose.generation import answer, generate
 from phatgoose.pool import Pool, PoolLinear
 from phatgoose.query import Query
 from phatgoose.routed_linear import RoutedLinear, RoutingLog
 from phatgoose.routers import Merge, QueryRouter, Router, TokenRouter, Wrapper, make_router
 from phatgoose.routers.interface import Probe
 from phatgoose.scoring import Question, Score, pad_rows, score
+
+LogOrNone = TypeVar("LogOrNone", bound=RoutingLog | None)
 
 
 class RoutedModel:
@@ -118,14 +121,21 @@ class RoutedModel:
         with self._decided(queries, contexts):
             return generate(self.base, contexts, max_new_tokens, stops=stops, batch=self.batch)
 
+    def answer(
+        self, questions: Sequence[Question], max_new_tokens: int, *, stops: Sequence[str] = ()
+    ) -> tuple[list[str], list[Score]]:
+        """`generate` and `score` over one pass; see `phatgoose.generation.answer`."""
+        with self._decided([q.query for q in questions], [q.context for q in questions]):
+            return answer(self.base, questions, max_new_tokens, stops=stops, batch=self.batch)
+
     def record(self, log: RoutingLog | None) -> None:
         """Count what is routed into `log` from now on; stop counting if it is None."""
         for linear in self._linears.values():
             linear.log = log
 
     @contextmanager
-    def recording(self, log: RoutingLog) -> Iterator[RoutingLog]:
-        """Count what is routed into `log` within the `with` block."""
+    def recording(self, log: LogOrNone) -> Iterator[LogOrNone]:
+        """Count what is routed into `log` within the `with` block; nothing if it is None."""
         before = next(iter(self._linears.values())).log
         self.record(log)
         try:

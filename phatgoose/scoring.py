@@ -27,6 +27,8 @@ from phatgoose.errors import PhatgooseError
 from phatgoose.query import Query
 
 _NO_QUERY = Query("")
+# Rows of logits that fit a cache: what is done to many at once goes through memory several times.
+_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -125,9 +127,16 @@ def score(
     """
     logits = _score_encoder_decoder if base.is_encoder_decoder else _score_decoder
     logits_PV, places, targets = logits(base, questions, batch or Batch())
+    return to_scores(logits_PV, places, targets, questions)
+
+
+def to_scores(
+    logits_PV: Tensor, places: list[int], targets: list[int], questions: Sequence[Question]
+) -> list[list[Score]]:
+    """Scores out of logits: the row and the token of each target, in the questions' order."""
+    total_P = torch.cat([rows_NV.float().logsumexp(-1) for rows_NV in logits_PV.split(_ROWS)])
     places_N = torch.tensor(places, device=logits_PV.device)
     targets_N = torch.tensor(targets, device=logits_PV.device)
-    total_P = logits_PV.float().logsumexp(dim=-1)
     chosen_N = logits_PV[places_N, targets_N].float() - total_P[places_N]
     chosen = chosen_N.double().tolist()
     greedy = (logits_PV.argmax(dim=-1)[places_N] == targets_N).tolist()

@@ -239,7 +239,11 @@ def test_a_variant_stands_beside_the_router_that_it_is_a_variant_of() -> None:
     [
         (["+router.mine.kind=phatgose"], "router.mine.kind=phatgose: no such router; did you mean"),
         (["+router.mine.kind=oracle"], "router.mine.kind=oracle: no such router"),
-        (["+router.a/b.kind=arrow"], "a router's name is letters, digits and _"),
+        (["+router.merged.kind=phatgoose"], "merged is a router itself: give the variant another"),
+        (["+router.oracle.kind=phatgoose"], "oracle is a router itself"),
+        (["+router.oracle.expert=plural"], "router.oracle.expert: no such option"),
+        (["router=[multitask]", "+router.multitask.stepz=3"], "router.multitask.stepz: no such"),
+        (["+suite.adapter=/x"], "an expert stands in a pool, not here"),
         (["router=[arrow]", "router.arrow.mix=x"], "router arrow: mix is 'x'"),
         (["router=[arrow]", "router.arrow.top_k=two"], "'two'"),
         (["router=[genknowsub]", "pool.general=nobody"], "no expert 'nobody'"),

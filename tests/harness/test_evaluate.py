@@ -232,12 +232,12 @@ def test_a_second_run_asks_nothing_and_says_the_same(
         return run.table("scores.parquet")
 
     first = evaluate(workers)
-    assert run.answered == 3 * evaluation_work(tasks, 150).requests == 3 * (9 + 2 * 5)
+    assert run.answered == 3 * evaluation_work(tasks, 150).requests == 3 * (9 + 5)
     assert len(run.folder.names("journal/")) == 3 * evaluation_work(tasks, 150).chunks
     files = {name: run.folder.read(name) for name in run.folder.names()}
     run.answered = 0
     assert evaluate(NoWorkers(None)) == first  # the seconds of the first time among them
-    assert run.answered == 3 * (9 + 2 * 5)  # the bar counts what is found, too
+    assert run.answered == 3 * (9 + 5)  # the bar counts what is found, too
     assert {name: run.folder.read(name) for name in run.folder.names()} == files
 
 

@@ -51,6 +51,7 @@ def score(task: str, router: str, metric: str, value: float, n: int) -> dict[str
         **{
             "zero_shot": not router.startswith(NOT_ZERO_SHOT),
             "side_information": None,
+            "options": "{}",
             "suite": "s",
             "task": task,
         },

@@ -19,6 +19,7 @@ SCORE: dict[str, Any] = {
     "manifest": "3",
     "router": "phatgoose",
     "top_k": 2,
+    "options": "{}",
     "zero_shot": True,
     "side_information": None,
     "suite": "held_out",

@@ -8,6 +8,8 @@ from phatgoose.errors import PhatgooseError
 from phatgoose.generation import generate
 from phatgoose.model import RoutedModel
 from phatgoose.pool import Pool
+from phatgoose.query import Query
+from phatgoose.routed_linear import RoutingLog
 from phatgoose.routers import make_router
 from phatgoose.scoring import Question, Score, logits_at, score
 from tests.plain import plain_generate, plain_score
@@ -225,3 +227,30 @@ def test_generation_ends_once_every_row_has_its_stop_string(base: Base) -> None:
     generate(base, [context], 30, stops=[text[:1]])
     handle.remove()
     assert 0 < len(passes) < 5
+
+
+@pytest.mark.parametrize("router", [None, "phatgoose", "logo"])
+@pytest.mark.parametrize("limit", [1, 7])
+def test_answering_is_generating_and_scoring(base: Base, router: str | None, limit: int) -> None:
+    """For prompts and answers of any length, also an empty one; the same tokens are counted."""
+    texts = ["Is the lake deep?", "the goose", "The grey goose flies over the lake, and"]
+    answers = [" yes", "", " the swan swims. five and four"]
+    routed = RoutedModel(base, Pool.from_experts(make_experts(base, 4)), router or "base")
+    questions = [
+        Question.encode(base, text, [answer], query=Query(text))
+        for text, answer in zip(texts, answers, strict=True)
+    ]
+    assert [q.context for q in questions] == [encode_context(base, text) for text in texts]
+    with routed.recording(RoutingLog()) as log:
+        written, scores = routed.answer(questions, limit, stops=["e f"])
+    assert written == routed.generate(texts, limit, stops=["e f"])
+    with routed.recording(RoutingLog()) as expected:
+        separate = [score for (score,) in routed.score(questions)]
+    for one, other in zip(scores, separate, strict=True):
+        assert one.loglikelihood == pytest.approx(other.loglikelihood, rel=1e-4, abs=1e-4)
+        assert one.eos_loglikelihood == pytest.approx(other.eos_loglikelihood, rel=1e-4)
+        assert (one.tokens, one.is_greedy) == (other.tokens, other.is_greedy)
+        assert one.ends_greedy == other.ends_greedy
+    assert log.tokens == expected.tokens
+    for name, weights_E in expected.weights.items():
+        torch.testing.assert_close(log.weights[name], weights_E, rtol=1e-3, atol=1e-3)

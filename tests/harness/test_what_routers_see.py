@@ -1,0 +1,116 @@
+"""What a router may know of a question, and what an answer in the journal stands for."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.evaluate import Evaluation
+from harness.storage import Folder
+from harness.tasks import TaskData, TaskSpec
+from phatgoose.base import Base
+from phatgoose.pool import Pool
+from phatgoose.query import Query
+from phatgoose.routers import Router, make_router
+from tests.tiny import make_experts
+from tests.toy import LocalWorkers, local_actor, prepare_toys
+
+SWANS = TaskSpec("swans", ("swans",), split="all", limit=4, description="about birds")
+SUMS = TaskSpec("sums", ("sums",), split="all", limit=4, max_new_tokens=3)
+
+
+@pytest.fixture
+def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[TaskData]:
+    monkeypatch.setenv("PHATGOOSE_CACHE", str(tmp_path / "cache"))
+    return prepare_toys([SWANS, SUMS], tmp_path)
+
+
+class Spy:
+    """An actor that remembers what the router could see, and answers with another router."""
+
+    def __init__(self, base: Base) -> None:
+        self.actor = local_actor(base, Pool.from_experts(make_experts(base, 3)))
+        self.seen: list[Query] = []
+        decided = self.actor._model._decided
+
+        def spy(queries: Any, contexts: Any) -> Any:
+            self.seen += queries
+            return decided(queries, contexts)
+
+        self.actor._model._decided = spy  # type: ignore[method-assign]
+
+    def answer(self, router: Router, chunk: Any, description: str) -> Any:
+        return self.actor.answer(make_router("merged"), chunk, description)
+
+
+def evaluation(
+    folder: Path, tasks: list[TaskData], worker: Any, identities: dict[str, list[str]]
+) -> tuple[Evaluation, LocalWorkers]:
+    workers = LocalWorkers(worker)
+    common = {"run": "toys", "base": "tiny", "manifest": "pool-1"}
+    made = Evaluation(
+        Folder(folder),
+        "held",
+        tasks,
+        common,
+        "float32",
+        ["e0", "e1", "e2"],
+        workers,  # type: ignore[arg-type]
+        150,
+        lambda _: None,
+        identities,
+    )
+    return made, workers
+
+
+def test_a_router_never_sees_the_right_answer(
+    tmp_path: Path, llama: Base, tasks: list[TaskData]
+) -> None:
+    spy = Spy(llama)
+    evaluation(tmp_path / "run", tasks, spy, {})[0].run("merged", make_router("merged"))
+    sums = [query for query in spy.seen if query.text.startswith("\nQ: four")]
+    swans = [query for query in spy.seen if query.text.startswith("\nQ: swan")]
+    assert len(sums) == 4  # written and, with its right answer, scored
+    assert len(swans) == 4
+    assert len(spy.seen) == len(sums) + len(swans)
+    for query in sums:
+        assert query.choices == ()
+        assert "nine" not in query.text + query.task
+        assert query.task == "sums"  # nothing else is known of it
+    for query in swans:
+        assert set(query.choices) == {"the swan", "the grey goose", "no"}
+        assert query.task == "about birds"
+
+
+def test_other_profiles_or_another_multitask_expert_are_asked_anew(
+    tmp_path: Path, llama: Base, tasks: list[TaskData]
+) -> None:
+    spy, router = Spy(llama), make_router("merged")
+
+    def calls(identities: dict[str, list[str]]) -> int:
+        made, workers = evaluation(tmp_path / "run", tasks, spy, identities)
+        made.run("mine", router)
+        return workers.calls
+
+    first = calls({"mine": ["profile-1"]})
+    assert first > 0
+    assert calls({"mine": ["profile-1"]}) == 0
+    assert calls({"mine": ["profile-2"]}) == first
+    assert calls({"other": ["profile-1"]}) == first  # as if there were none
+    assert calls({}) == 0
+
+
+@pytest.mark.parametrize(("name", "again"), [("glider", True), ("phatgoose", False)])
+def test_another_description_is_asked_anew_where_it_is_read(
+    name: str, again: bool, tmp_path: Path, llama: Base, tasks: list[TaskData]
+) -> None:
+    spy, router = Spy(llama), make_router(name)
+    made, workers = evaluation(tmp_path / "run", tasks, spy, {})
+    made.run(name, router)
+    first = workers.calls
+    other = [dataclasses.replace(tasks[0], description="about lakes"), tasks[1]]
+    made, workers = evaluation(tmp_path / "run", other, spy, {})
+    made.run(name, router)
+    assert first > 0
+    assert (0 < workers.calls < first) == again  # only the task that is described otherwise
