@@ -31,7 +31,7 @@ from phatgoose.routers.interface import side_information
 from phatgoose.scoring import Score
 
 # Raise it whenever the same chunk would be answered differently than before.
-_ANSWER_VERSION = 3
+_ANSWER_VERSION = 4
 
 
 @dataclass(frozen=True)
