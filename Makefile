@@ -9,7 +9,7 @@ demo: setup  ## train the demo pool, evaluate every router, end with a table and
 	$(BIN)/python -m harness.run pool=demo "run.dir='$(RUN_DIR)'"
 
 routers: setup  ## every router there is, on the pool of the demo (trained first if need be)
-	$(BIN)/python -m harness.run pool=demo "run.dir='$(RUN_DIR)'" 'router=[all]' router.multitask.steps=64
+	$(BIN)/python -m harness.run pool=demo "run.dir='$(RUN_DIR)'" 'router=[all]' router.multitask.steps=48
 
 test: setup  ## all tests
 	$(BIN)/python -m pytest

@@ -45,6 +45,7 @@ def mix(
         `y_TO` in the dtype of `x_TD`: what is added to the frozen linear's output.
     """
     top_k, way = indices_TK.shape[1], _way(lora_A_ERD, lora_B_EOR, indices_TK)
+    weights_TK = weights_TK.to(x_TD.dtype)
     if way == "dense":
         weights_TE1 = _dense_weights(x_TD, lora_A_ERD, indices_TK, weights_TK * scale)
         h_TER = F.linear(x_TD, lora_A_ERD.flatten(0, 1)).unflatten(1, lora_A_ERD.shape[:2])
@@ -72,6 +73,7 @@ def mix_factors(
     Arguments and result are those of `mix`.
     """
     top_k, way = indices_TK.shape[1], _way(lora_A_ERD, lora_B_EOR, indices_TK)
+    weights_TK = weights_TK.to(x_TD.dtype)
     if way == "dense":
         weights_TE1 = _dense_weights(x_TD, lora_A_ERD, indices_TK, weights_TK)
         h_TER = F.linear(x_TD, lora_A_ERD.flatten(0, 1)).unflatten(1, lora_A_ERD.shape[:2])
@@ -124,7 +126,7 @@ def _dense_weights(
 ) -> Tensor:
     """The weight of every expert for every token, [T, E, 1]."""
     weights_TE = x_TD.new_zeros(len(x_TD), len(lora_A_ERD))
-    return weights_TE.scatter_add_(1, indices_TK, weights_TK.to(x_TD.dtype)).unsqueeze(-1)
+    return weights_TE.scatter_add_(1, indices_TK, weights_TK).unsqueeze(-1)
 
 
 def _sum_experts(h_TER: Tensor, lora_B_EOR: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ class TokenRouter(Router, ABC):
 
     Their weights are the softmax over the kept scores, or all `equal`. `mix` says what they are
     applied to: the experts' `outputs`, `sum_k w_k B_k A_k x`, or their `factors`,
-    `(sum_k w_k B_k) (sum_k w_k A_k) x`.
+    `(sum_k w_k B_k) (sum_k w_k A_k) x`. Where `biased` is True, `bias` is added to the scores.
     """
 
     top_k: int = 1
@@ -138,7 +138,6 @@ class TokenRouter(Router, ABC):
         "mix": ("outputs", "factors"),
         "weights": ("softmax", "equal"),
     }
-
     biased: ClassVar[bool] = False
 
     @abstractmethod
@@ -146,10 +145,7 @@ class TokenRouter(Router, ABC):
         """How one linear scores experts, with whatever can be computed once already computed."""
 
     def bias(self, pool: Pool, queries: Sequence[Query]) -> Tensor:
-        """What is added to every score of a query's tokens, `bias_QE`.
-
-        Only asked for where `biased` is True.
-        """
+        """What is added to every score of a query's tokens, `bias_QE`, if `biased`."""
         raise NotImplementedError
 
     def rule(self, pool: Pool, linear: str) -> TokenRule:
