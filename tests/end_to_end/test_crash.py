@@ -13,6 +13,7 @@ import pytest
 from harness import results
 from harness.config import load_config
 from harness.storage import Folder
+from tests.tiny_encoder import make_encoder
 from tests.toy import prepare_toys
 
 pytestmark = pytest.mark.slow
@@ -42,6 +43,8 @@ def arguments(base: Path, run_dir: Path) -> list[str]:
         "train.evaluation_examples=4",
         "cluster.max_actors=1",
         "chunk_characters=60",
+        f"profile.encoder={run_dir.parent / 'encoder'}",
+        "profile.activation_examples=4",
     ]
 
 
@@ -83,6 +86,7 @@ def start(tmp_path: Path, llama_folder: Path) -> Iterator[Callable[[str], Comman
     def start(name: str) -> Command:
         given = arguments(llama_folder, tmp_path / name)
         if not commands:
+            make_encoder(tmp_path / "encoder")
             config = load_config(given)
             prepare_toys([*config.pool_tasks(), *config.suite_tasks()], tmp_path)
         commands.append(Command(given))
