@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -139,11 +140,11 @@ def load_config(arguments: Sequence[str]) -> RunConfig:
     """
     singles, overrides = _take_shorthands(arguments)
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        _check_overrides(overrides)
         try:
+            _check_overrides(overrides)
             composed = compose("config", overrides=overrides)
             OmegaConf.resolve(composed)
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
             raise PhatgooseError(f"configuration: {_first_line(error)}") from error
     if singles:
         OmegaConf.update(composed, "router.single.experts", singles, force_add=True)
@@ -271,10 +272,15 @@ def _router(composed: DictConfig) -> dict[str, Any]:
     """The routers and their options, which must have the types that the routers' classes say."""
     if not composed.get("router"):
         raise PhatgooseError("router=[]: name at least one router")
-    for name, options in composed.router.items():
-        if not re.fullmatch(r"[A-Za-z]\w*", str(name)):
+    for key, options in composed.router.items():
+        name = str(key)
+        if not re.fullmatch(r"[A-Za-z]\w*", name):
             raise PhatgooseError(f"router.{name}: a router's name is letters, digits and _")
-        options = options or {}
+        options = {} if options is None else options
+        if not isinstance(options, (dict, DictConfig)):
+            raise PhatgooseError(
+                f"router.{name}={options!r}: it takes options, such as router.phatgoose.top_k=3"
+            )
         if "kind" in options:
             if name in (*ROUTERS, *_OPTIONS):
                 raise PhatgooseError(
@@ -282,14 +288,17 @@ def _router(composed: DictConfig) -> dict[str, Any]:
                 )
             kind = str(options["kind"])
             kinds = [router for router in ROUTERS if router != "single"]
+            if kind in _OPTIONS:
+                raise PhatgooseError(f"router.{name}.kind={kind}: {kind} has no variants")
             _known(kind, kinds, f"router.{name}.kind={kind}: no such router")
-            _options(composed, str(name), ROUTERS[kind])
+            _options(composed, name, ROUTERS[kind])
         elif name in _OPTIONS:
-            for option in options:
-                _known(str(option), _OPTIONS[name], f"router.{name}.{option}: no such option")
+            for option in map(str, options):
+                _known(option, _OPTIONS[name], f"router.{name}.{option}: no such option")
         else:
-            _known(str(name), [*ROUTERS, *_OPTIONS], f"router.{name}: no such router")
-            _options(composed, str(name), ROUTERS[str(name)])
+            names = [*dict.fromkeys([*ROUTERS, *_OPTIONS])]
+            _known(name, names, f"router.{name}: no such router (a variant needs a kind)")
+            _options(composed, name, ROUTERS[name])
     return _plain(composed, "router")
 
 
@@ -313,10 +322,13 @@ def _check_values(config: RunConfig) -> None:
     if config.cluster.max_actors is not None and config.cluster.max_actors < 1:
         raise PhatgooseError(f"cluster.max_actors={config.cluster.max_actors}: it must be positive")
     for key, group in (("pool", config.pool), ("suite", config.suite)):
-        if not re.fullmatch(r"\w[\w.-]*", str(group["name"])):
-            raise PhatgooseError(f"{key}.name={group['name']}: use letters, digits, _, . and -")
-        if not isinstance(group["tasks"], dict) or not group["tasks"]:
-            raise PhatgooseError(f"{key}.tasks={group['tasks']}: name at least one task")
+        name, tasks = group.get("name"), group.get("tasks")
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+            raise PhatgooseError(f"{key}.name={name}: use letters, digits, _, . and -")
+        if not isinstance(tasks, dict) or not tasks:
+            raise PhatgooseError(
+                f"{key}.tasks={tasks}: name at least one task, as `name: {{members: [...]}}`"
+            )
     for key in ("limit", "split", "max_new_tokens"):
         if key in config.pool:
             raise PhatgooseError(f"pool.{key}: it says how to evaluate, and belongs to a suite")

@@ -106,7 +106,7 @@ class Plan:
         if "train" in config.stages:
             lines.append(
                 f"train     {len(self.open_jobs)} of {len(self.all_jobs)} jobs ({done} done "
-                f"before), {_minutes(self.train_seconds)}"
+                f"before)" + (f", {_minutes(self.train_seconds)}" if self.open_jobs else "")
             )
         if "evaluate" in config.stages:
             lines.append(

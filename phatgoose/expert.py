@@ -111,7 +111,7 @@ class Card:
         return json.dumps(dataclasses.asdict(self), sort_keys=True, allow_nan=False)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Expert:
     """An expert of one base: its card, and the factors of each adapted linear by module name.
 
@@ -134,6 +134,13 @@ class Expert:
             )
         for linear, factors in self.linears.items():
             _check_linear(f"expert {self.card.name!r}, linear {linear!r}", factors)
+
+    def __repr__(self) -> str:
+        """Its name and sizes, without the tensors."""
+        first = next(iter(self.linears.values()))
+        gates = "gates" if first.gate_D is not None else "no gates"
+        rank, count = len(first.lora_A_RD), len(self.linears)
+        return f"Expert({self.card.name}: {count} linears, rank {rank}, {gates})"
 
     def content_hash(self) -> str:
         """SHA-256, in hexadecimal, over the card and every tensor's name, dtype, shape and bits.

@@ -150,7 +150,8 @@ def find_linear(model: nn.Module, name: str) -> nn.Linear:
         ) from None
     if not isinstance(module, nn.Linear):
         raise PhatgooseError(
-            f"{name} is a {type(module).__name__}, not a plain linear: is the base adapted already?"
+            f"{name} is a {type(module).__name__}, not a plain linear: is the base adapted "
+            "already? detach what is attached to it first"
         )
     return module
 

@@ -37,7 +37,7 @@ class PoolLinear:
     absent_E: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pool:
     """Experts of one base.
 
@@ -91,8 +91,13 @@ class Pool:
             )
         return replace(self, profiles=tuple(profiles))
 
-    def save(self, folder: Path) -> None:
-        """Write the pool as one safetensors file that `open` maps."""
+    def __repr__(self) -> str:
+        """The names of its experts, without the tensors."""
+        return f"Pool({', '.join(self.experts)}; {len(self.linears)} linears)"
+
+    def save(self, folder: str | Path) -> None:
+        """Write the pool as one safetensors file that `open` maps; profiles are left out."""
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {}
         for name, linear in self.linears.items():
@@ -108,15 +113,20 @@ class Pool:
             "linears": json.dumps(list(self.linears)),
         }
         save_file(tensors, folder / "pool.safetensors", metadata=metadata)
+        (folder / "pool.safetensors").chmod(0o644)  # others may map it too
 
     @staticmethod
-    def open(folder: Path) -> "Pool":
+    def open(folder: str | Path) -> "Pool":
         """Map a saved pool: processes of one machine share its pages.
 
         Raises:
             PhatgooseError: there is no pool in the folder, or its file is damaged.
         """
-        path = folder / "pool.safetensors"
+        path = Path(folder) / "pool.safetensors"
+        if not path.exists():
+            raise PhatgooseError(
+                f"there is no {path}: give a folder that Pool.save wrote, in a registry packs/<id>"
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 metadata, keys = file.metadata(), set(file.keys())

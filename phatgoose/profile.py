@@ -48,7 +48,7 @@ class ProfileConfig:
                 raise PhatgooseError(f"profile.{name} is {value}: it must be at least 1")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Profile:
     """What routers know of an expert.
 
@@ -69,6 +69,10 @@ class Profile:
     encoder: str
     encoder_fingerprint: str
     description: str
+
+    def __repr__(self) -> str:
+        """Its sizes, without the tensors."""
+        return f"Profile({len(self.norms)} linears, {len(self.embeddings_NS)} embedded examples)"
 
     def to_bytes(self) -> bytes:
         """The profile as a safetensors file."""

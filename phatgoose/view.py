@@ -87,7 +87,7 @@ class TokenRoute:
 
 
 def token_routes(
-    model: RoutedModel, text: str, linear: str, *, answer: str = ""
+    model: RoutedModel, text: str, linear: str, *, answer: str = "", task: str = ""
 ) -> list[TokenRoute]:
     """Run a text through the model, and read where each of its tokens went at one linear.
 
@@ -100,12 +100,13 @@ def token_routes(
         text: what is read.
         linear: the name of an adapted linear, one of `model.pool.linears`.
         answer: what follows the text; routers that look at queries do not see it.
+        task: what the task is about, for routers that read it.
 
     Raises:
         PhatgooseError: no expert adapts this linear, or the router treats all tokens alike.
     """
     _check_linear(model, linear)
-    question = Question.encode(model.base, text, [answer], query=Query(text))
+    question = Question.encode(model.base, text, [answer], query=Query(text, task=task))
     log = TokenLog(linear=linear)
     with model.recording(log):
         model.score([question])

@@ -44,7 +44,7 @@ def read_splits(task: str, files: Sequence[str]) -> dict[Split, list[Record]]:
             except (KeyError, TypeError, ValueError) as error:
                 raise PhatgooseError(
                     f'{file}, line {line}: {error}; an example is {{"input": text, "target": text '
-                    'or list}} or {{"input": text, "choices": list, "correct": index or list}}'
+                    'or list} or {"input": text, "choices": list, "correct": index or list}'
                 ) from error
             splits[split_of(task, example["input"])].append(record)
     return {split: distinct(records) for split, records in splits.items()}

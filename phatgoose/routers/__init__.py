@@ -86,6 +86,10 @@ def make_router(name: str, **options: Any) -> Router:
     kind, _, expert = name.partition(":")
     if expert:
         options = {"expert": expert, **options}
+    if kind in ("oracle", "best_individual", "multitask"):
+        raise PhatgooseError(
+            f"router {kind} exists in the harness only: it needs a whole evaluation"
+        )
     if kind not in ROUTERS or (expert and kind != "single"):
         near = difflib.get_close_matches(kind, ROUTERS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""

@@ -1,0 +1,16 @@
+"""What a notebook shows of an expert, a pool and a profile is a line, not megabytes of numbers."""
+
+from phatgoose.base import Base
+from phatgoose.pool import Pool
+from tests.pools import make_profiles
+from tests.tiny import make_experts
+
+
+def test_each_says_what_it_is_in_a_line(llama: Base) -> None:
+    experts = make_experts(llama, 2)
+    pool = Pool.from_experts(experts).with_profiles(make_profiles(experts))
+    assert pool.profiles is not None
+    assert repr(experts[0]) == "Expert(e0: 14 linears, rank 4, gates)"
+    assert repr(pool) == "Pool(e0, e1; 14 linears)"
+    for shown in (repr(pool.profiles[0]), repr(pool)):
+        assert len(shown) < 100
