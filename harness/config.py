@@ -35,6 +35,9 @@ _OPTIONS: dict[str, list[str]] = {
     MULTITASK: ["steps"],
     **{router: [] for router in DERIVED},
 }
+# Keys of a suite that takes the pool's tasks, and what else it may say of them.
+_OF_POOL = ("name", "of_pool")
+_OF_POOL_TOO = ("limit", "max_new_tokens", "metric", "style")
 T = TypeVar("T")
 
 
@@ -55,6 +58,13 @@ class ClusterConfig:
     cpus_per_actor: float = 1
     gpus_per_actor: float | None = None
     max_actors: int | None = None
+
+
+@dataclass
+class OverlapConfig:
+    """How much of a suite task may stand in an expert's training data: a share of its documents."""
+
+    limit: float = 0.05
 
 
 @dataclass
@@ -79,14 +89,21 @@ class RunConfig:
     registry: str
     stages: list[str] = field(default_factory=lambda: list(STAGES))
     chunk_characters: int = 4000
+    overlap: OverlapConfig = field(default_factory=OverlapConfig)
 
     def pool_tasks(self) -> list[TaskSpec]:
         """The pool's tasks: one expert each."""
         return task_specs(self.pool)
 
     def suite_tasks(self) -> list[TaskSpec]:
-        """The suite's tasks."""
-        return task_specs(self.suite)
+        """The suite's tasks; with `of_pool`, those of the pool, on their own evaluation splits."""
+        if not self.suite.get("of_pool"):
+            return task_specs(self.suite)
+        changes = {key: value for key, value in self.suite.items() if key not in _OF_POOL}
+        own = [spec for spec in self.pool_tasks() if spec.has_data]
+        if not own:
+            raise PhatgooseError(f"suite {self.suite['name']}: no task of the pool has data")
+        return [replace(spec, adapter=None, split="evaluation", **changes) for spec in own]
 
     def routers(self, experts: Sequence[str]) -> dict[str, Router]:
         """The routers to evaluate, by the name they have in results.
@@ -113,7 +130,7 @@ class RunConfig:
             return None
         steps = (self.router[MULTITASK] or {}).get("steps")
         if steps is None:
-            steps = len(self.pool["tasks"]) * self.train.lora.steps
+            steps = len(self.pool_tasks()) * self.train.lora.steps
         if not isinstance(steps, int):
             raise PhatgooseError(f"router.multitask.steps={steps}: not a whole number")
         return replace(self.train, lora=replace(self.train.lora, steps=steps), gates=None)
@@ -162,7 +179,7 @@ def _take_shorthands(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Write out what Hydra has no form for.
 
     `router=[single:plural]` becomes `router=[single]`, with the experts apart; `base=/a/folder` and
-    `base=owner/model` set `base.name`.
+    `base=owner/model` set `base.name`; `suite=lm_eval:bbh,arc_easy` names tasks of lm-eval.
     """
     experts, overrides = [], []
     for argument in arguments:
@@ -174,6 +191,11 @@ def _take_shorthands(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             value = f"[{','.join(kinds)}]"
         elif key == "base" and "/" in value:
             key = "base.name"
+        elif key == "suite" and value.startswith("lm_eval:"):
+            tasks = value.removeprefix("lm_eval:")
+            title = re.sub(r"\W+", "-", f"lm_eval-{tasks}")[:60]
+            overrides += [f"suite.lm_eval=[{tasks}]", f"suite.name={title}"]
+            value = "lm_eval"
         overrides.append(f"{key}{equals}{value}")
     return experts, overrides
 
@@ -245,6 +267,7 @@ def _to_dataclass(composed: DictConfig) -> RunConfig:
         registry=str(composed.registry),
         stages=[stages] if isinstance(stages, str) else list(stages),
         chunk_characters=composed.chunk_characters,
+        overlap=_typed(OverlapConfig, composed, "overlap"),
     )
 
 
@@ -322,16 +345,17 @@ def _check_values(config: RunConfig) -> None:
     if config.cluster.max_actors is not None and config.cluster.max_actors < 1:
         raise PhatgooseError(f"cluster.max_actors={config.cluster.max_actors}: it must be positive")
     for key, group in (("pool", config.pool), ("suite", config.suite)):
-        name, tasks = group.get("name"), group.get("tasks")
+        name, tasks = group.get("name"), group.get("tasks", {})
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
             raise PhatgooseError(f"{key}.name={name}: use letters, digits, _, . and -")
-        if not isinstance(tasks, dict) or not tasks:
-            raise PhatgooseError(
-                f"{key}.tasks={tasks}: name at least one task, as `name: {{members: [...]}}`"
-            )
+        if not isinstance(tasks, dict):
+            raise PhatgooseError(f"{key}.tasks={tasks}: name tasks as `name: {{members: [...]}}`")
     for key in ("limit", "split", "max_new_tokens"):
         if key in config.pool:
             raise PhatgooseError(f"pool.{key}: it says how to evaluate, and belongs to a suite")
+    if config.suite.get("of_pool"):
+        for key in config.suite:
+            _known(key, [*_OF_POOL, *_OF_POOL_TOO], f"suite.{key}: no such key of this suite")
     experts = [task.name for task in config.pool_tasks()]
     for task in config.suite_tasks():
         if task.adapter or task.source == "registry":

@@ -9,7 +9,6 @@ import torch
 from harness.journal import Request, cut
 from harness.tasks import TaskData
 from harness.tasks.lm_eval_tasks import evaluation_table
-from harness.tasks.records import read_table
 
 # Of what a processor does in a large product, what short texts get.
 _EFFICIENCY = 0.5
@@ -37,13 +36,6 @@ def evaluation_work(tasks: Sequence[TaskData], chunk_characters: int) -> Evaluat
         chunks += len(cut(data.name, "score", asked, chunk_characters))
         characters += sum(request.characters for request in asked)
     return EvaluationWork(requests, chunks, characters)
-
-
-def mean_characters(data: TaskData) -> float:
-    """Mean length of a training example of a task."""
-    table = read_table(data.train).slice(0, 1000)
-    texts = [row["input"] + row["targets"][0] for row in table.to_pylist()]
-    return sum(map(len, texts)) / max(1, len(texts))
 
 
 def train_seconds(characters: float, parameters: int) -> float:

@@ -9,7 +9,6 @@ import contextlib
 import io
 import json
 import math
-import statistics
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,6 +17,7 @@ import pyarrow as pa
 from lm_eval import evaluator
 
 from harness import results
+from harness.documents import Documents, score_rows
 from harness.jobs import Failure, Workers
 from harness.journal import Answer, Chunk, Journal
 from harness.lm import ShardedLM, Usage
@@ -28,7 +28,6 @@ from harness.tasks.lm_eval_tasks import make_task
 from phatgoose.errors import PhatgooseError
 from phatgoose.routers import Router, all_needs
 from phatgoose.routers.interface import side_information
-from phatgoose.scoring import Score
 
 # Raise it whenever the same chunk would be answered differently than before.
 _ANSWER_VERSION = 4
@@ -83,6 +82,7 @@ class Evaluation:
         self._identities = identities
         self._descriptions = {f"{suite}/{data.name}": describe(data) for data in tasks}
         self._tasks = {f"{suite}/{data.name}": make_task(data, suite) for data in tasks}
+        self._asked = {f"{suite}/{data.name}": Documents.of(data) for data in tasks}
 
     def run(self, name: str, router: Router) -> list[dict[str, Any]]:
         """Evaluate one router: writes its samples and routing, returns its rows of scores."""
@@ -90,10 +90,15 @@ class Evaluation:
         def ask(chunks: Sequence[Chunk]) -> Iterator[tuple[int, Answer]]:
             return self._ask(name, router, chunks)
 
-        lm = ShardedLM(ask, self._characters)
+        right = {name: self._right(name) for name in self._tasks}
+        lm = ShardedLM(ask, self._characters, right)
         with contextlib.redirect_stderr(io.StringIO()):  # lm-eval draws a bar per task
             output = evaluator.evaluate(
-                lm, {"tasks": self._tasks, "groups": {}}, bootstrap_iters=1, log_samples=True
+                lm,
+                {"tasks": self._tasks, "groups": {}},
+                samples={name: list(range(len(d.rows))) for name, d in self._asked.items()},
+                bootstrap_iters=1,
+                log_samples=True,
             )
         assert output is not None
         scores: list[dict[str, Any]] = []
@@ -101,10 +106,8 @@ class Evaluation:
         routing: list[dict[str, Any]] = []
         for full_name in self._tasks:
             labels = {"router": name, "suite": self._suite, "task": full_name.partition("/")[2]}
-            documents = [
-                _document(sample, lm.scores[full_name, sample["doc_id"]])
-                for sample in output["samples"][full_name]
-            ]
+            asked = self._asked[full_name]
+            documents = asked.answered(output["samples"][full_name], lm.scores, full_name)
             samples += [{**labels, **document} for document in documents]
             shared = {
                 **labels,
@@ -113,13 +116,14 @@ class Evaluation:
                 "options": json.dumps({"kind": type(router).name(), **_options(router)}),
                 "zero_shot": router.zero_shot,
                 "side_information": side_information(router),
+                "documents": asked.fingerprint,
                 "n": len(documents),
                 "seconds": lm.usage[full_name].seconds,
                 "tokens": lm.usage[full_name].tokens,
                 "expert": None,
             }
             scores += [
-                {**shared, **row} for row in _metrics(output["results"][full_name], documents)
+                {**shared, **row} for row in score_rows(output["results"][full_name], documents)
             ]
             routing += [{**labels, **row} for row in self._routing(lm.usage[full_name])]
         self._replace(results.samples_file(name), results.SAMPLES, samples)
@@ -139,17 +143,22 @@ class Evaluation:
         if BEST_INDIVIDUAL in derived:
             rows = rows + best_individual_rows(table)
         routers = {row["router"] for row in rows}
-        documents = {(row["task"], row["n"]) for row in rows}
+        documents = {(row["task"], row["documents"]) for row in rows}
         kept = [
             row
             for row in _read(self._folder, results.SCORES_FILE, results.SCORES)
             if row["manifest"] == self._common["manifest"]
             and (
                 row["suite"] != self._suite
-                or (row["router"] not in routers and (row["task"], row["n"]) in documents)
+                or (row["router"] not in routers and (row["task"], row["documents"]) in documents)
             )
         ]
         results.write_table(self._folder, results.SCORES_FILE, results.SCORES, kept + rows)
+
+    def _right(self, name: str) -> list[str]:
+        """The right answer of each document of a task, as it follows the prompt."""
+        delimiter = self._tasks[name].config.target_delimiter
+        return [delimiter + row["targets"][0] for row in self._asked[name].rows]
 
     def _ask(
         self, name: str, router: Router, chunks: Sequence[Chunk]
@@ -237,45 +246,3 @@ def _read(folder: Folder, name: str, schema: pa.Schema) -> list[dict[str, Any]]:
         return []
     rows = results.read_table(folder, name, schema).to_pylist()
     return [{**row, "metrics": dict(row["metrics"])} if "metrics" in row else row for row in rows]
-
-
-def _document(sample: Mapping[str, Any], scores: Sequence[Score]) -> dict[str, Any]:
-    """One document's row of samples, with the paper's metrics beside lm-eval's."""
-    doc = sample["doc"]
-    metrics = {metric: float(sample[metric]) for metric in sample["metrics"]}
-    if doc["choices"]:
-        correct = doc["correct"]
-        means = [score.mean for score in scores]
-        sums = [score.loglikelihood for score in scores]
-        metrics["acc_paper"] = float(means.index(max(means)) in correct)
-        metrics["nll"] = -max(means[i] for i in correct)
-        target = doc["choices"][correct[0]]
-        prediction = doc["choices"][sums.index(max(sums))]
-    else:
-        metrics["nll"] = -scores[0].mean
-        sums = []
-        target, prediction = doc["targets"][0], sample["filtered_resps"][0]
-    return {
-        "document": doc["document"],
-        "target": target,
-        "prediction": prediction,
-        "correct": bool(metrics["acc" if doc["choices"] else "exact_match"]),
-        "choice_scores": sums,
-        "metrics": metrics,
-    }
-
-
-def _metrics(
-    lm_eval: Mapping[str, Any], documents: Sequence[Mapping[str, Any]]
-) -> Iterator[dict[str, Any]]:
-    """A task's metrics with their standard errors: lm-eval's own, and the paper's."""
-    for metric in documents[0]["metrics"]:
-        if f"{metric},none" in lm_eval:
-            value, stderr = lm_eval[f"{metric},none"], lm_eval[f"{metric}_stderr,none"]
-        else:
-            values = [document["metrics"][metric] for document in documents]
-            value = statistics.fmean(values)
-            stderr = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-        if not isinstance(stderr, float):
-            stderr = None  # lm-eval writes "N/A"
-        yield {"metric": metric, "value": value, "stderr": stderr}

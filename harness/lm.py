@@ -1,6 +1,6 @@
 """The language model that lm-eval talks to: it cuts requests into chunks and lets actors answer."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,11 +41,15 @@ class ShardedLM(LM):
     Args:
         ask: answers chunks.
         chunk_characters: see `harness.journal.cut`.
+        right: by task, each document's right answer as it follows the prompt.
     """
 
-    def __init__(self, ask: Ask, chunk_characters: int) -> None:
+    def __init__(
+        self, ask: Ask, chunk_characters: int, right: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
         super().__init__()
         self._ask = ask
+        self._right = right or {}
         self._characters = chunk_characters
         self.scores: dict[tuple[str, int], list[Score]] = {}
         self.usage: dict[str, Usage] = {}
@@ -78,8 +82,7 @@ class ShardedLM(LM):
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Greedy continuations up to the first stop string.
 
-        Where the document names its right answers, the first of them is scored as well, into
-        `scores`.
+        Where the document's right answer is known, it is scored as well, into `scores`.
         """
         questions = []
         for instance in requests:
@@ -89,9 +92,10 @@ class ShardedLM(LM):
             until = options.get("until") or ()
             stops = (until,) if isinstance(until, str) else tuple(until)
             limit = int(options.get("max_gen_toks", 256))
-            right = tuple((instance.doc or {}).get("targets") or ())[:1]
+            task, document = _origin(instance)
+            right = (self._right[task][document],) if task in self._right else ()
             request = Request(context, right, limit, stops, choices_shown=False)
-            questions.append((_origin(instance)[0], request))
+            questions.append((task, request))
         texts = []
         for instance, (answer, i) in zip(
             requests, self._answers("generate", questions), strict=True

@@ -3,7 +3,7 @@
 import os
 import shutil
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,29 +12,28 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from harness.config import RunConfig
+from harness.contamination import Overlap, find_overlaps
 from harness.estimate import (
     EvaluationWork,
     evaluate_seconds,
     evaluation_work,
-    mean_characters,
     train_seconds,
 )
 from harness.plan_jobs import check_needs, multitask_job, pool_jobs, with_profiles
 from harness.registry import Registry
-from harness.results import RUN_FILE, read_run
+from harness.results import OVERLAP_FILE, RUN_FILE, read_run
 from harness.storage import Folder
-from harness.tasks import TaskData, TaskSpec, prepare_all
-from harness.tasks.lm_eval_tasks import evaluation_table
-from harness.tasks.records import read_table
+from harness.tasks import TaskData, TaskSpec, prepare_all, prepare_here
+from harness.tasks.sources import SPLIT_ALREADY
 from harness.train_actor import TrainJob
 from phatgoose.base import Base, adapted_linears, fingerprint, locate_base
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import validate_name
 from phatgoose.routers import Router, all_needs
 
-# The largest share of a suite task's inputs that an expert may have been trained on.
-_MOST_OVERLAP = 0.05
 _SPARE_BYTES = 500 * 2**20
+# How many overlaps are printed.
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Plan:
         characters: by job id, how much text the job trains on, all steps together.
         routers: by their name in results.
         work: what one router has to answer.
-        overlaps: inputs that stand on both sides, in words; few enough to go on.
+        overlaps: what suite tasks share with training data; little enough to go on.
         expert_bytes: size of one expert.
         train_seconds, evaluate_seconds: estimates for one core of this machine.
     """
@@ -68,7 +67,7 @@ class Plan:
     characters: dict[str, float]
     routers: dict[str, Router]
     work: EvaluationWork
-    overlaps: list[str]
+    overlaps: list[Overlap]
     expert_bytes: int
     train_seconds: float
     evaluate_seconds: float
@@ -114,7 +113,10 @@ class Plan:
                 f"{self.work.chunks} chunks, {_minutes(self.evaluate_seconds)} (less what was "
                 "answered before)"
             )
-        lines += [f"overlap   {text}" for text in self.overlaps]
+        worst = sorted(self.overlaps, key=lambda overlap: -overlap.share)
+        lines += [f"overlap   {overlap}" for overlap in worst[:_SHOWN]]
+        if len(worst) > _SHOWN:
+            lines.append(f"overlap   {len(worst) - _SHOWN} more pairs, in {OVERLAP_FILE}")
         return "\n".join(lines)
 
 
@@ -122,8 +124,12 @@ def _minutes(seconds: float) -> str:
     return f"about {max(1, round(seconds / 60))} min of one core's time"
 
 
-def make_plan(config: RunConfig) -> Plan:
+def make_plan(config: RunConfig, prepare: Callable[[list[TaskSpec]], None] = prepare_here) -> Plan:
     """Check configuration, names, data, base, registry and disk; write nothing but the cache.
+
+    Args:
+        config: the configuration.
+        prepare: makes the files of tasks that have none.
 
     Raises:
         PhatgooseError: the first thing that would stop the run later.
@@ -137,9 +143,10 @@ def make_plan(config: RunConfig) -> Plan:
     location = locate_base(config.base.name, revision=config.base.revision)
     base = _bare_base(location, config)
     parameters = sum(parameter.numel() for parameter in base.model.parameters())
-    data = prepare_all([*pool_specs, *suite_specs])
+    data = prepare_all([*pool_specs, *suite_specs], prepare)
     pool, suite = data[: len(pool_specs)], data[len(pool_specs) :]
-    overlaps = _overlaps(pool, suite)
+    overlaps = find_overlaps(pool, suite)
+    _check_overlaps(config, overlaps)
     registry = Registry(config.registry, base.fingerprint)
     jobs = pool_jobs(config, base, registry, pool)
     multitask = multitask_job(config, base, pool)
@@ -181,7 +188,7 @@ def make_plan(config: RunConfig) -> Plan:
 
 def _characters(jobs: list[TrainJob], pool: list[TaskData]) -> dict[str, float]:
     """By job id, how much text a job trains on, all steps together."""
-    mean = {data.name: mean_characters(data) for data in pool}
+    mean = {data.name: data.characters for data in pool}
     return {
         job.card.job: job.recipe.batch_size
         * job.steps
@@ -199,8 +206,13 @@ def _check_held_out(pool: list[TaskSpec], suite: list[TaskSpec]) -> None:
     """Refuse to evaluate on documents that an expert is trained on."""
     for spec in suite:
         for expert in pool:
+            if spec.source != expert.source:
+                continue
             shared = set(spec.members) & set(expert.members)
-            if shared and (spec.split == "all" or spec.name != expert.name):
+            # Where data sets come with their splits, every task has the same ones; elsewhere the
+            # split goes by the task's name.
+            same = spec.name == expert.name or spec.source in SPLIT_ALREADY
+            if shared and (spec.split == "all" or not same):
                 raise PhatgooseError(
                     f"suite task {spec.name} holds documents of {min(shared)} that expert "
                     f"{expert.name} is trained on: call it {expert.name} with split: evaluation, "
@@ -208,30 +220,17 @@ def _check_held_out(pool: list[TaskSpec], suite: list[TaskSpec]) -> None:
                 )
 
 
-def _overlaps(pool: list[TaskData], suite: list[TaskData]) -> list[str]:
-    """Which suite tasks share inputs with an expert's training examples; refuse more than a few."""
-    found = []
-    for data in suite:
-        inputs = {_normal(text) for text in evaluation_table(data)["input"].to_pylist()}
-        for expert in pool:
-            trained = read_table(expert.train)["input"].to_pylist()
-            shared = inputs.intersection(map(_normal, trained))
-            if not shared:
-                continue
-            text = (
-                f"{len(shared)} of {len(inputs)} inputs of suite task {data.name} are among those "
-                f"that expert {expert.name} is trained on"
-            )
-            if len(shared) > _MOST_OVERLAP * len(inputs):
-                raise PhatgooseError(
-                    f"{text}, such as {min(shared)[:60]!r}: leave one of the two out"
-                )
-            found.append(text)
-    return found
-
-
-def _normal(text: str) -> str:
-    return " ".join(text.lower().split())
+def _check_overlaps(config: RunConfig, overlaps: Sequence[Overlap]) -> None:
+    """Refuse to evaluate on documents that an expert of another task has seen."""
+    limit = config.overlap.limit
+    # A task's own evaluation split may be as like its training data as the task's author made it.
+    over = [o for o in overlaps if o.share > limit and o.suite_task != o.expert]
+    if over:
+        worst = max(over, key=lambda overlap: overlap.share)
+        raise PhatgooseError(
+            f"{len(over)} pairs of a suite task and an expert have more than {limit:.0%} of the "
+            f"task's documents in common: {worst}: leave one of the two out, or set overlap.limit="
+        )
 
 
 def _bare_base(location: Path, config: RunConfig) -> Base:

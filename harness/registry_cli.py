@@ -5,13 +5,13 @@ Each command makes an `Answer`: a document for programs (--json) and text for pe
 
 import argparse
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from harness.command_line import Answer, answer, count, table
 from harness.registry import Registry
 from harness.registry_check import verify
 from harness.registry_files import manifest_numbers, object_file
@@ -22,25 +22,9 @@ from phatgoose.expert import Expert
 _SHORT = 12
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a command has to say, as JSON and as text, and its exit status."""
-
-    document: dict[str, Any]
-    text: str
-    status: int = 0
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    args = _parser().parse_args(arguments)
-    try:
-        answer: Answer = args.call(args)
-    except PhatgooseError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(answer.document, indent=1) if args.json else answer.text)
-    return answer.status
+    return answer(_parser(), arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -90,8 +74,8 @@ def _list(args: argparse.Namespace) -> Answer:
     rows = [_row(expert) for expert in experts]
     total = sum(expert.get("bytes", 0) for expert in experts)
     lines = [
-        _table(header, rows, right={3, 4, 6}),
-        f"{_count(len(experts), 'expert')}, {_size(total)}, manifest {manifest.number}, "
+        table(header, rows, right={3, 4, 6}),
+        f"{count(len(experts), 'expert')}, {_size(total)}, manifest {manifest.number}, "
         f"base {manifest.base_fingerprint[:_SHORT]}",
         *(f"{expert['name']}: {expert['error']}" for expert in experts if "error" in expert),
     ]
@@ -182,8 +166,8 @@ def _tensors(expert: Expert) -> str:
             kinds[kind] += 1
             size[kind] += tensor.nbytes
     rows = [[*kind, str(kinds[kind]), _size(size[kind])] for kind in sorted(kinds)]
-    table = _table(["tensor", "dtype", "shape", "linears", "size"], rows, right={3, 4})
-    return f"{table}\n{_count(len(expert.linears), 'linear')}, {_size(size.total())}"
+    listed = table(["tensor", "dtype", "shape", "linears", "size"], rows, right={3, 4})
+    return f"{listed}\n{count(len(expert.linears), 'linear')}, {_size(size.total())}"
 
 
 def _verify(args: argparse.Namespace) -> Answer:
@@ -192,8 +176,8 @@ def _verify(args: argparse.Namespace) -> Answer:
     lines = [
         *check.problems,
         *(f"no manifest names {file}; it does no harm" for file in check.orphans),
-        f"{_count(check.objects, 'expert')} read, {_count(len(check.problems), 'problem')}, "
-        f"{_count(len(check.orphans), 'orphan')}",
+        f"{count(check.objects, 'expert')} read, {count(len(check.problems), 'problem')}, "
+        f"{count(len(check.orphans), 'orphan')}",
     ]
     document = {"registry": str(registry.folder), **asdict(check)}
     return Answer(document, "\n".join(lines), 1 if check.problems else 0)
@@ -264,23 +248,5 @@ def _dtype(tensor: Any) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
-
-
-def _table(header: list[str], rows: list[list[str]], right: set[int]) -> str:
-    """A table as text; the columns in `right` to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = []
-    for row in (header, *rows):
-        cells = [
-            cell.rjust(width) if place in right else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    rule = "-" * (sum(widths) + 2 * len(widths) - 2)
-    return "\n".join([lines[0], rule, *lines[1:], rule])
+def _size(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"

@@ -40,6 +40,7 @@ from harness.summary import (
     primary_metric,
     summary_rows,
 )
+from harness.tasks.metrics import NORMALIZED
 
 WIDTH = 120
 _NAME_WIDTH = 10
@@ -81,7 +82,7 @@ def _router_parts(folder: Folder, scores: pa.Table) -> list[str]:
     present = {row["metric"] for row in summary}
     return [
         routers_table(summary, suite, metric)
-        for suite, metric in itertools.product(suites, (PRIMARY, "nll"))
+        for suite, metric in itertools.product(suites, (PRIMARY, NORMALIZED, "nll"))
         if metric in present
     ]
 

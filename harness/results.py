@@ -25,6 +25,7 @@ from phatgoose.errors import PhatgooseError
 
 SCORES_FILE = "scores.parquet"
 SUMMARY_FILE = "summary.parquet"
+OVERLAP_FILE = "overlap.parquet"
 RUN_FILE = "run.json"
 SAMPLES_FOLDER = "samples"
 ROUTING_FOLDER = "routing"
@@ -73,9 +74,19 @@ SCORES = pa.schema(
         _SIDE_INFORMATION,
         _SUITE,
         _TASK,
-        _column("metric", pa.string(), "acc, acc_norm, acc_paper, exact_match or nll"),
+        _column(
+            "metric",
+            pa.string(),
+            "lm-eval's own (acc, acc_norm, exact_match, ...), acc_paper, nll, rouge_l, "
+            "multiple_choice_grade or bigbench_normalized",
+        ),
         _column("value", pa.float64(), "mean over the documents; shares as 0 to 1, nll in nats"),
         _column("stderr", pa.float64(), "standard error of the value", null="lm-eval gave none"),
+        _column(
+            "documents",
+            pa.string(),
+            "hash of the documents' prompts, choices and answers; equal ones can be compared",
+        ),
         _column("n", pa.int64(), "number of documents"),
         _column("seconds", pa.float64(), "time the actors spent on this router and task"),
         _column(
@@ -87,6 +98,18 @@ SCORES = pa.schema(
             "the expert that oracle or best_individual chose",
             null="neither of them",
         ),
+    ]
+)
+
+OVERLAP = pa.schema(
+    [
+        _SUITE,
+        _TASK,
+        _EXPERT,
+        _column("documents", pa.int64(), "distinct documents of the evaluation task"),
+        _column("exact", pa.int64(), "how many are inputs that the expert is trained on"),
+        _column("shared", pa.int64(), "how many share 8 words in a row with such an input"),
+        _column("example", pa.string(), "the beginning of one of them"),
     ]
 )
 

@@ -57,19 +57,21 @@ def run(config: RunConfig) -> None:
     # Imported here, so that a mistyped configuration is refused at once.
     from harness.cluster import Cluster, actor_count
     from harness.plan import make_plan, needs_profiles
+    from harness.prepare import preparer
     from harness.report import make_report
 
     started = time.time()
-    plan = make_plan(config)
-    print(plan.describe(), flush=True)
     problems: list[str] = []
     with Cluster() as cluster:
+        plan = make_plan(config, preparer(cluster))
+        print(plan.describe(), flush=True)
         to_train = "train" in config.stages and bool(plan.open_jobs)
         if to_train:
             cluster.connect()
             actor_count(config.cluster)  # no room: an error
         record = _record(config, plan, started)
         results.write_run(plan.folder, record)
+        results.write_table(plan.folder, results.OVERLAP_FILE, results.OVERLAP, _overlaps(plan))
         if to_train:
             problems += _train(plan)
         if "evaluate" in config.stages:
@@ -91,6 +93,13 @@ def run(config: RunConfig) -> None:
             f"{len(problems)} things could not be done ({'; '.join(problems)}): the same command "
             "tries them again"
         )
+
+
+def _overlaps(plan: "Plan") -> list[dict[str, Any]]:
+    """Rows of overlap.parquet."""
+    suite = plan.config.suite["name"]
+    rows = [asdict(overlap) for overlap in plan.overlaps]
+    return [{"suite": suite, "task": row.pop("suite_task"), **row} for row in rows]
 
 
 def _train(plan: "Plan") -> list[str]:
@@ -252,7 +261,7 @@ def _record(config: RunConfig, plan: "Plan", started: float) -> dict[str, Any]:
             "cores": len(os.sched_getaffinity(0)),
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         },
-        "overlaps": plan.overlaps,
+        "overlaps": [str(overlap) for overlap in plan.overlaps],
         "started": _time(started),
         "finished": None,
     }

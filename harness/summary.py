@@ -42,15 +42,21 @@ def better(metric: str, a: float, b: float) -> bool:
 
 
 def primary_metric(metrics: set[str]) -> str:
-    """The primary metric of a task with these metrics: acc, or exact_match for generation.
+    """The primary metric of a task with these metrics.
+
+    ROUGE-L where the task asks for it, else acc, else exact_match (after the strictest filter),
+    else the first by name of what lm-eval gave.
 
     Raises:
-        PhatgooseError: the task has neither.
+        PhatgooseError: there is none.
     """
-    for metric in ("acc", "exact_match"):
+    for metric in ("rouge_l", "acc", "exact_match", "exact_match_strict_match"):
         if metric in metrics:
             return metric
-    raise PhatgooseError(f"a task has neither acc nor exact_match, only {sorted(metrics)}")
+    others = sorted(metrics - {"nll", "acc_norm", "acc_paper", "bigbench_normalized"})
+    if not others:
+        raise PhatgooseError(f"a task has no metric of lm-eval, only {sorted(metrics)}")
+    return others[0]
 
 
 def oracle_rows(scores: pa.Table) -> list[Row]:
@@ -267,6 +273,8 @@ def _collect(scores: pa.Table, samples: pa.Table) -> dict[str, list[_Task]]:
                 f"{samples_file(source)}: task {name} has other documents than another router's "
                 f"samples; delete {SCORES_FILE} and {SAMPLES_FOLDER}/ and run again"
             )
+        if not any(metric in metrics for metrics in answered.values()):
+            continue  # it is no mean over documents
         task.routers[router] = {key: score[key] for key in ("zero_shot", "side_information")}
         task.scores[metric, router] = score["value"]
         values_N = np.array([answered[document].get(metric, np.nan) for document in task.documents])

@@ -13,7 +13,9 @@ import torch
 from harness.cluster import log_to_run_folder
 from harness.config import BaseConfig
 from harness.tasks import TaskData, TaskSpec, prepare_all
-from harness.tasks.records import Record, read_records
+from harness.tasks.records import Record
+from harness.tasks.store import read_records
+from harness.tasks.tokens import tokenise
 from phatgoose.base import load_base
 from phatgoose.encoder import load_encoder
 from phatgoose.errors import PhatgooseError
@@ -21,7 +23,7 @@ from phatgoose.expert import Card, Expert
 from phatgoose.profile import ProfileConfig
 from phatgoose.profiling import measure_profile
 from phatgoose.recipe import Recipe
-from phatgoose.training import Example, Progress, train_expert, train_gates
+from phatgoose.training import Example, Examples, Progress, train_expert, train_gates
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class TrainActor:
         profile = None
         if job.profile_id is not None:
             try:
-                profile = ray.put(self._measure(job, expert, train))
+                profile = ray.put(self._measure(job, expert))
             # An expert is worth more than its profile, which can be measured again.
             except Exception as error:
                 print(f"no profile of {job.card.name}: {error}", flush=True)
@@ -128,15 +130,14 @@ class TrainActor:
 
     def profile(self, job: TrainJob, content_hash: str, keeper: Any) -> bytes:
         """Measure the profile of an expert that the registry has; returns its bytes."""
-        train, _ = self._examples(job)
-        return self._measure(job, ray.get(keeper.load.remote(content_hash)), train)
+        return self._measure(job, ray.get(keeper.load.remote(content_hash)))
 
     def steps(self) -> int:
         """Optimiser steps done of the job under way."""
         return self._steps
 
-    def _examples(self, job: TrainJob) -> tuple[list[Example], list[Example]]:
-        """The job's training and evaluation examples, which must be those of the plan."""
+    def _data(self, job: TrainJob) -> list[TaskData]:
+        """The data of the job's tasks, which must be those of the plan."""
         data = prepare_all(job.tasks)
         found = data_fingerprint(data)
         if found != job.card.data_fingerprint:
@@ -145,9 +146,24 @@ class TrainActor:
                 f"with {job.card.data_fingerprint[:12]}: empty the cache on the one that is out of "
                 "date"
             )
-        train = [read_records(item.train) for item in data]
-        evaluation = [read_records(item.evaluation) for item in data]
-        return _mixed(train, job.recipe.seed), _in_turn(evaluation)
+        return data
+
+    def _examples(self, job: TrainJob) -> tuple[Examples, Examples]:
+        """The job's training and evaluation examples.
+
+        A job that reads each of them once or more has them as token ids from the cache; one that
+        reads a part encodes them as it goes. Of several tasks, each gives its share at most.
+        """
+        data, recipe = self._data(job), job.recipe
+        evaluation = [read_records(d.evaluation, recipe.evaluation_examples) for d in data]
+        if len(data) > 1:
+            share = max(1, recipe.max_examples // len(data))
+            train = [read_records(d.train, share) for d in data]
+            return _mixed(train, recipe.seed), _in_turn(evaluation)
+        if job.steps * recipe.batch_size >= data[0].counts["train"]:
+            return tokenise(self._base, data[0], "train", recipe), _in_turn(evaluation)
+        records = read_records(data[0].train, recipe.max_examples)
+        return list(map(_example, records)), _in_turn(evaluation)
 
     def _import(self, job: TrainJob) -> Expert:
         """The expert of the job's adapter, which must be that of the plan."""
@@ -161,11 +177,14 @@ class TrainActor:
             )
         return Expert(job.card, expert.linears)
 
-    def _measure(self, job: TrainJob, expert: Expert, examples: list[Example]) -> bytes:
-        assert self._profile is not None  # the plan's, where any job has a profile
-        (data,) = prepare_all(job.tasks)
+    def _measure(self, job: TrainJob, expert: Expert) -> bytes:
+        config = self._profile
+        assert config is not None  # the plan's, where any job has a profile
+        (data,) = self._data(job)
+        most = max(config.embedded_examples, config.activation_examples)
+        examples = [_example(record) for record in read_records(data.train, most)]
         profile = measure_profile(
-            self._base, expert, examples, self._profile, description=data.description
+            self._base, expert, examples, config, description=data.description
         )
         return profile.to_bytes()
 

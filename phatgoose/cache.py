@@ -18,7 +18,9 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "phatgoose"
 
 
-def fetch_distribution(requirement: str, filename: str, sha256: str, *, source: bool) -> Path:
+def fetch_distribution(
+    requirement: str, filename: str, sha256: str, *, source: bool, any_python: bool = False
+) -> Path:
     """Download one file of a package index with pip into the cache, once, and check its hash.
 
     Args:
@@ -26,6 +28,7 @@ def fetch_distribution(requirement: str, filename: str, sha256: str, *, source: 
         filename: the distribution's file name, which the download must produce.
         sha256: its expected SHA-256, in hexadecimal.
         source: fetch the source distribution instead of a wheel.
+        any_python: also if it says that it is for other versions of Python.
 
     Raises:
         PhatgooseError: the download failed, or the file does not have the expected hash.
@@ -35,7 +38,7 @@ def fetch_distribution(requirement: str, filename: str, sha256: str, *, source: 
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            _pip_download(requirement, Path(temporary), source=source)
+            _pip_download(requirement, Path(temporary), source=source, any_python=any_python)
             fetched = Path(temporary) / filename
             if not fetched.exists():
                 found = ", ".join(p.name for p in Path(temporary).iterdir()) or "nothing"
@@ -60,9 +63,10 @@ def check_sha256(path: Path, expected: str) -> None:
         )
 
 
-def _pip_download(requirement: str, folder: Path, *, source: bool) -> None:
+def _pip_download(requirement: str, folder: Path, *, source: bool, any_python: bool) -> None:
     name = requirement.split("==")[0]
     kind = ["--no-binary", name] if source else ["--only-binary", name]
+    kind += ["--ignore-requires-python"] if any_python else []
     command = [sys.executable, "-m", "pip", "download", "--no-deps", *kind]
     command += ["--quiet", "--disable-pip-version-check", "--dest", str(folder), requirement]
     print(f"fetching {requirement} from the package index ...", file=sys.stderr, flush=True)

@@ -4,6 +4,8 @@ A pair of a context and a target is cut the way lm-evaluation-harness does it: w
 end of the context belongs to the target, because tokenizers glue a space to the word after it.
 """
 
+from collections.abc import Sequence
+
 from phatgoose.base import Base
 
 
@@ -14,13 +16,8 @@ def encode_context(base: Base, context: str, max_tokens: int | None = None) -> l
     token, as T5 was trained. What is too long is cut: at the end for an encoder, keeping the
     end-of-sequence token, at the beginning for a decoder, keeping the question.
     """
-    ids = _tokenize(base, context.rstrip(" "))
-    eos = base.tokenizer.eos_token_id
-    if base.is_encoder_decoder:
-        return [*ids[: None if max_tokens is None else max_tokens - 1], eos]
-    ids = ids if max_tokens is None else ids[-max_tokens:]
-    bos = base.tokenizer.bos_token_id
-    return ids or [eos if bos is None else bos]
+    (ids,) = _tokenize_all(base, [context.rstrip(" ")])
+    return _cut_context(base, ids, max_tokens)
 
 
 def encode_pair(
@@ -39,22 +36,48 @@ def encode_pair(
         max_context: cut the context to so many tokens.
         max_target: cut the target to so many tokens, end-of-sequence included.
     """
-    stripped = context.rstrip()
-    target = context[len(stripped) :] + target
-    context_ids = encode_context(base, stripped, max_context)
+    return encode_pairs(base, [(context, target)], max_context, max_target)[0]
+
+
+def encode_pairs(
+    base: Base,
+    pairs: Sequence[tuple[str, str]],
+    max_context: int | None = None,
+    max_target: int | None = None,
+) -> list[tuple[list[int], list[int]]]:
+    """`encode_pair` of many pairs at once, which tokenizers do in parallel."""
+    stripped = [context.rstrip() for context, _ in pairs]
+    targets = [
+        context[len(bare) :] + target
+        for (context, target), bare in zip(pairs, stripped, strict=True)
+    ]
+    contexts = _tokenize_all(base, stripped)
     if base.is_encoder_decoder:
-        target_ids = _tokenize(base, target)
+        target_ids = _tokenize_all(base, targets)
     else:
         # A tokenizer may join across the border: what the whole has more is the target.
-        whole = _tokenize(base, stripped + target)
-        target_ids = whole[len(_tokenize(base, stripped)) :]
-    target_ids = target_ids[: None if max_target is None else max_target - 1]
-    return context_ids, [*target_ids, base.tokenizer.eos_token_id]
+        texts = [bare + target for bare, target in zip(stripped, targets, strict=True)]
+        wholes = _tokenize_all(base, texts)
+        target_ids = [w[len(c) :] for w, c in zip(wholes, contexts, strict=True)]
+    eos = base.tokenizer.eos_token_id
+    last = None if max_target is None else max_target - 1
+    return [
+        (_cut_context(base, context, max_context), [*target[:last], eos])
+        for context, target in zip(contexts, target_ids, strict=True)
+    ]
 
 
-def _tokenize(base: Base, text: str) -> list[int]:
+def _cut_context(base: Base, ids: list[int], max_tokens: int | None) -> list[int]:
+    eos = base.tokenizer.eos_token_id
+    if base.is_encoder_decoder:
+        return [*ids[: None if max_tokens is None else max_tokens - 1], eos]
+    ids = ids if max_tokens is None else ids[-max_tokens:]
+    bos = base.tokenizer.bos_token_id
+    return ids or [eos if bos is None else bos]
+
+
+def _tokenize_all(base: Base, texts: list[str]) -> list[list[int]]:
     """Ids with whatever the tokenizer puts in front (Llama's start token), nothing behind."""
-    ids = list(base.tokenizer(text)["input_ids"])
-    if ids and ids[-1] == base.tokenizer.eos_token_id:
-        ids.pop()
-    return ids
+    found = [list(ids) for ids in base.tokenizer(texts)["input_ids"]]
+    eos = base.tokenizer.eos_token_id
+    return [ids[:-1] if ids and ids[-1] == eos else ids for ids in found]

@@ -43,6 +43,10 @@ class Example:
     choices: tuple[str, ...] = ()
 
 
+# What is trained on: texts, or the same as token ids, cut to the recipe's lengths already.
+Examples = Sequence[Example] | Sequence[Question]
+
+
 @dataclass(frozen=True)
 class Progress:
     """One row of a training curve.
@@ -72,8 +76,8 @@ class Progress:
 def train_expert(
     base: Base,
     card: Card,
-    train: Sequence[Example],
-    evaluation: Sequence[Example],
+    train: Examples,
+    evaluation: Examples,
     recipe: Recipe,
     *,
     engine: EngineFactory = PlainEngine,
@@ -116,8 +120,8 @@ def train_expert(
 def train_gates(
     base: Base,
     expert: Expert,
-    train: Sequence[Example],
-    evaluation: Sequence[Example],
+    train: Examples,
+    evaluation: Examples,
     recipe: Recipe,
     *,
     engine: EngineFactory = PlainEngine,
@@ -157,9 +161,7 @@ def train_gates(
     return Expert(card=dataclasses.replace(card, metrics=metrics), linears=linears)
 
 
-def _check(
-    base: Base, card: Card, train: Sequence[Example], evaluation: Sequence[Example], recipe: Recipe
-) -> None:
+def _check(base: Base, card: Card, train: Examples, evaluation: Examples, recipe: Recipe) -> None:
     if not train or not evaluation:
         raise PhatgooseError(
             f"task {card.task}: {len(train)} training and {len(evaluation)} evaluation examples; "
@@ -178,8 +180,8 @@ class _Job:
         self,
         base: Base,
         layers: dict[str, GatedLora],
-        train: Sequence[Example],
-        evaluation: Sequence[Example],
+        train: Examples,
+        evaluation: Examples,
         recipe: Recipe,
         engine: EngineFactory,
         report: Callable[[Progress], None],
@@ -215,7 +217,9 @@ class _Job:
         """Every A and B."""
         return [p for layer in self.layers.values() for p in (layer.lora_A_RD, layer.lora_B_OR)]
 
-    def encode(self, example: Example) -> Question:
+    def encode(self, example: Example | Question) -> Question:
+        if isinstance(example, Question):
+            return example
         limits = self.recipe.max_input_tokens, self.recipe.max_target_tokens
         return Question.encode(self.base, example.input, [example.target], *limits)
 

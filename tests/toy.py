@@ -13,7 +13,8 @@ from typing import Any
 
 from harness.eval_actor import EvalActor
 from harness.jobs import Failure
-from harness.tasks import TaskData, TaskSpec, prepare_all
+from harness.tasks import TaskData, TaskSpec, prepare_all, write_all
+from harness.tasks.sources import bigbench
 from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
 from phatgoose.model import RoutedModel
@@ -66,7 +67,12 @@ def write_archive(path: Path, tasks: Mapping[str, Any]) -> Path:
 
 def prepare_toys(specs: Sequence[TaskSpec], folder: Path) -> list[TaskData]:
     """Put tasks whose members are in `TASKS` into the cache, where runs and actors find them."""
-    return prepare_all(specs, archive=write_archive(folder / "toys.tar.gz", TASKS))
+    return prepare_all(specs, from_archive(write_archive(folder / "toys.tar.gz", TASKS)))
+
+
+def from_archive(path: Path) -> Callable[[Sequence[TaskSpec]], None]:
+    """Makes the files of tasks of BIG-bench from this archive."""
+    return lambda specs: write_all(bigbench.read_archive(path, specs))
 
 
 def toy_config(base: Path, run_dir: Path, **changes: Any) -> Any:

@@ -1,93 +1,42 @@
-"""Where examples come from: a task specification in, parquet files of records out."""
+"""The tasks of pools and suites: from a YAML file's words to parquet files of records."""
 
-import difflib
 import hashlib
 import json
-import re
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from harness.tasks import bigbench, jsonl
-from harness.tasks.records import (
-    Kind,
-    Record,
-    Split,
-    fingerprint_of,
-    kind_of,
-    read_metadata,
-    write_records,
-)
+import yaml
+
+from harness.tasks.records import Kind, Split
+from harness.tasks.sources import GROUP_KEYS, SOURCES, TaskRecords
+from harness.tasks.spec import TaskSpec, one_of
+from harness.tasks.store import is_written, read_task, write_task
 from phatgoose.cache import cache_dir
 from phatgoose.errors import PhatgooseError
 
+__all__ = [
+    "TaskData",
+    "TaskSpec",
+    "describe",
+    "folder_of",
+    "list_names",
+    "prepare",
+    "prepare_all",
+    "prepare_here",
+    "task_specs",
+    "unreachable",
+    "write_all",
+]
+
 # Raise it whenever the same specification gives other records than before.
-_VERSION = 2
-SOURCES = ("bigbench", "jsonl", "registry")
-# Keys of a pool or suite that are not the defaults of its tasks.
-_NOT_OF_TASKS = ("name", "tasks", "general")
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
-
-
-@dataclass(frozen=True)
-class TaskSpec:
-    """One task of a pool or a suite, as its YAML file describes it.
-
-    Attributes:
-        name: the task's name; letters, digits, `_`, `.` and `-`.
-        members: what it is made of: tasks of BIG-bench, or the user's own files.
-        source: `bigbench`; `jsonl` for files of JSON lines (`harness.tasks.jsonl`); `registry` for
-            an expert of that name that the registry has already, which needs no members.
-        adapter: a folder with a LoRA adapter saved by PEFT, which becomes the task's expert. With
-            members its gates are trained on them; without it has no gates, and no profile.
-        description: what the task is about, for the routers that read it; BIG-bench's own, or made
-            of the task's name and some inputs, if it is empty.
-        style: how prompts are written, see `bigbench.STYLES`.
-        load_opts: changes to the members as they are read, see `bigbench.LOAD_OPTS`.
-        split: what to evaluate on: the `evaluation` fifth, or `all`, for a task that no expert of
-            the pool was trained on.
-        limit: how many documents to evaluate on at most; none means all of them.
-        max_new_tokens: how many tokens to generate at most.
-    """
-
-    name: str
-    members: tuple[str, ...]
-    source: str = "bigbench"
-    adapter: str | None = None
-    description: str = ""
-    style: str = "bigbench"
-    load_opts: Mapping[str, bool] = field(default_factory=dict)
-    split: Literal["evaluation", "all"] = "evaluation"
-    limit: int | None = None
-    max_new_tokens: int = 16
-
-    def __post_init__(self) -> None:
-        """Raise PhatgooseError for a value that cannot be meant."""
-        where = f"task {self.name}"
-        if not _NAME.fullmatch(self.name):
-            raise PhatgooseError(
-                f"{self.name!r} cannot be a task's name: use letters, digits, _, . and -"
-            )
-        _one_of(self.source, SOURCES, f"{where}: source")
-        needs_members = self.source != "registry" and self.adapter is None
-        if not isinstance(self.members, tuple) or (needs_members and not self.members):
-            raise PhatgooseError(f"{where}: members must be a list of BIG-bench tasks or of files")
-        if self.source == "registry" and (self.members or self.adapter):
-            raise PhatgooseError(
-                f"{where}: an expert of the registry is taken as it is: leave out members and "
-                "adapter, or choose another source"
-            )
-        _one_of(self.style, bigbench.STYLES, f"{where}: style")
-        _one_of(self.split, ("evaluation", "all"), f"{where}: split")
-        for option, on in self.load_opts.items():
-            _one_of(option, bigbench.LOAD_OPTS, f"{where}: load_opts")
-            if not isinstance(on, bool):
-                raise PhatgooseError(f"{where}: {option} must be true or false, not {on!r}")
-        for key, value in (("limit", self.limit), ("max_new_tokens", self.max_new_tokens)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise PhatgooseError(f"{where}: {key} must be a positive number, not {value!r}")
+_VERSION = 3
+# Keys of a pool or suite that are not the defaults of its tasks, whatever their source.
+_OF_THE_GROUP = ("name", "tasks", "lists", "only", "general")
+_LISTS = Path(__file__).parent / "lists"
+_FIELDS = tuple(f.name for f in fields(TaskSpec) if f.name != "name")
 
 
 @dataclass(frozen=True)
@@ -96,11 +45,14 @@ class TaskData:
 
     Attributes:
         spec: what they were made from.
-        train, evaluation: the parquet files of the two splits (`records.read_records`).
+        train, evaluation: folders with the parquet files of the two splits, see
+            `harness.tasks.store`.
         fingerprint: SHA-256 of the records of both splits.
         counts: how many records each split has; none where an expert comes without data.
         kind: how the task is evaluated.
+        characters: mean length of a training example.
         description: what the task is about, as far as that is known.
+        origin: where the records are from: source, revision, canary.
     """
 
     spec: TaskSpec
@@ -109,7 +61,9 @@ class TaskData:
     fingerprint: str
     counts: dict[Split, int]
     kind: Kind
+    characters: float = 0.0
     description: str = ""
+    origin: Mapping[str, str] | None = None
 
     @property
     def name(self) -> str:
@@ -118,71 +72,109 @@ class TaskData:
 
 
 def task_specs(group: Mapping[str, Any]) -> list[TaskSpec]:
-    """The tasks of a pool or suite, in the order of its YAML file.
+    """The tasks of a pool or suite, in order.
 
     Args:
-        group: the YAML file as plain dictionaries and lists: `name`, `tasks` (task name -> fields
-            of TaskSpec), and any other field of TaskSpec as the default for all its tasks. A pool
-            may name its `general` expert, which some routers treat apart.
+        group: its YAML file as plain dictionaries and lists:
+            `name`;
+            `lists`: names of lists of tasks that stand in `harness/tasks/lists`;
+            `tasks`: task name -> fields of TaskSpec, in addition or to change a list's;
+            `only`: the names of the tasks to take, all if it is left out;
+            `general`: of a pool, the expert that some routers treat apart;
+            keys that a source makes tasks of, such as `files`, see `GROUP_KEYS`;
+            any other field of TaskSpec as the default for all its tasks.
 
     Raises:
         PhatgooseError: an unknown key or value; the message gives the near names.
     """
-    defaults = {key: value for key, value in group.items() if key not in _NOT_OF_TASKS}
-    allowed = tuple(f.name for f in fields(TaskSpec) if f.name != "name")
-    specs = []
-    for name, own in group["tasks"].items():
-        values = {**defaults, **(own or {})}
-        for key in values:
-            _one_of(key, allowed, f"{group['name']}: task {name}: key")
-        members = values.pop("members", ())
-        if isinstance(members, list):
-            members = tuple(members)
-        specs.append(TaskSpec(name=str(name), members=members, **values))
-    return specs
+    where, source = group["name"], str(group.get("source", "bigbench"))
+    one_of(source, SOURCES, f"{where}: source")
+    made_of = GROUP_KEYS.get(source, ())
+    defaults = {k: v for k, v in group.items() if k not in (*_OF_THE_GROUP, *made_of)}
+    entries: dict[str, dict[str, Any]] = {}
+    for name in group.get("lists") or ():
+        entries |= _read_list(str(name))
+    entries |= SOURCES[source].expand(group)
+    for name, own in (group.get("tasks") or {}).items():
+        entries[str(name)] = {**entries.get(str(name), {}), **(own or {})}
+    only = group.get("only")
+    for name in only or ():
+        one_of(name, entries, f"{where}: only")
+    if not entries:
+        raise PhatgooseError(
+            f"{where} has no tasks: name some, as `tasks: {{name: {{members: [...]}}}}`"
+        )
+    chosen = entries if only is None else {name: entries[name] for name in only}
+    return [_spec(where, name, {**defaults, **own}) for name, own in chosen.items()]
 
 
-def prepare(spec: TaskSpec, *, archive: Path | None = None) -> TaskData:
+def list_names() -> list[str]:
+    """The lists of tasks that there are."""
+    return sorted(path.stem for path in _LISTS.glob("*.yaml") if path.stem != "hub_ids")
+
+
+def prepare(spec: TaskSpec) -> TaskData:
     """`prepare_all` for a single task."""
-    return prepare_all([spec], archive=archive)[0]
+    return prepare_all([spec])[0]
 
 
-def prepare_all(specs: Sequence[TaskSpec], *, archive: Path | None = None) -> list[TaskData]:
-    """Make the parquet files of each task, or find those made before, in the order given.
+def prepare_here(specs: Sequence[TaskSpec]) -> None:
+    """Make the files of tasks that have none yet, in this process, one after the other."""
+    by_source: dict[str, list[TaskSpec]] = {}
+    for spec in specs:
+        by_source.setdefault(spec.source, []).append(spec)
+    for source, wanted in by_source.items():
+        write_all(SOURCES[source].read(wanted))
 
-    The first time costs one pass over BIG-bench's archive (about ten seconds) for all tasks
-    together; later the archive is not even opened.
+
+def write_all(tasks: Iterable[TaskRecords]) -> None:
+    """Write tasks that a source reads, one after the other."""
+    for task in tasks:
+        spec = task.spec
+        origin = {"source": spec.source, "members": ", ".join(spec.members), **task.origin}
+        write_task(
+            folder_of(spec), spec.name, task.records, description=task.description, origin=origin
+        )
+
+
+def prepare_all(
+    specs: Sequence[TaskSpec], make: Callable[[list[TaskSpec]], None] = prepare_here
+) -> list[TaskData]:
+    """Make the files of each task, or find those made before, in the order given.
 
     Args:
         specs: the tasks.
-        archive: BIG-bench's source distribution; fetched into the cache if not given.
+        make: makes the files of those that have none.
 
     Raises:
-        PhatgooseError: the archive, a member of a task, or one of its examples is faulty.
+        PhatgooseError: a source cannot be reached (nothing is made then), or an example is faulty.
     """
-    missing = [spec for spec in specs if not _evaluation_path(spec).exists()]
-    new = [spec for spec in missing if spec.source == "bigbench" and spec.members]
+    lacking = unreachable(specs)
+    if lacking:
+        raise PhatgooseError(
+            f"{len(lacking)} of {len(specs)} tasks cannot be had: " + "; ".join(lacking.values())
+        )
+    new = [spec for spec in specs if spec.has_data and not is_written(folder_of(spec))]
     if new:
-        print(f"reading {len(new)} tasks from BIG-bench ...", file=sys.stderr, flush=True)
-        members = [member for spec in new for member in spec.members]
-        sources = bigbench.read_members(archive or bigbench.fetch_archive(), members)
-        for spec in new:
-            definitions = [
-                bigbench.parse_member(member, sources[member], spec.load_opts)
-                for member in spec.members
-            ]
-            # BIG-bench's mark, by which text can be kept out of training corpora, stays with it.
-            canary = "\n".join(sorted({str(d.get("canary", "")) for d in definitions}))
-            splits = bigbench.make_records(spec.name, definitions, spec.style)
-            about = "; ".join(str(d["description"]) for d in definitions if d.get("description"))
-            origin = {"source": "BIG-bench 1.0.0", "canary": canary, "description": about}
-            _write(spec, splits, origin)
-    for spec in missing:
-        if not spec.members:
-            _write(spec, {"train": [], "evaluation": []}, {"source": "none"})
-        elif spec.source == "jsonl":
-            _write(spec, jsonl.read_splits(spec.name, spec.members), {"source": "jsonl"})
+        make(list({folder_of(spec): spec for spec in new}.values()))
     return [_find(spec) for spec in specs]
+
+
+def unreachable(specs: Sequence[TaskSpec]) -> dict[str, str]:
+    """Of the tasks that have no files yet, what is missing, by the task's name."""
+    found = {}
+    for spec in specs:
+        if not spec.has_data:
+            continue
+        try:
+            if is_written(folder_of(spec)):
+                continue
+            problem = SOURCES[spec.source].missing(spec)
+        except PhatgooseError as error:  # what determines the records cannot be known
+            problem = SOURCES[spec.source].missing(spec) or str(error)
+        if problem is not None:
+            found[spec.name] = f"task {spec.name}: {problem}"
+    return found
 
 
 def describe(data: TaskData) -> str:
@@ -190,51 +182,53 @@ def describe(data: TaskData) -> str:
     return data.description or data.name.replace("_", " ")
 
 
-def _write(spec: TaskSpec, splits: dict[Split, list[Record]], origin: dict[str, str]) -> None:
-    metadata = {
-        **origin,
-        "members": ", ".join(spec.members),
-        "kind": (
-            kind_of(spec.name, splits["train"] + splits["evaluation"])
-            if spec.members
-            else "generation"
-        ),
-        "fingerprint": fingerprint_of(splits),
-        "counts": json.dumps({split: len(records) for split, records in splits.items()}),
-    }
-    # The evaluation file comes last: where it exists, the task is complete.
-    path = _evaluation_path(spec)
-    write_records(path.with_name("train.parquet"), splits["train"], metadata)
-    write_records(path, splits["evaluation"], metadata)
+def folder_of(spec: TaskSpec) -> Path:
+    """Derived data lies under the hash of all that determines it."""
+    made_from = [
+        _VERSION,
+        spec.source,
+        SOURCES[spec.source].identity(spec),
+        spec.name,
+        spec.members,
+        spec.style,
+        {name: value for name, value in spec.load_opts.items() if value not in (False, None)},
+    ]
+    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+    return cache_dir() / "tasks" / key
+
+
+def _spec(where: str, name: str, values: Mapping[str, Any]) -> TaskSpec:
+    for key in values:
+        one_of(key, _FIELDS, f"{where}: task {name}: key")
+    members = values.get("members") or ()
+    if isinstance(members, list):
+        members = tuple(members)
+    spec = TaskSpec(name=name, **{**values, "members": members})
+    one_of(spec.source, SOURCES, f"task {name}: source")
+    if not spec.has_data and spec.adapter is None and spec.source != "registry":
+        raise PhatgooseError(f"task {name}: members must say what it is made of, as a list")
+    if spec.has_data or spec.source == "registry":
+        SOURCES[spec.source].check(spec)
+    return spec
+
+
+@lru_cache
+def _read_list(name: str) -> dict[str, dict[str, Any]]:
+    one_of(name, list_names(), "lists")
+    entries = yaml.safe_load((_LISTS / f"{name}.yaml").read_text())
+    defaults = entries.pop("_defaults", {})
+    return {task: {**defaults, **own} for task, own in entries.items()}
 
 
 def _find(spec: TaskSpec) -> TaskData:
-    path = _evaluation_path(spec)
-    metadata = read_metadata(path)
-    return TaskData(
-        spec=spec,
-        train=path.with_name("train.parquet"),
-        evaluation=path,
-        fingerprint=metadata["fingerprint"],
-        counts=json.loads(metadata["counts"]),
-        kind=metadata["kind"],  # type: ignore[arg-type]
-        description=spec.description or metadata.get("description", ""),
-    )
-
-
-def _evaluation_path(spec: TaskSpec) -> Path:
-    """Derived data lies under the hash of all that determines it."""
-    options = sorted(option for option, on in spec.load_opts.items() if on)
-    content: Any = bigbench.SHA256
-    if spec.source == "jsonl":
-        content = jsonl.fingerprint_of_files(spec.name, spec.members)
-    made_from = [_VERSION, content, spec.name, spec.members, spec.style, options]
-    key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
-    return cache_dir() / "tasks" / key / "evaluation.parquet"
-
-
-def _one_of(value: str, allowed: Sequence[str], where: str) -> None:
-    if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"it is one of {', '.join(allowed)}"
-        raise PhatgooseError(f"{where}: there is no {value!r}; {hint}")
+    if not spec.has_data:
+        nowhere = Path("/nonexistent")
+        empty = hashlib.sha256(b"evaluation\ntrain\n").hexdigest()
+        counts: dict[Split, int] = {"train": 0, "evaluation": 0}
+        return TaskData(
+            spec, nowhere, nowhere, empty, counts, "generation", description=spec.description
+        )
+    folder = folder_of(spec)
+    file = asdict(read_task(folder))
+    file["description"] = spec.description or file["description"]
+    return TaskData(spec, folder / "train", folder / "evaluation", **file)

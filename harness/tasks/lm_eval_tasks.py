@@ -7,7 +7,8 @@ from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
 
 from harness.tasks import TaskData
-from harness.tasks.records import read_table
+from harness.tasks.sources.lm_eval import load_task
+from harness.tasks.store import read_table
 from phatgoose.errors import PhatgooseError
 
 
@@ -18,11 +19,18 @@ def make_task(data: TaskData, suite: str) -> ConfigurableTask:
     is greedy, up to a line's end, and scored by `exact_match`: any accepted answer counts, with
     case, without the space around it. Each document carries the fields of its record.
 
+    A task of lm-eval's own is itself, with its prompts, shots, filters and metrics.
+
     Raises:
         PhatgooseError: there is no document to evaluate on.
     """
+    name = f"{suite}/{data.name}"
+    if data.spec.source == "lm_eval":
+        task = load_task(data.spec)
+        task.config.task = name
+        return task
     config: dict[str, Any] = {
-        "task": f"{suite}/{data.name}",
+        "task": name,
         "test_split": "test",
         "num_fewshot": 0,
         # Without this line lm-eval takes all documents as candidates for shots.
@@ -40,13 +48,12 @@ def make_task(data: TaskData, suite: str) -> ConfigurableTask:
 
 def evaluation_table(data: TaskData) -> pa.Table:
     """The records that `data` is evaluated on, in the order in which lm-eval sees them."""
-    table = read_table(data.evaluation)
+    # Documents stand in the order of their hashes, so the first are not those of the source.
+    limit = data.spec.limit
+    table = read_table(data.evaluation, limit=limit)
     if data.spec.split == "all":
-        # Without the metadata, which may differ where the files do not come from one hand.
-        table = pa.concat_tables([table, read_table(data.train)]).sort_by("document")
-    if data.spec.limit is not None:
-        # Documents stand in the order of their hashes, so these are not the first of the source.
-        table = table.slice(0, data.spec.limit)
+        table = pa.concat_tables([table, read_table(data.train, limit=limit)]).sort_by("document")
+        table = table if limit is None else table.slice(0, limit)
     if not len(table):
         raise PhatgooseError(
             f"task {data.name} has no document to evaluate on: add members to it, or set split: all"

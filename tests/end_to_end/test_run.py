@@ -18,7 +18,13 @@ pytestmark = pytest.mark.slow
 EXPERTS = {"birds", "lakes", "numbers"}
 SINGLES = {f"single:{expert}" for expert in EXPERTS}
 ROUTERS = {"base", "phatgoose", "merged", "random", "oracle", *SINGLES}
-METRICS = {"swans": {"acc", "acc_norm", "acc_paper", "nll"}, "sums": {"exact_match", "nll"}}
+METRICS = {
+    "swans": {
+        *("acc", "acc_norm", "acc_paper", "nll"),
+        *("multiple_choice_grade", "bigbench_normalized"),
+    },
+    "sums": {"exact_match", "nll", "bigbench_normalized"},
+}
 
 
 @pytest.fixture

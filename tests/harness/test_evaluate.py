@@ -12,7 +12,8 @@ from harness.evaluate import Evaluation
 from harness.report import make_report
 from harness.storage import Folder
 from harness.tasks import TaskData, TaskSpec
-from harness.tasks.records import Record, read_records
+from harness.tasks.records import Record
+from harness.tasks.store import read_records
 from phatgoose.base import Base
 from phatgoose.encoding import encode_pair
 from phatgoose.errors import PhatgooseError
@@ -121,6 +122,9 @@ def test_choices_are_measured_as_computed_by_hand(
             "acc_norm": float(normed.index(max(normed)) == right),
             "acc_paper": float(means.index(max(means)) == right),
             "nll": -means[right],
+            # BIG-bench: of three choices one is right, so that chance is one third.
+            "multiple_choice_grade": float(sums.index(max(sums)) == right),
+            "bigbench_normalized": 1.0 if sums.index(max(sums)) == right else -0.5,
         }
         assert dict(sample["metrics"]) == pytest.approx(expected, abs=1e-4)
         assert sample["choice_scores"] == pytest.approx(sums, abs=1e-4)
@@ -156,7 +160,8 @@ def test_generated_answers_are_measured_as_computed_by_hand(
         assert sample["choice_scores"] == []
         assert sample["prediction"] == sample["prediction"].strip()
     scored = {row["metric"]: row["value"] for row in rows if row["task"] == "sums"}
-    assert scored.keys() == {"exact_match", "nll"}
+    assert scored.keys() == {"exact_match", "nll", "bigbench_normalized"}
+    assert scored["bigbench_normalized"] == scored["exact_match"]
 
 
 def test_rows_say_what_they_are_of(run: Run, workers: LocalWorkers) -> None:
@@ -164,7 +169,7 @@ def test_rows_say_what_they_are_of(run: Run, workers: LocalWorkers) -> None:
     rows = [row for n, r in routers("base", "phatgoose").items() for row in evaluation.run(n, r)]
     evaluation.write_scores(rows)
     table = run.table("scores.parquet")
-    assert len(table) == 2 * (4 + 2)
+    assert len(table) == 2 * (6 + 3)
     for row in table:
         assert (row["run"], row["base"], row["manifest"]) == ("toys", "tiny", "pool-1")
         assert row["suite"] == "held"

@@ -13,6 +13,7 @@ from harness.registry import Registry
 from harness.results import RUN_FILE, write_run
 from harness.storage import Folder
 from phatgoose.base import load_base
+from phatgoose.cache import cache_dir
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
 from phatgoose.recipe import Stage
@@ -255,8 +256,10 @@ def test_a_base_that_is_not_there_is_refused(config: RunConfig, tmp_path: Path) 
 
 def test_damaged_data_are_refused(config: RunConfig) -> None:
     [task, *_] = make_plan(config).pool
-    task.evaluation.write_bytes(task.evaluation.read_bytes()[:-50])
-    assert str(task.evaluation) in refused(config)
+    [shard] = task.train.glob("*.parquet")
+    shard.write_bytes(shard.read_bytes()[:-50])
+    shutil.rmtree(cache_dir() / "overlap")
+    assert str(shard) in refused(config)
 
 
 def test_a_damaged_record_of_the_run_is_refused(config: RunConfig) -> None:

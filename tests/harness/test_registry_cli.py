@@ -13,8 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harness.command_line import table
 from harness.registry import Registry
-from harness.registry_cli import _size, _table, main
+from harness.registry_cli import _size, main
 from harness.registry_files import object_file
 from phatgoose.base import Base
 from phatgoose.expert import Expert
@@ -365,7 +366,7 @@ def test_the_commands_of_the_page_work(
 
 @given(rows=st.lists(st.lists(st.text("ab ", max_size=9), min_size=3, max_size=3), max_size=4))
 def test_columns_of_a_table_line_up(rows: list[list[str]]) -> None:
-    lines = _table(["x", "yy", "zzz"], rows, right={1}).split("\n")
+    lines = table(["x", "yy", "zzz"], rows, right={1}).split("\n")
     widths = [max(len(row[i]) for row in [["x", "yy", "zzz"], *rows]) for i in range(3)]
     assert len(lines) == len(rows) + 3
     assert set(lines[1]) == set(lines[-1]) == {"-"}

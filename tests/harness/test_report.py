@@ -55,7 +55,14 @@ def score(task: str, router: str, metric: str, value: float, n: int) -> dict[str
             "suite": "s",
             "task": task,
         },
-        **{"metric": metric, "value": value, "stderr": None, "n": n, "seconds": 1.0},
+        **{
+            "metric": metric,
+            "value": value,
+            "stderr": None,
+            "documents": "0",
+            "n": n,
+            "seconds": 1.0,
+        },
         **{"tokens": 10, "expert": None},
     }
 

@@ -27,6 +27,7 @@ SCORE: dict[str, Any] = {
     "metric": "acc",
     "value": 0.5,
     "stderr": None,
+    "documents": "0123",
     "n": 4,
     "seconds": 1.5,
     "tokens": 100,

@@ -14,8 +14,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.tasks.bigbench import make_records, parse_member, prompt_of, read_members
-from harness.tasks.records import Record
+from harness.tasks import TaskSpec
+from harness.tasks.records import Record, Split
+from harness.tasks.sources.bigbench import (
+    Options,
+    make_records,
+    parse_member,
+    prompt_of,
+    read_archive,
+)
 from phatgoose.errors import PhatgooseError
 
 Archive = Callable[[dict[str, Any]], Path]
@@ -96,9 +103,16 @@ def test_choices_are_ordered_as_bigbench_orders_them(choices: list[str]) -> None
 
 
 def records_of(example: dict[str, Any], style: str = "bigbench") -> Record:
-    splits = make_records("t", [{"examples": [example]}], style)
-    (record,) = splits["train"] + splits["evaluation"]
+    ((_, record),) = made({"examples": [example]}, style=style)
     return record
+
+
+def made(
+    *definitions: dict[str, Any], name: str = "t", **fields: Any
+) -> list[tuple[Split, Record]]:
+    """The records of one task made of these."""
+    members = {f"m{i}": definition for i, definition in enumerate(definitions)}
+    return list(make_records(TaskSpec(name, tuple(members), **fields), members))
 
 
 def test_targets_of_generation() -> None:
@@ -115,7 +129,8 @@ def test_right_choices_are_those_with_the_highest_score_in_the_order_of_the_file
 
 @pytest.mark.parametrize("scores", [{"a": 0, "b": 0}, {"a": 1, "b": 1}, {"a": 0}])
 def test_equal_scores_make_no_choice_right(scores: dict[str, float]) -> None:
-    assert records_of({"input": "n", "target_scores": scores}).correct == []
+    with pytest.raises(PhatgooseError, match=r"task t: BIG-bench task m0, example 1: (none|the t)"):
+        records_of({"input": "n", "target_scores": scores})
 
 
 def test_the_choices_of_the_file_outrank_its_free_text() -> None:
@@ -133,18 +148,18 @@ def test_paper_style() -> None:
 def test_duplicates_collapse_and_repeated_inputs_stay_in_one_split() -> None:
     once = {"input": "Mass of 1 l of water?", "target_scores": {"1 kg": 1, "2 kg": 0}}
     other_choices = {"input": "mass of 1 l of water?", "target_scores": {"1 kg": 1, "9 kg": 0}}
-    splits = make_records(
-        "physics", [{"examples": [once, once]}, {"examples": [other_choices]}], "bigbench"
-    )
-    sizes = sorted(len(records) for records in splits.values())
-    assert sizes == [0, 2]
+    records = made({"examples": [once, once]}, {"examples": [other_choices]}, name="physics")
+    assert len({record.document for _, record in records}) == 2
+    assert len({split for split, _ in records}) == 1
 
 
 @given(st.lists(st.text(alphabet="ab \n", max_size=6), min_size=1, max_size=60))
 def test_splits_share_no_document(inputs: list[str]) -> None:
     examples = [{"input": text, "target": "x"} for text in inputs]
-    splits = make_records("t", [{"examples": examples}], "bigbench")
-    train, evaluation = ({r.document for r in splits[s]} for s in ("train", "evaluation"))
+    records = made({"examples": examples})
+    train, evaluation = (
+        {r.document for split, r in records if split == s} for s in ("train", "evaluation")
+    )
     assert not train & evaluation
     assert len(train | evaluation) == len({" ".join(text.split()) for text in inputs})
 
@@ -154,49 +169,118 @@ def test_short_prefix_keeps_the_last_sentence() -> None:
         "task_prefix": "Definition: long. Prompt: no. Prompt: Ask a question.",
         "examples": [{"input": "x", "target": "y"}],
     }
-    definition = parse_member("ni", json.dumps(source).encode(), {"short_prefix": True})
+    definition = parse_member("ni", json.dumps(source).encode(), Options(short_prefix=True))
     assert prompt_of(definition, definition["examples"][0]) == "Ask a question.\nQ: x\nA: "
     with pytest.raises(PhatgooseError, match=r'ni has no "Prompt:"'):
         parse_member(
-            "ni", json.dumps({**source, "task_prefix": "Go."}).encode(), {"short_prefix": True}
+            "ni", json.dumps({**source, "task_prefix": "Go."}).encode(), Options(short_prefix=True)
         )
 
 
 def test_no_append() -> None:
     source = {"examples": [{"input": "x", "target_scores": {"a": 1, "b": 0}}]}
-    definition = parse_member("sum", json.dumps(source).encode(), {"no_append": True})
+    definition = parse_member("sum", json.dumps(source).encode(), Options(no_append=True))
     assert prompt_of(definition, definition["examples"][0]) == "\nQ: x\nA: "
 
 
 def test_a_task_of_subtasks_only_is_refused() -> None:
     with pytest.raises(PhatgooseError, match=r"arithmetic has no examples of its own.*subtasks"):
-        parse_member("arithmetic", b'{"name": "arithmetic"}', {})
+        parse_member("arithmetic", b'{"name": "arithmetic"}', Options())
     with pytest.raises(PhatgooseError, match="arithmetic is not JSON"):
-        parse_member("arithmetic", b'{"name": ', {})
+        parse_member("arithmetic", b'{"name": ', Options())
+
+
+def read(path: Path, *members: str) -> list[Record]:
+    """The records of one task made of these members of an archive."""
+    (task,) = read_archive(path, [TaskSpec("t", members)])
+    return [record for _, record in task.records]
+
+
+def ask(text: str) -> dict[str, Any]:
+    return {"examples": [{"input": text, "target": "y"}], "description": text, "canary": "c"}
 
 
 def test_members_are_read_from_the_archive(archive: Archive) -> None:
-    path = archive({"sums": {"name": "sums"}, "sums/small": {"name": "small"}, "other": {}})
-    found = read_members(path, ["sums/small", "sums"])
-    assert {name: json.loads(text) for name, text in found.items()} == {
-        "sums": {"name": "sums"},
-        "sums/small": {"name": "small"},
-    }
+    path = archive({"sums": ask("sums"), "sums/small": ask("small"), "other": ask("other")})
+    assert {r.text for r in read(path, "sums/small", "sums")} == {"small", "sums"}
+    assert {r.text for r in read(path, "sums/*")} == {"small"}
+    (task,) = read_archive(path, [TaskSpec("t", ("sums", "sums/small"))])
+    assert (task.description, task.origin["canary"]) == ("sums; small", "c")
+
+
+def test_several_tasks_are_read_in_one_pass_each_when_it_is_whole(archive: Archive) -> None:
+    """The order is that in which the archive completes them; a pattern is open to its end."""
+    path = archive({name: ask(name) for name in ("a/1", "b", "a/2", "c")})
+    specs = [TaskSpec("all", ("*",)), TaskSpec("a", ("a/1", "a/2")), TaskSpec("b", ("b",))]
+    found = {t.spec.name: [r.text for _, r in t.records] for t in read_archive(path, specs)}
+    assert found == {"b": ["b"], "a": ["a/1", "a/2"], "all": ["a/1", "a/2", "b", "c"]}
+    assert list(found) == ["b", "a", "all"]
 
 
 def test_an_unknown_member_names_the_near_ones(archive: Archive) -> None:
-    path = archive({"linguistic_mappings/plural_json": {}, "operators": {}})
+    path = archive({"linguistic_mappings/plural_json": ask("x"), "operators": ask("y")})
     with pytest.raises(PhatgooseError, match=r"no task operatos: did you mean operators\?"):
-        read_members(path, ["operatos"])
+        read(path, "operatos")
     with pytest.raises(PhatgooseError, match="did you mean linguistic_mappings/plural_json"):
-        read_members(path, ["plural_json"])
+        read(path, "plural_json")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "not an archive"])
 def test_a_damaged_archive_is_one_clear_error(archive: Archive, damage: str) -> None:
-    path = archive({"first": {"name": "first"}, "operators": {"name": "operators"}})
+    path = archive({"first": ask("x"), "operators": ask("y")})
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2] if damage == "truncated" else b"<html>404</html>")
     with pytest.raises(PhatgooseError, match=r"is damaged .* delete it") as caught:
-        read_members(path, ["operators"])
+        read(path, "operators")
     assert "\n" not in str(caught.value)
+
+
+def options(examples: list[dict[str, Any]], **load_opts: Any) -> list[Record]:
+    spec = TaskSpec("t", ("m",), load_opts=load_opts)
+    definition = parse_member("m", json.dumps({"examples": examples}).encode(), Options())
+    return [record for _, record in make_records(spec, {"m": definition})]
+
+
+def test_yes_and_no_become_choices() -> None:
+    (record,) = options([{"input": "x", "target": "No."}], choices=["Yes.", "No."])
+    assert (record.choices, record.correct, record.grades) == (["Yes.", "No."], [1], [0.0, 1.0])
+    with pytest.raises(PhatgooseError, match="example 1: none of the choices is right"):
+        options([{"input": "x", "target": "Maybe."}], choices=["Yes.", "No."])
+
+
+def test_balance_and_cap_take_the_first_by_their_hashes() -> None:
+    """Whatever the order in the file."""
+    examples = [{"input": f"q{i}", "target": "yes" if i % 5 else "no"} for i in range(50)]
+    balanced = options(examples, balance=True)
+    assert sorted(r.targets[0] for r in balanced) == ["no"] * 10 + ["yes"] * 10
+    assert balanced == options(examples[::-1], balance=True)
+    capped = options(examples, cap=7)
+    assert [r.document for r in capped] == sorted(r.document for r in options(examples))[:7]
+
+
+def test_shots_are_other_training_examples_after_the_prefix() -> None:
+    """By BIG-bench's rule: prefix, shots with their answers and the separator, then the example."""
+    examples = [{"input": f"q{i}", "target": [f"a{i}", "other"]} for i in range(20)]
+    definition = {"task_prefix": "Go.", "few_shot_example_separator": "; ", "examples": examples}
+    spec = TaskSpec("t", ("m",), load_opts={"kshot": 2})
+    records = list(make_records(spec, {"m": definition}))
+    train = [r.text for split, r in records if split == "train"]
+    for _, record in records:
+        number = record.text[1:]
+        one, two = [text[1:] for text in train if text != record.text][:2]
+        assert record.input == (
+            f"Go.\nQ: q{one}\nA: a{one}; \nQ: q{two}\nA: a{two}; \nQ: q{number}\nA: "
+        )
+
+
+def test_examples_without_a_target_are_an_error_unless_they_are_left_out() -> None:
+    examples = [{"input": "x", "target": " "}, {"input": "y", "target": "z"}]
+    with pytest.raises(PhatgooseError, match="BIG-bench task m, example 1: the target is empty"):
+        options(examples)
+    assert [r.text for r in options(examples, skip_empty=True)] == ["y"]
+
+
+def test_first_line_keeps_the_beginning_of_the_prefix() -> None:
+    source = json.dumps({"task_prefix": "Say how.\n\nLong.", "examples": [{"input": "x"}]})
+    definition = parse_member("m", source.encode(), Options(first_line=True))
+    assert definition["task_prefix"] == "Say how."

@@ -7,10 +7,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 
-from harness.tasks import TaskData, TaskSpec, prepare
+from harness.tasks import TaskData, TaskSpec, prepare_all
 from harness.tasks.lm_eval_tasks import evaluation_table, make_task
-from harness.tasks.records import Record, read_records, write_records
+from harness.tasks.records import Record, Split
+from harness.tasks.store import read_records, write_task
 from phatgoose.errors import PhatgooseError
+from tests.toy import from_archive
 
 Archive = Callable[[dict[str, Any]], Path]
 
@@ -40,13 +42,13 @@ class FakeLM(LM):
 
 
 def on_disk(folder: Path, kind: str, records: list[Record], **spec: Any) -> TaskData:
-    """Task data whose evaluation split holds these records, and whose train split is empty."""
-    train, evaluation = folder / "train.parquet", folder / "evaluation.parquet"
-    write_records(train, [], {})
-    write_records(evaluation, records, {})
-    counts: Any = {"train": 0, "evaluation": len(records)}
-    made_from = TaskSpec("toy", ("toy",), **spec)
-    return TaskData(made_from, train, evaluation, "00", counts, kind)  # type: ignore[arg-type]
+    """Task data whose evaluation split holds these records."""
+    unseen = Record("toy", "f", "train", ["x"], [], [])
+    splits: list[tuple[Split, Record]] = [("evaluation", record) for record in records]
+    write_task(folder / "toy", "toy", [*splits, ("train", unseen)])
+    counts: Any = {"train": 1, "evaluation": len(records)}
+    made_from, folder = TaskSpec("toy", ("toy",), **spec), folder / "toy"
+    return TaskData(made_from, folder / "train", folder / "evaluation", "00", counts, kind)  # type: ignore[arg-type]
 
 
 def run(lm: LM, data: TaskData) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -125,19 +127,20 @@ def test_split_and_limit_choose_the_documents(archive: Archive) -> None:
     path = archive({"toy": {"examples": examples}})
 
     def documents(**spec: Any) -> list[str]:
-        data = prepare(TaskSpec("toy", ("toy",), **spec), archive=path)
+        (data,) = prepare_all([TaskSpec("toy", ("toy",), **spec)], from_archive(path))
         ids: list[str] = evaluation_table(data)["document"].to_pylist()
         assert len(make_task(data, "suite").eval_docs) == len(ids)
         return ids
 
-    data = prepare(TaskSpec("toy", ("toy",)), archive=path)
+    (data,) = prepare_all([TaskSpec("toy", ("toy",))], from_archive(path))
     trained_on = {record.document for record in read_records(data.train)}
     assert not trained_on & set(documents())
     assert len(documents(split="all")) == 60
     some = documents(split="all", limit=20)
     assert some == documents(split="all")[:20]
     inputs = [f"\nQ: question {i}\nA: " for i in range(20)]
-    table = evaluation_table(prepare(TaskSpec("toy", ("toy",), split="all", limit=20)))
+    (data,) = prepare_all([TaskSpec("toy", ("toy",), split="all", limit=20)])
+    table = evaluation_table(data)
     assert set(table["input"].to_pylist()) != set(inputs)
 
 

@@ -1,15 +1,17 @@
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 import yaml
 
 import harness.conf
-from harness.tasks import TaskData, TaskSpec, prepare, prepare_all, task_specs
-from harness.tasks.records import Record, read_records
+from harness.tasks import TaskData, TaskSpec, prepare_all, task_specs
+from harness.tasks.records import Record
+from harness.tasks.store import read_records
 from phatgoose.errors import PhatgooseError
+from tests.toy import from_archive
 
 Archive = Callable[[dict[str, Any]], Path]
 
@@ -34,12 +36,16 @@ SUMS = TaskSpec("sums", ("sums/1", "sums/2"))
 COLOURS = TaskSpec("colours", ("colours",))
 
 
+def prepare(spec: TaskSpec, path: Path) -> TaskData:
+    return prepare_all([spec], from_archive(path))[0]
+
+
 def all_records(data: TaskData) -> list[Record]:
     return read_records(data.train) + read_records(data.evaluation)
 
 
 def test_prepare_writes_both_splits_of_all_members(archive: Archive) -> None:
-    sums, colours = prepare_all([SUMS, COLOURS], archive=archive(TASKS))
+    sums, colours = prepare_all([SUMS, COLOURS], from_archive(archive(TASKS)))
     assert (sums.name, sums.kind, colours.kind) == ("sums", "generation", "multiple_choice")
     assert sum(sums.counts.values()) == 40  # the ten examples in both members count once
     assert sums.counts == {
@@ -53,23 +59,23 @@ def test_prepare_writes_both_splits_of_all_members(archive: Archive) -> None:
 
 
 def test_the_canaries_go_with_the_data(archive: Archive) -> None:
-    data = prepare(SUMS, archive=archive(TASKS))
-    for path in (data.train, data.evaluation):
-        assert pq.read_schema(path).metadata[b"canary"] == b"canary GUID 1\ncanary GUID 2"
+    data = prepare(SUMS, archive(TASKS))
+    assert data.origin is not None
+    assert data.origin["canary"] == "canary GUID 1\ncanary GUID 2"
 
 
 def test_the_second_time_needs_no_archive(archive: Archive, tmp_path: Path) -> None:
-    first = prepare_all([SUMS, COLOURS], archive=archive(TASKS))
-    assert prepare_all([SUMS, COLOURS], archive=tmp_path / "missing") == first
+    first = prepare_all([SUMS, COLOURS], from_archive(archive(TASKS)))
+    assert prepare_all([SUMS, COLOURS], from_archive(tmp_path / "missing")) == first
 
 
 def test_an_interrupted_preparation_is_made_anew(archive: Archive) -> None:
     path = archive(TASKS)
-    first = prepare(SUMS, archive=path)
+    first = prepare(SUMS, path)
     rows = all_records(first)
-    first.evaluation.unlink()
-    first.train.write_bytes(b"half a fi")
-    assert prepare(SUMS, archive=path) == first
+    shutil.rmtree(first.train)
+    (first.train.parent / "task.json").unlink()
+    assert prepare(SUMS, path) == first
     assert all_records(first) == rows
 
 
@@ -85,20 +91,23 @@ def test_whatever_changes_records_changes_the_fingerprint(
     archive: Archive, changed: TaskSpec
 ) -> None:
     path = archive(TASKS)
-    first, other = prepare_all([SUMS, changed], archive=path)
+    first, other = prepare_all([SUMS, changed], from_archive(path))
     assert first.fingerprint != other.fingerprint
     assert first.train != other.train
 
 
 def test_how_a_task_is_evaluated_does_not_change_its_data(archive: Archive) -> None:
     limited = TaskSpec("sums", ("sums/1", "sums/2"), split="all", limit=3)
-    first, other = prepare_all([SUMS, limited], archive=archive(TASKS))
+    first, other = prepare_all([SUMS, limited], from_archive(archive(TASKS)))
     assert (first.train, first.fingerprint) == (other.train, other.fingerprint)
 
 
 def test_a_faulty_task_is_named_and_leaves_nothing(archive: Archive, cache: Path) -> None:
-    with pytest.raises(PhatgooseError, match="task odd has a faulty example"):
-        prepare(TaskSpec("odd", ("broken",)), archive=archive(TASKS))
+    with pytest.raises(
+        PhatgooseError,
+        match="task odd: BIG-bench task broken, example 1: none of the choices is right",
+    ):
+        prepare(TaskSpec("odd", ("broken",)), archive(TASKS))
     assert not list(cache.rglob("*.parquet"))
 
 
@@ -106,7 +115,7 @@ def test_an_archive_with_another_hash_is_never_read(archive: Archive, cache: Pat
     (cache / "downloads").mkdir(parents=True)
     archive(TASKS).rename(cache / "downloads" / "bigbench-1.0.0.tar.gz")
     with pytest.raises(PhatgooseError, match=r"bigbench-1\.0\.0\.tar\.gz is damaged .* delete it"):
-        prepare(SUMS)
+        prepare_all([SUMS])
     assert not list(cache.rglob("*.parquet"))
 
 
@@ -129,11 +138,14 @@ def test_task_specs_take_defaults_from_the_group() -> None:
         ({"members": ["x"], "style": "papr"}, "'papr'; did you mean paper"),
         ({"members": ["x"], "split": "train"}, "split"),
         ({"members": ["x"], "load_opts": {"noappend": True}}, "did you mean no_append"),
-        ({"members": ["x"], "load_opts": {"no_append": "false"}}, "must be true or false"),
+        (
+            {"members": ["x"], "load_opts": {"no_append": "false"}},
+            "no_append is 'false', and must be like False",
+        ),
         ({"members": ["x"], "limit": 0}, "limit must be a positive number"),
-        ({"members": []}, "members must be a list"),
-        ({"members": "x"}, "members must be a list"),
-        (None, "members must be a list"),
+        ({"members": []}, "members must (be a list|say what)"),
+        ({"members": "x"}, "members must (be a list|say what)"),
+        (None, "members must (be a list|say what)"),
     ],
 )
 def test_mistakes_in_a_task_name_it(task: dict[str, Any] | None, reason: str) -> None:

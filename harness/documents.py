@@ -1,0 +1,154 @@
+"""The documents of an evaluation task, and each one's metrics, which scores are the means of."""
+
+import hashlib
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from harness.tasks import TaskData
+from harness.tasks.lm_eval_tasks import evaluation_table
+from harness.tasks.metrics import (
+    NORMALIZED,
+    bigbench_grade,
+    bigbench_low,
+    bigbench_normalized,
+    rouge_l,
+)
+from phatgoose.scoring import Score
+
+
+@dataclass(frozen=True)
+class Documents:
+    """What a task is evaluated on, in lm-eval's order.
+
+    Attributes:
+        data: the task.
+        rows: the documents' records.
+        low: what BIG-bench takes for chance.
+        fingerprint: a hash of prompts, choices and answers: scores on the same can be compared.
+    """
+
+    data: TaskData
+    rows: list[dict[str, Any]]
+    low: float
+    fingerprint: str
+
+    @staticmethod
+    def of(data: TaskData) -> "Documents":
+        """The documents that a task's specification asks for."""
+        rows = evaluation_table(data).to_pylist()
+        shown = [[row[c] for c in ("input", "targets", "choices", "correct")] for row in rows]
+        digest = hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
+        return Documents(data, rows, bigbench_low(rows), digest)
+
+    def answered(
+        self,
+        samples: Sequence[Mapping[str, Any]],
+        scores: Mapping[tuple[str, int], Sequence[Score]],
+        name: str,
+    ) -> list[dict[str, Any]]:
+        """One row of samples per document, from lm-eval's samples (one per filter) and the scores.
+
+        Args:
+            samples: what lm-eval logged.
+            scores: by task and document, the full scores of its choices, or of its right answer.
+            name: the task's, as in `scores`.
+        """
+        filters = {sample["filter"] for sample in samples}
+        logged: dict[int, dict[str, float]] = {}
+        shown: dict[int, Mapping[str, Any]] = {}
+        for sample in samples:
+            metrics = logged.setdefault(sample["doc_id"], {})
+            shown.setdefault(sample["doc_id"], sample)
+            for metric in sample["metrics"]:
+                if isinstance(sample[metric], bool | int | float):
+                    key = metric_name(metric, sample["filter"], len(filters))
+                    metrics[key] = float(sample[metric])
+        return [
+            self._document(self.rows[doc], shown[doc], logged[doc], scores.get((name, doc), ()))
+            for doc in sorted(logged)
+        ]
+
+    def _document(
+        self,
+        row: Mapping[str, Any],
+        sample: Mapping[str, Any],
+        metrics: dict[str, float],
+        scores: Sequence[Score],
+    ) -> dict[str, Any]:
+        """One document's row, with the paper's and BIG-bench's metrics beside lm-eval's."""
+        sums: list[float] = []
+        if row["choices"] and len(scores) == len(row["choices"]):
+            sums = [score.loglikelihood for score in scores]
+            means = [score.mean for score in scores]
+            metrics["acc_paper"] = float(means.index(max(means)) in row["correct"])
+            metrics["nll"] = -max(means[i] for i in row["correct"])
+            prediction = row["choices"][sums.index(max(sums))]
+        else:
+            if scores:
+                metrics["nll"] = -scores[0].mean
+            prediction = str(sample["filtered_resps"][0])
+        metrics |= self._added(row, sums, prediction, metrics)
+        return {
+            "document": row["document"],
+            "target": row["targets"][0],
+            "prediction": prediction,
+            "correct": bool(metrics.get("acc", metrics.get("exact_match", 0.0))),
+            "choice_scores": sums,
+            "metrics": metrics,
+        }
+
+    def _added(
+        self, row: Mapping[str, Any], sums: list[float], prediction: str, known: dict[str, float]
+    ) -> dict[str, float]:
+        """BIG-bench's own metrics, and ROUGE-L where the task asks for it."""
+        added = {}
+        if sums and row["grades"]:
+            added["multiple_choice_grade"] = bigbench_grade(row, sums)
+        if self.data.spec.source in ("bigbench", "bbh"):
+            score = added.get("multiple_choice_grade", known.get("exact_match", 0.0))
+            added[NORMALIZED] = bigbench_normalized(score, self.low)
+        if self.data.spec.metric == "rouge_l" and not row["choices"]:
+            added["rouge_l"] = rouge_l(prediction, row["targets"])
+        return added
+
+
+def metric_name(metric: str, filtered: str, filters: int) -> str:
+    """A metric's name in results: with its filter's where a task has several."""
+    return metric if filters == 1 else f"{metric}_{filtered.replace('-', '_')}"
+
+
+def score_rows(
+    lm_eval: Mapping[str, Any], documents: Sequence[Mapping[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """A task's metrics with their standard errors: lm-eval's own, and those that are added.
+
+    A metric that is no mean over documents, such as F1 over all of them, is lm-eval's alone: its
+    values per document are taken out of `documents`.
+    """
+    filters = {key.partition(",")[2] for key in lm_eval if "," in key}
+    own = {}
+    for key, value in lm_eval.items():
+        metric, comma, filtered = key.partition(",")
+        if comma and not metric.endswith("_stderr"):
+            stderr = lm_eval.get(f"{metric}_stderr,{filtered}")
+            own[metric_name(metric, filtered, len(filters))] = (value, stderr)
+    for metric, (value, stderr) in own.items():
+        values = [d["metrics"].get(metric) for d in documents]
+        if None in values or not math.isclose(statistics.fmean(values), value, abs_tol=1e-9):
+            for document in documents:
+                document["metrics"].pop(metric, None)
+        # lm-eval writes "N/A" where it has none.
+        yield {
+            "metric": metric,
+            "value": float(value),
+            "stderr": stderr if isinstance(stderr, float) else None,
+        }
+    for metric in documents[0]["metrics"]:
+        if metric not in own:
+            values = [document["metrics"][metric] for document in documents]
+            stderr = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+            yield {"metric": metric, "value": statistics.fmean(values), "stderr": stderr}

@@ -1,0 +1,160 @@
+"""The tasks' command line: python -m harness.tasks list|show|check|prepare <overrides>
+
+Overrides are those of harness.run: pool=flan, suite=bbh, pool.folder=/data/hub.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import yaml
+
+from harness.command_line import Answer, answer, count, table
+from harness.config import CONF, RunConfig, load_config
+from harness.tasks import (
+    TaskData,
+    TaskSpec,
+    describe,
+    folder_of,
+    list_names,
+    prepare_all,
+    task_specs,
+    unreachable,
+)
+from harness.tasks.spec import one_of
+from harness.tasks.store import is_written, read_records
+from phatgoose.errors import PhatgooseError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    return answer(_parser(), arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m harness.tasks", description="Look at the tasks of pools and suites."
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(name: str, call: Callable[[Any], Answer], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        sub.set_defaults(call=call)
+        sub.add_argument("--json", action="store_true", help="print one JSON document")
+        return sub
+
+    command("list", _list, "list the pools and suites that there are")
+    show = command("show", _show, "show a task, and some of its examples as a model reads them")
+    show.add_argument("task", help="its name")
+    show.add_argument("--examples", type=int, default=2, help="how many of them")
+    check = command("check", _check, "say of each task whether its data can be had")
+    prepare = command("prepare", _prepare, "fetch and prepare data ahead of a run")
+    for sub in (show, check, prepare):
+        sub.add_argument("overrides", nargs="*", help="as for harness.run: pool=flan suite=bbh")
+    return parser
+
+
+def _list(args: argparse.Namespace) -> Answer:
+    document: dict[str, Any] = {"lists": list_names()}
+    rows = []
+    for group in ("pool", "suite"):
+        for path in sorted((CONF / group).glob("*.yaml")):
+            about = _first_sentence(path.read_text())
+            tasks = _tasks_of(yaml.safe_load(path.read_text()))
+            document[f"{group}={path.stem}"] = {"tasks": tasks, "about": about}
+            rows.append([f"{group}={path.stem}", "" if tasks is None else str(tasks), about])
+    return Answer(document, table(["", "tasks", "about"], rows, right={1}))
+
+
+def _tasks_of(group: dict[str, Any]) -> int | None:
+    """How many tasks a pool or suite has; None if that is for the user to say."""
+    try:
+        return None if group.get("of_pool") else len(task_specs(group))
+    except PhatgooseError:
+        return None
+
+
+def _first_sentence(text: str) -> str:
+    comment = [line.lstrip("# ") for line in text.splitlines() if line.startswith("#")]
+    return " ".join(comment).partition(". ")[0].rstrip(".")
+
+
+def _show(args: argparse.Namespace) -> Answer:
+    specs = {spec.name: spec for spec in _chosen(args.overrides)}
+    one_of(args.task, specs, "the chosen pool and suite")
+    (data,) = prepare_all([specs[args.task]])
+    records = [r for split in (data.evaluation, data.train) for r in read_records(split, 1000)]
+    shown = records[: args.examples]
+    lines = [
+        f"{data.name}: {describe(data)}",
+        f"{data.kind}, {count(data.counts['train'], 'training example')}, "
+        f"{data.counts['evaluation']:,} for evaluation; in {data.evaluation.parent}",
+        *(f"{key}: {value}" for key, value in (data.origin or {}).items() if value),
+    ]
+    for record in shown:
+        lines += ["-" * 80, record.input.rstrip(" ") + "▁" * record.input.endswith(" ")]
+        lines += [f"  → {target!r}" for target in record.targets]
+        lines += [f"  or {c!r}" for i, c in enumerate(record.choices) if i not in record.correct]
+    document = {**_described(data), "examples": [vars(record) for record in shown]}
+    return Answer(document, "\n".join(lines))
+
+
+def _check(args: argparse.Namespace) -> Answer:
+    specs = _chosen(args.overrides)
+    problems = unreachable(specs)
+    states = {spec.name: _state(spec, problems) for spec in specs}
+    rows = [[spec.name, spec.source, states[spec.name]] for spec in specs]
+    text = table(["task", "source", "data"], rows, right=set())
+    good = len(specs) - len(problems)
+    document = {"tasks": states, "reachable": good, "of": len(specs)}
+    summary = f"{good} of {count(len(specs), 'task')} can be had"
+    return Answer(document, f"{text}\n{summary}", 1 if problems else 0)
+
+
+def _state(spec: TaskSpec, problems: dict[str, str]) -> str:
+    if spec.name in problems:
+        return problems[spec.name].removeprefix(f"task {spec.name}: ")
+    if not spec.has_data:
+        return "an expert without data"
+    return "prepared" if is_written(folder_of(spec)) else "reachable"
+
+
+def _prepare(args: argparse.Namespace) -> Answer:
+    from harness.cluster import Cluster
+    from harness.prepare import preparer
+
+    started = time.monotonic()
+    with Cluster() as cluster:
+        data = prepare_all(_chosen(args.overrides), preparer(cluster))
+    seconds = time.monotonic() - started
+    rows = [[d.name, d.kind, f"{d.counts['train']:,}", f"{d.counts['evaluation']:,}"] for d in data]
+    total = sum(sum(d.counts.values()) for d in data)
+    text = table(["task", "kind", "train", "evaluation"], rows, right={2, 3})
+    document = {"tasks": [_described(d) for d in data], "seconds": round(seconds, 1)}
+    return Answer(document, f"{text}\n{count(total, 'example')} in {seconds:.0f} s")
+
+
+def _described(data: TaskData) -> dict[str, Any]:
+    return {
+        "task": data.name,
+        "kind": data.kind,
+        "counts": data.counts,
+        "fingerprint": data.fingerprint,
+        "folder": str(data.evaluation.parent),
+        "origin": dict(data.origin or {}),
+    }
+
+
+def _chosen(overrides: list[str]) -> list[TaskSpec]:
+    """The tasks of the pool and the suite that are spoken of; of both if of none."""
+    config: RunConfig = load_config(overrides)
+    groups = {override.lstrip("+~").partition("=")[0].partition(".")[0] for override in overrides}
+    pool = config.pool_tasks() if "pool" in groups or "suite" not in groups else []
+    suite = config.suite_tasks() if "suite" in groups or "pool" not in groups else []
+    return [*{spec.name: spec for spec in [*suite, *pool]}.values()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""FLAN v2: the zero-shot rows of one task or category each, as PHATGOOSE's authors split them.
+
+Members are folders of the authors' data set, such as `FLANV2/NIV2/Poem Generation`, which they made
+of Open-Orca/FLAN by the task's name. Of its rows, those with a zero-shot template and with text on
+both sides count; they are shuffled with a fixed seed, the first tenth (10,000 at most) is for
+evaluation, and of the rest 500,000 at most are drawn for training (`src/data/flat.py` of the
+released code, commit 4fd5790).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from harness.tasks.records import Record, Split, check_record, document_id
+from harness.tasks.sources import hub
+from harness.tasks.sources.hub import HubData
+from harness.tasks.sources.jsonl import with_space
+from harness.tasks.sources.source import TaskRecords, no_tasks, options_of
+from harness.tasks.spec import TaskSpec
+from phatgoose.errors import PhatgooseError
+
+if TYPE_CHECKING:
+    import datasets
+
+DATA_SET = "r-three/Phatgoose_flanv2_offline"
+_COLUMNS = ("inputs", "targets", "_template_type")
+_TEMPLATES = "zs_opt|zs_noopt"
+_SEED_OF_SPLIT = 1234
+_SEED_OF_CAP = 42
+_MOST_EVALUATION = 10_000
+_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which rows.
+
+    Attributes:
+        revision: of the data set.
+        max_examples: how many training rows to keep at most.
+    """
+
+    revision: str = ""
+    max_examples: int = 500_000
+
+
+expand = no_tasks
+
+
+def check(spec: TaskSpec) -> None:
+    """Refuse unknown options."""
+    options_of(Options, spec)
+    if len(spec.members) != 1:
+        raise PhatgooseError(f"task {spec.name}: its member must be one folder of {DATA_SET}")
+
+
+def identity(spec: TaskSpec) -> Any:
+    """The data set's revision or files."""
+    return hub.identity(_data(spec), spec.folder)
+
+
+def missing(spec: TaskSpec) -> str | None:
+    """Whether the data set can be had."""
+    return hub.missing(_data(spec), spec.folder)
+
+
+def read(specs: Sequence[TaskSpec]) -> Iterator[TaskRecords]:
+    """Read tasks, a thousand rows at a time."""
+    for spec in specs:
+        yield TaskRecords(spec, _records(spec), origin=hub.origin(_data(spec), spec.folder))
+
+
+def split_rows(count: int, max_examples: int) -> dict[Split, np.ndarray]:
+    """The authors' split of so many rows, each split's in rising order."""
+    order = np.random.RandomState(_SEED_OF_SPLIT).choice(count, size=count, replace=False)
+    evaluation = min(int(count * 0.1), _MOST_EVALUATION)
+    train = order[evaluation:]
+    if len(train) > max_examples:
+        generator = np.random.default_rng(_SEED_OF_CAP)
+        train = train[generator.choice(len(train), size=max_examples, replace=False)]
+    return {"train": np.sort(train), "evaluation": np.sort(order[:evaluation])}
+
+
+def _data(spec: TaskSpec) -> HubData:
+    return HubData(DATA_SET, data_dir=spec.members[0], revision=options_of(Options, spec).revision)
+
+
+def _records(spec: TaskSpec) -> Iterator[tuple[Split, Record]]:
+    rows = hub.rows(_data(spec), "train", spec.folder)
+    lacking = [name for name in _COLUMNS if name not in rows.column_names]
+    if lacking:
+        raise PhatgooseError(
+            f"data set {_data(spec)} has no {', '.join(lacking)}, only {rows.column_names}"
+        )
+    kept = _kept(rows)
+    if not len(kept):
+        raise PhatgooseError(f"data set {_data(spec)} has no zero-shot rows")
+    chosen = split_rows(len(kept), options_of(Options, spec).max_examples)
+    for split in get_args(Split):
+        numbers = kept[chosen[split]]
+        for start in range(0, len(numbers), _BATCH):
+            part = rows[numbers[start : start + _BATCH].tolist()]
+            for text, target in zip(part["inputs"], part["targets"], strict=True):
+                prompt = with_space(text)
+                record = Record(
+                    spec.name, document_id(spec.name, prompt), prompt, [target.strip()], [], []
+                )
+                check_record(record, f"data set {_data(spec)}, rows {start + 1} and on")
+                yield split, record
+
+
+def _kept(rows: "datasets.Dataset") -> np.ndarray:
+    """The numbers of the rows that count."""
+    found = []
+    for start in range(0, len(rows), 100_000):
+        part: pa.Table = rows.with_format("arrow")[start : start + 100_000]
+        mask = pc.match_substring_regex(part["_template_type"], _TEMPLATES)
+        for column in ("inputs", "targets"):
+            mask = pc.and_(mask, pc.not_equal(pc.utf8_trim_whitespace(part[column]), ""))
+        found.append(start + np.flatnonzero(mask.to_numpy()))
+    return np.concatenate(found) if found else np.array([], dtype=int)

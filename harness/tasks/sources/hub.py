@@ -1,0 +1,212 @@
+"""Data sets of the Hugging Face hub: from a folder of copies, the hub's local cache, or the hub.
+
+A data set is always read from a local folder: a copy that the user made, `<folder>/<owner>/<name>`
+(a clone, or what `hf download --repo-type dataset --local-dir` leaves), or the snapshot that
+huggingface_hub keeps. What comes from the hub is pinned: the revision found at first use is noted
+in the cache and used from then on. No script of a data set is ever run.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phatgoose.cache import cache_dir
+from phatgoose.errors import PhatgooseError
+
+if TYPE_CHECKING:
+    import datasets
+
+_MAIN = "main"
+# Where the hub keeps a copy in parquet of data sets that are scripts only.
+PARQUET = "refs/convert/parquet"
+
+
+@dataclass(frozen=True)
+class HubData:
+    """A data set of the hub.
+
+    Attributes:
+        path: `<owner>/<name>`.
+        config: its configuration; empty for the only one.
+        data_dir: the folder within it to read; empty for all.
+        revision: a commit or branch; empty for the main branch.
+    """
+
+    path: str
+    config: str = ""
+    data_dir: str = ""
+    revision: str = ""
+
+    def __str__(self) -> str:
+        """Its path, with what else it takes to find it."""
+        parts = [self.path, self.config, self.data_dir, self.revision and f"@{self.revision}"]
+        return " ".join(part for part in parts if part)
+
+
+def missing(data: HubData, folder: str | None) -> str | None:
+    """Why a data set cannot be had, and where it was looked for; downloads nothing."""
+    from huggingface_hub import constants
+
+    if _local(data, folder) is not None or _snapshot(data) is not None:
+        return None
+    looked = [str(Path(folder) / data.path)] if folder else ["no folder of copies (folder=)"]
+    looked.append(f"the hub's cache {constants.HF_HUB_CACHE}")
+    try:
+        _revision(data)
+    except PhatgooseError as error:
+        return f"data set {data} is in none of: {', '.join(looked)}; {error}"
+    return None
+
+
+def identity(data: HubData, folder: str | None) -> Any:
+    """What determines the rows: a revision, or the files of a copy by name, size and time.
+
+    Raises:
+        PhatgooseError: the data set cannot be had.
+    """
+    local = _local(data, folder)
+    if local is not None:
+        files = sorted(path for path in (local / data.data_dir).rglob("*") if path.is_file())
+        visible = [
+            path for path in files if ".git" not in path.parts and ".cache" not in path.parts
+        ]
+        return [
+            [str(path.relative_to(local)), path.stat().st_size, path.stat().st_mtime_ns]
+            for path in visible
+        ]
+    return [data.path, data.config, data.data_dir, _revision(data)]
+
+
+def rows(data: HubData, split: str, folder: str | None) -> "datasets.Dataset":
+    """The rows of one split, mapped from disk: iterate over them, never list them.
+
+    Raises:
+        PhatgooseError: the data set cannot be had, is a script, or has no such configuration,
+            folder or split.
+    """
+    import datasets  # slow, and needed only here
+
+    local = _local(data, folder) or _snapshot(data)
+    if local is None:
+        problem = missing(data, folder)
+        if problem:
+            raise PhatgooseError(problem)
+        local = _download(data)
+    place = local / data.data_dir
+    if not place.is_dir():
+        raise PhatgooseError(f"data set {data}: {local} has no folder {data.data_dir}")
+    datasets.disable_progress_bars()
+    try:
+        if (place / "dataset_dict.json").exists():  # written by save_to_disk
+            found = datasets.load_from_disk(str(place))
+            if split not in found:
+                raise PhatgooseError(f"data set {data} has no split {split}, only {list(found)}")
+            return found[split]
+        return datasets.load_dataset(
+            str(local), data.config or None, data_dir=data.data_dir or None, split=split
+        )
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+        raise PhatgooseError(
+            f"data set {data} is a script, which is never run: name a copy in parquet, or try "
+            f"revision: {PARQUET} with data_dir: <its configuration>"
+        ) from error
+    except (ValueError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise PhatgooseError(f"data set {data}, split {split}: {reason}") from error
+
+
+def origin(data: HubData, folder: str | None) -> dict[str, str]:
+    """What is to be kept with the data: where it is from."""
+    local = _local(data, folder)
+    where = {"data_set": str(data)}
+    return where | ({"copy": str(local)} if local else {"revision": _revision(data)})
+
+
+def _local(data: HubData, folder: str | None) -> Path | None:
+    """The user's own copy, if there is one."""
+    if folder is None:
+        return None
+    path = Path(folder).expanduser() / data.path
+    return path if path.is_dir() else None
+
+
+def _patterns(data: HubData) -> str | None:
+    return f"{data.data_dir}/**" if data.data_dir else None
+
+
+def _snapshot(data: HubData) -> Path | None:
+    """What was downloaded before; of the pinned revision, if there is one."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    revision = _pinned(data) or data.revision or _MAIN
+    try:
+        path = snapshot_download(
+            data.path, repo_type="dataset", revision=revision, local_files_only=True
+        )
+    except (LocalEntryNotFoundError, FileNotFoundError):
+        return None
+    return Path(path) if (Path(path) / data.data_dir).is_dir() else None
+
+
+def _download(data: HubData) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        path = snapshot_download(
+            data.path,
+            repo_type="dataset",
+            revision=_revision(data),
+            allow_patterns=_patterns(data),
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise PhatgooseError(f"data set {data} cannot be downloaded: {_reason(error)}") from error
+    return Path(path)
+
+
+def _revision(data: HubData) -> str:
+    """The commit that is used: the pinned one, that of what is in the cache, or the newest."""
+    pinned = _pinned(data)
+    if pinned is not None:
+        return pinned
+    snapshot = _snapshot(data)
+    commit = snapshot.name if snapshot is not None else _newest(data.path, data.revision or _MAIN)
+    note = _note(data)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps({"data_set": data.path, "revision": commit}))
+    return commit
+
+
+def _pinned(data: HubData) -> str | None:
+    """The commit that was used before."""
+    note = _note(data)
+    return str(json.loads(note.read_bytes())["revision"]) if note.exists() else None
+
+
+def _note(data: HubData) -> Path:
+    name = f"{data.path}@{data.revision or _MAIN}".replace("/", "--")
+    return cache_dir() / "hub" / f"{name}.json"
+
+
+@lru_cache
+def _newest(path: str, revision: str) -> str:
+    """The commit that a branch is at; asks the hub."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.is_offline_mode():
+        raise PhatgooseError("the hub is not asked (HF_HUB_OFFLINE is set)")
+    try:
+        return str(HfApi().dataset_info(path, revision=revision, timeout=20).sha)
+    except Exception as error:  # whatever the network does: the hub cannot be asked
+        raise PhatgooseError(
+            f"the hub does not have it or cannot be reached: {_reason(error)}"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

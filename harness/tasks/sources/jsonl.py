@@ -1,0 +1,297 @@
+"""A user's own tasks, from files: JSON Lines, CSV or TSV, parquet; one example a line or row.
+
+    {"input": "Translate to French: cat", "target": "chat"}
+    {"input": "2 + 2 =", "target": ["4", "four"]}
+    {"input": "Is ice warm?", "choices": ["yes", "no"], "correct": 1}
+
+`correct` is an index into the choices, the right choice itself, or a list of either. In CSV, where
+all is text, a list is written as JSON. The prompt is the input as it stands; a target or choice
+follows it, with a space in between where the input does not end with white space.
+"""
+
+import csv
+import difflib
+import glob
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from harness.tasks.records import Record, Split, check_record, document_id, split_of
+from harness.tasks.sources.source import TaskRecords, options_of
+from harness.tasks.spec import TaskSpec
+from phatgoose.errors import PhatgooseError
+
+_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
+# No example is so long; a line that is would be read whole before it could be refused.
+_LONGEST_LINE = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the files are read.
+
+    Attributes:
+        input, target, choices, correct: the columns' names.
+        evaluation: files or patterns whose examples are the evaluation split; if there are none,
+            one fifth of all is.
+    """
+
+    input: str = "input"
+    target: str = "target"
+    choices: str = "choices"
+    correct: str = "correct"
+    evaluation: list[str] | None = None
+
+
+def check(spec: TaskSpec) -> None:
+    """Refuse unknown options, and patterns that no file has."""
+    _all_files(spec)
+
+
+def expand(group: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """One task per file that `files` names: a pattern, a folder, or a list of such."""
+    if "files" not in group or (group["files"] is None and group.get("tasks")):
+        return {}
+    if not group["files"]:
+        raise PhatgooseError(
+            f"{group['name']}: say which files, one task each, such as "
+            f"files='/data/*.jsonl' ({', '.join(_SUFFIXES)})"
+        )
+    patterns = [group["files"]] if isinstance(group["files"], str) else list(group["files"])
+    tasks: dict[str, dict[str, Any]] = {}
+    for file in _files(str(group["name"]), patterns):
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(file).stem).lstrip(".-") or "task"
+        if name in tasks:
+            raise PhatgooseError(
+                f"{group['name']}: {tasks[name]['members'][0]} and {file} would both make the "
+                f"task {name}: rename one, or name the tasks one by one"
+            )
+        tasks[name] = {"members": [file]}
+    return tasks
+
+
+def identity(spec: TaskSpec) -> Any:
+    """SHA-256 of each file's content."""
+    members, evaluation = _all_files(spec)
+    return [[_digest(spec.name, file) for file in files] for files in (members, evaluation)]
+
+
+def missing(spec: TaskSpec) -> str | None:
+    """Which files are not there."""
+    absent = [file for files in _all_files(spec) for file in files if not Path(file).exists()]
+    return f"there is no {', '.join(absent)}" if absent else None
+
+
+def read(specs: Sequence[TaskSpec]) -> Iterator[TaskRecords]:
+    """Read tasks, line by line."""
+    for spec in specs:
+        yield TaskRecords(spec, _records(spec))
+
+
+def with_space(prompt: str) -> str:
+    """The prompt as an answer follows it: after white space."""
+    return prompt if prompt[-1:].isspace() else prompt + " "
+
+
+def _records(spec: TaskSpec) -> Iterator[tuple[Split, Record]]:
+    options = options_of(Options, spec)
+    members, evaluation = _all_files(spec)
+    for files, given in ((members, "train" if evaluation else None), (evaluation, "evaluation")):
+        for file in files:
+            empty = True
+            for where, example in _examples(file):
+                empty = False
+                record = _record(spec.name, example, where, options)
+                check_record(record, where)
+                split: Split = given or split_of(spec.name, record.input)  # type: ignore[assignment]
+                yield split, record
+            if empty:
+                raise PhatgooseError(f"task {spec.name}: {file} has no examples")
+
+
+def _all_files(spec: TaskSpec) -> tuple[list[str], list[str]]:
+    options = options_of(Options, spec)
+    return _files(spec.name, spec.members), _files(spec.name, options.evaluation or [])
+
+
+def _files(name: str, patterns: Sequence[str]) -> list[str]:
+    """The files of patterns and folders, each pattern's sorted by name."""
+    found: list[str] = []
+    for pattern in map(str, patterns):
+        path = Path(pattern).expanduser()
+        if path.is_dir():
+            matches = [str(p) for p in sorted(path.iterdir()) if p.suffix in _SUFFIXES]
+        elif glob.has_magic(pattern) and not path.exists():
+            matches = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (absolute ones, too)
+        else:
+            matches = [str(path)]
+        if not matches:
+            raise PhatgooseError(
+                f"{name}: no file matches {pattern} (looked in {Path.cwd()}; a folder must have "
+                f"files that end in {', '.join(_SUFFIXES)})"
+            )
+        for file in matches:
+            if Path(file).suffix not in _SUFFIXES:
+                raise PhatgooseError(f"{name}: {file} does not end in {', '.join(_SUFFIXES)}")
+        found += matches
+    return list(dict.fromkeys(found))
+
+
+def _digest(name: str, file: str) -> str:
+    try:
+        status = Path(file).stat()
+        return _digest_of(file, status.st_size, status.st_mtime_ns)
+    except OSError as error:
+        raise PhatgooseError(f"task {name}: cannot read {file}: {error.strerror}") from error
+
+
+@lru_cache(maxsize=4096)
+def _digest_of(file: str, size: int, mtime_ns: int) -> str:
+    """SHA-256 of a file, once for each state of it."""
+    with Path(file).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _examples(file: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The examples of a file, each with its place."""
+    suffix = Path(file).suffix
+    try:
+        if suffix == ".parquet":
+            yield from _parquet(file)
+        elif suffix == ".jsonl":
+            yield from _json_lines(file)
+        else:
+            yield from _csv(file, "\t" if suffix == ".tsv" else ",")
+    except OSError as error:
+        raise PhatgooseError(f"cannot read {file}: {error.strerror or error}") from error
+
+
+def _json_lines(file: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for where, line in _lines(file):
+        if not line.strip():
+            continue
+        try:
+            example = json.loads(line)
+        except ValueError as error:
+            raise PhatgooseError(f"{where}: not JSON ({error})") from error
+        if not isinstance(example, dict):
+            raise PhatgooseError(
+                f'{where}: it is no object; an example is {{"input": text, "target": text or list}}'
+                ' or {"input": text, "choices": list, "correct": index, text or list}'
+            )
+        yield where, example
+
+
+def _lines(file: str) -> Iterator[tuple[str, str]]:
+    """The lines of a file in UTF-8, each with its place."""
+    with Path(file).open("rb") as stream:
+        number = 0
+        while line := stream.readline(_LONGEST_LINE):
+            number += 1
+            where = f"{file}, line {number}"
+            if len(line) == _LONGEST_LINE and not line.endswith(b"\n"):
+                raise PhatgooseError(
+                    f"{where}: it is longer than {_LONGEST_LINE // 2**20} MiB: is it one example "
+                    "a line?"
+                )
+            try:
+                yield where, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise PhatgooseError(
+                    f"{where}: byte {error.start + 1} is not UTF-8: convert the file to UTF-8"
+                ) from error
+
+
+def _csv(file: str, delimiter: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    csv.field_size_limit(_LONGEST_LINE)
+    reader = csv.DictReader((line for _, line in _lines(file)), delimiter=delimiter)
+    try:
+        for row in reader:
+            where = f"{file}, line {reader.line_num}"
+            if None in row or None in row.values():
+                header = len(reader.fieldnames or ())
+                raise PhatgooseError(f"{where}: it has not {header} fields, as the header has")
+            yield where, {key: _from_text(value) for key, value in row.items() if value != ""}
+    except csv.Error as error:
+        raise PhatgooseError(f"{file}, line {reader.line_num}: {error}") from error
+
+
+def _from_text(value: str) -> Any:
+    """A list or an index that CSV holds as text; other text as it is."""
+    if re.fullmatch(r"\s*\[.*\]\s*", value, re.DOTALL):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _parquet(file: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    number = 0
+    try:
+        with pq.ParquetFile(file) as opened:
+            for batch in opened.iter_batches(1000):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{file}, row {number}", {k: v for k, v in row.items() if v is not None}
+    except pa.ArrowException as error:
+        raise PhatgooseError(f"{file} is no parquet file: {error}") from error
+
+
+def _record(task: str, example: Mapping[str, Any], where: str, options: Options) -> Record:
+    text = _column(example, options.input, "input", where)
+    if not isinstance(text, str):
+        raise PhatgooseError(f"{where}: {options.input} is {text!r}, not text")
+    prompt = with_space(text)
+    if options.choices not in example:
+        target = _column(example, options.target, "target", where)
+        return Record(task, document_id(task, prompt), prompt, _texts(target, where), [], [])
+    choices = _texts(example[options.choices], where)
+    right = _column(example, options.correct, "correct", where)
+    correct = [
+        _index(one, choices, where) for one in (right if isinstance(right, list) else [right])
+    ]
+    targets = [choices[i] for i in correct]
+    return Record(task, document_id(task, prompt), prompt, targets, choices, correct)
+
+
+def _column(example: Mapping[str, Any], name: str, option: str, where: str) -> Any:
+    if name in example:
+        return example[name]
+    near = difflib.get_close_matches(name, example, n=1)
+    hint = f"is it {near[0]}? " if near else ""
+    raise PhatgooseError(
+        f"{where}: it has no {name}, only {', '.join(example) or 'nothing'}: {hint}"
+        f"load_opts.{option} gives the column's name"
+    )
+
+
+def _index(right: Any, choices: list[str], where: str) -> int:
+    """Which choice is right: given by its index, as number or text, or by itself."""
+    if isinstance(right, str):
+        if right.strip() in choices:
+            return choices.index(right.strip())
+        right = int(right) if right.strip().isdigit() else right
+    if type(right) is int and 0 <= right < len(choices):
+        return right
+    raise PhatgooseError(
+        f"{where}: the right choice is {right!r}, neither an index into the {len(choices)} choices "
+        "nor one of them"
+    )
+
+
+def _texts(value: Any, where: str) -> list[str]:
+    texts = value if isinstance(value, list) else [value]
+    if not all(
+        isinstance(text, str | int | float) and not isinstance(text, bool) for text in texts
+    ):
+        raise PhatgooseError(f"{where}: an answer is {value!r}, not text")
+    return [str(text).strip() for text in texts]

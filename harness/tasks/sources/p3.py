@@ -1,0 +1,232 @@
+"""P3: data sets of the hub in the words of promptsource's templates, as PHATGOOSE's authors use it.
+
+Every pair of a row and a template is an example. Training takes all templates, evaluation those
+that ask for the data set's original task, all pooled (arXiv 2402.05859, appendix B). A template
+that does not fit a row gives no example; the authors train on a placeholder there.
+
+Evaluation records are multiple choice where the authors' are (`interface: mc`): of the choices, the
+right one is the template's answer, else the one with the longest common beginning. Training needs
+the answer only.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from harness.tasks.records import Record, Split, check_record, document_id
+from harness.tasks.sources import hub
+from harness.tasks.sources.hub import HubData
+from harness.tasks.sources.jsonl import with_space
+from harness.tasks.sources.promptsource import Template, templates_of
+from harness.tasks.sources.source import TaskRecords, no_tasks, options_of
+from harness.tasks.spec import TaskSpec, one_of
+from phatgoose.errors import PhatgooseError
+
+# Seeds of the authors' released code.
+_SEED_OF_CAP = 42
+_SEED_OF_APP_REVIEWS = 1234
+_APP_REVIEWS_EVALUATION = 10_000
+_OWN = ("", "app_reviews", "duorc", "trec")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which rows and which templates; the member is the data set's id.
+
+    Attributes:
+        templates: the data set's folder among promptsource's templates.
+        config, data_dir, revision: which part of the data set, see `hub.HubData`.
+        train_split, evaluation_split: the data set's splits.
+        ignore: names of templates to leave out.
+        evaluation_templates: `original` or `all`.
+        interface: `mc`, or `gen` for answers that are generated.
+        references: the column, such as `answers.text`, with all accepted answers of a row.
+        own: what the authors do for this data set alone: `app_reviews` (of its one split, 10,000
+            rows are for evaluation), `duorc` (rows without an answer get the words of a template
+            for that), `trec` (one prompt of its own over all fine labels, which `choices` names).
+        choices: the words for the labels, for `trec`.
+        max_examples: how many training pairs to keep at most, as the authors draw them.
+    """
+
+    templates: str = ""
+    config: str = ""
+    data_dir: str = ""
+    revision: str = ""
+    train_split: str = "train"
+    evaluation_split: str = "validation"
+    ignore: list[str] | None = None
+    evaluation_templates: str = "original"
+    interface: str = "mc"
+    references: str = ""
+    own: str = ""
+    choices: list[str] | None = None
+    max_examples: int = 500_000
+
+
+expand = no_tasks
+
+
+def check(spec: TaskSpec) -> None:
+    """Refuse unknown options; names of templates are checked when they are read."""
+    options = options_of(Options, spec)
+    if len(spec.members) != 1:
+        raise PhatgooseError(f"task {spec.name}: its member must be one data set of the hub")
+    one_of(options.evaluation_templates, ("original", "all"), f"task {spec.name}: templates")
+    one_of(options.interface, ("mc", "gen"), f"task {spec.name}: interface")
+    one_of(options.own, _OWN, f"task {spec.name}: own")
+
+
+def identity(spec: TaskSpec) -> Any:
+    """The data set's revision or files; the templates' version never changes."""
+    return hub.identity(_data(spec), spec.folder)
+
+
+def missing(spec: TaskSpec) -> str | None:
+    """Whether the data set can be had."""
+    return hub.missing(_data(spec), spec.folder)
+
+
+def read(specs: Sequence[TaskSpec]) -> Iterator[TaskRecords]:
+    """Read tasks, row by row."""
+    for spec in specs:
+        yield TaskRecords(spec, _records(spec), origin=hub.origin(_data(spec), spec.folder))
+
+
+def _data(spec: TaskSpec) -> HubData:
+    options = options_of(Options, spec)
+    return HubData(spec.members[0], options.config, options.data_dir, options.revision)
+
+
+def _records(spec: TaskSpec) -> Iterator[tuple[Split, Record]]:
+    options = options_of(Options, spec)
+    every = _templates(spec, options)
+    original = [t for t in every if t.original or options.evaluation_templates == "all"]
+    if options.interface == "mc":
+        original = [t for t in original if t.answer_choices is not None]
+    if not original:
+        raise PhatgooseError(f"task {spec.name}: no template is left to evaluate with")
+    for split, templates in (("train", every), ("evaluation", original)):
+        rows = hub.rows(_data(spec), getattr(options, f"{split}_split"), spec.folder)
+        numbers = _numbers(len(rows), split, options)
+        for place, template in _pairs(len(numbers), len(templates), split, options):
+            number = int(numbers[place])
+            row = _row(rows[number], number, every, options)
+            record = _record(spec, row, number, templates[template], split, options)
+            if record is not None:
+                yield split, record  # type: ignore[misc]
+
+
+def _templates(spec: TaskSpec, options: Options) -> list[Template]:
+    if options.own == "trec":
+        return [_trec(options.choices or [])]
+    every = templates_of(options.templates)
+    names = [template.name for template in every]
+    for name in options.ignore or ():
+        one_of(name, names, f"task {spec.name}: ignore")
+    return [template for template in every if template.name not in (options.ignore or ())]
+
+
+def _trec(choices: Sequence[str]) -> Template:
+    """The authors' one prompt for TREC."""
+    prompt = "Question: {{ text }}\nAnswer choices: {{ answer_choices }}\nAnswer:"
+    answer = "{{ answer_choices[fine_label] }}"
+    return Template("fine labels", f"{prompt} ||| {answer}", " ||| ".join(choices), True)
+
+
+def _numbers(count: int, split: str, options: Options) -> Sequence[int] | np.ndarray:
+    """Which rows belong to a split, by their numbers in the data set's."""
+    if options.own != "app_reviews":
+        return range(count)
+    order = list(range(count))
+    np.random.RandomState(_SEED_OF_APP_REVIEWS).shuffle(order)
+    train = order[_APP_REVIEWS_EVALUATION:]
+    return train if split == "train" else order[:_APP_REVIEWS_EVALUATION]
+
+
+def _pairs(rows: int, templates: int, split: str, options: Options) -> Iterator[tuple[int, int]]:
+    """Places of rows and templates; too many training pairs are drawn as the authors draw them."""
+    total = rows * templates
+    pairs: Any = range(total)
+    if split == "train" and total > options.max_examples:
+        generator = np.random.default_rng(_SEED_OF_CAP)
+        # Sorted, so that a row is read once for all its templates.
+        pairs = np.sort(generator.choice(total, options.max_examples, replace=False))
+    for pair in pairs:
+        yield int(pair) // templates, int(pair) % templates
+
+
+def _row(
+    row: dict[str, Any], number: int, templates: Sequence[Template], options: Options
+) -> dict[str, Any]:
+    """A row as templates see it."""
+    if options.own == "duorc" and row["no_answer"]:
+        template = templates[number % len(templates)]
+        if template.original:
+            said = template.apply({**row, "no_answer": True}, number)
+            row = {**row, "answers": [said[1]] if said else []}
+    return row
+
+
+def _record(
+    spec: TaskSpec,
+    row: Mapping[str, Any],
+    number: int,
+    template: Template,
+    split: str,
+    options: Options,
+) -> Record | None:
+    made = template.apply(row, number)
+    if made is None:
+        return None
+    prompt, target, choices = with_space(made[0]), made[1], made[2]
+    targets, correct = [target], []
+    if split == "train" or options.interface == "gen":
+        choices = []
+        if split == "evaluation" and options.references:
+            targets += [text for text in _references(row, options.references) if text != target]
+    else:
+        correct = [_closest(target, choices)]
+        targets = [choices[correct[0]]]
+    # The prompts of two rows may be the same; each counts.
+    document = document_id(spec.name, f"{number}\n{prompt}")
+    record = Record(
+        spec.name, document, prompt, targets, choices, correct, text=" ".join(_texts(row))
+    )
+    check_record(record, f"data set {_data(spec)}, row {number + 1}, template {template.name}")
+    return record
+
+
+def _closest(target: str, choices: Sequence[str]) -> int:
+    """The choice that is the target, else that with the longest common beginning, the shortest."""
+    if target in choices:
+        return choices.index(target)
+    common = [(_common(target, choice), -len(choice), -i) for i, choice in enumerate(choices)]
+    return -max(common)[2]
+
+
+def _common(a: str, b: str) -> int:
+    """How many characters two texts have in common at their beginning."""
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
+
+
+def _references(row: Mapping[str, Any], path: str) -> list[str]:
+    value: Any = row
+    for part in path.split("."):
+        value = value[part]
+    return [text for text in value if text.strip()]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string in a row."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _texts(part)
+    elif isinstance(value, Sequence):
+        for part in value:
+            yield from _texts(part)

@@ -1,0 +1,83 @@
+"""Pools of LoRA adapters that PEFT saved: one expert each, from folders or from the hub.
+
+They come without examples; a task that names members takes them, from another source, to train the
+expert's gates.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.tasks.sources.source import TaskRecords
+from harness.tasks.spec import TaskSpec
+from phatgoose.errors import PhatgooseError
+
+_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
+
+
+def expand(group: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """One task per adapter that `adapters` names: a list of folders or hub ids, or name -> such.
+
+    A hub id may pin a revision: `owner/name@revision`.
+    """
+    adapters = group.get("adapters")
+    if not adapters:
+        if group.get("tasks"):
+            return {}
+        raise PhatgooseError(
+            f"{group['name']}: say which adapters, such as adapters=[/data/a,owner/name]"
+        )
+    if not isinstance(adapters, Mapping):
+        named = {_name(str(adapter)): str(adapter) for adapter in adapters}
+        if len(named) < len(adapters):
+            raise PhatgooseError(
+                f"{group['name']}: two adapters have the same name: give names, as "
+                "adapters={name: folder}"
+            )
+        adapters = named
+    return {name: {"adapter": _folder(str(where))} for name, where in adapters.items()}
+
+
+def check(spec: TaskSpec) -> None:
+    """Refuse members: this source has no examples."""
+    raise PhatgooseError(
+        f"task {spec.name}: members are read by another source: say source: jsonl, or which it is"
+    )
+
+
+def identity(spec: TaskSpec) -> Any:
+    """Nothing: there are no records."""
+
+
+def missing(spec: TaskSpec) -> str | None:
+    """Nothing: adapters are fetched where the pool is read."""
+
+
+def read(specs: Sequence[TaskSpec]) -> Iterator[TaskRecords]:
+    """Read nothing."""
+    return iter(())
+
+
+def _name(adapter: str) -> str:
+    name = Path(adapter.partition("@")[0]).name
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", name).lstrip(".-") or "adapter"
+
+
+def _folder(where: str) -> str:
+    """The folder of an adapter; one of the hub is fetched into its cache."""
+    if Path(where).expanduser().is_dir() or not _HUB_ID.fullmatch(where):
+        return where
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    name, _, revision = where.partition("@")
+    try:
+        return snapshot_download(name, revision=revision or None, allow_patterns=list(_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise PhatgooseError(
+            f"adapter {where} is no folder here, and the hub does not give it ({reason}): give a "
+            "folder that PEFT saved, or check the id and the network"
+        ) from error

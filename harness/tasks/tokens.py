@@ -1,0 +1,104 @@
+"""A task's examples as token ids: made once per tokenizer, mapped from disk.
+
+    <cache>/tokens/<key>.arrow    columns context, target: lists of int32; a row per example
+
+The key is the hash of the examples, the tokenizer, and the lengths they are cut to.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import overload
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from harness.tasks import TaskData
+from harness.tasks.records import Split
+from harness.tasks.store import read_batches
+from phatgoose.base import Base
+from phatgoose.cache import cache_dir
+from phatgoose.encoding import encode_pairs
+from phatgoose.recipe import Recipe
+from phatgoose.scoring import Question
+
+# Raise it whenever the same examples give other tokens than before.
+_VERSION = 1
+_SCHEMA = pa.schema([(name, pa.list_(pa.int32())) for name in ("context", "target")])
+
+
+class TokenisedExamples(Sequence[Question]):
+    """Examples of one split, or a part of them; only what is looked at is read from disk.
+
+    Args:
+        table: a table with the columns above.
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table
+
+    def __len__(self) -> int:
+        """How many examples there are."""
+        return len(self._table)
+
+    @overload
+    def __getitem__(self, index: int) -> Question: ...
+    @overload
+    def __getitem__(self, index: slice) -> "TokenisedExamples": ...
+    def __getitem__(self, index: int | slice) -> "Question | TokenisedExamples":
+        """One example, or a part of them, which is not copied."""
+        if isinstance(index, slice):
+            start, stop, _ = index.indices(len(self))
+            return TokenisedExamples(self._table.slice(start, max(0, stop - start)))
+        index = range(len(self))[index]  # negative ones count from the end
+        context, target = (self._table[name][index].as_py() for name in ("context", "target"))
+        return Question(context, [target])
+
+    @property
+    def mean_tokens(self) -> float:
+        """Mean number of tokens of an example, context and target together."""
+        lengths = [pc.sum(pc.list_value_length(self._table[n])).as_py() for n in _SCHEMA.names]
+        return sum(length or 0 for length in lengths) / max(1, len(self))
+
+
+def tokenise(base: Base, data: TaskData, split: Split, recipe: Recipe) -> TokenisedExamples:
+    """The examples of one split as token ids, cut as the recipe says; made if they are not there.
+
+    Each counts with its first target, which is the one trained on. The texts are read a few
+    thousand at a time.
+    """
+    limits = recipe.max_input_tokens, recipe.max_target_tokens
+    made_from = [_VERSION, data.fingerprint, split, _tokenizer(base), limits]
+    key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
+    path = cache_dir() / "tokens" / f"{key}.arrow"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with pa.ipc.new_file(str(temporary), _SCHEMA) as writer:
+                for batch in _encoded(base, data, split, *limits):
+                    writer.write_batch(batch)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return TokenisedExamples(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
+
+
+def _encoded(
+    base: Base, data: TaskData, split: Split, max_input: int | None, max_target: int | None
+) -> Iterator[pa.RecordBatch]:
+    folder = data.train if split == "train" else data.evaluation
+    for batch in read_batches(folder, ["input", "targets"]):
+        pairs = [(row["input"], row["targets"][0]) for row in batch.to_pylist()]
+        encoded = encode_pairs(base, pairs, max_input, max_target)
+        columns = [pa.array(ids, pa.list_(pa.int32())) for ids in zip(*encoded, strict=True)]
+        yield pa.record_batch(columns, schema=_SCHEMA)
+
+
+def _tokenizer(base: Base) -> str:
+    """What identifies how a base encodes: bases that share a tokenizer share tokens."""
+    backend = getattr(base.tokenizer, "backend_tokenizer", None)
+    whole = backend.to_str() if backend is not None else base.fingerprint
+    ends = [base.tokenizer.bos_token_id, base.tokenizer.eos_token_id, base.is_encoder_decoder]
+    return hashlib.sha256(json.dumps([whole, ends]).encode()).hexdigest()

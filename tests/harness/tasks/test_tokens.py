@@ -1,0 +1,89 @@
+from pathlib import Path
+
+import pytest
+
+from harness.tasks import TaskData, TaskSpec
+from harness.tasks.records import Record, Split, document_id
+from harness.tasks.store import read_records, read_task, write_task
+from harness.tasks.tokens import tokenise
+from phatgoose.base import Base, load_base
+from phatgoose.recipe import Recipe
+from phatgoose.scoring import Question
+from phatgoose.training import Example, train_expert
+from tests.tiny import make_card
+from tests.toy import toy_config
+
+INPUTS = [f"the goose {deed} {'very ' * i}" for i, deed in enumerate(["flies", "swims", "is"] * 5)]
+
+
+def record(prompt: str) -> Record:
+    return Record("toy", document_id("toy", prompt), prompt, ["the lake", "unused"], [], [])
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> TaskData:
+    splits: list[Split] = ["train", "train", "evaluation"]
+    folder = tmp_path / "toy"
+    write_task(folder, "toy", ((splits[i % 3], record(text)) for i, text in enumerate(INPUTS)))
+    file = read_task(folder)
+    return TaskData(
+        TaskSpec("toy", ("toy",)),
+        folder / "train",
+        folder / "evaluation",
+        file.fingerprint,
+        file.counts,
+        file.kind,
+    )
+
+
+@pytest.mark.parametrize("which", ["llama", "t5"])
+def test_examples_are_what_training_makes_of_their_texts(
+    request: pytest.FixtureRequest, which: str, data: TaskData
+) -> None:
+    base: Base = request.getfixturevalue(which)
+    recipe = Recipe(max_input_tokens=6, max_target_tokens=2)
+    found = tokenise(base, data, "train", recipe)
+    expected = [
+        Question.encode(base, r.input, r.targets[:1], 6, 2) for r in read_records(data.train)
+    ]
+    assert len(found) == 10
+    assert [(q.context, q.choices) for q in found] == [(q.context, q.choices) for q in expected]
+    assert found.mean_tokens == sum(q.length for q in expected) / 10
+    part = found[2:-1]
+    assert [q.context for q in part] == [q.context for q in expected[2:-1]]
+    assert part[-1].context == expected[-2].context
+    with pytest.raises(IndexError):
+        part[len(part)]
+
+
+def test_they_are_made_once_per_tokenizer(llama: Base, t5: Base, data: TaskData) -> None:
+    def files() -> dict[str, int]:
+        import os
+
+        folder = Path(os.environ["PHATGOOSE_CACHE"]) / "tokens"
+        return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+    tokenise(llama, data, "train", Recipe())
+    first = files()
+    tokenise(llama, data, "train", Recipe(seed=7))  # which changes no token
+    assert files() == first
+    assert len(first) == 1
+    tokenise(llama, data, "evaluation", Recipe())
+    tokenise(llama, data, "train", Recipe(max_input_tokens=3))
+    tokenise(t5, data, "train", Recipe())
+    assert len(files()) == 4
+
+
+def test_an_expert_comes_out_the_same_from_texts_and_from_tokens(
+    llama_folder: Path, data: TaskData, tmp_path: Path
+) -> None:
+    recipe: Recipe = toy_config(llama_folder, tmp_path / "run").train
+    texts = [Example(r.input, r.targets[0]) for r in read_records(data.train)]
+    evaluation = [Example(r.input, r.targets[0]) for r in read_records(data.evaluation)]
+    hashes = []
+    for train in (texts, None):
+        base = load_base(str(llama_folder))
+        examples = train or tokenise(base, data, "train", recipe)
+        expert = train_expert(base, make_card("toy", base), examples, evaluation, recipe)
+        hashes.append(expert.content_hash())
+    assert hashes[0] == hashes[1]
