@@ -99,7 +99,11 @@ class RunConfig:
         """The suite's tasks; with `of_pool`, those of the pool, on their own evaluation splits."""
         if not self.suite.get("of_pool"):
             return task_specs(self.suite)
-        changes = {key: value for key, value in self.suite.items() if key not in _OF_POOL}
+        changes = {
+            key: value
+            for key, value in self.suite.items()
+            if key in _OF_POOL_TOO and (value is not None or key == "limit")
+        }
         own = [spec for spec in self.pool_tasks() if spec.has_data]
         if not own:
             raise PhatgooseError(f"suite {self.suite['name']}: no task of the pool has data")

@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import math
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -29,6 +30,9 @@ from phatgoose.errors import PhatgooseError
 from phatgoose.routers import Router, all_needs
 from phatgoose.routers.interface import side_information
 
+# Draws for the errors of metrics that are no means; lm-eval is not to fork this process for them.
+_BOOTSTRAPS = 200
+os.environ.setdefault("DISABLE_MULTIPROC", "1")
 # Raise it whenever the same chunk would be answered differently than before.
 _ANSWER_VERSION = 4
 
@@ -92,12 +96,13 @@ class Evaluation:
 
         right = {name: self._right(name) for name in self._tasks}
         lm = ShardedLM(ask, self._characters, right)
-        with contextlib.redirect_stderr(io.StringIO()):  # lm-eval draws a bar per task
+        quiet = io.StringIO()  # lm-eval draws a bar per task, and prints
+        with contextlib.redirect_stderr(quiet), contextlib.redirect_stdout(quiet):
             output = evaluator.evaluate(
                 lm,
                 {"tasks": self._tasks, "groups": {}},
                 samples={name: list(range(len(d.rows))) for name, d in self._asked.items()},
-                bootstrap_iters=1,
+                bootstrap_iters=_BOOTSTRAPS,
                 log_samples=True,
             )
         assert output is not None

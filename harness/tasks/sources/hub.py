@@ -6,6 +6,7 @@ huggingface_hub keeps. What comes from the hub is pinned: the revision found at 
 in the cache and used from then on. No script of a data set is ever run.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 from functools import lru_cache
@@ -105,7 +106,12 @@ def rows(data: HubData, split: str, folder: str | None) -> "datasets.Dataset":
                 raise PhatgooseError(f"data set {data} has no split {split}, only {list(found)}")
             return found[split]
         return datasets.load_dataset(
-            str(local), data.config or None, data_dir=data.data_dir or None, split=split
+            str(local),
+            data.config or None,
+            data_dir=data.data_dir or None,
+            split=split,
+            # datasets' own cache takes a folder whose files have changed for the same.
+            cache_dir=str(cache_dir() / "datasets" / _hash(identity(data, folder))),
         )
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
@@ -206,6 +212,10 @@ def _newest(path: str, revision: str) -> str:
         raise PhatgooseError(
             f"the hub does not have it or cannot be reached: {_reason(error)}"
         ) from error
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def _reason(error: Exception) -> str:

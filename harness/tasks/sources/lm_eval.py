@@ -112,7 +112,8 @@ def _load(name: str, load_opts: str) -> Any:
         fields["num_fewshot"] = options.num_fewshot
     manager = _manager(options.include_path)
     try:
-        (task,) = manager.load([{**fields}])["tasks"].values()
+        # Only a group, here of one, may change fields of its tasks.
+        (task,) = manager.load([{"group": "one", "task": [fields]}])["tasks"].values()
     except Exception as error:  # whatever data sets, the network and task code raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise PhatgooseError(

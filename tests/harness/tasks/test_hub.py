@@ -1,4 +1,5 @@
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,15 @@ def test_identity_changes_with_the_copy(tmp_path: Path) -> None:
     (file,) = (tmp_path / "owner/quiz").rglob("*.parquet")
     os.utime(file, ns=(1, 1))
     assert hub.identity(data, str(tmp_path)) != first
+
+
+def test_a_changed_copy_is_read_anew(tmp_path: Path) -> None:
+    data = HubData("owner/quiz")
+    write_copy(tmp_path, "owner/quiz", {"train": ROWS})
+    assert len(hub.rows(data, "train", str(tmp_path))) == 5
+    shutil.rmtree(tmp_path / "owner/quiz")
+    write_copy(tmp_path, "owner/quiz", {"train": ROWS[:2]})
+    assert list(hub.rows(data, "train", str(tmp_path))) == ROWS[:2]
 
 
 def snapshot(cache: Path, path: str, commit: str) -> Path:

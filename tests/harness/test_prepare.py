@@ -1,0 +1,106 @@
+"""Preparing on a real Ray, and the tasks' command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from harness.cluster import Cluster
+from harness.prepare import preparer
+from harness.tasks import TaskSpec, folder_of, prepare_all
+from harness.tasks.__main__ import main
+from harness.tasks.store import is_written
+from phatgoose.errors import PhatgooseError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PHATGOOSE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def write_files(folder: Path, count: int) -> list[Path]:
+    files = []
+    for task in range(count):
+        lines = [{"input": f"{task} and {i} is", "target": str(task + i)} for i in range(20)]
+        files.append(folder / f"sums{task}.jsonl")
+        files[-1].write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return files
+
+
+def specs(files: list[Path]) -> list[TaskSpec]:
+    return [TaskSpec(file.stem, (str(file),), "jsonl") for file in files]
+
+
+@pytest.mark.slow
+def test_many_tasks_are_prepared_on_the_cluster(two_cores: None, tmp_path: Path) -> None:
+    wanted = specs(write_files(tmp_path, 6))
+    first = prepare_all(wanted[:1])  # one that is there already
+    with Cluster() as cluster:
+        data = prepare_all(wanted, preparer(cluster))
+    assert data[0] == first[0]
+    assert [sum(d.counts.values()) for d in data] == [20] * 6
+    # The second time, nothing is made.
+    assert prepare_all(wanted, lambda _: pytest.fail("made again")) == data
+
+
+@pytest.mark.slow
+def test_a_faulty_task_is_reported_after_the_others_are_made(
+    two_cores: None, tmp_path: Path
+) -> None:
+    files = write_files(tmp_path, 6)
+    files[2].write_text('{"input": "x"}\n')
+    with (
+        Cluster() as cluster,
+        pytest.raises(PhatgooseError, match=r"1 of 6 tasks cannot be.*sums2\.jsonl, line 1"),
+    ):
+        prepare_all(specs(files), preparer(cluster))
+    made = [is_written(folder_of(spec)) for spec in specs(files)]
+    assert made == [True, True, False, True, True, True]
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    status = main(arguments)
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_what_there_is_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = call(capsys, "list")
+    assert status == 0
+    lines = {line.split()[0]: line for line in out.splitlines() if "=" in line}
+    assert " 166 " in lines["pool=flan"]
+    assert " 22 " in lines["suite=bbh"]
+    document = json.loads(call(capsys, "list", "--json")[1])
+    assert document["pool=bigbench"]["tasks"] == 115
+    assert document["suite=held_in"]["tasks"] is None
+
+
+def test_a_task_is_shown_as_the_model_reads_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_files(tmp_path, 2)
+    files = f"pool.files='{tmp_path}/*.jsonl'"
+    status, out, _ = call(capsys, "show", "sums1", "pool=jsonl", files, "suite=held_in")
+    assert status == 0
+    assert "sums1: sums1" in out
+    assert "generation, " in out
+    assert " is▁\n  → " in out  # the space before the answer is shown
+    status, _, err = call(capsys, "show", "sum1", "pool=jsonl", files)
+    assert (status, "did you mean sums1?" in err) == (2, True)
+
+
+def test_reachability_is_checked_task_by_task(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_files(tmp_path, 2)
+    files = f"pool.files='{tmp_path}/*.jsonl'"
+    status, out, _ = call(capsys, "check", "pool=jsonl", files)
+    assert (status, out.count("reachable"), "2 of 2 tasks" in out) == (0, 2, True)
+    assert call(capsys, "prepare", "pool=jsonl", files)[0] == 0
+    assert call(capsys, "check", "pool=jsonl", files)[1].count("prepared") == 2
+    status, out, _ = call(capsys, "check", "pool=t0", "--json")
+    assert status == 1
+    document = json.loads(out)
+    assert (document["reachable"], document["of"]) == (0, 36)
+    assert "fancyzhx/ag_news" in document["tasks"]["P3Agnews"]
