@@ -126,7 +126,7 @@ def _files(name: str, patterns: Sequence[str]) -> list[str]:
     """The files of patterns and folders, each pattern's sorted by name."""
     found: list[str] = []
     for pattern in map(str, patterns):
-        path = Path(pattern).expanduser()
+        path = Path(pattern).expanduser().absolute()  # an actor may work elsewhere
         if path.is_dir():
             matches = [str(p) for p in sorted(path.iterdir()) if p.suffix in _SUFFIXES]
         elif glob.has_magic(pattern) and not path.exists():

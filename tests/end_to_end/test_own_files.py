@@ -1,0 +1,48 @@
+"""Three files of a user become a pool of three experts and a suite, with one command."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from harness import results
+from harness.config import load_config
+from harness.run import run
+from harness.storage import Folder
+from tests.tiny_encoder import make_encoder
+
+
+@pytest.mark.slow
+def test_three_files_become_a_pool_and_a_suite(
+    tmp_path: Path, llama_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = {"birds": "goose", "lakes": "deep", "numbers": "five"}
+    for name, answer in answers.items():
+        lines = [{"input": f"the {name} {i} is", "target": answer} for i in range(40)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    make_encoder(tmp_path / "encoder")
+    config = load_config(
+        [
+            "pool=jsonl",
+            f"pool.files='{tmp_path}/*.jsonl'",
+            "suite=held_in",
+            "suite.limit=4",
+            f"base={llama_folder}",
+            "router=[base,phatgoose,merged]",
+            "train.lora.steps=4",
+            "train.gates.steps=2",
+            "train.rank=2",
+            f"profile.encoder={tmp_path / 'encoder'}",
+            f"run.dir={tmp_path / 'run'}",
+        ]
+    )
+    run(config)
+    assert "suite held_in" in capsys.readouterr().out
+    folder = Folder(config.run.dir)
+    scores = results.read_table(folder, results.SCORES_FILE, results.SCORES).to_pylist()
+    assert {row["task"] for row in scores} == set(answers)
+    assert {row["router"] for row in scores} == {"base", "phatgoose", "merged"}
+    assert {row["n"] for row in scores} == {4}
+    assert {row["metric"] for row in scores} == {"exact_match", "nll"}
+    overlap = results.read_table(folder, results.OVERLAP_FILE, results.OVERLAP)
+    assert len(overlap) == 0
