@@ -35,6 +35,8 @@ __all__ = [
 _VERSION = 3
 # Keys of a pool or suite that are not the defaults of its tasks, whatever their source.
 _OF_THE_GROUP = ("name", "tasks", "lists", "only", "general")
+# So many tasks that cannot be had are all reported with the reason.
+_FEW = 4
 _LISTS = Path(__file__).parent / "lists"
 _FIELDS = tuple(f.name for f in fields(TaskSpec) if f.name != "name")
 
@@ -151,9 +153,7 @@ def prepare_all(
     """
     lacking = unreachable(specs)
     if lacking:
-        raise PhatgooseError(
-            f"{len(lacking)} of {len(specs)} tasks cannot be had: " + "; ".join(lacking.values())
-        )
+        raise PhatgooseError(_cannot_be_had(specs, lacking))
     new = [spec for spec in specs if spec.has_data and not is_written(folder_of(spec))]
     if new:
         make(list({folder_of(spec): spec for spec in new}.values()))
@@ -175,6 +175,19 @@ def unreachable(specs: Sequence[TaskSpec]) -> dict[str, str]:
         if problem is not None:
             found[spec.name] = f"task {spec.name}: {problem}"
     return found
+
+
+def _cannot_be_had(specs: Sequence[TaskSpec], lacking: Mapping[str, str]) -> str:
+    """What is missing, of a few tasks with the reason, of many with all members' names."""
+    summary = f"{len(lacking)} of {len(specs)} tasks cannot be had: "
+    reasons = list(lacking.values())
+    if len(reasons) <= _FEW:
+        return summary + "; ".join(reasons)
+    members = dict.fromkeys(m for spec in specs if spec.name in lacking for m in spec.members)
+    return (
+        f"{summary}{reasons[0]}; missing are {', '.join(members)} (`python -m harness.tasks check` "
+        "with the same pool and suite says of each task why)"
+    )
 
 
 def describe(data: TaskData) -> str:

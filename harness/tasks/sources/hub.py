@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _MAIN = "main"
 # Where the hub keeps a copy in parquet of data sets that are scripts only.
 PARQUET = "refs/convert/parquet"
+# Why the hub did not answer this process; it is not asked again.
+_SILENT: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -203,15 +205,19 @@ def _note(data: HubData) -> Path:
 def _newest(path: str, revision: str) -> str:
     """The commit that a branch is at; asks the hub."""
     from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
 
     if constants.is_offline_mode():
         raise PhatgooseError("the hub is not asked (HF_HUB_OFFLINE is set)")
+    if _SILENT:
+        raise PhatgooseError(_SILENT[0])
     try:
         return str(HfApi().dataset_info(path, revision=revision, timeout=20).sha)
-    except Exception as error:  # whatever the network does: the hub cannot be asked
-        raise PhatgooseError(
-            f"the hub does not have it or cannot be reached: {_reason(error)}"
-        ) from error
+    except HfHubHTTPError as error:
+        raise PhatgooseError(f"the hub does not give it: {_reason(error)}") from error
+    except Exception as error:  # whatever the network does: a second question would wait as long
+        _SILENT.append(f"the hub cannot be reached: {_reason(error)}")
+        raise PhatgooseError(_SILENT[0]) from error
 
 
 def _hash(value: Any) -> str:

@@ -6,6 +6,7 @@ expert's gates.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def _name(adapter: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", name).lstrip(".-") or "adapter"
 
 
+@lru_cache
 def _folder(where: str) -> str:
     """The folder of an adapter; one of the hub is fetched into its cache."""
     if Path(where).expanduser().is_dir() or not _HUB_ID.fullmatch(where):
