@@ -5,6 +5,7 @@ these tests are skipped.
 """
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import yaml
 import harness.conf
 from harness.tasks import TaskSpec, prepare, task_specs, unreachable
 from harness.tasks.records import Record
-from harness.tasks.sources.p3 import Options, _pairs, _templates
+from harness.tasks.sources.p3 import Options, _numbers, _pairs, _templates
 from harness.tasks.sources.promptsource import _sources, templates_of
 from harness.tasks.sources.source import options_of
 from harness.tasks.store import read_records
@@ -59,8 +60,6 @@ def write_rows(folder: Path, spec: TaskSpec, rows: list[dict[str, Any]]) -> Task
         write_parquet_branch(folder, spec.members[0], options.data_dir, splits)
     else:
         write_copy(folder, spec.members[0], splits, options.config)
-    from dataclasses import replace
-
     return replace(spec, folder=str(folder))
 
 
@@ -192,8 +191,6 @@ def test_app_reviews_are_split_as_the_authors_split_them(tmp_path: Path) -> None
     rows = [{**ROWS["app_reviews"], "review": f"review {i}"} for i in range(10_003)]
     order = list(range(10_003))
     np.random.RandomState(1234).shuffle(order)
-    from harness.tasks.sources.p3 import _numbers
-
     options = options_of(Options, spec_of("P3Appreviews"))
     assert list(_numbers(len(rows), "train", options)) == order[10_000:]
     assert list(_numbers(len(rows), "evaluation", options)) == order[:10_000]
