@@ -5,6 +5,7 @@ Overrides are those of harness.run: pool=flan, suite=bbh, pool.folder=/data/hub.
 
 import argparse
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -78,7 +79,9 @@ def _tasks_of(group: dict[str, Any]) -> int | None:
 
 def _first_sentence(text: str) -> str:
     comment = [line.lstrip("# ") for line in text.splitlines() if line.startswith("#")]
-    return " ".join(comment).partition(". ")[0].rstrip(".")
+    return textwrap.shorten(
+        " ".join(comment).partition(". ")[0].rstrip("."), 90, placeholder=" ..."
+    )
 
 
 def _show(args: argparse.Namespace) -> Answer:
@@ -105,17 +108,22 @@ def _check(args: argparse.Namespace) -> Answer:
     specs = _chosen(args.overrides)
     problems = unreachable(specs)
     states = {spec.name: _state(spec, problems) for spec in specs}
-    rows = [[spec.name, spec.source, states[spec.name]] for spec in specs]
-    text = table(["task", "source", "data"], rows, right=set())
+    rows = [
+        [spec.name, states[spec.name], spec.source, textwrap.shorten(", ".join(spec.members), 70)]
+        for spec in specs
+    ]
+    text = table(["task", "data", "source", "members"], rows, right=set())
     good = len(specs) - len(problems)
-    document = {"tasks": states, "reachable": good, "of": len(specs)}
+    document = {"tasks": states, "problems": problems, "reachable": good, "of": len(specs)}
     summary = f"{good} of {count(len(specs), 'task')} can be had"
+    for problem in list(problems.values())[:1]:
+        summary += f"; {problem}"
     return Answer(document, f"{text}\n{summary}", 1 if problems else 0)
 
 
 def _state(spec: TaskSpec, problems: dict[str, str]) -> str:
     if spec.name in problems:
-        return problems[spec.name].removeprefix(f"task {spec.name}: ")
+        return "missing"
     if not spec.has_data:
         return "an expert without data"
     return "prepared" if is_written(folder_of(spec)) else "reachable"

@@ -103,4 +103,5 @@ def test_reachability_is_checked_task_by_task(
     assert status == 1
     document = json.loads(out)
     assert (document["reachable"], document["of"]) == (0, 36)
-    assert "fancyzhx/ag_news" in document["tasks"]["P3Agnews"]
+    assert document["tasks"]["P3Agnews"] == "missing"
+    assert "fancyzhx/ag_news" in document["problems"]["P3Agnews"]
