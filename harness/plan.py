@@ -221,7 +221,12 @@ def _check_held_out(pool: list[TaskSpec], suite: list[TaskSpec]) -> None:
 
 
 def _check_overlaps(config: RunConfig, overlaps: Sequence[Overlap]) -> None:
-    """Refuse to evaluate on documents that an expert of another task has seen."""
+    """Refuse to evaluate on documents that an expert of another task has seen.
+
+    The pool's own tasks are not held out: what they share with each other is reported only.
+    """
+    if config.suite.get("of_pool"):
+        return
     limit = config.overlap.limit
     # A task's own evaluation split may be as like its training data as the task's author made it.
     over = [o for o in overlaps if o.share > limit and o.suite_task != o.expert]

@@ -15,7 +15,7 @@ import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,21 @@ def fetch_archive() -> Path:
 
 
 def check(spec: TaskSpec) -> None:
-    """Refuse unknown options."""
-    options_of(Options, spec)
+    """Refuse unknown options, and values that cannot be meant."""
+    options = options_of(Options, spec)
+    for name, value in (("kshot", options.kshot), ("cap", options.cap)):
+        if value < 0:
+            raise PhatgooseError(f"task {spec.name}: load_opts.{name} cannot be negative: {value}")
+    choices = options.choices
+    if choices is not None and (
+        not isinstance(choices, list)
+        or not all(isinstance(choice, str) for choice in choices)
+        or not 1 < len(set(choices)) == len(choices)
+    ):
+        raise PhatgooseError(
+            f"task {spec.name}: load_opts.choices must be two or more different answers, such as "
+            f"['Yes.', 'No.'], not {choices!r} (in YAML, yes and no need quotes)"
+        )
 
 
 def identity(spec: TaskSpec) -> Any:
@@ -210,8 +223,8 @@ def make_records(
         record = _record(spec, definition, number, options)
         check_record(record, f"task {spec.name}: BIG-bench task {member}, example {number + 1}")
         # Split by the bare input: the same question never stands on both sides, however its
-        # choices differ. Some tasks have an empty one; there the prompt tells them apart.
-        yield split_of(spec.name, example["input"].strip() or record.input), record
+        # choices differ. Some tasks have an empty one; there prompt and answers tell them apart.
+        yield split_of(spec.name, example["input"].strip() or _identity(record)), record
 
 
 def _in_order(spec: TaskSpec, definitions: Mapping[str, Any]) -> list[str]:
@@ -231,7 +244,10 @@ def _some(
     def example(place: tuple[str, int]) -> Mapping[str, Any]:
         return definitions[place[0]]["examples"][place[1]]
 
-    first = {document_id(spec.name, prompt_of(definitions[p[0]], example(p))): p for p in places}
+    first: dict[str, tuple[str, int]] = {}
+    for member, number in places:
+        record = _record(spec, definitions[member], number, options)
+        first.setdefault(record.document, (member, number))
     chosen = [first[document] for document in sorted(first)]
     if options.balance:
         labels = [
@@ -287,21 +303,30 @@ def _record(spec: TaskSpec, definition: Mapping[str, Any], number: int, options:
     if spec.style == "paper":
         prompt = prompt.strip() + "\nAnswer: "  # the space goes to the answer
         targets = sorted(targets, key=len, reverse=True)
-    return Record(
-        spec.name,
-        document_id(spec.name, prompt),
-        prompt,
-        targets,
-        choices,
-        correct,
-        grades,
-        example["input"],
-    )
+    record = Record(spec.name, "", prompt, targets, choices, correct, grades, example["input"])
+    return replace(record, document=document_id(spec.name, _identity(record)))
+
+
+def _identity(record: Record) -> str:
+    """What tells examples apart: prompts alone do not.
+
+    In logical_deduction the question is in the choices, which the prompt does not show; and some
+    tasks have several answers to one prompt, an example each. The order of choices tells nothing.
+    """
+    return "\n".join([record.input, *sorted(record.choices), *sorted(record.targets)])
 
 
 def _targets(example: Mapping[str, Any]) -> list[str]:
     target = example["target"]
     return [text.strip() for text in (target if isinstance(target, list) else [target])]
+
+
+def _answer(example: Mapping[str, Any]) -> str:
+    """What a shot answers: as BIG-bench, the free text where there is one."""
+    if "target" in example:
+        return _targets(example)[0]
+    scores: Mapping[str, float] = example["target_scores"]
+    return max(scores, key=scores.__getitem__)
 
 
 def _shots(task: str, definition: Mapping[str, Any], number: int, count: int) -> str:
@@ -313,7 +338,7 @@ def _shots(task: str, definition: Mapping[str, Any], number: int, count: int) ->
     shots = []
     for place, example in enumerate(definition["examples"]):
         if place != number and split_of(task, example["input"]) == "train":
-            shots.append(prompt_of(bare, example) + _targets(example)[0] + separator)
+            shots.append(prompt_of(bare, example) + _answer(example) + separator)
         if len(shots) == count:
             break
     return "".join(shots)

@@ -15,9 +15,12 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from harness.tasks.records import Record, Split, check_record
+from harness.tasks.sources import hub
+from harness.tasks.sources.hub import HubData
 from harness.tasks.sources.source import TaskRecords, options_of
 from harness.tasks.spec import TaskSpec
 from phatgoose.errors import PhatgooseError
@@ -78,12 +81,27 @@ def identity(spec: TaskSpec) -> Any:
 
 
 def missing(spec: TaskSpec) -> str | None:
-    """Why its documents cannot be had. They are loaded to see that; from the cache when offline."""
+    """Why its documents cannot be had. Local files are loaded to see that; the hub is asked."""
+    options = options_of(Options, spec)
+    entry = _manager(options.include_path).task_index.get(spec.members[0])
+    fields = {**(getattr(entry, "cfg", None) or {}), **(options.overlay or {})}
+    path = str(fields.get("dataset_path") or "")
+    if "/" in path and not Path(path).exists() and not _datasets_cache(path).exists():
+        # datasets itself would try again and again, for each task, where there is no network.
+        problem = hub.missing(HubData(path, str(fields.get("dataset_name") or "")), None)
+        return problem and f"{problem}; overlay= names local files"
     try:
         load_task(spec)
     except PhatgooseError as error:
         return str(error)
     return None
+
+
+def _datasets_cache(path: str) -> Path:
+    """Where datasets keeps what it has loaded of a data set."""
+    import datasets
+
+    return Path(datasets.config.HF_DATASETS_CACHE) / path.replace("/", "___")
 
 
 def read(specs: Sequence[TaskSpec]) -> Iterator[TaskRecords]:

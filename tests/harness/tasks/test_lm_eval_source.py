@@ -199,7 +199,7 @@ def test_what_cannot_be_is_refused(own_tasks: Path) -> None:
         prepare_all(task_specs(suite(own_tasks, "own_choice")))
     path.write_text(yaml.safe_dump({**task, "dataset_path": "owner/gone", "dataset_kwargs": {}}))
     lm_eval._load.cache_clear()
-    with pytest.raises(PhatgooseError, match=r"own_choice of lm-eval cannot be loaded.*overlay="):
+    with pytest.raises(PhatgooseError, match=r"own_choice: data set owner/gone .*overlay="):
         prepare_all(task_specs(suite(own_tasks, "own_choice")))
 
 
