@@ -1,7 +1,7 @@
 """The one record type of every task, and its split."""
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import pyarrow as pa
@@ -65,6 +65,21 @@ def document_id(task: str, text: str) -> str:
     Inputs that differ only in case and spacing have the same one.
     """
     return _digest(task, text)[:16]
+
+
+def named(record: Record) -> Record:
+    """The record with its document, a hash of prompt, choices and answers.
+
+    Prompts alone do not tell examples apart: the question may stand in choices that the prompt does
+    not show, and one prompt may have several answers, an example each. The order of choices tells
+    nothing.
+    """
+    return replace(record, document=document_id(record.task, identity_text(record)))
+
+
+def identity_text(record: Record) -> str:
+    """What tells examples of a task apart."""
+    return "\n".join([record.input, *sorted(record.choices), *sorted(record.targets)])
 
 
 def normal(text: str) -> str:

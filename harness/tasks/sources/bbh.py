@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.tasks.records import Record, Split, check_record, document_id, split_of
+from harness.tasks.records import Record, Split, check_record, named, split_of
 from harness.tasks.sources import hub
 from harness.tasks.sources.hub import HubData
 from harness.tasks.sources.source import TaskRecords, no_tasks, options_of
@@ -104,7 +104,7 @@ def _records(spec: TaskSpec) -> Iterator[tuple[Split, Record]]:
             correct = [choices.index(target)] if target in choices else []
             record = Record(
                 spec.name,
-                document_id(spec.name, prompt),
+                "",
                 prompt,
                 [target],
                 choices,
@@ -113,7 +113,7 @@ def _records(spec: TaskSpec) -> Iterator[tuple[Split, Record]]:
                 text,
             )
             check_record(record, where)
-            yield split_of(spec.name, text), record
+            yield split_of(spec.name, text), named(record)
 
 
 def _examples(spec: TaskSpec, member: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

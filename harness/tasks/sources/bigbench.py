@@ -15,14 +15,21 @@ import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from harness.tasks.records import Record, Split, check_record, document_id, split_of
+from harness.tasks.records import (
+    Record,
+    Split,
+    check_record,
+    identity_text,
+    named,
+    split_of,
+)
 from harness.tasks.sources.source import TaskRecords, no_tasks, options_of
 from harness.tasks.spec import TaskSpec
 from phatgoose.cache import fetch_distribution
@@ -224,7 +231,7 @@ def make_records(
         check_record(record, f"task {spec.name}: BIG-bench task {member}, example {number + 1}")
         # Split by the bare input: the same question never stands on both sides, however its
         # choices differ. Some tasks have an empty one; there prompt and answers tell them apart.
-        yield split_of(spec.name, example["input"].strip() or _identity(record)), record
+        yield split_of(spec.name, example["input"].strip() or identity_text(record)), record
 
 
 def _in_order(spec: TaskSpec, definitions: Mapping[str, Any]) -> list[str]:
@@ -304,16 +311,7 @@ def _record(spec: TaskSpec, definition: Mapping[str, Any], number: int, options:
         prompt = prompt.strip() + "\nAnswer: "  # the space goes to the answer
         targets = sorted(targets, key=len, reverse=True)
     record = Record(spec.name, "", prompt, targets, choices, correct, grades, example["input"])
-    return replace(record, document=document_id(spec.name, _identity(record)))
-
-
-def _identity(record: Record) -> str:
-    """What tells examples apart: prompts alone do not.
-
-    In logical_deduction the question is in the choices, which the prompt does not show; and some
-    tasks have several answers to one prompt, an example each. The order of choices tells nothing.
-    """
-    return "\n".join([record.input, *sorted(record.choices), *sorted(record.targets)])
+    return named(record)
 
 
 def _targets(example: Mapping[str, Any]) -> list[str]:

@@ -104,12 +104,13 @@ def _records(spec: TaskSpec) -> Iterator[tuple[Split, Record]]:
         numbers = kept[chosen[split]]
         for start in range(0, len(numbers), _BATCH):
             part = rows[numbers[start : start + _BATCH].tolist()]
-            for text, target in zip(part["inputs"], part["targets"], strict=True):
+            chosen_rows = zip(numbers[start:], part["inputs"], part["targets"], strict=False)
+            for number, text, target in chosen_rows:
                 prompt = with_space(text)
-                record = Record(
-                    spec.name, document_id(spec.name, prompt), prompt, [target.strip()], [], []
-                )
-                check_record(record, f"data set {_data(spec)}, rows {start + 1} and on")
+                # Rows that say the same all count, as for the authors.
+                document = document_id(spec.name, f"{number}\n{prompt}")
+                record = Record(spec.name, document, prompt, [target.strip()], [], [])
+                check_record(record, f"data set {_data(spec)}, row {number + 1}")
                 yield split, record
 
 

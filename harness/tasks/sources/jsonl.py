@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from harness.tasks.records import Record, Split, check_record, document_id, split_of
+from harness.tasks.records import Record, Split, check_record, named, split_of
 from harness.tasks.sources.source import TaskRecords, options_of
 from harness.tasks.spec import TaskSpec
 from phatgoose.errors import PhatgooseError
@@ -253,14 +253,14 @@ def _record(task: str, example: Mapping[str, Any], where: str, options: Options)
     prompt = with_space(text)
     if options.choices not in example:
         target = _column(example, options.target, "target", where)
-        return Record(task, document_id(task, prompt), prompt, _texts(target, where), [], [])
+        return named(Record(task, "", prompt, _texts(target, where), [], []))
     choices = _texts(example[options.choices], where)
     right = _column(example, options.correct, "correct", where)
     correct = [
         _index(one, choices, where) for one in (right if isinstance(right, list) else [right])
     ]
     targets = [choices[i] for i in correct]
-    return Record(task, document_id(task, prompt), prompt, targets, choices, correct)
+    return named(Record(task, "", prompt, targets, choices, correct))
 
 
 def _column(example: Mapping[str, Any], name: str, option: str, where: str) -> Any:

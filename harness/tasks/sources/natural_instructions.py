@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from harness.tasks.records import Record, Split, check_record, document_id, split_of
+from harness.tasks.records import Record, Split, check_record, named, split_of
 from harness.tasks.sources.source import TaskRecords, options_of
 from harness.tasks.spec import TaskSpec, one_of
 from phatgoose.cache import cache_dir
@@ -92,7 +92,7 @@ def _records(spec: TaskSpec) -> Iterator[tuple[Split, Record]]:
             prompt = f"{definition}\n\nInput: {text.strip()}\nOutput: "
             record = Record(
                 spec.name,
-                document_id(spec.name, prompt),
+                "",
                 prompt,
                 [str(target).strip() for target in targets],
                 [],
@@ -100,7 +100,7 @@ def _records(spec: TaskSpec) -> Iterator[tuple[Split, Record]]:
                 text=text,
             )
             check_record(record, where)
-            yield split_of(spec.name, prompt), record
+            yield split_of(spec.name, prompt), named(record)
 
 
 def _clone(name: str, folder: Any) -> Path:

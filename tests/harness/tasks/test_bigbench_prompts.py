@@ -16,8 +16,10 @@ from harness.tasks import TaskSpec, folder_of, task_specs, write_all
 from harness.tasks.records import Record
 from harness.tasks.sources.bigbench import SHA256, make_records, read_archive
 from harness.tasks.store import read_records, read_task
-from phatgoose.cache import check_sha256
+from phatgoose.cache import cache_dir, check_sha256
 
+# The user's cache, looked up on import: the tests have one of their own.
+ARCHIVE = cache_dir() / "downloads" / "bigbench-1.0.0.tar.gz"
 YES_NO = {"Yes": 1, "No": 0}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "arithmetic": (
@@ -133,11 +135,10 @@ def test_both_styles(name: str) -> None:
 @pytest.fixture(scope="module")
 def archive() -> Path:
     """The real archive, if somebody has fetched it on this machine."""
-    path = Path("~/.cache/phatgoose/downloads/bigbench-1.0.0.tar.gz").expanduser()
-    if not path.exists():
+    if not ARCHIVE.exists():
         pytest.skip("BIG-bench's archive (358 MB) is not in the cache of this user")
-    check_sha256(path, SHA256)
-    return path
+    check_sha256(ARCHIVE, SHA256)
+    return ARCHIVE
 
 
 @pytest.mark.slow

@@ -119,6 +119,11 @@ def test_the_user_may_give_the_evaluation_split(tmp_path: Path) -> None:
     assert data.counts == {"train": 2, "evaluation": 1}
 
 
+def test_other_answers_to_one_prompt_are_other_examples(tmp_path: Path) -> None:
+    same = [{"input": "Say it", "target": t} for t in ("a", "b", "a")]
+    assert sorted(r.targets[0] for r in records(write(tmp_path / "a.jsonl", same))) == ["a", "b"]
+
+
 def text(content: str | bytes) -> Callable[[Path], None]:
     data = content.encode() if isinstance(content, str) else content
     return lambda path: path.write_bytes(data) and None  # type: ignore[func-returns-value]
