@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 # Read when Ray starts: send nothing home; actors without a GPU must not see one.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -75,25 +76,34 @@ def _running() -> str | None:
     return None if address == "local" else address
 
 
-def actor_options(config: ClusterConfig) -> dict[str, float]:
-    """What an actor asks of Ray."""
+def actor_options(config: ClusterConfig, labels: Mapping[str, str]) -> dict[str, Any]:
+    """What an actor asks of Ray: cores, GPUs, and a node with these labels."""
     gpus = config.gpus_per_actor
     if gpus is None:
         gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
-    return {"num_cpus": config.cpus_per_actor, "num_gpus": gpus}
+    options: dict[str, Any] = {"num_cpus": config.cpus_per_actor, "num_gpus": gpus}
+    return {**options, "label_selector": dict(labels)} if labels else options
 
 
-def actor_count(config: ClusterConfig) -> int:
-    """How many actors of this size the cluster has room for, at most `max_actors`.
+def actor_count(config: ClusterConfig, labels: Mapping[str, str]) -> int:
+    """How many actors of this size the nodes with these labels have room for, at most `max_actors`.
 
     Raises:
-        PhatgooseError: it has room for none.
+        PhatgooseError: they have room for none.
     """
-    asks = actor_options(config)
+    asks = actor_options(config, labels)
     wanted = {"CPU": asks["num_cpus"], "GPU": asks["num_gpus"]}
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    nodes = [node for node in alive if labels.items() <= (node.get("Labels") or {}).items()]
+    if not nodes:
+        raise PhatgooseError(
+            f"none of the {len(alive)} nodes of the Ray cluster has the labels {dict(labels)}: "
+            "start one with `ray start --labels`, or change cluster.train_nodes or evaluate_nodes"
+        )
     # Node by node: an actor cannot take half its cores from each of two.
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    count = min(sum(_room(node, wanted) for node in nodes), config.max_actors or sys.maxsize)
+    count = min(
+        sum(_room(node["Resources"], wanted) for node in nodes), config.max_actors or sys.maxsize
+    )
     if count < 1:
         has = ray.cluster_resources()
         raise PhatgooseError(

@@ -53,11 +53,13 @@ class BaseConfig:
 
 @dataclass
 class ClusterConfig:
-    """How actors are sized."""
+    """How actors are sized, and the labels of the nodes that they may run on."""
 
     cpus_per_actor: float = 1
     gpus_per_actor: float | None = None
     max_actors: int | None = None
+    train_nodes: dict[str, str] = field(default_factory=dict)
+    evaluate_nodes: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass

@@ -68,7 +68,7 @@ def run(config: RunConfig) -> None:
         to_train = "train" in config.stages and bool(plan.open_jobs)
         if to_train:
             cluster.connect()
-            actor_count(config.cluster)  # no room: an error
+            actor_count(config.cluster, config.cluster.train_nodes)  # no room: an error
         record = _record(config, plan, started)
         results.write_run(plan.folder, record)
         results.write_table(plan.folder, results.OVERLAP_FILE, results.OVERLAP, _overlaps(plan))
@@ -153,10 +153,12 @@ def _trainers(plan: "Plan") -> "Workers":
 
     config = plan.config
     profile = config.profile if any(job.profile_id for job in plan.jobs) else None
-    remote = ray.remote(TrainActor).options(**actor_options(config.cluster), max_concurrency=2)
+    labels = config.cluster.train_nodes
+    options = actor_options(config.cluster, labels)
+    remote = ray.remote(TrainActor).options(**options, max_concurrency=2)
     return Workers(
         lambda: remote.remote(config.base, plan.base_fingerprint, profile, config.run.dir),
-        lambda: actor_count(config.cluster),
+        lambda: actor_count(config.cluster, labels),
     )
 
 
@@ -185,7 +187,8 @@ def _evaluate(plan: "Plan", cluster: "Cluster") -> list[str]:
         return registry_actor(config.registry, plan.base_fingerprint)
 
     def make() -> Any:
-        remote = ray.remote(EvalActor).options(**actor_options(config.cluster))
+        options = actor_options(config.cluster, config.cluster.evaluate_nodes)
+        remote = ray.remote(EvalActor).options(**options)
         return remote.remote(
             config.base,
             plan.base_fingerprint,
@@ -199,7 +202,7 @@ def _evaluate(plan: "Plan", cluster: "Cluster") -> list[str]:
 
     def count() -> int:
         cluster.connect()
-        return actor_count(config.cluster)
+        return actor_count(config.cluster, config.cluster.evaluate_nodes)
 
     workers = Workers(make, count)
     common = {

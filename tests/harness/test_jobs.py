@@ -173,14 +173,14 @@ def test_closing_frees_the_cores(make: Make, tmp_path: Path) -> None:
 
 
 def test_actors_are_sized_by_the_cluster() -> None:
-    assert actor_options(ClusterConfig()) == {"num_cpus": 1, "num_gpus": 0}
-    assert actor_count(ClusterConfig()) == 2
-    assert actor_count(ClusterConfig(cpus_per_actor=2)) == 1
-    assert actor_count(ClusterConfig(cpus_per_actor=0.5)) == 4
-    assert actor_count(ClusterConfig(cpus_per_actor=0.5, max_actors=3)) == 3
+    assert actor_options(ClusterConfig(), {}) == {"num_cpus": 1, "num_gpus": 0}
+    assert actor_count(ClusterConfig(), {}) == 2
+    assert actor_count(ClusterConfig(cpus_per_actor=2), {}) == 1
+    assert actor_count(ClusterConfig(cpus_per_actor=0.5), {}) == 4
+    assert actor_count(ClusterConfig(cpus_per_actor=0.5, max_actors=3), {}) == 3
     for too_much in (ClusterConfig(cpus_per_actor=3), ClusterConfig(gpus_per_actor=1)):
         with pytest.raises(PhatgooseError, match="has 2 CPU and 0 GPU"):
-            actor_count(too_much)
+            actor_count(too_much, {})
 
 
 def test_a_connection_of_the_caller_is_used_and_left_open() -> None:

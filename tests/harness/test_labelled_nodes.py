@@ -1,0 +1,59 @@
+"""Training and evaluation on the nodes that are meant for them: a real Ray of labelled nodes."""
+
+from collections.abc import Iterator
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster as Nodes
+
+from harness.cluster import actor_count, actor_options
+from harness.config import ClusterConfig
+from phatgoose.errors import PhatgooseError
+
+pytestmark = pytest.mark.slow
+TRAIN, EVALUATE = {"group": "train"}, {"group": "evaluate"}
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[None]:
+    """A head without work, one node for training with two cores, one for evaluation with one."""
+    common = {"node_ip_address": "127.0.0.1", "object_store_memory": 100 * 2**20}
+    cluster = Nodes(
+        initialize_head=True,
+        head_node_args={**common, "num_cpus": 0, "include_dashboard": False},
+    )
+    try:
+        cluster.add_node(num_cpus=2, labels=TRAIN, **common)
+        cluster.add_node(num_cpus=1, labels=EVALUATE, **common)
+        ray.init(address=cluster.address, namespace="phatgoose", log_to_driver=False)
+        yield
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+class Where:
+    """An actor that says on which node it is."""
+
+    def node(self) -> str:
+        return str(ray.get_runtime_context().get_node_id())
+
+
+def test_actors_go_to_the_nodes_with_their_labels(nodes: None) -> None:
+    groups = {node["NodeID"]: (node["Labels"] or {}).get("group") for node in ray.nodes()}
+    remote = ray.remote(Where)
+    for labels, room in ((TRAIN, 2), (EVALUATE, 1)):
+        assert actor_count(ClusterConfig(), labels) == room
+        actors = [
+            remote.options(**actor_options(ClusterConfig(), labels)).remote() for _ in range(room)
+        ]
+        found = [groups[ray.get(actor.node.remote())] for actor in actors]
+        assert found == [labels["group"]] * room
+        for actor in actors:
+            ray.kill(actor)
+    assert actor_count(ClusterConfig(), {}) == 3
+
+
+def test_labels_that_no_node_has_are_an_error(nodes: None) -> None:
+    with pytest.raises(PhatgooseError, match=r"none of the 3 nodes .* has the labels .*'trian'"):
+        actor_count(ClusterConfig(), {"group": "trian"})
