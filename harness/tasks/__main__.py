@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -24,6 +25,7 @@ from harness.tasks import (
     task_specs,
     unreachable,
 )
+from harness.tasks.lm_eval_export import write_for_lm_eval
 from harness.tasks.spec import one_of
 from harness.tasks.store import is_written, read_records
 from phatgoose.errors import PhatgooseError
@@ -52,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--examples", type=int, default=2, help="how many of them")
     check = command("check", _check, "say of each task whether its data can be had")
     prepare = command("prepare", _prepare, "fetch and prepare data ahead of a run")
-    for sub in (show, check, prepare):
+    export = command("export", _export, "write BIG-bench tasks for lm-eval's packaged definitions")
+    export.add_argument("folder", help="to write to; made if it is not there")
+    for sub in (show, check, prepare, export):
         sub.add_argument("overrides", nargs="*", help="as for harness.run: pool=flan suite=bbh")
     return parser
 
@@ -142,6 +146,12 @@ def _prepare(args: argparse.Namespace) -> Answer:
     text = table(["task", "kind", "train", "evaluation"], rows, right={2, 3})
     document = {"tasks": [_described(d) for d in data], "seconds": round(seconds, 1)}
     return Answer(document, f"{text}\n{count(total, 'example')} in {seconds:.0f} s")
+
+
+def _export(args: argparse.Namespace) -> Answer:
+    specs = [spec for spec in _chosen(args.overrides) if spec.source in ("bigbench", "bbh")]
+    suite = write_for_lm_eval(prepare_all(specs), Path(args.folder))
+    return Answer(suite, yaml.safe_dump(suite, sort_keys=False))
 
 
 def _described(data: TaskData) -> dict[str, Any]:

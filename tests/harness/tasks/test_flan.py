@@ -3,8 +3,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
-from harness.tasks import TaskSpec, prepare
+import harness.conf
+from harness.tasks import TaskSpec, prepare, prepare_all, task_specs
 from harness.tasks.sources.flan import DATA_SET, split_rows
 from harness.tasks.store import read_records
 from phatgoose.errors import PhatgooseError
@@ -68,3 +70,18 @@ def test_other_data_are_refused(tmp_path: Path, rows: list[dict[str, Any]], reas
     write_saved(tmp_path, DATA_SET, FOLDER, {"train": rows})
     with pytest.raises(PhatgooseError, match=f"Poem Writing {reason}"):
         prepare(spec(tmp_path))
+
+
+def test_every_task_of_the_flan_pool_has_a_loader_a_prompt_and_a_metric(tmp_path: Path) -> None:
+    pool = yaml.safe_load((Path(harness.conf.__path__[0]) / "pool" / "flan.yaml").read_text())
+    specs = [s for s in task_specs({**pool, "folder": str(tmp_path)}) if s.source == "flan"]
+    assert len(specs) == 36 + 75 + 12
+    for one in specs:
+        write_saved(
+            tmp_path, DATA_SET, one.members[0], {"train": [row(i, "zs_opt") for i in range(20)]}
+        )
+    for data in prepare_all(specs):
+        assert data.counts == {"train": 18, "evaluation": 2}
+        assert read_records(data.evaluation)[0].input.startswith("ask ")
+        assert (data.kind, data.spec.metric) == ("generation", "rouge_l")
+        assert data.spec.max_new_tokens > 1

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import yaml
 from lm_eval import simple_evaluate
@@ -16,15 +14,17 @@ from lm_eval.models.huggingface import HFLM
 from harness.evaluate import Evaluation
 from harness.results import SAMPLES, SCORES, read_table
 from harness.storage import Folder
-from harness.tasks import prepare_all, task_specs
-from harness.tasks.lm_eval_tasks import evaluation_table, make_task
+from harness.tasks import TaskSpec, prepare_all, task_specs
+from harness.tasks.lm_eval_export import write_for_lm_eval
+from harness.tasks.lm_eval_tasks import evaluation_table
 from harness.tasks.sources import lm_eval
+from harness.tasks.store import read_records
 from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
 from phatgoose.pool import Pool
 from phatgoose.routers import make_router
 from tests.tiny import make_experts
-from tests.toy import LocalWorkers, local_actor
+from tests.toy import LocalWorkers, from_archive, local_actor, write_archive
 
 DOCS = [
     {"q": f"Is the {name} {deed}?", "a": ["yes", "no"], "gold": i % 2, "say": "goose"}
@@ -204,56 +204,55 @@ def test_what_cannot_be_is_refused(own_tasks: Path) -> None:
 
 
 @pytest.mark.slow
-def test_packaged_definitions_run_over_local_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_packaged_definitions_run_over_exported_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama: Base
 ) -> None:
-    """bigbench_*_multiple_choice and bbh, as packaged, over parquet with the hub's columns."""
+    """bigbench_*_multiple_choice and bbh, as packaged, over the documents of our own tasks."""
     from lm_eval.tasks import TaskManager
 
     packaged = TaskManager()
     monkeypatch.setattr(lm_eval, "_manager", lambda include_path: packaged)
-    questions = [f"Q: {doc['q']}\nA:" for doc in DOCS]
-    bigbench = {
-        "idx": list(range(9)),
-        "inputs": questions,
-        "targets": [[doc["a"][doc["gold"]]] for doc in DOCS],
-        "multiple_choice_targets": [doc["a"] for doc in DOCS],
-        "multiple_choice_scores": [[1 - doc["gold"], doc["gold"]] for doc in DOCS],
-    }
-    bbh = {"input": [doc["q"] for doc in DOCS], "target": ["True", "False", "True"] * 3}
-    files = {}
-    for name, columns in (("bigbench", bigbench), ("bbh", bbh)):
-        files[name] = str(tmp_path / f"{name}.parquet")
-        pq.write_table(pa.table(columns), files[name])
-
-    def over(name: str, *splits: str) -> dict[str, Any]:
-        data_files = dict.fromkeys(splits, files[name])
-        return {
-            "dataset_path": "parquet",
-            "dataset_name": None,
-            "dataset_kwargs": {"data_files": data_files},
-        }
-
-    overlay = {
-        "bigbench_*": over("bigbench", "default", "train", "validation"),
-        "bbh_*": over("bbh", "test"),
-    }
-    tasks = (
-        "bigbench_causal_judgment_multiple_choice",
+    asked = [
+        {"input": doc["q"], "target_scores": {"yes": 1 - doc["gold"], "no": doc["gold"]}}
+        for doc in DOCS
+    ]
+    archive = write_archive(
+        tmp_path / "archive.tar.gz",
+        {"strategyqa": {"examples": asked}, "causal_judgment": {"examples": asked[::-1]}},
+    )
+    truth = [{"input": doc["q"], "target": ["True", "False"][doc["gold"]]} for doc in DOCS]
+    for name in ("boolean_expressions", "web_of_lies"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"examples": truth}))
+    of_bigbench = [TaskSpec(name, (name,)) for name in ("strategyqa", "causal_judgment")]
+    of_release = [
+        TaskSpec(name, (name,), "bbh", folder=str(tmp_path))
+        for name in ("boolean_expressions", "web_of_lies")
+    ]
+    ours = prepare_all(of_bigbench, from_archive(archive)) + prepare_all(of_release)
+    group = write_for_lm_eval(ours, tmp_path / "files")
+    assert group["lm_eval"] == [
         "bigbench_strategyqa_multiple_choice",
+        "bigbench_causal_judgment_multiple_choice",
         "bbh_zeroshot_boolean_expressions",
         "bbh_zeroshot_web_of_lies",
-    )
-    group = {"name": "packaged", "source": "lm_eval", "lm_eval": list(tasks), "overlay": overlay}
+    ]
     found = prepare_all(task_specs(group))
-    for data in found[:2]:
-        rows = evaluation_table(data).to_pylist()
-        assert [row["input"].strip() for row in rows] == [q.strip() for q in questions]
-        assert [row["choices"] for row in rows] == [doc["a"] for doc in DOCS]
-        assert [row["correct"] for row in rows] == [[doc["gold"]] for doc in DOCS]
-    for data in found[2:]:
-        rows = evaluation_table(data).to_pylist()
-        assert all(doc["q"] in row["input"] for doc, row in zip(DOCS, rows, strict=True))
-        assert [row["targets"] for row in rows] == [["True"], ["False"], ["True"]] * 3
-        assert len(make_task(data, "packaged").eval_docs) == 9
+    for own, theirs in zip(ours, found, strict=True):
+        records = sorted(
+            read_records(own.train) + read_records(own.evaluation), key=lambda r: r.document
+        )
+        rows = evaluation_table(theirs).to_pylist()
+        assert len(rows) == len(records) == 9
+        for record, row in zip(records, rows, strict=True):
+            assert record.text in row["input"]
+            assert row["targets"] == record.targets
+            assert row["choices"] == record.choices
+            assert row["correct"] == record.correct
+    folder = Folder(tmp_path / "run")
+    workers = LocalWorkers(local_actor(llama, Pool.from_experts(make_experts(llama, 2))))
+    common = {"run": "r", "base": "tiny", "manifest": "m"}
+    arguments: Any = (common, "float32", ["e0", "e1"], workers, 400, lambda _: None, {})
+    rows = Evaluation(folder, "packaged", found, *arguments).run("base", make_router("base"))
+    assert {row["task"] for row in rows} == set(group["lm_eval"])
+    assert {row["n"] for row in rows} == {9}
     assert len(task_specs({**group, "lm_eval": ["bbh_zeroshot"]})) == 27
