@@ -23,7 +23,7 @@ Row = dict[str, Any]
 LOWER_IS_BETTER = {"nll"}
 TITLES = {
     "primary": "Accuracy or exact match",
-    "nll": "Negative log-likelihood of the right answer",
+    "nll": "NLL of the right answer",
     "acc": "Accuracy",
     "acc_norm": "Accuracy, scores per character",
     "acc_paper": "Accuracy, scores per token",
