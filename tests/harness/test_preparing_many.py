@@ -90,6 +90,16 @@ def test_a_task_is_shown_as_the_model_reads_it(
     assert (status, "did you mean sums1?" in err) == (2, True)
 
 
+def test_columns_are_named_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sums.csv").write_text("question,answer\n1 and 1 is,2\n2 and 1 is,3\n")
+    names = ("+pool.load_opts.input=question", "+pool.load_opts.target=answer")
+    files = f"pool.files={tmp_path}/sums.csv"
+    status, out, _ = call(capsys, "prepare", "pool=jsonl", files, *names)
+    assert (status, "2 examples" in out) == (0, True)
+
+
 def test_reachability_is_checked_task_by_task(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
