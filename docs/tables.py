@@ -146,7 +146,7 @@ def _row(name: str) -> list[str]:
         ", ".join(all_needs(router)) or "–",
         "yes" if router.zero_shot else "no",
         side_information(router) or "–",
-        _options(own if name not in ROUTERS else _defaults(ROUTERS[name])),
+        _options(own if name not in ROUTERS or name == "single" else _defaults(ROUTERS[name])),
         cost,
         _share(COSTS[name], own.get("top_k", getattr(acting, "top_k", 1))),
     ]

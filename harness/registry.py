@@ -225,7 +225,11 @@ class Registry:
         missing = [name for name in names if name not in pool]
         if missing:
             near = sorted({n for name in missing for n in difflib.get_close_matches(name, pool)})
-            hint = f"did you mean {', '.join(near)}?" if near else "train them first"
+            hint = (
+                f"did you mean {', '.join(near)}?"
+                if near
+                else "`python -m harness.registry list` says which it has"
+            )
             raise PhatgooseError(
                 f"the registry {self.folder} has no experts {', '.join(missing)}: {hint}"
             )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness import results
 from harness.config import CONF, RunConfig, groups, load_config
+from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
 
 if TYPE_CHECKING:
@@ -60,6 +61,11 @@ def run(config: RunConfig) -> None:
     from harness.prepare import preparer
     from harness.report import make_report
 
+    if config.stages == ["report"] and not Folder(config.run.dir).exists(results.RUN_FILE):
+        raise PhatgooseError(
+            f"run.dir={config.run.dir} holds no run to report: run the stages train and evaluate "
+            "before"
+        )
     started = time.time()
     problems: list[str] = []
     with Cluster() as cluster:

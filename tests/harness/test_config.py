@@ -299,3 +299,11 @@ def test_the_multitask_expert_is_trained_as_long_as_all_experts_together() -> No
     assert recipe is not None
     assert recipe.lora.steps == 5
     assert load().multitask_recipe is None
+
+
+def test_a_report_of_no_run_is_refused_and_makes_no_folder(tmp_path: Path) -> None:
+    from harness.run import run
+
+    with pytest.raises(PhatgooseError, match="holds no run to report"):
+        run(load("stages=[report]", f"run.dir={tmp_path / 'run'}"))
+    assert not (tmp_path / "run").exists()

@@ -186,7 +186,7 @@ def test_all_missing_experts_are_listed(local: Registry) -> None:
     assert local.experts(["winowhy"]) == {"winowhy": content_hash}
     with pytest.raises(PhatgooseError, match=r"no experts winowy, zebra: did you mean winowhy\?"):
         local.experts(["winowy", "winowhy", "zebra"])
-    with pytest.raises(PhatgooseError, match="no experts zebra: train them first"):
+    with pytest.raises(PhatgooseError, match=r"no experts zebra: .*registry list"):
         local.find("zebra")
 
 
