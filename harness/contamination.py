@@ -3,16 +3,26 @@
     suite documents ──► hashes of their 8-word windows, sorted ─┐
     training data, a batch at a time ──► hashes of theirs ──────┴─► which documents are hit
 
-Words are runs of letters and digits, in lower case. A sequence that stands in many documents of one
-suite task is the task's wording and no document's: it does not count.
+Words are runs of letters, digits and `_`, in lower case; what stands between them does not matter.
+Inputs are the same if they differ in case and spacing only: where they are short, signs may be all
+that tells them apart (`3 + 4`, `3 - 4`; brackets; emoji). Those without a word are not compared.
+
+A sequence in more than 1 % of a suite task's documents, and in more than 5 of them, is the task's
+wording and no document's: it does not count. Many BIG-bench tasks repeat a sentence in every input,
+or in each of a dozen kinds of input, which the share catches. The number is for small tasks, where
+one document is more than 1 %: a few may well be about one thing. What is lost is a passage that a
+small task asks more than 5 questions about: there, only the questions and the same inputs count.
 """
 
 import hashlib
 import json
 import re
+import sys
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -26,17 +36,19 @@ from harness.tasks.store import read_batches
 from phatgoose.cache import cache_dir
 
 # Raise it whenever the same data gives other overlaps than before.
-_VERSION = 1
+_VERSION = 2
 _LENGTH = 8
-# A sequence in more than this share of a task's documents, and in so many, is the task's wording.
+# A sequence in more than this share of a task's documents, and more than so many, is its wording.
 _WORDING_SHARE, _WORDING_DOCUMENTS = 0.01, 5
 # Of a hash's bits, those that a first, small table is indexed by.
 _TABLE_BITS = 22
-_NO_WORD = re.compile(r"\W+")
-_IS_WORD = np.array([b >= 128 or re.match(r"\w", chr(b)) is not None for b in range(256)])
+# About so many characters are hashed at once: what is made of them fits a core's cache.
+_PART = 2**17
+_WORD, _NO_WORD = re.compile(r"\w"), re.compile(r"\W+")
 # An odd number, and its inverse modulo 2**64.
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _INVERSE = np.uint64(pow(0x9E3779B97F4A7C15, -1, 2**64))
+_NO_HASHES, _NO_DOCUMENTS = np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -100,7 +112,9 @@ class SuiteIndex:
 
     def __init__(self, tables: Mapping[str, pa.Table]) -> None:
         self._tasks = [_Task(name, table) for name, table in tables.items()]
-        self._hashes = np.unique(np.concatenate([task.hashes for task in self._tasks]))
+        hashes = [task.hashes for task in self._tasks]
+        self._hashes = np.unique(np.concatenate([_NO_HASHES, *hashes]))
+        self._places = [np.searchsorted(self._hashes, of_task) for of_task in hashes]
         self._table = np.zeros(2**_TABLE_BITS, dtype=bool)
         self._table[_place(self._hashes)] = True
         self._inputs = {key for task in self._tasks for key in task.inputs}
@@ -113,51 +127,71 @@ class SuiteIndex:
             texts, prompts = (batch.column(name).to_pylist() for name in ("text", "input"))
             inputs |= self._inputs.intersection(map(_key, prompts))
             # Prompt and text: wording around a document stands on this side only, and harms not.
-            hashes, _ = windows([*prompts, *filter(None, texts)])
-            hashes = hashes[self._table[_place(hashes)]]
-            if len(self._hashes):
-                places = np.searchsorted(self._hashes, hashes)
-                places[places == len(self._hashes)] = 0
-                hit[places[self._hashes[places] == hashes]] = True
-        found = [task.overlap(expert, self._hashes[hit], inputs) for task in self._tasks]
+            for hashes, _ in _windows(chain(prompts, filter(None, texts))):
+                hashes = hashes[self._table[_place(hashes)]]
+                if len(hashes):
+                    places = np.searchsorted(self._hashes, hashes)
+                    places[places == len(self._hashes)] = 0
+                    hit[places[self._hashes[places] == hashes]] = True
+        found = [
+            task.overlap(expert, hit[places], inputs)
+            for task, places in zip(self._tasks, self._places, strict=True)
+        ]
         return [overlap for overlap in found if overlap.shared]
 
 
 class _Task:
-    """The distinct documents of one suite task."""
+    """The distinct documents of one suite task.
+
+    `hashes` and `documents` are pairs: a sequence that counts, and a document that holds it.
+    """
 
     def __init__(self, name: str, table: pa.Table) -> None:
         self.name = name
         by_text: dict[str, int] = {}
-        self.inputs: dict[bytes, int] = {}  # which document a prompt is of
+        self.inputs: dict[bytes, set[int]] = {}  # which documents have a prompt
         for text, prompt in zip(*(table[c].to_pylist() for c in ("text", "input")), strict=True):
             document = by_text.setdefault(text or prompt, len(by_text))
-            self.inputs.setdefault(_key(prompt), document)
+            key = _key(prompt)
+            if key is not None:
+                self.inputs.setdefault(key, set()).add(document)
         self.texts = list(by_text)
         hashes, documents = windows(self.texts)
-        pairs = np.unique(np.stack([hashes, documents.astype(np.uint64)], axis=1), axis=0)
-        distinct, counts = np.unique(pairs[:, 0], return_counts=True)
-        most = max(_WORDING_SHARE * len(self.texts), _WORDING_DOCUMENTS)
-        kept = np.isin(pairs[:, 0], distinct[counts <= most])
-        self.hashes, self._documents = pairs[kept, 0], pairs[kept, 1].astype(int)
+        order = np.argsort(hashes, kind="stable")  # of one hash, documents stay in order
+        hashes, documents = hashes[order], documents[order]
+        first = np.ones(len(hashes), dtype=bool)
+        first[1:] = (hashes[1:] != hashes[:-1]) | (documents[1:] != documents[:-1])
+        hashes, documents = hashes[first], documents[first]
+        _, which, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+        kept = counts[which] <= max(_WORDING_SHARE * len(self.texts), _WORDING_DOCUMENTS)
+        self.hashes, self.documents = hashes[kept], documents[kept]
 
     def overlap(self, expert: str, hit: np.ndarray, inputs: set[bytes]) -> Overlap:
-        """What is common, given the hashes and the prompts that were seen in training data."""
-        exact = {document for key, document in self.inputs.items() if key in inputs}
-        shared = exact | set(self._documents[np.isin(self.hashes, hit)].tolist())
+        """What is common, given which hashes and which prompts were seen in training data."""
+        exact = set().union(*(self.inputs[key] for key in self.inputs.keys() & inputs))
+        shared = exact | set(np.unique(self.documents[hit]).tolist())
         example = " ".join(self.texts[min(shared)].split())[:80] if shared else ""
         return Overlap(self.name, expert, len(self.texts), len(exact), len(shared), example)
 
 
-def windows(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def windows(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
     """A hash of 64 bits for each 8-word window of each text, and which text it is of.
 
-    The same in every process. A word's hash is that of its bytes as a polynomial, all of them read
-    off the prefix sums of one long text; a window's is that of its words.
+    The same in every process. A word's hash is that of its characters as a polynomial, all
+    of them read off the prefix sums of one long text; a window's is that of its words.
     """
-    hashes, documents = [], []
-    for first, part in _parts(texts):
-        words, document = _words(part)
+    found = [(_NO_HASHES, _NO_DOCUMENTS), *_windows(texts)]
+    return np.concatenate([h for h, _ in found]), np.concatenate([d for _, d in found])
+
+
+def _windows(texts: Iterable[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """As `windows`, a part at a time."""
+    words, documents = _NO_HASHES, _NO_DOCUMENTS
+    for part in _parts(texts):
+        new, of = _words(part)
+        # A text may go on from the part before: its last words begin windows that end here.
+        words = np.concatenate([words[1 - _LENGTH :], new])
+        documents = np.concatenate([documents[1 - _LENGTH :], of])
         count = len(words) - _LENGTH + 1
         if count < 1:
             continue
@@ -165,45 +199,60 @@ def windows(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         for place in range(_LENGTH):
             rolling *= _BASE
             rolling += words[place : place + count]
-        whole = document[:count] == document[_LENGTH - 1 :]
-        hashes.append(rolling[whole])
-        documents.append(first + document[:count][whole])
-    if not hashes:
-        return np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.int64)
-    return np.concatenate(hashes), np.concatenate(documents)
+        whole = documents[:count] == documents[_LENGTH - 1 :]
+        yield rolling[whole], documents[:count][whole]
 
 
-def _parts(texts: Sequence[str]) -> Iterator[tuple[int, list[bytes]]]:
-    """The texts in groups of about a megabyte, each with the number of its first; words apart."""
-    part: list[bytes] = []
-    size = first = 0
+def _parts(texts: Iterable[str]) -> Iterator[list[tuple[int, str]]]:
+    """The texts in lower case, each with its number, about as much at a time; long ones in pieces."""
+    part: list[tuple[int, str]] = []
+    size = 0
     for number, text in enumerate(texts):
-        lower = text.lower()
-        # In ASCII the bytes tell words apart; elsewhere, what is no word is taken out here.
-        encoded = (lower if lower.isascii() else _NO_WORD.sub(" ", lower)).encode()
-        part.append(encoded)
-        size += len(encoded) + 1
-        if size > 2**20:
-            yield first, part
-            part, size, first = [], 0, number + 1
+        for piece in _pieces(text.lower()):
+            part.append((number, piece))
+            size += len(piece) + 1
+            if size > _PART:
+                yield part
+                part, size = [], 0
     if part:
-        yield first, part
+        yield part
 
 
-def _words(part: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """A hash for each word, and which of the texts it is of."""
-    data = np.frombuffer(b" " + b" ".join(part) + b" ", dtype=np.uint8)
-    borders = np.diff(_IS_WORD[data].view(np.int8))
+def _pieces(text: str) -> Iterator[str]:
+    """A text, cut between words wherever it gets too long."""
+    start = 0
+    while len(text) - start > _PART:
+        border = _NO_WORD.search(text, start + _PART)
+        if border is None:
+            break
+        yield text[start : border.start()]
+        start = border.end()
+    yield text[start:]
+
+
+def _words(part: list[tuple[int, str]]) -> tuple[np.ndarray, np.ndarray]:
+    """A hash for each word, and the number of the text it is of."""
+    together = f" {' '.join(text for _, text in part)} "
+    data = np.frombuffer(together.encode("utf-32-le"), dtype=np.uint32)
+    borders = np.diff(_is_word()[data].view(np.int8))
     starts, ends = (np.flatnonzero(borders == sign) + 1 for sign in (1, -1))
     powers, inverses = _powers(len(data))
     prefix = np.zeros(len(data) + 1, dtype=np.uint64)
     np.cumsum(data * powers[: len(data)], out=prefix[1:])
     words = (prefix[ends] - prefix[starts]) * inverses[starts]
-    words ^= words >> np.uint64(29)  # so that all bits depend on all bytes
+    words ^= words >> np.uint64(29)  # so that all bits depend on all characters
     words *= _BASE
     words ^= words >> np.uint64(32)
-    offsets = np.cumsum([1, *(len(text) + 1 for text in part)])
-    return words, np.searchsorted(offsets, starts, side="right") - 1
+    offsets = np.cumsum([1, *(len(text) + 1 for _, text in part)])
+    numbers = np.array([number for number, _ in part], dtype=np.int64)
+    return words, numbers[np.searchsorted(offsets, starts, side="right") - 1]
+
+
+@lru_cache
+def _is_word() -> np.ndarray:
+    r"""Of every character, whether it is a letter, a digit or `_`, as `\w` has it."""
+    characters = map(chr, range(sys.maxunicode + 1))
+    return np.array([character.isalnum() or character == "_" for character in characters])
 
 
 @lru_cache(maxsize=1)
@@ -217,14 +266,17 @@ def _powers_up_to(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _powers(count: int) -> tuple[np.ndarray, np.ndarray]:
     """The powers of the polynomial's base modulo 2**64, and their inverses."""
-    return _powers_up_to(max(2**21, 1 << count.bit_length()))
+    return _powers_up_to(max(2 * _PART, 1 << count.bit_length()))
 
 
 def _place(hashes: np.ndarray) -> np.ndarray:
     return (hashes >> np.uint64(64 - _TABLE_BITS)).astype(np.int64)
 
 
-def _key(prompt: str) -> bytes:
+def _key(prompt: str) -> bytes | None:
+    """What two same inputs have in common; None for one without a word."""
+    if _WORD.search(prompt) is None:
+        return None
     return hashlib.blake2b(normal(prompt).encode(), digest_size=8).digest()
 
 
@@ -239,6 +291,6 @@ def _digest(table: pa.Table) -> Iterator[str]:
 
 def _write(path: Path, overlaps: Sequence[Overlap]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # another run may write it too
     temporary.write_text(json.dumps([asdict(overlap) for overlap in overlaps]))
     temporary.replace(path)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 TRAIN, EVALUATE = {"group": "train"}, {"group": "evaluate"}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def nodes() -> Iterator[None]:
     """A head without work, one node for training with two cores, one for evaluation with one."""
     common = {"node_ip_address": "127.0.0.1", "object_store_memory": 100 * 2**20}
@@ -32,28 +32,23 @@ def nodes() -> Iterator[None]:
         cluster.shutdown()
 
 
-class Where:
-    """An actor that says on which node it is."""
-
-    def node(self) -> str:
-        return str(ray.get_runtime_context().get_node_id())
-
-
 def test_actors_go_to_the_nodes_with_their_labels(nodes: None) -> None:
     groups = {node["NodeID"]: (node["Labels"] or {}).get("group") for node in ray.nodes()}
-    remote = ray.remote(Where)
+
+    @ray.remote
+    class Where:
+        def node(self) -> str:
+            return str(ray.get_runtime_context().get_node_id())
+
     for labels, room in ((TRAIN, 2), (EVALUATE, 1)):
         assert actor_count(ClusterConfig(), labels) == room
         actors = [
-            remote.options(**actor_options(ClusterConfig(), labels)).remote() for _ in range(room)
+            Where.options(**actor_options(ClusterConfig(), labels)).remote() for _ in range(room)
         ]
-        found = [groups[ray.get(actor.node.remote())] for actor in actors]
+        found = [groups[ray.get(actor.node.remote(), timeout=60)] for actor in actors]
         assert found == [labels["group"]] * room
         for actor in actors:
             ray.kill(actor)
     assert actor_count(ClusterConfig(), {}) == 3
-
-
-def test_labels_that_no_node_has_are_an_error(nodes: None) -> None:
     with pytest.raises(PhatgooseError, match=r"none of the 3 nodes .* has the labels .*'trian'"):
         actor_count(ClusterConfig(), {"group": "trian"})
