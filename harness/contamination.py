@@ -40,8 +40,8 @@ _VERSION = 2
 _LENGTH = 8
 # A sequence in more than this share of a task's documents, and more than so many, is its wording.
 _WORDING_SHARE, _WORDING_DOCUMENTS = 0.01, 5
-# Of a hash's bits, those that a first, small table is indexed by.
-_TABLE_BITS = 22
+# A first table is indexed by a hash's first bits: so many places a hash, and at most 128 MiB.
+_PLACES, _FEWEST_BITS, _MOST_BITS = 16, 16, 27
 # About so many characters are hashed at once: what is made of them fits a core's cache.
 _PART = 2**17
 _WORD, _NO_WORD = re.compile(r"\w"), re.compile(r"\W+")
@@ -115,8 +115,11 @@ class SuiteIndex:
         hashes = [task.hashes for task in self._tasks]
         self._hashes = np.unique(np.concatenate([_NO_HASHES, *hashes]))
         self._places = [np.searchsorted(self._hashes, of_task) for of_task in hashes]
-        self._table = np.zeros(2**_TABLE_BITS, dtype=bool)
-        self._table[_place(self._hashes)] = True
+        bits = (_PLACES * len(self._hashes)).bit_length()
+        bits = max(_FEWEST_BITS, min(bits, _MOST_BITS))
+        self._shift = np.uint64(64 - bits)
+        self._table = np.zeros(2**bits, dtype=bool)
+        self._table[self._hashes >> self._shift] = True
         self._inputs = {key for task in self._tasks for key in task.inputs}
 
     def overlaps(self, expert: str, batches: Iterable[pa.RecordBatch]) -> list[Overlap]:
@@ -128,7 +131,7 @@ class SuiteIndex:
             inputs |= self._inputs.intersection(map(_key, prompts))
             # Prompt and text: wording around a document stands on this side only, and harms not.
             for hashes, _ in _windows(chain(prompts, filter(None, texts))):
-                hashes = hashes[self._table[_place(hashes)]]
+                hashes = hashes[self._table[hashes >> self._shift]]
                 if len(hashes):
                     places = np.searchsorted(self._hashes, hashes)
                     places[places == len(self._hashes)] = 0
@@ -204,7 +207,7 @@ def _windows(texts: Iterable[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _parts(texts: Iterable[str]) -> Iterator[list[tuple[int, str]]]:
-    """The texts in lower case, each with its number, about as much at a time; long ones in pieces."""
+    """The texts in lower case with their numbers, about as much at a time; long ones in pieces."""
     part: list[tuple[int, str]] = []
     size = 0
     for number, text in enumerate(texts):
@@ -267,10 +270,6 @@ def _powers_up_to(count: int) -> tuple[np.ndarray, np.ndarray]:
 def _powers(count: int) -> tuple[np.ndarray, np.ndarray]:
     """The powers of the polynomial's base modulo 2**64, and their inverses."""
     return _powers_up_to(max(2 * _PART, 1 << count.bit_length()))
-
-
-def _place(hashes: np.ndarray) -> np.ndarray:
-    return (hashes >> np.uint64(64 - _TABLE_BITS)).astype(np.int64)
 
 
 def _key(prompt: str) -> bytes | None:

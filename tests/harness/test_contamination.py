@@ -1,9 +1,12 @@
 """Against a plain computation with sets of tuples of words."""
 
+import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+import tracemalloc
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +54,45 @@ def test_the_same_input_counts_however_short_but_only_with_its_prompt() -> None:
     assert overlaps(suite, ["dog"], ["Plural of dog:"]) == {}
 
 
+@pytest.mark.parametrize(
+    ("held", "trained", "same"),
+    [
+        ("The dog", "the\n DOG ", True),
+        ("the dog.", "the dog", False),
+        ("3 + 4 =", "3 - 4 =", False),
+        ("What is 😀?", "What is 😭?", False),
+        ("я ем", "Я  ЕМ", True),
+        # Without a word nothing is the same, not even nothing.
+        ("", "", False),
+        (" \n", "", False),
+        ("?! 😀", "?! 😀", False),
+    ],
+)
+def test_the_same_input_is_the_same_but_for_case_and_spacing(
+    held: str, trained: str, same: bool
+) -> None:
+    suite = {"t": table([""], [held])}
+    assert overlaps(suite, [""], [trained]) == ({"t": (1, 1, 1)} if same else {})
+
+
+def test_every_document_of_a_prompt_is_hit() -> None:
+    """Of documents with their own text, and of those that differ in case and spacing only."""
+    suite = {
+        "one prompt": table(["dog", "cat", "cow"], ["Which?", "Which?", "What?"]),
+        "twins": table(["", "", ""], ["a b", "A  b", "a c"]),
+    }
+    assert overlaps(suite, ["", ""], ["which?", "a b"]) == {
+        "one prompt": (3, 2, 2),
+        "twins": (3, 2, 2),
+    }
+
+
+def test_nothing_is_found_where_there_is_nothing() -> None:
+    assert overlaps({}, [EIGHT]) == {}
+    assert overlaps({"t": table([EIGHT])}, []) == {}
+    assert overlaps({"t": table(["", "short"])}, ["", EIGHT], ["", EIGHT]) == {}
+
+
 def test_a_border_between_examples_makes_no_sequence() -> None:
     words = EIGHT.split()
     suite = {"t": table([EIGHT])}
@@ -90,43 +132,152 @@ def test_a_text_longer_than_what_is_hashed_at_once_is_whole() -> None:
     assert hashes[1000] == windows([" ".join(f"w{i}" for i in range(1000, 1008))])[0][0]
 
 
-def plain(suite: Sequence[str], train: Sequence[str]) -> int:
-    """How many distinct documents share a sequence; wording is left to the other tests."""
-
-    def windows(text: str) -> set[tuple[str, ...]]:
-        words = re.findall(r"\w+", text.lower())
-        return {tuple(words[i : i + 8]) for i in range(len(words) - 7)}
-
-    seen = set().union(*map(windows, train))
-    prompts = {f"q: {' '.join(text.lower().split())} a:" for text in train}
-    documents = dict.fromkeys(suite)
-    return sum(
-        bool(windows(d) & seen) or f"q: {' '.join(d.lower().split())} a:" in prompts
-        for d in documents
-    )
+@pytest.mark.parametrize("size", [1, 7, 30, 1000])
+def test_where_texts_are_cut_changes_nothing(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["", f"{EIGHT}, {EIGHT}", "x" * 100, "это, и так далее: " * 9, "?", f"{EIGHT} 9"]
+    hashes, documents = windows(texts)
+    monkeypatch.setattr("harness.contamination._PART", size)
+    cut_hashes, cut_documents = windows(texts)
+    assert hashes.tolist() == cut_hashes.tolist()
+    assert documents.tolist() == cut_documents.tolist()
+    assert np.bincount(documents).tolist() == [0, 9, 0, 4 * 9 - 7, 0, 2]
 
 
-TEXTS = st.lists(st.text("ab ", max_size=40), min_size=1, max_size=4)
+def sequences(text: str) -> set[tuple[str, ...]]:
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[i : i + 8]) for i in range(len(words) - 7)}
 
 
-@settings(deadline=None, max_examples=200)
-@given(TEXTS, TEXTS)
-def test_any_texts_against_the_plain_computation(suite: list[str], train: list[str]) -> None:
-    suite, train = [t.strip() or "x" for t in suite], [t.strip() or "x" for t in train]
-    expected = plain(suite, train)
-    found = overlaps({"t": table(suite)}, train)
-    assert found.get("t", (0, 0, 0))[2] == expected
+def plain(
+    suite: Sequence[tuple[str, str]], train: Sequence[tuple[str, str]]
+) -> tuple[int, int, int] | None:
+    """Documents, exact and shared ones of a task; texts and inputs are given in pairs."""
+
+    def same(prompt: str) -> str:
+        return " ".join(prompt.lower().split()) if re.search(r"\w", prompt) else ""
+
+    documents = dict.fromkeys(text or prompt for text, prompt in suite)
+    count = Counter(sequence for document in documents for sequence in sequences(document))
+    own = {sequence for sequence, n in count.items() if n <= max(5, len(documents) / 100)}
+    seen = set().union(*(sequences(text) for pair in train for text in pair))
+    prompts = {same(prompt) for _, prompt in train} - {""}
+    exact = {text or prompt for text, prompt in suite if same(prompt) in prompts}
+    shared = {document for document in documents if sequences(document) & own & seen} | exact
+    return (len(documents), len(exact), len(shared)) if shared else None
+
+
+# Phrases that make sequences alike, between borders of all kinds.
+PHRASES = [
+    EIGHT,
+    "one two three four",
+    "five six seven eight",
+    "a",
+    "B",
+    "я ё ǅ",
+    "中文 ٣",
+    "x_1",
+    "é",
+]
+BORDERS = [" ", ", ", "\n", "-", " 😀 ", "", "…"]
+TEXT = st.lists(st.tuples(st.sampled_from(PHRASES), st.sampled_from(BORDERS)), max_size=6).map(
+    lambda pairs: "".join(f"{border}{phrase}" for phrase, border in pairs)
+)
+EXAMPLES = st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=12)
+
+
+@settings(deadline=None, max_examples=150)
+@given(first=EXAMPLES, second=EXAMPLES, train=EXAMPLES, size=st.sampled_from([30, 2**17]))
+def test_any_texts_against_the_plain_computation(
+    first: list[tuple[str, str]],
+    second: list[tuple[str, str]],
+    train: list[tuple[str, str]],
+    size: int,
+) -> None:
+    suite = {"first": first, "second": second}
+    expected = {name: plain(pairs, train) for name, pairs in suite.items()}
+    tables = {name: table(*zip(*pairs, strict=True)) for name, pairs in suite.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("harness.contamination._PART", size)
+        found = overlaps(tables, *zip(*train, strict=True))
+    assert found == {name: counts for name, counts in expected.items() if counts}
+
+
+def test_more_than_a_hundredth_of_many_documents_is_wording() -> None:
+    """Of 800 documents, 8 may share a sequence, and 9 may not."""
+
+    def task(alike: int) -> pa.Table:
+        return table([f"{EIGHT} {i}" if i < alike else f"none {i}" for i in range(800)])
+
+    suite = {"eight": task(8), "nine": task(9)}
+    assert overlaps(suite, [EIGHT], ["no"]) == {"eight": (800, 0, 8)}
+
+
+def test_every_word_has_a_hash_of_its_own() -> None:
+    """Words of one to five letters, each of a window of its own."""
+    letters = "abcdeéя中"
+    words = [
+        f"{a}{b}{c}{d}{e}"
+        for a in letters
+        for b in letters
+        for c in letters
+        for d in letters
+        for e in ["", *letters]
+    ]
+    hashes, _ = windows([f"{word} 1 2 3 4 5 6 7" for word in words])
+    assert len(np.unique(hashes)) == len(words) == 8**4 * 9
 
 
 def test_hashes_are_the_same_in_every_process() -> None:
-    code = (
-        f"from harness.contamination import windows; print(windows(['{EIGHT} nine'])[0].tolist())"
-    )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    hashes, documents = windows([f"{EIGHT} nine"])
-    assert said.stdout.strip() == str(hashes.tolist())
+    text = f"{EIGHT} девять"
+    code = f"from harness.contamination import windows; print(windows([{text!r}])[0].tolist())"
+    hashes, documents = windows([text])
     assert documents.tolist() == [0, 0]
     assert len(np.unique(hashes)) == 2
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONUTF8": "1"}
+        said = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=environment,
+        )
+        assert said.stdout.strip() == str(hashes.tolist())
+
+
+def test_memory_does_not_grow_with_what_is_read() -> None:
+    """200,000 examples, 10 MB as text and 30 MB as strings; a part of them is held."""
+    body = "word " * 6 + "a b"
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for start in range(0, 200_000, 4000):
+            inputs = [f"{i} {body} {i}" for i in range(start, start + 4000)]
+            yield table([""] * len(inputs), inputs).to_batches()[0]
+
+    index = SuiteIndex({"t": table([f"x {body}"]), "other": table([f"199999 {body[:-2]}"])})
+    tracemalloc.start()
+    try:
+        found = index.overlaps("e", batches())
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert [(o.suite_task, o.shared) for o in found] == [("t", 1), ("other", 1)]
+    print("PEAK", peak)
+    assert peak < 20e6
+
+
+def test_a_long_text_takes_little_more_memory_than_what_is_found() -> None:
+    text = "word " * 2_000_000
+    windows(["the tables are made"])
+    tracemalloc.start()
+    try:
+        hashes, _ = windows([text])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(hashes) == 2_000_000 - 7
+    # What is given back takes 16 bytes a word, and twice that while it is put together.
+    assert peak < 2 * 16 * len(hashes) + 3 * len(text)
 
 
 @pytest.fixture

@@ -38,7 +38,8 @@ class Options:
     Attributes:
         templates: the data set's folder among promptsource's templates.
         config, data_dir, revision: which part of the data set, see `hub.HubData`.
-        train_split, evaluation_split: the data set's splits.
+        train_split, evaluation_split: the data set's splits; an empty one for none, as for tasks
+            that are only evaluated.
         ignore: names of templates to leave out.
         evaluation_templates: `original` or `all`.
         interface: `mc`, or `gen` for answers that are generated.
@@ -108,7 +109,10 @@ def _records(spec: TaskSpec) -> Iterator[tuple[Split, Record]]:
     if not original:
         raise PhatgooseError(f"task {spec.name}: no template is left to evaluate with")
     for split, templates in (("train", every), ("evaluation", original)):
-        rows = hub.rows(_data(spec), getattr(options, f"{split}_split"), spec.folder)
+        name = getattr(options, f"{split}_split")
+        if not name:
+            continue
+        rows = hub.rows(_data(spec), name, spec.folder)
         numbers = _numbers(len(rows), split, options)
         for place, template in _pairs(len(numbers), len(templates), split, options):
             number = int(numbers[place])
