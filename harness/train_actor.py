@@ -86,7 +86,8 @@ class TrainActor:
             Its training curve, a reference to the expert, and one to its profile's bytes if it has
             a profile.
         """
-        train, evaluation = self._examples(job)
+        # An adapter without data is published as it is.
+        train, evaluation = self._examples(job) if job.steps else ([], [])
         rows: list[dict[str, Any]] = []
         self._steps = 0
 
