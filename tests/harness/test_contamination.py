@@ -227,6 +227,16 @@ def test_every_word_has_a_hash_of_its_own() -> None:
     assert len(np.unique(hashes)) == len(words) == 8**4 * 9
 
 
+def test_many_sequences_that_are_not_the_same_are_not_taken_for_it() -> None:
+    """The first table lets through about one in twenty of them."""
+    held, trained = (
+        " ".join(f"w{i}" for i in numbers) for numbers in (range(10_000), range(10_000, 60_000))
+    )
+    suite = {"t": table(["", *held.split()], [held, *held.split()])}
+    assert overlaps(suite, [""], [trained]) == {}
+    assert overlaps(suite, [""], [f"{trained} {held}"]) == {"t": (10_001, 0, 1)}
+
+
 def test_hashes_are_the_same_in_every_process() -> None:
     text = f"{EIGHT} девять"
     code = f"from harness.contamination import windows; print(windows([{text!r}])[0].tolist())"
@@ -249,9 +259,12 @@ def test_hashes_are_the_same_in_every_process() -> None:
 def test_memory_does_not_grow_with_what_is_read() -> None:
     """200,000 examples, 10 MB as text and 30 MB as strings; a part of them is held."""
     body = "word " * 6 + "a b"
+    before, in_tables = pa.total_allocated_bytes(), 0
 
     def batches() -> Iterator[pa.RecordBatch]:
+        nonlocal in_tables
         for start in range(0, 200_000, 4000):
+            in_tables = max(in_tables, pa.total_allocated_bytes() - before)
             inputs = [f"{i} {body} {i}" for i in range(start, start + 4000)]
             yield table([""] * len(inputs), inputs).to_batches()[0]
 
@@ -264,6 +277,7 @@ def test_memory_does_not_grow_with_what_is_read() -> None:
         tracemalloc.stop()
     assert [(o.suite_task, o.shared) for o in found] == [("t", 1), ("other", 1)]
     assert peak < 10e6
+    assert in_tables < 2e6
 
 
 def test_a_long_text_takes_little_more_memory_than_what_is_found() -> None:
