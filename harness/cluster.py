@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
 
 import ray
 from ray._private import ray_constants, services
+from ray._private.state import available_resources_per_node, state
 
 from harness.config import ClusterConfig
 from harness.storage import Folder
@@ -76,6 +78,11 @@ def _running() -> str | None:
     return None if address == "local" else address
 
 
+def draining_nodes() -> frozenset[str]:
+    """The ids of nodes that are about to leave, such as spot machines that were called back."""
+    return frozenset(state.get_draining_nodes())
+
+
 def actor_options(config: ClusterConfig, labels: Mapping[str, str]) -> dict[str, Any]:
     """What an actor asks of Ray: cores, GPUs, and a node with these labels."""
     gpus = config.gpus_per_actor
@@ -85,39 +92,67 @@ def actor_options(config: ClusterConfig, labels: Mapping[str, str]) -> dict[str,
     return {**options, "label_selector": dict(labels)} if labels else options
 
 
-def actor_count(config: ClusterConfig, labels: Mapping[str, str]) -> int:
-    """How many actors of this size the nodes with these labels have room for, at most `max_actors`.
+def room(options: Mapping[str, Any], most: int | None = None, *, free: bool = False) -> int:
+    """How many actors with these options the nodes that stay have room for, at most `most`.
+
+    Args:
+        options: what `actor_options` says.
+        most: a limit.
+        free: count only what nothing else holds now.
+    """
+    labels = options.get("label_selector", {})
+    available = available_resources_per_node() if free else {}
+    leaving = draining_nodes()
+    count = 0
+    for node in ray.nodes():
+        fits = labels.items() <= (node.get("Labels") or {}).items()
+        if node["Alive"] and fits and node["NodeID"] not in leaving:
+            has = available.get(node["NodeID"], {}) if free else node["Resources"]
+            # Node by node: an actor cannot take half its cores from each of two.
+            count += _fit(has, options)
+    return min(count, most or sys.maxsize)
+
+
+def check_room(config: ClusterConfig, labels: Mapping[str, str], ranks: int = 1) -> None:
+    """Wait for a node with room for an actor, where the cluster is not this run's own.
 
     Raises:
-        PhatgooseError: they have room for none.
+        PhatgooseError: none came; it says what there is and what an actor asks for.
     """
-    asks = actor_options(config, labels)
-    wanted = {"CPU": asks["num_cpus"], "GPU": asks["num_gpus"]}
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    nodes = [node for node in alive if labels.items() <= (node.get("Labels") or {}).items()]
-    if not nodes:
-        raise PhatgooseError(
-            f"none of the {len(alive)} nodes of the Ray cluster has the labels {dict(labels)}: "
-            "start one with `ray start --labels`, or change cluster.train_nodes or evaluate_nodes"
-        )
-    # Node by node: an actor cannot take half its cores from each of two.
-    count = min(
-        sum(_room(node["Resources"], wanted) for node in nodes), config.max_actors or sys.maxsize
-    )
-    if count < 1:
+    options = actor_options(config, labels)
+    ends = time.monotonic() + (0 if _is_own() else config.wait_seconds)
+    while room(options) < ranks:
+        if time.monotonic() < ends:
+            time.sleep(1)
+            continue
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        if not any(labels.items() <= (node.get("Labels") or {}).items() for node in alive):
+            raise PhatgooseError(
+                f"none of the {len(alive)} nodes of the Ray cluster has the labels {dict(labels)}: "
+                "start one with `ray start --labels`, or change cluster.train_nodes or "
+                "evaluate_nodes"
+            )
         has = ray.cluster_resources()
+        asked = f"{ranks} actors ask for" if ranks > 1 else "an actor asks for"
         raise PhatgooseError(
-            f"the Ray cluster has {has.get('CPU', 0):g} CPU and {has.get('GPU', 0):g} GPU, and an "
-            f"actor asks for {wanted['CPU']:g} and {wanted['GPU']:g}: lower cluster.cpus_per_actor "
-            "or cluster.gpus_per_actor"
+            f"the Ray cluster has {has.get('CPU', 0):g} CPU and {has.get('GPU', 0):g} GPU, and "
+            f"{asked} {options['num_cpus']:g} and {options['num_gpus']:g}"
+            f"{' each' if ranks > 1 else ''}: lower cluster.cpus_per_actor, cluster.gpus_per_actor "
+            "or train.gpus_per_expert"
         )
-    return count
 
 
-def _room(node: Mapping[str, float], wanted: Mapping[str, float]) -> int:
-    """How many actors that ask for `wanted` a node has room for."""
-    room = [int(node.get(kind, 0) // amount) for kind, amount in wanted.items() if amount > 0]
-    return min(room, default=0)
+def _is_own() -> bool:
+    """Whether no other node can come: this is a local Ray that ends with the run."""
+    return not _running()
+
+
+def _fit(has: Mapping[str, float], options: Mapping[str, Any]) -> int:
+    """How many actors with these options fit what a node has."""
+    asks = {"CPU": options["num_cpus"], "GPU": options["num_gpus"]}
+    return min(
+        (int(has.get(k, 0) // amount) for k, amount in asks.items() if amount > 0), default=0
+    )
 
 
 def log_to_run_folder(run_dir: str, name: str) -> None:

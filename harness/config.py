@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -58,6 +58,9 @@ class ClusterConfig:
     cpus_per_actor: float = 1
     gpus_per_actor: float | None = None
     max_actors: int | None = None
+    lease_seconds: float = 900
+    wait_seconds: float = 60
+    checkpoint_seconds: float = 60
     train_nodes: dict[str, str] = field(default_factory=dict)
     evaluate_nodes: dict[str, str] = field(default_factory=dict)
 
@@ -82,7 +85,7 @@ class RunConfig:
 
     base: BaseConfig
     pool: dict[str, Any]
-    suite: dict[str, Any]
+    suites: list[dict[str, Any]]
     router: dict[str, Any]
     train: Recipe
     profile: ProfileConfig
@@ -97,18 +100,18 @@ class RunConfig:
         """The pool's tasks: one expert each."""
         return task_specs(self.pool)
 
-    def suite_tasks(self) -> list[TaskSpec]:
-        """The suite's tasks; with `of_pool`, those of the pool, on their own evaluation splits."""
-        if not self.suite.get("of_pool"):
-            return task_specs(self.suite)
+    def suite_tasks(self, suite: Mapping[str, Any]) -> list[TaskSpec]:
+        """A suite's tasks; with `of_pool`, those of the pool, on their own evaluation splits."""
+        if not suite.get("of_pool"):
+            return task_specs(suite)
         changes = {
             key: value
-            for key, value in self.suite.items()
+            for key, value in suite.items()
             if key in _OF_POOL_TOO and (value is not None or key == "limit")
         }
         own = [spec for spec in self.pool_tasks() if spec.has_data]
         if not own:
-            raise PhatgooseError(f"suite {self.suite['name']}: no task of the pool has data")
+            raise PhatgooseError(f"suite {suite['name']}: no task of the pool has data")
         return [replace(spec, adapter=None, split="evaluation", **changes) for spec in own]
 
     def routers(self, experts: Sequence[str]) -> dict[str, Router]:
@@ -161,6 +164,14 @@ def load_config(arguments: Sequence[str]) -> RunConfig:
     Raises:
         PhatgooseError: a key or a value that does not exist, with the near names.
     """
+    configs = [_load(one) for one in _one_suite_each(arguments)]
+    config = replace(configs[0], suites=[suite for c in configs for suite in c.suites])
+    _check_values(config)
+    return config
+
+
+def _load(arguments: Sequence[str]) -> RunConfig:
+    """The configuration of a run with one suite."""
     singles, overrides = _take_shorthands(arguments)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
@@ -171,9 +182,18 @@ def load_config(arguments: Sequence[str]) -> RunConfig:
             raise PhatgooseError(f"configuration: {_first_line(error)}") from error
     if singles:
         OmegaConf.update(composed, "router.single.experts", singles, force_add=True)
-    config = _to_dataclass(composed)
-    _check_values(config)
-    return config
+    return _to_dataclass(composed)
+
+
+def _one_suite_each(arguments: Sequence[str]) -> list[list[str]]:
+    """The command line once per suite of `suite=[bbh,bbl]`, which Hydra takes for one value."""
+    for place, argument in enumerate(arguments):
+        several = re.fullmatch(r"suite=\[(.*)\]", argument)
+        if several:
+            names = [name.strip() for name in several[1].split(",")]
+            before, after = list(arguments[:place]), list(arguments[place + 1 :])
+            return [[*before, f"suite={name}", *after] for name in names]
+    return [list(arguments)]
 
 
 def groups() -> dict[str, list[str]]:
@@ -226,7 +246,7 @@ def _check_overrides(overrides: Sequence[str]) -> None:
     keys = [*dict.fromkeys([*_keys(chosen), *GROUPS])]
     for override in parsed:
         key = override.key_or_group
-        known = RunConfig.__dataclass_fields__ if override.is_add() else keys
+        known = [*GROUPS, "registry", "stages", "run", "overlap"] if override.is_add() else keys
         _known(key.split(".")[0] if override.is_add() else key, list(known), f"{key}: no such key")
 
 
@@ -264,7 +284,7 @@ def _to_dataclass(composed: DictConfig) -> RunConfig:
     return RunConfig(
         base=_typed(BaseConfig, composed, "base"),
         pool=_plain(composed, "pool"),
-        suite=_plain(composed, "suite"),
+        suites=[_plain(composed, "suite")],
         router=_router(composed),
         train=_typed(Recipe, composed, "train"),
         profile=_typed(ProfileConfig, composed, "profile"),
@@ -350,7 +370,7 @@ def _check_values(config: RunConfig) -> None:
         raise PhatgooseError(f"chunk_characters={config.chunk_characters}: it must be positive")
     if config.cluster.max_actors is not None and config.cluster.max_actors < 1:
         raise PhatgooseError(f"cluster.max_actors={config.cluster.max_actors}: it must be positive")
-    for key, group in (("pool", config.pool), ("suite", config.suite)):
+    for key, group in (("pool", config.pool), *(("suite", suite) for suite in config.suites)):
         name, tasks = group.get("name"), group.get("tasks", {})
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
             raise PhatgooseError(f"{key}.name={name}: use letters, digits, _, . and -")
@@ -359,11 +379,14 @@ def _check_values(config: RunConfig) -> None:
     for key in ("limit", "split", "max_new_tokens"):
         if key in config.pool:
             raise PhatgooseError(f"pool.{key}: it says how to evaluate, and belongs to a suite")
-    if config.suite.get("of_pool"):
-        for key in config.suite:
+    names = [suite["name"] for suite in config.suites]
+    if len({*names}) < len(names):
+        raise PhatgooseError(f"suite=[{', '.join(names)}]: each needs a name of its own")
+    for suite in config.suites:
+        for key in suite if suite.get("of_pool") else ():
             _known(key, [*_OF_POOL, *_OF_POOL_TOO], f"suite.{key}: no such key of this suite")
     experts = [task.name for task in config.pool_tasks()]
-    for task in config.suite_tasks():
+    for task in [task for suite in config.suites for task in config.suite_tasks(suite)]:
         if task.adapter or task.source == "registry":
             raise PhatgooseError(f"suite task {task.name}: an expert stands in a pool, not here")
     if MULTITASK in experts:

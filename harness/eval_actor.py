@@ -1,15 +1,15 @@
 """The actor that answers evaluation requests: one base and pool, any router."""
 
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import ray
 
+from harness.actor import Actor
 from harness.cluster import log_to_run_folder
-from harness.config import MULTITASK, BaseConfig, Multitask
+from harness.config import BaseConfig
 from harness.journal import Answer, Chunk, Request
-from harness.pack import open_pool
+from harness.pack import Members, open_pool
 from harness.registry import Registry
 from harness.train_actor import load_base_on_actor
 from phatgoose.encoding import encode_context
@@ -23,18 +23,16 @@ from phatgoose.routers import Router
 from phatgoose.scoring import Question
 
 
-class EvalActor:
-    """Answers chunks with a base and a pool that stay loaded.
+class EvalActor(Actor):
+    """Answers chunks with a base that stays loaded, and with the pool of each call.
 
     Args:
         base: which base to load.
         fingerprint: what it must be.
         registry: where the experts are kept.
         keeper: the registry's actor, for nodes that do not see its files.
-        experts: content hash by name: the pool.
-        profiles: the experts' profile ids by name; None if no router needs profiles.
-        multitask: content hash of the multitask expert, if a router needs it.
         run_dir: where to write the log.
+        code: the driver's `code_version`.
     """
 
     def __init__(
@@ -43,55 +41,79 @@ class EvalActor:
         fingerprint: str,
         registry: str,
         keeper: Any,
-        experts: Mapping[str, str],
-        profiles: Mapping[str, str] | None,
-        multitask: str | None,
         run_dir: str,
+        code: str,
     ) -> None:
         log_to_run_folder(run_dir, "evaluate")
+        super().__init__(code)
+        self._keeper = keeper
+        self._registry = Registry(registry, fingerprint)
+        self._base = load_base_on_actor(base, fingerprint)
+        self._model: RoutedModel | None = None
+        self._attached: Members | None = None
 
-        def fetch(content_hash: str) -> Expert:
-            expert: Expert = ray.get(keeper.load.remote(content_hash))
-            return expert
+    def answer(self, router: Router, chunk: Chunk, description: str, members: Members) -> Answer:
+        """Answer one chunk with these experts, routed by `router`.
 
-        loaded = load_base_on_actor(base, fingerprint)
-        kept = Registry(registry, fingerprint)
-        pool = open_pool(kept, experts, fetch)
-        if profiles is not None:
-            pool = pool.with_profiles(
-                [_profile(kept, keeper, experts[name], profiles[name]) for name in pool.experts]
-            )
-        self._pools = {"": pool}
-        if multitask is not None:
-            self._pools[MULTITASK] = Pool.from_experts([fetch(multitask)])
-        self._attached, self._model = "", RoutedModel(loaded, pool)
-
-    def answer(self, router: Router, chunk: Chunk, description: str = "") -> Answer:
-        """Answer one chunk, routed by `router`, which may look at the task's description."""
-        self._attach(MULTITASK if isinstance(router, Multitask) else "")
-        if router != self._model.router:
-            self._model.set_router(router)
+        The router may look at the task's description.
+        """
+        self._attach(members)
+        model = self._routed
+        if router != model.router:
+            model.set_router(router)
         started = time.monotonic()
         ask = self._score if chunk.kind == "score" else self._generate
         answer = ask(chunk, description)
         answer.seconds = time.monotonic() - started
+        self._done += 1
         return answer
 
-    def _attach(self, pool: str) -> None:
-        """Let the base have this pool: the multitask expert is no member of the other one."""
-        if pool != self._attached:
+    @property
+    def _routed(self) -> RoutedModel:
+        assert self._model is not None
+        return self._model
+
+    def _attach(self, members: Members) -> None:
+        """Let the base have this pool, if it has another one."""
+        if members == self._attached:
+            return
+        if self._model is not None:
             self._model.detach()  # from here on it refuses to answer
-            self._model = RoutedModel(self._model.base, self._pools[pool])
-            self._attached = pool
+        self._model = self._attached = None
+        self._model = RoutedModel(self._base, self._open(members))
+        self._attached = members
+
+    def _open(self, members: Members) -> Pool:
+        """A pool: mapped from its pack; a single expert, which some routers need, by itself."""
+        experts, profiles = members.experts, members.profiles
+        if len(experts) == 1:
+            pool = Pool.from_experts([self._fetch(content) for content in experts.values()])
+        else:
+            pool = open_pool(self._registry, experts, self._fetch)
+        if profiles is None:
+            return pool
+        found = [self._profile(experts[name], profiles[name]) for name in pool.experts]
+        return pool.with_profiles(found)
+
+    def _fetch(self, content_hash: str) -> Expert:
+        expert: Expert = ray.get(self._keeper.load.remote(content_hash))
+        return expert
+
+    def _profile(self, content_hash: str, profile_id: str) -> Profile:
+        """A profile, mapped where this node sees the registry's files."""
+        if self._registry.has_profile(content_hash, profile_id):
+            return self._registry.profile(content_hash, profile_id)
+        profile: Profile = ray.get(self._keeper.profile.remote(content_hash, profile_id))
+        return profile
 
     def _score(self, chunk: Chunk, description: str) -> Answer:
-        base = self._model.base
+        base, model = self._base, self._routed
         questions = [
             Question.encode(base, r.context, r.choices, query=_query(r, description))
             for r in chunk.requests
         ]
-        with self._model.recording(RoutingLog()) as log:
-            scores = self._model.score(questions)
+        with model.recording(RoutingLog()) as log:
+            scores = model.score(questions)
         return Answer(
             scores=scores,
             tokens=sum(question.length for question in questions),
@@ -100,7 +122,7 @@ class EvalActor:
         )
 
     def _generate(self, chunk: Chunk, description: str) -> Answer:
-        base, requests = self._model.base, chunk.requests
+        base, model, requests = self._base, self._routed, chunk.requests
         limit = max(request.max_new_tokens for request in requests)
         stops = sorted({stop for request in requests for stop in request.until})
         queries = [_query(request, description) for request in requests]
@@ -113,14 +135,14 @@ class EvalActor:
         # With white space at its end, a prompt is one before what is written and another before
         # the answer, to which that space belongs.
         together = [question.context for question in questions] == contexts
-        with self._model.recording(RoutingLog()) as log:
+        with model.recording(RoutingLog()) as log:
             if together and getattr(base.model.config, "sliding_window", None) is None:
-                written, first = self._model.answer(questions, limit, stops=stops)
+                written, first = model.answer(questions, limit, stops=stops)
                 scores = [[score] for score in first]
             else:
-                scores = self._model.score(questions) if questions else []
-                with self._model.recording(None):
-                    written = self._model.generate(queries, limit, stops=stops)
+                scores = model.score(questions) if questions else []
+                with model.recording(None):
+                    written = model.generate(queries, limit, stops=stops)
         read = sum(map(len, contexts)) + sum(len(q.choices[0]) for q in questions)
         return Answer(
             scores=scores,
@@ -129,14 +151,6 @@ class EvalActor:
             routing=log.weights,
             routed=log.tokens,
         )
-
-
-def _profile(registry: Registry, keeper: Any, content_hash: str, profile_id: str) -> Profile:
-    """A profile, mapped where this node sees the registry's files."""
-    if registry.has_profile(content_hash, profile_id):
-        return registry.profile(content_hash, profile_id)
-    profile: Profile = ray.get(keeper.profile.remote(content_hash, profile_id))
-    return profile
 
 
 def _query(request: Request, description: str) -> Query:

@@ -6,11 +6,12 @@ lm-eval ──requests──► ShardedLM ──chunks──► journal, else ev
 """
 
 import contextlib
+import functools
 import io
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,22 +20,27 @@ from lm_eval import evaluator
 
 from harness import results
 from harness.documents import Documents, score_rows
-from harness.jobs import Failure, Workers
+from harness.jobs import TICK_SECONDS, Failure, Workers
 from harness.journal import Answer, Chunk, Journal
-from harness.lm import ShardedLM, Usage
+from harness.lm import ShardedLM, Usage, list_chunks
+from harness.pack import Members, pool_id
+from harness.plan import needs_profiles
 from harness.storage import Folder
 from harness.summary import BEST_INDIVIDUAL, ORACLE, best_individual_rows, oracle_rows
 from harness.tasks import TaskData, describe
 from harness.tasks.lm_eval_tasks import make_task
 from phatgoose.errors import PhatgooseError
+from phatgoose.pool import known_expert
 from phatgoose.routers import Router, all_needs
 from phatgoose.routers.interface import side_information
+from phatgoose.routers.no_expert import NoExpert
+from phatgoose.routers.single import Single
 
 # Draws for the errors of metrics that are no means; lm-eval is not to fork this process for them.
 _BOOTSTRAPS = 200
 os.environ.setdefault("DISABLE_MULTIPROC", "1")
 # Raise it whenever the same chunk would be answered differently than before.
-_ANSWER_VERSION = 4
+_ANSWER_VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -47,46 +53,67 @@ class _Call:
     chunk: Chunk
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What all evaluations of a run have in common.
+
+    Attributes:
+        folder: the run folder.
+        run, base, dtype: the run's name, and the base's name and dtype.
+        workers: evaluation actors.
+        chunk_characters: see `harness.journal.cut`.
+    """
+
+    folder: Folder
+    run: str
+    base: str
+    dtype: str
+    workers: Workers
+    chunk_characters: int
+
+
 class Evaluation:
-    """Evaluates routers one after the other.
+    """Evaluates routers over one pool on one suite.
 
     Args:
-        folder: the run folder.
+        setting: what all evaluations have in common.
         suite: its name.
         tasks: its tasks' data.
-        common: the columns `run`, `base` and `manifest` of every score.
-        dtype: of the base in memory.
-        experts: the pool's experts, in its order.
-        workers: evaluation actors, started at the first chunk that the journal does not answer.
-        chunk_characters: see `harness.journal.cut`.
-        advance: told how many requests were just answered.
-        identities: by a router's name, what determines its answers besides the pool and itself.
+        members: the pool's experts, in its order, and their profiles if a router looks at them.
+        others: content hashes of experts outside the pool, by name.
     """
 
     def __init__(
         self,
-        folder: Folder,
+        setting: Setting,
         suite: str,
         tasks: Sequence[TaskData],
-        common: Mapping[str, str],
-        dtype: str,
-        experts: Sequence[str],
-        workers: Workers,
-        chunk_characters: int,
-        advance: Callable[[int], None],
-        identities: Mapping[str, Sequence[str]],
+        members: Members,
+        others: Mapping[str, str] | None = None,
     ) -> None:
-        self._folder, self._suite, self._common = folder, suite, common
-        self._experts, self._workers = experts, workers
-        self._journal = Journal(folder)
-        self._identity = [_ANSWER_VERSION, common["manifest"], common["base"], dtype]
-        self._characters, self._advance = chunk_characters, advance
-        self._chunks: dict[Chunk, None] = {}  # all that was asked so far, in order
+        self._folder, self._workers = setting.folder, setting.workers
+        self._suite, self._members, self._others = suite, members, others or {}
+        self._manifest = pool_id(members.experts)
+        self._common = {"run": setting.run, "base": setting.base, "manifest": self._manifest}
+        self._journal = Journal(setting.folder)
+        self._identity = [_ANSWER_VERSION, setting.base, setting.dtype]
+        self._characters = setting.chunk_characters
+        self.answered = 0  # chunks, by actors
+        self.requests = 0  # answered, or found in the journal
+        self.failures: dict[str, str] = {}  # of routers that an actor could not answer under
         self._counted: set[str] = set()
-        self._identities = identities
+        self._known = self._journal.keys()  # answered, or asked
+        self._waiting: dict[int, _Call] = {}  # what the actors were asked, by the call's key
         self._descriptions = {f"{suite}/{data.name}": describe(data) for data in tasks}
         self._tasks = {f"{suite}/{data.name}": make_task(data, suite) for data in tasks}
         self._asked = {f"{suite}/{data.name}": Documents.of(data) for data in tasks}
+
+    @functools.cached_property
+    def chunks(self) -> list[Chunk]:
+        """All chunks that lm-eval will ask under any router; nothing is answered for it."""
+        right = {name: self._right(name) for name in self._tasks}
+        with _quiet():
+            return list_chunks(self._tasks, self._asked_samples, self._characters, right)
 
     def run(self, name: str, router: Router) -> list[dict[str, Any]]:
         """Evaluate one router: writes its samples and routing, returns its rows of scores."""
@@ -96,12 +123,11 @@ class Evaluation:
 
         right = {name: self._right(name) for name in self._tasks}
         lm = ShardedLM(ask, self._characters, right)
-        quiet = io.StringIO()  # lm-eval draws a bar per task, and prints
-        with contextlib.redirect_stderr(quiet), contextlib.redirect_stdout(quiet):
+        with _quiet():
             output = evaluator.evaluate(
                 lm,
                 {"tasks": self._tasks, "groups": {}},
-                samples={name: list(range(len(d.rows))) for name, d in self._asked.items()},
+                samples=self._asked_samples,
                 bootstrap_iters=_BOOTSTRAPS,
                 log_samples=True,
             )
@@ -152,13 +178,19 @@ class Evaluation:
         kept = [
             row
             for row in _read(self._folder, results.SCORES_FILE, results.SCORES)
-            if row["manifest"] == self._common["manifest"]
+            if row["manifest"] == self._manifest
             and (
                 row["suite"] != self._suite
                 or (row["router"] not in routers and (row["task"], row["documents"]) in documents)
             )
         ]
-        results.write_table(self._folder, results.SCORES_FILE, results.SCORES, kept + rows)
+        # The same order, whatever was measured first.
+        ordered = sorted(kept + rows, key=lambda row: row["suite"])
+        results.write_table(self._folder, results.SCORES_FILE, results.SCORES, ordered)
+
+    @property
+    def _asked_samples(self) -> dict[str, list[int]]:
+        return {name: list(range(len(asked.rows))) for name, asked in self._asked.items()}
 
     def _right(self, name: str) -> list[str]:
         """The right answer of each document of a task, as it follows the prompt."""
@@ -168,65 +200,100 @@ class Evaluation:
     def _ask(
         self, name: str, router: Router, chunks: Sequence[Chunk]
     ) -> Iterator[tuple[int, Answer]]:
-        """Answers from the journal, then from the actors; each is kept before it is used."""
+        """Answers from the journal; what it lacks is asked before."""
         keys = [self._key(name, router, chunk) for chunk in chunks]
-        self._chunks |= dict.fromkeys(chunks)
-        missing = [i for i, key in enumerate(keys) if not self._journal.has(key)]
-        calls = [_Call(keys[i], name, router, chunks[i]) for i in missing]
-        for call, answer in self._answer(calls):
-            yield missing[call], answer
-        for index in sorted(set(range(len(chunks))) - set(missing)):
-            yield index, self._journal.read(keys[index])
-            self._count(keys[index], chunks[index])
+        self._add([_Call(k, name, router, c) for k, c in zip(keys, chunks, strict=True)])
+        while self._waiting:
+            self.step(TICK_SECONDS)
+        if name in self.failures:
+            raise PhatgooseError(self.failures[name])
+        for index, key in enumerate(keys):
+            yield index, self._journal.read(key)
+            self._count(key, chunks[index])
 
-    def ask_ahead(self, routers: Mapping[str, Router]) -> None:
-        """Let the actors answer, for these routers, all that other routers were asked before.
+    def ask(self, routers: Mapping[str, Router]) -> None:
+        """Let the actors answer every chunk under these routers, router by router.
 
-        Requests do not depend on the router. Asking them all at once leaves no actor idle while
-        lm-eval sums up one router and prepares the next; lm-eval then finds the answers in the
-        journal.
+        Requests do not depend on the router, so that no actor need idle while lm-eval sums up one
+        router and prepares the next; lm-eval finds the answers in the journal. `step` takes them
+        in.
         """
-        calls = [
-            _Call(self._key(name, router, chunk), name, router, chunk)
-            for name, router in routers.items()
-            for chunk in self._chunks
-        ]
-        for _ in self._answer([call for call in calls if not self._journal.has(call.key)]):
-            pass
+        for name, router in routers.items():
+            self._add([_Call(self._key(name, router, c), name, router, c) for c in self.chunks])
 
-    def _answer(self, calls: "Sequence[_Call]") -> Iterator[tuple[int, Answer]]:
-        """Let the actors answer; every answer is in the journal before it is yielded."""
+    @property
+    def is_waiting(self) -> bool:
+        """Whether answers are still awaited."""
+        return bool(self._waiting)
+
+    @property
+    def open_routers(self) -> set[str]:
+        """The routers that answers are still awaited of."""
+        return {call.name for call in self._waiting.values()}
+
+    def step(self, timeout: float) -> None:
+        """Take in answers that came within `timeout` seconds."""
+        for key, result in self._workers.step(timeout):
+            self.take(key, result)
+
+    def awaits(self, key: int) -> bool:
+        """Whether the actors' call of this key is one of this evaluation's."""
+        return key in self._waiting
+
+    def take(self, key: int, result: Any) -> None:
+        """Keep what an actor answered in the journal, or note that its router failed."""
+        call = self._waiting.pop(key)
+        if isinstance(result, Failure):
+            self.failures.setdefault(
+                call.name,
+                f"router {call.name}, task {call.chunk.task}: {result.error}; see logs/ in "
+                f"{self._folder}",
+            )
+            return
+        self._journal.write(call.key, result)
+        self.answered += 1
+        self._count(call.key, call.chunk)
+
+    def _add(self, calls: Sequence[_Call]) -> None:
+        """Ask the actors what the journal does not know and they were not asked before."""
+        calls = [c for c in calls if c.key not in self._known]
+        self._known.update(call.key for call in calls)
         arguments = [
-            (call.router, call.chunk, self._descriptions[call.chunk.task]) for call in calls
+            (c.router, c.chunk, self._descriptions[c.chunk.task], self._members_of(c.router))
+            for c in calls
         ]
-        for index, result in self._workers.run("answer", arguments, tick=lambda _: None):
-            call = calls[index]
-            if isinstance(result, Failure):
-                raise PhatgooseError(
-                    f"router {call.name}, task {call.chunk.task}: {result.error}; see logs/ in "
-                    f"{self._folder}"
-                )
-            self._journal.write(call.key, result)
-            self._count(call.key, call.chunk)
-            yield index, result
+        keys = self._workers.add("answer", arguments)
+        self._waiting |= zip(keys, calls, strict=True)
+
+    def _members_of(self, router: Router) -> Members:
+        """The experts that a router's actor has to have: all, or the only one that it is about."""
+        if isinstance(router, Single):
+            known = {**self._members.experts, **self._others}
+            return Members({router.expert: known[known_expert(router.expert, list(known))]})
+        if needs_profiles([router]):
+            return self._members
+        return Members(self._members.experts)
 
     def _key(self, name: str, router: Router, chunk: Chunk) -> str:
-        own = [type(router).__name__, _options(router), *self._identities.get(name, ())]
+        """What determines an answer: no other expert has a part in that of a single one."""
+        members = self._members_of(router)
+        pool = "" if isinstance(router, NoExpert) else pool_id(members.experts)
+        own = [type(router).__name__, _options(router), *(members.profiles or {}).values()]
         if "descriptions" in all_needs(router):
             own.append(self._descriptions[chunk.task])
-        return chunk.key([*self._identity, *own])
+        return chunk.key([*self._identity, pool, *own])
 
     def _count(self, key: str, chunk: Chunk) -> None:
-        """Advance the bar, once per chunk and router."""
+        """Tell of an answer, once per chunk and router."""
         if key not in self._counted:
             self._counted.add(key)
-            self._advance(len(chunk.requests))
+            self.requests += len(chunk.requests)
 
     def _routing(self, usage: Usage) -> Iterator[dict[str, Any]]:
         for linear, weights_E in usage.routing.items():
             shares = (weights_E / weights_E.sum()).tolist()
             entropy = -sum(share * math.log(share) for share in shares if share > 0)
-            for expert, share in zip(self._experts, shares, strict=True):
+            for expert, share in zip(self._members.experts, shares, strict=True):
                 yield {
                     "linear": linear,
                     "expert": expert,
@@ -238,7 +305,16 @@ class Evaluation:
     def _replace(self, name: str, schema: pa.Schema, rows: list[dict[str, Any]]) -> None:
         """Write a router's rows of this suite, keeping its rows of others."""
         kept = [r for r in _read(self._folder, name, schema) if r["suite"] != self._suite]
-        results.write_table(self._folder, name, schema, kept + rows)
+        ordered = sorted(kept + rows, key=lambda row: row["suite"])
+        results.write_table(self._folder, name, schema, ordered)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what lm-eval draws, a bar per task, and prints."""
+    nowhere = io.StringIO()
+    with contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
+        yield
 
 
 def _options(router: Router) -> dict[str, Any]:

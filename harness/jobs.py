@@ -1,25 +1,88 @@
-"""Run calls on a set of reused actors: replace an actor that died, repeat its call elsewhere."""
+"""The scheduler: calls on reused actors, wherever the cluster has room, until each has a result.
 
+    waiting ──► an idle actor ──► result
+       ▲             │ dies, or shows no progress for the length of its lease
+       └─────────────┘ the call goes back, to the front
+
+Nodes that come are used, nodes that are about to leave get no new calls, an actor that died is
+replaced. A call holds a lease on its actor, which every sign of progress renews: actors count what
+they do, and only this process's monotonic clock measures time, so that clocks that jump or differ
+do no harm. What is durable of a call stands elsewhere: in the registry, the journal, the checkpoint
+of a job; so a driver that dies loses only what was under way.
+"""
+
+import re
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
-from phatgoose.errors import PhatgooseError
+from harness.actor import Place
+from harness.cluster import draining_nodes
+from phatgoose.errors import OutOfMemory, PhatgooseError
 
-ATTEMPTS = 3
-_TICK_SECONDS = 1.0
-_EXPECTED = f"{PhatgooseError.__module__}.{PhatgooseError.__qualname__}"
+ATTEMPTS = 3  # of a call that fails by an error of its own
+DEATHS = 10  # of actors under one call; often their nodes are the cause
+_FAILED_STARTS = 10  # of actors in a row that died before they could say why
+TICK_SECONDS = 1.0
+_LOOK_SECONDS = 5.0  # between two looks at the cluster, and at the progress of each actor
+_EXPECTED = f"{PhatgooseError.__module__}."
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What became of a call that was tried `ATTEMPTS` times, or that has no hope."""
+    """What became of a call that has no hope.
+
+    Attributes:
+        error: one line.
+        traceback: of the last error, as far as one is known.
+    """
 
     error: str
+    traceback: str = field(default="", compare=False)
+
+
+class Watch:
+    """What is told, and asked, of calls; `key` is a call's place in the order of being added."""
+
+    def started(self, key: int, place: Place) -> None:
+        """An actor has the call."""
+
+    def went_back(self, key: int, error: str, traceback: str) -> None:
+        """It has to be done again."""
+
+    def revise(self, key: int, error: PhatgooseError) -> tuple[Any, ...] | None:
+        """Other arguments for a call that an expected error refused; None: there is no hope."""
+        return None
+
+
+@dataclass(eq=False)
+class _Call:
+    key: int
+    method: str
+    arguments: tuple[Any, ...]
+    watch: Watch
+    errors: int = 0
+    deaths: int = 0
+
+
+@dataclass(eq=False)
+class _Actor:
+    """An actor; it is starting (no place yet), idle (waits for nothing) or at work (has a call)."""
+
+    handle: Any
+    reference: Any  # of its start, then of the call under way
+    place: Place | None = None
+    call: _Call | None = None
+    beat: Any = None  # the reference of the question how far it is
+    asked: float = 0.0
+    count: int = -1  # what it answered last: a count of all that it did
+    steps: int = 0
+    progress: float = 0.0  # when that count last changed
 
 
 class Workers:
@@ -29,108 +92,283 @@ class Workers:
     on its node, holds nothing up while others are at work.
 
     Args:
-        make: starts an actor and returns its handle.
-        count: says how many to have, once there is work.
+        make: starts an actor and returns its handle; the actor's class is a `harness.actor.Actor`.
+        room: says how many actors the cluster has room for now.
+        lease_seconds: an actor that shows no progress for so long is ended, and its call goes back.
+        wait_seconds: how long to wait, without any actor, for a node with room.
     """
 
-    def __init__(self, make: Callable[[], Any], count: Callable[[], int]) -> None:
-        self._make = make
-        self._count = count
-        self._idle: list[Any] = []
-        self._starting: dict[Any, Any] = {}
-        self._running: dict[Any, tuple[int, Any]] = {}
+    def __init__(
+        self,
+        make: Callable[[], Any],
+        room: Callable[[], int],
+        *,
+        lease_seconds: float = 900.0,
+        wait_seconds: float = 60.0,
+    ) -> None:
+        self._make, self._room = make, room
+        self._lease_seconds, self._wait_seconds = lease_seconds, wait_seconds
+        self.paused = False  # while it is, nothing is started and idle actors are ended
+        self._waiting: deque[_Call] = deque()
+        self._actors: list[_Actor] = []
+        self._added = 0
+        self._looked = self._had_actor = -float("inf")
+        self._has_room = 0
+        self._draining: frozenset[str] = frozenset()
+        self._failed_starts, self._hopeless_starts, self._why = 0, 0, ""
+
+    @property
+    def size(self) -> int:
+        """How many actors there are, those that are starting among them."""
+        return len(self._actors)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no call is waiting or under way."""
+        return not self._waiting and all(actor.call is None for actor in self._actors)
+
+    @property
+    def waiting(self) -> int:
+        """How many calls no actor has yet."""
+        return len(self._waiting)
+
+    @property
+    def under_way(self) -> dict[int, int]:
+        """The calls under way, and the steps done of each, as its actor last said."""
+        return {actor.call.key: actor.steps for actor in self._actors if actor.call}
+
+    @property
+    def places(self) -> list[tuple[Place, bool]]:
+        """Where actors are, and whether they are at work."""
+        return [(a.place, a.call is not None) for a in self._actors if a.place]
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether there are calls that more actors could take."""
+        return bool(self._waiting) or any(a.place is None for a in self._actors)
+
+    def add(
+        self, method: str, calls: Sequence[tuple[Any, ...]], watch: Watch | None = None
+    ) -> range:
+        """Queue calls of one method with these arguments; returns their keys."""
+        keys = range(self._added, self._added + len(calls))
+        self._added += len(calls)
+        watch = watch or Watch()
+        self._waiting += [
+            _Call(key, method, call, watch) for key, call in zip(keys, calls, strict=True)
+        ]
+        return keys
 
     def run(
-        self, method: str, calls: Sequence[tuple[Any, ...]], tick: Callable[[list[Any]], None]
+        self,
+        method: str,
+        calls: Sequence[tuple[Any, ...]],
+        tick: Callable[[], None] = lambda: None,
     ) -> Iterator[tuple[int, Any]]:
         """Yield the index of each call and its result, or a Failure, as they come in.
 
         Args:
             method: the actors' method to call.
             calls: the arguments of each call; they are started in this order.
-            tick: called with the actors that are at work about every second.
+            tick: called at least about every second.
         """
-        waiting = deque(range(len(calls)))
-        attempts = [0] * len(calls)
-        failed_starts, why = 0, ""  # after ATTEMPTS of them, no more actors are made
-        room = self._count() if calls else 0
-        while waiting or self._running:
-            while self._idle and waiting:
-                index, actor = waiting.popleft(), self._idle.pop()
-                attempts[index] += 1
-                reference = getattr(actor, method).remote(*calls[index])
-                self._running[reference] = (index, actor)
-            have = len(self._idle) + len(self._starting) + len(self._running)
-            for _ in range(min(room - have, len(waiting)) if failed_starts < ATTEMPTS else 0):
-                actor = self._make()
-                self._starting[actor.__ray_ready__.remote()] = actor
-            references = [*self._running, *self._starting]
-            if not references:
-                yield from ((index, Failure(why)) for index in waiting)
-                return
-            done, _ = ray.wait(references, num_returns=1, timeout=_TICK_SECONDS)
-            tick([actor for _, actor in self._running.values()])
-            for reference in done:
-                if reference in self._starting:
-                    error = self._started(reference)
-                    if error:
-                        failed_starts, why = failed_starts + 1, error
-                    continue
-                index, actor = self._running.pop(reference)
-                result = self._result(reference, actor)
-                if isinstance(result, _Again) and attempts[index] < ATTEMPTS:
-                    waiting.appendleft(index)
-                elif isinstance(result, _Again):
-                    yield index, Failure(f"{result.error} (tried {ATTEMPTS} times)")
-                else:
-                    yield index, result
+        first = self.add(method, calls).start
+        while not self.is_done:
+            for key, result in self.step(TICK_SECONDS):
+                yield key - first, result
+            tick()
+
+    def step(self, timeout: float) -> list[tuple[int, Any]]:
+        """Give out calls, wait at most `timeout` seconds for news; keys and results that came."""
+        if self.paused:
+            for actor in [actor for actor in self._actors if actor.call is None]:
+                self._end(actor)
+        else:
+            self._look()
+            self._give_out()
+            if not self._start_actors():
+                return self._give_up()
+        by_reference = {a.reference: a for a in self._actors if a.reference is not None}
+        beats = {actor.beat: actor for actor in self._actors if actor.beat is not None}
+        references = [*by_reference, *beats]
+        if references:
+            ray.wait(references, num_returns=1, timeout=timeout)
+            # All that are there, and not only the first.
+            done, _ = ray.wait(references, num_returns=len(references), timeout=0)
+        else:
+            time.sleep(min(timeout, TICK_SECONDS) if self._waiting else 0)
+            done = []
+        came = []
+        for reference in done:
+            if reference in beats:
+                self._take_beat(beats[reference])
+            elif by_reference[reference].call is None:
+                self._take_start(by_reference[reference])
+            else:
+                came += self._take_result(by_reference[reference])
+        return came + self._end_leases()
 
     def close(self) -> None:
-        """End the actors."""
-        at_work = [actor for _, actor in self._running.values()]
-        for actor in [*self._idle, *self._starting.values(), *at_work]:
-            ray.kill(actor)
-        self._idle.clear()
-        self._starting.clear()
-        self._running.clear()
+        """End the actors, and forget what is waiting."""
+        for actor in self._actors:
+            ray.kill(actor.handle)
+        self._actors.clear()
+        self._waiting.clear()
 
-    def _started(self, reference: Any) -> str | None:
-        """Take in an actor that has started; else say why it has not."""
-        actor = self._starting.pop(reference)
+    def _look(self) -> None:
+        """See, from time to time, what room the cluster has, and which nodes are leaving."""
+        now = time.monotonic()
+        if not self._waiting or now - self._looked < _LOOK_SECONDS:
+            return
+        self._looked = now
+        self._has_room = self._room()
+        self._draining = draining_nodes()
+        for actor in list(self._actors):
+            leaves = actor.place is not None and actor.place.node in self._draining
+            if leaves and actor.call is None:
+                self._end(actor)
+
+    def _give_out(self) -> None:
+        for actor in self._actors:
+            if not self._waiting:
+                return
+            if actor.place is None or actor.call is not None or actor.place.node in self._draining:
+                continue
+            call = actor.call = self._waiting.popleft()
+            actor.reference = getattr(actor.handle, call.method).remote(*call.arguments)
+            actor.progress = actor.asked = time.monotonic()
+            actor.count, actor.steps, actor.beat = -1, 0, None
+            call.watch.started(call.key, actor.place)
+
+    def _start_actors(self) -> bool:
+        """Start as many as there is room and work for; False if calls wait and there is no hope."""
+        if any(actor.place for actor in self._actors) or not self._waiting or self._had_actor < 0:
+            self._had_actor = time.monotonic()
+        if not self._waiting:
+            return True
+        hopeless = self._hopeless_starts >= ATTEMPTS or self._failed_starts >= _FAILED_STARTS
+        starting = sum(actor.place is None for actor in self._actors)
+        if not hopeless:
+            more = min(self._has_room - len(self._actors), len(self._waiting) - starting)
+            for _ in range(more):
+                handle = self._make()
+                self._actors.append(_Actor(handle, handle.place.remote()))
+        if self._actors:
+            return True
+        if not hopeless and time.monotonic() - self._had_actor < self._wait_seconds:
+            return True
+        self._why = self._why or "no node of the Ray cluster has room for an actor any more"
+        return False
+
+    def _give_up(self) -> list[tuple[int, Any]]:
+        failed = [(call.key, Failure(self._why)) for call in self._waiting]
+        self._waiting.clear()
+        return failed
+
+    def _end(self, actor: _Actor) -> None:
+        """End an actor: where it was only out of reach, it would keep its cores."""
+        ray.kill(actor.handle)
+        self._actors.remove(actor)
+
+    def _take_start(self, actor: _Actor) -> None:
+        """Take in an actor that has started, or find out why it has not."""
+        reference, actor.reference = actor.reference, None
         try:
-            ray.get(reference)
+            actor.place = ray.get(reference)
         except RayError as error:
-            ray.kill(actor)  # where it was only out of reach, it would keep its cores
+            self._end(actor)
             # Of what an actor's constructor raised, Ray keeps the text only.
             reason = last_line(error)
-            _, expected, message = reason.partition(f"{_EXPECTED}: ")
-            return message if expected else f"no actor could be started: {reason}"
-        self._idle.append(actor)
-        return None
+            _, expected, message = reason.partition(_EXPECTED)
+            self._why = (
+                message.partition(": ")[2] if expected else f"no actor could be started: {reason}"
+            )
+            self._failed_starts += 1
+            self._hopeless_starts += getattr(error, "actor_init_failed", False) or bool(expected)
+            return
+        self._failed_starts = self._hopeless_starts = 0
 
-    def _result(self, reference: Any, actor: Any) -> Any:
+    def _take_beat(self, actor: _Actor) -> None:
+        reference, actor.beat = actor.beat, None
+        try:
+            count, actor.steps = ray.get(reference)
+        except RayError:  # its call will say so too
+            return
+        if count != actor.count:
+            actor.count, actor.progress = count, time.monotonic()
+
+    def _take_result(self, actor: _Actor) -> list[tuple[int, Any]]:
+        """The result of the call that an actor had; nothing if it has to be done again."""
+        reference, call = actor.reference, actor.call
+        assert call is not None
+        actor.reference = actor.call = actor.beat = None
         try:
             result = ray.get(reference)
+        except OutOfMemoryError as error:  # Ray's memory monitor ended the actor
+            self._end(actor)
+            return self._refused(call, OutOfMemory(last_line(error)), str(error), died=True)
         except RayActorError as error:
-            ray.kill(actor)  # where it was only out of reach, it would keep its cores
-            return _Again(f"its actor died: {last_line(error)}")
+            self._end(actor)
+            return self._died(call, last_line(error), str(error))
         except RayTaskError as error:
-            self._idle.append(actor)
             if isinstance(error.cause, PhatgooseError):
-                return Failure(str(error.cause))
-            return _Again(last_line(error))
+                return self._refused(call, error.cause, str(error))
+            return self._failed(call, last_line(error), str(error))
         except RayError as error:
-            self._idle.append(actor)
-            return _Again(last_line(error))
-        self._idle.append(actor)
-        return result
+            return self._failed(call, last_line(error), str(error))
+        return [(call.key, result)]
+
+    def _end_leases(self) -> list[tuple[int, Any]]:
+        """Ask actors at work how far they are; end those that show no progress."""
+        now = time.monotonic()
+        ended = []
+        for actor in [actor for actor in self._actors if actor.call]:
+            if now - actor.progress > self._lease_seconds:
+                call = actor.call
+                assert call is not None
+                where = f"{actor.place}"
+                self._end(actor)
+                error = f"no progress for {self._lease_seconds:.0f} s on {where}"
+                ended += self._died(call, error, "")
+            elif actor.beat is None and now - actor.asked >= _LOOK_SECONDS:
+                actor.asked, actor.beat = now, actor.handle.beat.remote()
+        return ended
+
+    def _died(self, call: _Call, error: str, traceback: str) -> list[tuple[int, Any]]:
+        call.deaths += 1
+        if call.deaths >= DEATHS:
+            return [
+                (call.key, Failure(f"its actor died {DEATHS} times: {error}", _plain(traceback)))
+            ]
+        return self._again(call, f"its actor died: {error}", traceback)
+
+    def _failed(self, call: _Call, error: str, traceback: str) -> list[tuple[int, Any]]:
+        call.errors += 1
+        if call.errors >= ATTEMPTS:
+            return [(call.key, Failure(f"{error} (tried {ATTEMPTS} times)", _plain(traceback)))]
+        return self._again(call, error, traceback)
+
+    def _refused(
+        self, call: _Call, error: PhatgooseError, traceback: str, *, died: bool = False
+    ) -> list[tuple[int, Any]]:
+        """An expected error: the same arguments would give it again, others may not."""
+        revised = call.watch.revise(call.key, error)
+        if revised is None and died:
+            return self._died(call, str(error), traceback)
+        if revised is None:
+            return [(call.key, Failure(str(error), _plain(traceback)))]
+        call.arguments = revised
+        return self._again(call, str(error), traceback)
+
+    def _again(self, call: _Call, error: str, traceback: str) -> list[tuple[int, Any]]:
+        self._waiting.appendleft(call)
+        call.watch.went_back(call.key, error, _plain(traceback))
+        return []
 
 
-@dataclass(frozen=True)
-class _Again:
-    """A call that may succeed when it is repeated."""
-
-    error: str
+def _plain(text: str) -> str:
+    """A remote traceback without the codes that colour it."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
 def last_line(error: Exception) -> str:

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
 import torch
@@ -82,9 +83,10 @@ class Journal:
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
 
-    def has(self, key: str) -> bool:
-        """Whether a chunk was answered before."""
-        return self._folder.exists(_file(key))
+    def keys(self) -> set[str]:
+        """The keys of all chunks that were answered before."""
+        files = self._folder.names("journal/")
+        return {PurePosixPath(name).stem for name in files if name.endswith(".safetensors")}
 
     def read(self, key: str) -> Answer:
         """The answer to a chunk; PhatgooseError, naming the file, if it is damaged."""

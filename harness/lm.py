@@ -1,5 +1,6 @@
 """The language model that lm-eval talks to: it cuts requests into chunks and lets actors answer."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -134,6 +135,41 @@ class ShardedLM(LM):
             for i, place in enumerate(places):
                 found[place] = (answers[index], i)
         return [found[place] for place in range(len(questions))]
+
+
+def list_chunks(
+    tasks: Mapping[str, Any],
+    samples: Mapping[str, Sequence[int]],
+    characters: int,
+    right: Mapping[str, Sequence[str]],
+) -> list[Chunk]:
+    """All chunks that lm-eval will ask a `ShardedLM`, under any router, without an answer to any.
+
+    Args:
+        tasks: lm-eval's tasks by name.
+        samples: by task, the documents to ask about.
+        characters, right: as of `ShardedLM`.
+    """
+    found: list[Chunk] = []
+
+    def note(chunks: Sequence[Chunk]) -> Iterator[tuple[int, Answer]]:
+        found.extend(chunks)
+        raise _Noted
+
+    lm = ShardedLM(note, characters, right)
+    instances: dict[str, list[Instance]] = {}
+    for name, task in tasks.items():
+        task.build_all_requests(samples=samples[name], rank=0, world_size=1)
+        for instance in task.instances:
+            instances.setdefault(instance.request_type, []).append(instance)
+    for kind, asked in instances.items():
+        with contextlib.suppress(_Noted):
+            getattr(lm, kind)(asked)
+    return found
+
+
+class _Noted(Exception):
+    """There is no answer: only what is asked was to be known."""
 
 
 def _origin(instance: Instance) -> tuple[str, int]:

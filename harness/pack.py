@@ -5,12 +5,21 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from harness.registry import Registry
 from phatgoose.cache import cache_dir
 from phatgoose.expert import Expert
 from phatgoose.pool import Pool
+
+
+@dataclass(frozen=True)
+class Members:
+    """The experts of a pool: content hash by name, and profile id by name if profiles count."""
+
+    experts: Mapping[str, str]
+    profiles: Mapping[str, str] | None = None
 
 
 def pool_id(experts: Mapping[str, str]) -> str:

@@ -1,9 +1,9 @@
 """What a run will do, found out and checked before anything is written or any actor starts."""
 
+import itertools
 import os
 import shutil
-import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from harness.estimate import (
     evaluate_seconds,
     evaluation_work,
     train_seconds,
+    training_tokens,
 )
 from harness.plan_jobs import check_needs, multitask_job, pool_jobs, with_profiles
 from harness.registry import Registry
@@ -44,14 +45,15 @@ class Plan:
         config: the configuration.
         folder: the run folder.
         base_fingerprint: of the base.
-        pool, suite: their tasks' data.
+        pool: its tasks' data.
+        suites: each suite's tasks' data, by its name.
         jobs: one per expert, in the pool's order.
         multitask: the job of the multitask expert, if there is a router for it.
         finished: content hash by job id, of experts that need no training.
-        characters: by job id, how much text the job trains on, all steps together.
+        tokens: by job id, how much the job trains on, all steps together, by a sample.
         routers: by their name in results.
-        work: what one router has to answer.
-        overlaps: what suite tasks share with training data; little enough to go on.
+        work: what one router has to answer, in all suites.
+        overlaps: by suite, what its tasks share with training data; little enough to go on.
         expert_bytes: size of one expert.
         train_seconds, evaluate_seconds: estimates for one core of this machine.
     """
@@ -60,14 +62,14 @@ class Plan:
     folder: Folder
     base_fingerprint: str
     pool: list[TaskData]
-    suite: list[TaskData]
+    suites: dict[str, list[TaskData]]
     jobs: list[TrainJob]
     multitask: TrainJob | None
     finished: dict[str, str]
-    characters: dict[str, float]
+    tokens: dict[str, int]
     routers: dict[str, Router]
     work: EvaluationWork
-    overlaps: list[Overlap]
+    overlaps: dict[str, list[Overlap]]
     expert_bytes: int
     train_seconds: float
     evaluate_seconds: float
@@ -76,7 +78,7 @@ class Plan:
     def open_jobs(self) -> list[TrainJob]:
         """Jobs still to be done, the longest first."""
         jobs = [job for job in self.all_jobs if job.card.job not in self.finished]
-        return sorted(jobs, key=lambda job: -self.characters[job.card.job])
+        return sorted(jobs, key=lambda job: -self.tokens[job.card.job])
 
     @property
     def all_jobs(self) -> list[TrainJob]:
@@ -98,7 +100,10 @@ class Plan:
         lines = [
             f"base      {config.base.name} ({self.base_fingerprint[:12]}, {config.base.dtype})",
             f"pool      {config.pool['name']}: {len(self.jobs)} experts, {size:.0f} MiB",
-            f"suite     {config.suite['name']}: {', '.join(data.name for data in self.suite)}",
+            *(
+                f"suite     {name}: {', '.join(data.name for data in tasks)}"
+                for name, tasks in self.suites.items()
+            ),
             f"routers   {', '.join(config.router)}",
             f"run.dir   {self.folder}",
         ]
@@ -113,7 +118,8 @@ class Plan:
                 f"{self.work.chunks} chunks, {_minutes(self.evaluate_seconds)} (less what was "
                 "answered before)"
             )
-        worst = sorted(self.overlaps, key=lambda overlap: -overlap.share)
+        found = [overlap for overlaps in self.overlaps.values() for overlap in overlaps]
+        worst = sorted(found, key=lambda overlap: -overlap.share)
         lines += [f"overlap   {overlap}" for overlap in worst[:_SHOWN]]
         if len(worst) > _SHOWN:
             lines.append(f"overlap   {len(worst) - _SHOWN} more pairs, in {OVERLAP_FILE}")
@@ -134,19 +140,24 @@ def make_plan(config: RunConfig, prepare: Callable[[list[TaskSpec]], None] = pre
     Raises:
         PhatgooseError: the first thing that would stop the run later.
     """
-    pool_specs, suite_specs = config.pool_tasks(), config.suite_tasks()
+    pool_specs = config.pool_tasks()
+    suite_specs = {suite["name"]: config.suite_tasks(suite) for suite in config.suites}
     for uri in (config.run.dir, config.registry):
         _check_can_be_made(Folder(uri))
     for spec in pool_specs:
         validate_name(spec.name)
-    _check_held_out(pool_specs, suite_specs)
+    for specs in suite_specs.values():
+        _check_held_out(pool_specs, specs)
     location = locate_base(config.base.name, revision=config.base.revision)
     base = _bare_base(location, config)
     parameters = sum(parameter.numel() for parameter in base.model.parameters())
-    data = prepare_all([*pool_specs, *suite_specs], prepare)
-    pool, suite = data[: len(pool_specs)], data[len(pool_specs) :]
-    overlaps = find_overlaps(pool, suite)
-    _check_overlaps(config, overlaps)
+    all_specs = [*pool_specs, *(spec for specs in suite_specs.values() for spec in specs)]
+    data = iter(prepare_all(all_specs, prepare))
+    pool = list(itertools.islice(data, len(pool_specs)))
+    suites = {name: list(itertools.islice(data, len(specs))) for name, specs in suite_specs.items()}
+    overlaps = {name: find_overlaps(pool, tasks) for name, tasks in suites.items()}
+    for suite in config.suites:
+        _check_overlaps(suite, config.overlap.limit, overlaps[suite["name"]])
     registry = Registry(config.registry, base.fingerprint)
     jobs = pool_jobs(config, base, registry, pool)
     multitask = multitask_job(config, base, pool)
@@ -159,19 +170,20 @@ def make_plan(config: RunConfig, prepare: Callable[[list[TaskSpec]], None] = pre
     all_jobs = [*jobs, *([multitask] if multitask else [])]
     recorded = {job.card.job: registry.recorded(job.card.job) for job in all_jobs}
     finished = {job: content for job, content in recorded.items() if content is not None}
-    characters = _characters(all_jobs, pool)
-    unfinished = sum(text for job, text in characters.items() if job not in finished)
-    work = evaluation_work(suite, config.chunk_characters)
+    tokens = training_tokens(base, all_jobs, pool)
+    unfinished = sum(count for job, count in tokens.items() if job not in finished)
+    tasks = [data for tasks in suites.values() for data in tasks]
+    work = evaluation_work(tasks, config.chunk_characters)
     plan = Plan(
         config=config,
         folder=Folder(config.run.dir),
         base_fingerprint=base.fingerprint,
         pool=pool,
-        suite=suite,
+        suites=suites,
         jobs=jobs,
         multitask=multitask,
         finished=finished,
-        characters=characters,
+        tokens=tokens,
         routers=routers,
         work=work,
         overlaps=overlaps,
@@ -184,17 +196,6 @@ def make_plan(config: RunConfig, prepare: Callable[[list[TaskSpec]], None] = pre
     plan.folder.check_writable()
     registry.folder.check_writable()
     return plan
-
-
-def _characters(jobs: list[TrainJob], pool: list[TaskData]) -> dict[str, float]:
-    """By job id, how much text a job trains on, all steps together."""
-    mean = {data.name: data.characters for data in pool}
-    return {
-        job.card.job: job.recipe.batch_size
-        * job.steps
-        * statistics.fmean(mean[spec.name] for spec in job.tasks)
-        for job in jobs
-    }
 
 
 def needs_profiles(routers: Iterable[Router]) -> bool:
@@ -220,14 +221,13 @@ def _check_held_out(pool: list[TaskSpec], suite: list[TaskSpec]) -> None:
                 )
 
 
-def _check_overlaps(config: RunConfig, overlaps: Sequence[Overlap]) -> None:
+def _check_overlaps(suite: Mapping[str, Any], limit: float, overlaps: Sequence[Overlap]) -> None:
     """Refuse to evaluate on documents that an expert of another task has seen.
 
     The pool's own tasks are not held out: what they share with each other is reported only.
     """
-    if config.suite.get("of_pool"):
+    if suite.get("of_pool"):
         return
-    limit = config.overlap.limit
     # A task's own evaluation split may be as like its training data as the task's author made it.
     over = [o for o in overlaps if o.share > limit and o.suite_task != o.expert]
     if over:

@@ -66,7 +66,7 @@ class Registry:
             )
         return cls(uri, read_manifest(folder, max(numbers)).base_fingerprint)
 
-    def publish(self, expert: Expert, *, replace: bool = True) -> str:
+    def publish(self, expert: Expert, *, replace: bool = True, enter: bool = True) -> str:
         """Store an expert under its card's job and name; return its content hash.
 
         The same expert twice makes one object and one manifest. Work may be delivered twice, and
@@ -86,8 +86,14 @@ class Registry:
             if not replace:
                 self._check_free(self.manifest(), card.name, expert.content_hash())
             record = self._store(expert)
-        self._enter(card.job, record, replace)
+        if enter:
+            self._enter(card.job, record, replace)
         return record.object
+
+    def enter(self, jobs: Iterable[str]) -> None:
+        """Let the newest manifest name what these finished jobs made."""
+        for job in jobs:
+            self.finished(job)
 
     def recorded(self, job: str) -> str | None:
         """As `finished`, but changes nothing: for looking before any work."""

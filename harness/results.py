@@ -7,7 +7,10 @@ A run folder holds
     samples/<router>.parquet      one row per router and document
     routing/<router>.parquet      one row per linear and expert: what was routed where
     training/<expert>.parquet     one row per recorded training step and per evaluation of an expert
+    overlap.parquet               one row per suite task and expert that share documents
+    jobs.parquet                  one row per expert to be made: what became of its job
     run.json                      configuration, versions, hardware, when started and finished
+    status.json                   how far the run is, while it lasts
 
 Every column's meaning stands next to its type below, and travels in the files themselves as the
 metadata `meaning` of the field.
@@ -26,7 +29,9 @@ from phatgoose.errors import PhatgooseError
 SCORES_FILE = "scores.parquet"
 SUMMARY_FILE = "summary.parquet"
 OVERLAP_FILE = "overlap.parquet"
+JOBS_FILE = "jobs.parquet"
 RUN_FILE = "run.json"
+STATUS_FILE = "status.json"
 SAMPLES_FOLDER = "samples"
 ROUTING_FOLDER = "routing"
 TRAINING_FOLDER = "training"
@@ -190,6 +195,25 @@ TRAINING = pa.schema(
     ]
 )
 
+JOBS = pa.schema(
+    [
+        _EXPERT,
+        _column("job", pa.string(), "id of the job that makes the expert"),
+        _column("state", pa.string(), "waiting, running, done or failed"),
+        _column("tokens", pa.int64(), "tokens it trains on, all steps together, by a sample"),
+        _column("steps", pa.int64(), "optimiser steps it takes"),
+        _column("starts", pa.int32(), "how often an actor was given the job in this call"),
+        _column("node", pa.string(), "id of the node it ran on last", null="not started"),
+        _column("address", pa.string(), "that node's address", null="not started"),
+        _column("process", pa.int64(), "the actor's process there", null="not started"),
+        _column("micro_batch_size", pa.int32(), "sequences per forward pass, as it runs now"),
+        _column("lr", pa.float64(), "learning rate of its first stage, as it runs now"),
+        _column("seconds", pa.float64(), "since its last start, or what it took", null="waiting"),
+        _column("errors", pa.list_(pa.string()), "why it had to be started again, or failed"),
+        _column("traceback", pa.string(), "of the last of them", null="there is none"),
+    ]
+)
+
 
 def file_stem(name: str) -> str:
     """The file name, without its ending, that a router or an expert is stored under.
@@ -291,9 +315,14 @@ def read_folder(folder: Folder, prefix: str, schema: pa.Schema) -> pa.Table:
     return pa.concat_tables([schema.empty_table(), *tables])
 
 
+def write_json(folder: Folder, name: str, record: dict[str, Any]) -> None:
+    """Write a small JSON file of the run folder."""
+    folder.write(name, (json.dumps(record, indent=2) + "\n").encode())
+
+
 def write_run(folder: Folder, record: dict[str, Any]) -> None:
     """Write run.json: configuration, versions, hardware, when started and finished."""
-    folder.write(RUN_FILE, (json.dumps(record, indent=2) + "\n").encode())
+    write_json(folder, RUN_FILE, record)
 
 
 def read_run(folder: Folder) -> dict[str, Any]:
@@ -304,12 +333,21 @@ def read_run(folder: Folder) -> dict[str, Any]:
     """
     if not folder.exists(RUN_FILE):
         raise PhatgooseError(f"{folder}/{RUN_FILE} is not there: this is no run folder")
+    return read_json(folder, RUN_FILE)
+
+
+def read_json(folder: Folder, name: str) -> dict[str, Any]:
+    """Read a small JSON file of the run folder.
+
+    Raises:
+        PhatgooseError: the file is absent or is not a JSON object.
+    """
     try:
-        record = json.loads(folder.read(RUN_FILE))
+        record = json.loads(folder.read(name))
     except ValueError as error:
         raise PhatgooseError(
-            f"{folder}/{RUN_FILE} is not JSON ({error}); delete it and run again"
+            f"{folder}/{name} is not JSON ({error}); delete it and run again"
         ) from error
     if not isinstance(record, dict):
-        raise PhatgooseError(f"{folder}/{RUN_FILE} is no JSON object; delete it and run again")
+        raise PhatgooseError(f"{folder}/{name} is no JSON object; delete it and run again")
     return record

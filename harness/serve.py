@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from harness.config import Multitask
+from harness.config import MULTITASK, Multitask
+from harness.pack import Members
 from harness.plan import Plan, needs_profiles
 from harness.registry import Registry
 from phatgoose.errors import PhatgooseError
@@ -17,16 +18,14 @@ class Served:
     Attributes:
         routers: by their name in results.
         problems: the routers that cannot be, and why.
-        profiles: the experts' profile ids by name; None if no router looks at profiles.
-        multitask: content hash of the multitask expert, if it is there.
-        identities: by a router's name, what determines its answers besides the pool and itself.
+        members: the pool's experts, and their profiles if a router looks at them.
+        others: content hashes of experts outside the pool, by name.
     """
 
+    members: Members
     routers: dict[str, Router] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-    profiles: dict[str, str] | None = None
-    multitask: str | None = None
-    identities: dict[str, list[str]] = field(default_factory=dict)
+    others: dict[str, str] = field(default_factory=dict)
 
 
 def choose(plan: Plan, registry: Registry, experts: Mapping[str, str]) -> Served:
@@ -42,23 +41,23 @@ def choose(plan: Plan, registry: Registry, experts: Mapping[str, str]) -> Served
     Raises:
         PhatgooseError: no router is left.
     """
-    served, profiles = Served(), _profiles(plan, registry, experts)
-    if plan.multitask is not None:
-        served.multitask = registry.finished(plan.multitask.card.job)
+    profiles = _profiles(plan, registry, experts)
+    served = Served(Members(experts))
+    multitask = plan.multitask and registry.finished(plan.multitask.card.job)
+    if multitask:
+        served.others[MULTITASK] = multitask
     lacking = ", ".join(name for name in experts if name not in profiles)
     for name, router in plan.config.routers(list(experts)).items():
         try:
             if isinstance(router, Multitask):
-                if served.multitask is None:
+                if multitask is None:
                     raise PhatgooseError("its expert is not trained")
-                served.identities[name] = [served.multitask]
             else:
                 router.check_experts(list(experts))
             if needs_profiles([router]):
                 if lacking:
                     raise PhatgooseError(f"there is no profile of {lacking}")
-                served.profiles = profiles
-                served.identities[name] = list(profiles.values())
+                served.members = Members(experts, profiles)
         except PhatgooseError as error:
             served.problems.append(f"router {name} is left out: {error}")
             continue

@@ -1,78 +1,206 @@
 """The stage `train`: one job per expert on reused actors, published as each one ends."""
 
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
-from tqdm import tqdm
 
 from harness import results
-from harness.jobs import ATTEMPTS, Failure, Workers, last_line
+from harness.actor import Place
+from harness.job_table import JobTable
+from harness.jobs import ATTEMPTS, TICK_SECONDS, Failure, Watch, Workers, last_line
+from harness.progress import Progress
 from harness.storage import Folder
-from harness.train_actor import TrainJob
-from phatgoose.errors import PhatgooseError
+from harness.train_actor import FolderCheckpoints, TrainJob
+from phatgoose.errors import Diverged, OutOfMemory, PhatgooseError
+from phatgoose.recipe import Recipe
+
+# The pool's manifest is written when it has grown by this part: of N experts, about log N times.
+_GROWTH = 0.1
 
 
-def train(
-    jobs: Sequence[TrainJob], folder: Folder, workers: Workers, keeper: Any
-) -> dict[str, str]:
-    """Train the experts of these jobs.
+class Training(Watch):
+    """Trains the experts of these jobs.
 
     The curve is written before the expert is published, so that a finished job always has one.
     A job that fails is reported and does not stop the others.
 
     Args:
         jobs: in the order in which to start them.
+        tokens: by job id, how much it trains on.
         folder: the run folder.
         workers: the training actors.
         keeper: the registry's actor.
-
-    Returns:
-        What went wrong, by expert.
-
-    Raises:
-        PhatgooseError: the registry or the run folder cannot be written to; going on would train
-            experts that nothing keeps.
+        table: the run's jobs.
+        progress: of the stage, in tokens.
     """
 
-    def publish(job: TrainJob, result: tuple[Any, ...]) -> str | _Lost:
-        return _publish(folder, keeper, job, result)
+    def __init__(
+        self,
+        jobs: Sequence[TrainJob],
+        tokens: Mapping[str, int],
+        folder: Folder,
+        workers: Workers,
+        keeper: Any,
+        table: JobTable,
+        progress: Progress,
+    ) -> None:
+        self._tokens, self._folder, self._workers, self._keeper = tokens, folder, workers, keeper
+        self._table, self._progress = table, progress
+        self._jobs: dict[int, TrainJob] = {}  # by the key of the call
+        self._given = list(jobs)
+        self._recipes = {job.card.job: job.recipe for job in jobs}
+        self._losses: dict[str, int] = {}  # experts that were trained and not published, by job
+        self._unnamed: list[str] = []  # jobs that no manifest names yet
+        self._published = 0
+        self._trained_tokens = 0
+        self.experts: dict[str, str] = {}  # content hash by name, of those published here
+        self.failures: dict[str, str] = {}  # what went wrong, by expert
 
-    failures: dict[str, str] = {}
-    waiting = list(range(len(jobs)))
-    recipe_steps = [job.steps for job in jobs]
-    done_steps = 0
-    with tqdm(total=sum(recipe_steps), desc="train", unit="step", disable=None) as bar:
+    def run(self, meanwhile: Callable[[], None] = lambda: None) -> dict[str, str]:
+        """Train them all; returns what went wrong, by expert.
 
-        def tick(actors: list[Any]) -> None:
-            if not bar.disable:
-                bar.n = done_steps + _steps_under_way(actors)
-                bar.refresh()
+        Args:
+            meanwhile: called about every second, for work that need not wait.
 
-        for attempt in range(1, ATTEMPTS + 1):
-            lost = []
-            for place, result in workers.run("train", [(jobs[i],) for i in waiting], tick):
-                index = waiting[place]
-                name = jobs[index].card.name
-                outcome = result if isinstance(result, Failure) else publish(jobs[index], result)
-                if isinstance(outcome, _Lost) and attempt < ATTEMPTS:
-                    lost.append(index)
-                    continue
-                done_steps += recipe_steps[index]
-                if isinstance(outcome, str):
-                    tqdm.write(f"trained   {name}: {outcome}", file=sys.stderr)
-                else:
-                    failures[name] = outcome.error
-                    tqdm.write(f"failed    {name}: {outcome.error}", file=sys.stderr)
-            waiting = lost
-    return failures
+        Raises:
+            PhatgooseError: the registry or the run folder cannot be written to; going on would
+                train experts that nothing keeps.
+        """
+        for job in self._given:
+            self._add(job)
+        try:
+            while not self._workers.is_done:
+                for key, result in self._workers.step(TICK_SECONDS):
+                    self._take(self._jobs.pop(key), result)
+                self._show()
+                meanwhile()
+        finally:
+            self._name_all()
+            self._table.save(now=True)
+        return self.failures
+
+    def started(self, key: int, place: Place) -> None:
+        """An actor has a job."""
+        self._table.start(self._jobs[key], place)
+
+    def went_back(self, key: int, error: str, traceback: str) -> None:
+        """A job has to be done again."""
+        job = self._jobs[key]
+        self._table.put_back(job, error, traceback)
+        self._progress.say(f"again     {job.card.name}: {error}")
+
+    def revise(self, key: int, error: PhatgooseError) -> tuple[Any, ...] | None:
+        """Once, half a micro-batch where memory was short, a lower rate where a loss exploded."""
+        job = self._jobs[key]
+        recipe = revised(job.recipe, self._recipes[job.card.job], error)
+        if recipe is None:
+            return None
+        # The card is to say how the expert was really trained.
+        ours = {k: v for k, v in asdict(recipe).items() if k in job.card.recipe}
+        card = replace(job.card, recipe={**job.card.recipe, **ours})
+        self._jobs[key] = replace(job, card=card, recipe=recipe)
+        return (self._jobs[key],)
+
+    def _add(self, job: TrainJob) -> None:
+        (key,) = self._workers.add("train", [(job,)], self)
+        self._jobs[key] = job
+
+    def _take(self, job: TrainJob, result: Any) -> None:
+        """Publish what a job made, or note that it failed."""
+        name = job.card.name
+        if isinstance(result, Failure):
+            self._fail(job, result.error, result.traceback)
+            return
+        try:
+            said = self._publish(job, result)
+        except RayError as error:  # the actor died before its expert was published
+            times = self._losses[name] = self._losses.get(name, 0) + 1
+            if times < ATTEMPTS:
+                self._table.put_back(job, f"not published: {last_line(error)}", "")
+                self._add(job)
+            else:
+                self._fail(job, f"not published: {last_line(error)}", str(error))
+            return
+        self._trained_tokens += self._tokens[job.card.job]
+        self._table.end(job)
+        self._progress.say(f"trained   {name}: {said}")
+
+    def _fail(self, job: TrainJob, error: str, traceback: str) -> None:
+        self._trained_tokens += self._tokens[job.card.job]
+        self.failures[job.card.name] = error
+        self._table.end(job, error, traceback)
+        self._progress.say(f"failed    {job.card.name}: {error}")
+
+    def _publish(self, job: TrainJob, result: tuple[Any, ...]) -> str:
+        """Keep one job's curve and expert; returns a line that says what was learnt."""
+        rows, expert, profile = result
+        if rows:
+            file = results.training_file(job.card.name)
+            results.write_table(self._folder, file, results.TRAINING, rows)
+        try:
+            # References are passed on: experts go from actor to actor, not through the driver.
+            content_hash = ray.get(self._keeper.publish.remote(expert, enter=False))
+        except RayTaskError as error:
+            if isinstance(error.cause, PhatgooseError):
+                raise error.cause from None
+            raise
+        if profile is not None:
+            try:
+                ray.get(self._keeper.put_profile.remote(content_hash, job.profile_id, profile))
+            except RayError as error:  # it is measured again before a router needs it
+                self._progress.say(f"no profile of {job.card.name}: {last_line(error)}")
+        self.experts[job.card.name] = content_hash
+        self._unnamed.append(job.card.job)
+        self._published += 1
+        if len(self._unnamed) >= max(1, math.ceil(_GROWTH * self._published)):
+            self._name_all()
+        FolderCheckpoints(self._folder, job.card.job).delete()
+        return _learnt(rows)
+
+    def _name_all(self) -> None:
+        """Let the registry's newest manifest name what was published.
+
+        Should this process die before, the next call of the run finds the records and does it.
+        """
+        if self._unnamed:
+            ray.get(self._keeper.enter.remote(self._unnamed))
+            self._unnamed = []
+
+    def _show(self) -> None:
+        done = self._trained_tokens
+        for key, steps in self._workers.under_way.items():
+            job = self._jobs.get(key)
+            if job is not None and job.steps:
+                done += int(self._tokens[job.card.job] * steps / job.steps)
+        self._progress.update(done, self._table.counts(), self._workers.places)
+        self._table.save()
+
+
+def revised(recipe: Recipe, first: Recipe, error: PhatgooseError) -> Recipe | None:
+    """The recipe for one more try after an error; None if it was changed so before, or cannot be.
+
+    Args:
+        recipe: that of the try which failed.
+        first: that of the first try.
+        error: why it failed.
+    """
+    if isinstance(error, OutOfMemory) and recipe.micro_batch_size == first.micro_batch_size:
+        return recipe.with_half_micro_batch()
+    if isinstance(error, Diverged) and recipe.lora == first.lora and recipe.retry_lr > 0:
+        return recipe.at_lower_rate()
+    return None
 
 
 def measure_profiles(
-    jobs: Sequence[TrainJob], experts: Mapping[str, str], workers: Workers, keeper: Any
+    jobs: Sequence[TrainJob],
+    experts: Mapping[str, str],
+    workers: Workers,
+    keeper: Any,
+    progress: Progress,
 ) -> dict[str, str]:
     """Measure the profiles of experts that were made before.
 
@@ -81,63 +209,38 @@ def measure_profiles(
         experts: their content hashes by name.
         workers: the training actors.
         keeper: the registry's actor.
+        progress: of the stage, in experts.
 
     Returns:
         What went wrong, by expert.
     """
-    failures = {}
+    failures: dict[str, str] = {}
     calls = [(job, experts[job.card.name], keeper) for job in jobs]
-    with tqdm(total=len(jobs), desc="profile", unit="expert", disable=None) as bar:
-        for index, result in workers.run("profile", calls, tick=lambda _: None):
-            job = jobs[index]
-            if isinstance(result, Failure):
-                failures[job.card.name] = result.error
-            else:
-                content_hash = experts[job.card.name]
-                ray.get(keeper.put_profile.remote(content_hash, job.profile_id, result))
-            bar.update()
+    done = 0
+
+    def show() -> None:
+        counts = {
+            "waiting": workers.waiting,
+            "running": len(workers.under_way),
+            "done": done - len(failures),
+            "failed": len(failures),
+        }
+        progress.update(done, counts, workers.places)
+
+    for index, result in workers.run("profile", calls, show):
+        job = jobs[index]
+        if isinstance(result, Failure):
+            failures[job.card.name] = result.error
+        else:
+            content_hash = experts[job.card.name]
+            ray.get(keeper.put_profile.remote(content_hash, job.profile_id, result))
+        done += 1
+    show()
     return failures
 
 
-def _steps_under_way(actors: Sequence[Any]) -> int:
-    """Steps done of the jobs under way; an actor that does not answer at once counts as 0."""
-    references = [actor.steps.remote() for actor in actors]
-    ready, _ = ray.wait(references, num_returns=len(references), timeout=0.5) if actors else ([], 0)
-    steps = 0
-    for reference in ready:
-        try:
-            steps += ray.get(reference)
-        except RayError:  # it died: `Workers` will see to it
-            continue
-    return steps
-
-
-@dataclass(frozen=True)
-class _Lost:
-    """A trained expert whose actor died before it was published."""
-
-    error: str
-
-
-def _publish(folder: Folder, keeper: Any, job: TrainJob, result: tuple[Any, ...]) -> str | _Lost:
-    """Keep one job's curve and expert; returns a line that says what was learnt."""
-    rows, expert, profile = result
-    if rows:
-        results.write_table(folder, results.training_file(job.card.name), results.TRAINING, rows)
-    try:
-        # References are passed on: experts go from actor to actor, not through the driver.
-        content_hash = ray.get(keeper.publish.remote(expert))
-    except RayTaskError as error:
-        if isinstance(error.cause, PhatgooseError):
-            raise error.cause from None
-        return _Lost(f"not published: {last_line(error)}")
-    except RayError as error:
-        return _Lost(f"not published: {last_line(error)}")
-    if profile is not None:
-        try:
-            ray.get(keeper.put_profile.remote(content_hash, job.profile_id, profile))
-        except RayError as error:  # it is measured again before a router needs it
-            tqdm.write(f"no profile of {job.card.name}: {last_line(error)}", file=sys.stderr)
+def _learnt(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What a training curve says in a few words."""
     if not rows:
         return "imported, without gates"
     losses = [f"{row['loss']:.2f}" for row in rows if row["split"] == "evaluation"]

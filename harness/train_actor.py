@@ -10,8 +10,10 @@ from typing import Any
 import ray
 import torch
 
+from harness.actor import Actor
 from harness.cluster import log_to_run_folder
 from harness.config import BaseConfig
+from harness.storage import Folder
 from harness.tasks import TaskData, TaskSpec, prepare_all
 from harness.tasks.records import Record
 from harness.tasks.store import read_records
@@ -53,7 +55,18 @@ class TrainJob:
         return 0 if gates is None else gates.steps
 
 
-class TrainActor:
+class FolderCheckpoints:
+    """Where a job's checkpoint is."""
+
+    def __init__(self, folder: Folder, job: str) -> None:
+        self._folder, self._file = folder, f"checkpoints/{job}.safetensors"
+
+    def delete(self) -> None:
+        """Delete it, if it is there."""
+        self._folder.delete(self._file, missing_ok=True)
+
+
+class TrainActor(Actor):
     """Trains experts and measures profiles, in a process of its own.
 
     Args:
@@ -64,9 +77,16 @@ class TrainActor:
     """
 
     def __init__(
-        self, base: BaseConfig, fingerprint: str, profile: ProfileConfig | None, run_dir: str
+        self,
+        base: BaseConfig,
+        fingerprint: str,
+        profile: ProfileConfig | None,
+        run_dir: str,
+        code: str,
+        checkpoint_seconds: float = 60,
     ) -> None:
         log_to_run_folder(run_dir, "train")
+        super().__init__(code)
         self._profile = profile
         if profile is not None:
             load_encoder(profile.encoder)  # to fail now, if it must, and not after a training
@@ -75,7 +95,6 @@ class TrainActor:
         start_deepspeed()
         self._engine = DeepSpeedEngine
         self._base = load_base_on_actor(base, fingerprint)
-        self._steps = 0
 
     def train(
         self, job: TrainJob
@@ -94,6 +113,7 @@ class TrainActor:
         def report(progress: Progress) -> None:
             rows.append({"expert": job.card.name, "job": job.card.job, **asdict(progress)})
             self._steps += progress.split == "train"
+            self._done += 1
 
         print(f"training {job.card.name} (job {job.card.job})", flush=True)
         if job.imported is None:
@@ -132,10 +152,6 @@ class TrainActor:
     def profile(self, job: TrainJob, content_hash: str, keeper: Any) -> bytes:
         """Measure the profile of an expert that the registry has; returns its bytes."""
         return self._measure(job, ray.get(keeper.load.remote(content_hash)))
-
-    def steps(self) -> int:
-        """Optimiser steps done of the job under way."""
-        return self._steps
 
     def _data(self, job: TrainJob) -> list[TaskData]:
         """The data of the job's tasks, which must be those of the plan."""

@@ -1,7 +1,7 @@
 """How an expert is trained: the numbers of the two stages."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from phatgoose.errors import PhatgooseError
@@ -74,6 +74,7 @@ class Recipe:
     validation_examples: int = 500
     dtype: str = "bfloat16"
     seed: int = 42
+    retry_lr: float = 0.0
 
     def __post_init__(self) -> None:
         """Raise PhatgooseError if a value cannot be."""
@@ -90,6 +91,17 @@ class Recipe:
             )
         if self.dtype not in ("float32", "bfloat16"):
             raise PhatgooseError(f"train.dtype is {self.dtype!r}: float32 or bfloat16")
+
+    def at_lower_rate(self) -> "Recipe":
+        """The recipe of the one more try."""
+        gates = self.gates and replace(self.gates, lr=self.gates.lr * self.retry_lr)
+        return replace(self, lora=replace(self.lora, lr=self.lora.lr * self.retry_lr), gates=gates)
+
+    def with_half_micro_batch(self) -> "Recipe | None":
+        """The recipe with half as many sequences per forward pass; None if it is one already."""
+        if self.micro_batch_size % 2:
+            return None
+        return replace(self, micro_batch_size=self.micro_batch_size // 2)
 
     @property
     def validates(self) -> bool:

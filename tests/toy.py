@@ -7,17 +7,20 @@ import io
 import itertools
 import json
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from harness.eval_actor import EvalActor
+from harness.evaluate import Setting
 from harness.jobs import Failure
+from harness.pack import Members
+from harness.storage import Folder
 from harness.tasks import TaskData, TaskSpec, prepare_all, write_all
 from harness.tasks.sources import bigbench
 from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
-from phatgoose.model import RoutedModel
+from phatgoose.expert import Expert
 from phatgoose.pool import Pool
 from tests.tiny_encoder import make_encoder
 
@@ -91,7 +94,7 @@ def toy_config(base: Path, run_dir: Path, **changes: Any) -> Any:
     values: dict[str, Any] = {
         "base": BaseConfig(str(base)),
         "pool": group("toys", "birds", "lakes", "numbers"),
-        "suite": group("held", "swans", "sums", split="all", limit=8, max_new_tokens=4),
+        "suites": [group("held", "swans", "sums", split="all", limit=8, max_new_tokens=4)],
         "router": {"base": {}, "phatgoose": {"top_k": 2}, "merged": {}, "random": {}, "oracle": {}},
         "train": Recipe(
             rank=2,
@@ -113,11 +116,27 @@ def toy_config(base: Path, run_dir: Path, **changes: Any) -> Any:
     return RunConfig(**{**values, **changes})
 
 
-def local_actor(base: Base, pool: Pool) -> EvalActor:
+def local_actor(base: Base, experts: Sequence[Expert]) -> EvalActor:
     """An evaluation actor in this process: its constructor would take over standard output."""
     actor = object.__new__(EvalActor)
-    actor._pools, actor._attached, actor._model = {"": pool}, "", RoutedModel(base, pool)
+    actor._base, actor._model, actor._attached, actor._done = base, None, None, 0
+    by_hash = {expert.content_hash(): expert for expert in experts}
+    actor._open = lambda members: Pool.from_experts(  # type: ignore[method-assign]
+        [by_hash[content_hash] for content_hash in members.experts.values()]
+    )
     return actor
+
+
+def members_of(experts: Sequence[Expert]) -> Members:
+    """What an evaluation says of a pool of these."""
+    return Members({expert.card.name: expert.content_hash() for expert in experts})
+
+
+def setting(
+    folder: Path, workers: "LocalWorkers", characters: int, dtype: str = "float32"
+) -> Setting:
+    """The setting of evaluations in this run folder."""
+    return Setting(Folder(folder), "toys", "tiny", dtype, workers, characters)  # type: ignore[arg-type]
 
 
 class LocalWorkers:
@@ -129,13 +148,22 @@ class LocalWorkers:
 
     def __init__(self, worker: Any, order: Callable[[list[int]], list[int]] = list) -> None:
         self.worker, self.order, self.calls = worker, order, 0
+        self._waiting: dict[int, tuple[str, tuple[Any, ...]]] = {}
+        self._added = 0
 
-    def run(
-        self, method: str, calls: Sequence[tuple[Any, ...]], tick: Callable[[list[Any]], None]
-    ) -> Iterator[tuple[int, Any]]:
-        for index in self.order(list(range(len(calls)))):
+    def add(self, method: str, calls: Sequence[tuple[Any, ...]]) -> range:
+        keys = range(self._added, self._added + len(calls))
+        self._added += len(calls)
+        self._waiting |= {key: (method, call) for key, call in zip(keys, calls, strict=True)}
+        return keys
+
+    def step(self, timeout: float) -> list[tuple[int, Any]]:
+        results: list[tuple[int, Any]] = []
+        for key in self.order(sorted(self._waiting)):
+            method, call = self._waiting.pop(key)
             self.calls += 1
             try:
-                yield index, getattr(self.worker, method)(*calls[index])
+                results.append((key, getattr(self.worker, method)(*call)))
             except PhatgooseError as error:
-                yield index, Failure(str(error))
+                results.append((key, Failure(str(error))))
+        return results

@@ -170,8 +170,9 @@ def _chosen(overrides: list[str]) -> list[TaskSpec]:
     config: RunConfig = load_config(overrides)
     groups = {override.lstrip("+~").partition("=")[0].partition(".")[0] for override in overrides}
     pool = config.pool_tasks() if "pool" in groups or "suite" not in groups else []
-    suite = config.suite_tasks() if "suite" in groups or "pool" not in groups else []
-    return [*{spec.name: spec for spec in [*suite, *pool]}.values()]
+    suites = config.suites if "suite" in groups or "pool" not in groups else []
+    tasks = [spec for suite in suites for spec in config.suite_tasks(suite)]
+    return [*{spec.name: spec for spec in [*tasks, *pool]}.values()]
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def every_router() -> dict[str, Any]:
 
 def config_of(base: Path, tmp_path: Path, pool: dict[str, Any], router: Any) -> RunConfig:
     config: RunConfig = toy_config(base, tmp_path / "run", pool=pool, router=router)
-    prepare_toys([*config.pool_tasks(), *config.suite_tasks()], tmp_path)
+    prepare_toys([*config.pool_tasks(), *config.suite_tasks(config.suites[0])], tmp_path)
     return config
 
 

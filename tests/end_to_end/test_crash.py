@@ -90,7 +90,7 @@ def start(tmp_path: Path, llama_folder: Path) -> Iterator[Callable[[str], Comman
         if not commands:
             make_encoder(tmp_path / "encoder")
             config = load_config(given)
-            prepare_toys([*config.pool_tasks(), *config.suite_tasks()], tmp_path)
+            prepare_toys([*config.pool_tasks(), *config.suite_tasks(config.suites[0])], tmp_path)
         commands.append(Command(given))
         return commands[-1]
 

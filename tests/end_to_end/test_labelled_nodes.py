@@ -6,7 +6,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster as Nodes
 
-from harness.cluster import actor_count, actor_options
+from harness.cluster import actor_options, check_room, room
 from harness.config import ClusterConfig
 from phatgoose.errors import PhatgooseError
 
@@ -40,15 +40,15 @@ def test_actors_go_to_the_nodes_with_their_labels(nodes: None) -> None:
         def node(self) -> str:
             return str(ray.get_runtime_context().get_node_id())
 
-    for labels, room in ((TRAIN, 2), (EVALUATE, 1)):
-        assert actor_count(ClusterConfig(), labels) == room
+    for labels, size in ((TRAIN, 2), (EVALUATE, 1)):
+        assert room(actor_options(ClusterConfig(), labels)) == size
         actors = [
-            Where.options(**actor_options(ClusterConfig(), labels)).remote() for _ in range(room)
+            Where.options(**actor_options(ClusterConfig(), labels)).remote() for _ in range(size)
         ]
         found = [groups[ray.get(actor.node.remote(), timeout=60)] for actor in actors]
-        assert found == [labels["group"]] * room
+        assert found == [labels["group"]] * size
         for actor in actors:
             ray.kill(actor)
-    assert actor_count(ClusterConfig(), {}) == 3
+    assert room(actor_options(ClusterConfig(), {})) == 3
     with pytest.raises(PhatgooseError, match=r"none of the 3 nodes .* has the labels .*'trian'"):
-        actor_count(ClusterConfig(), {"group": "trian"})
+        check_room(ClusterConfig(wait_seconds=1), {"group": "trian"})

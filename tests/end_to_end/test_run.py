@@ -50,7 +50,7 @@ def two_nodes() -> Iterator[None]:
 
 def config_of(base: Path, tmp_path: Path) -> RunConfig:
     config: RunConfig = toy_config(base, tmp_path / "run")
-    prepare_toys([*config.pool_tasks(), *config.suite_tasks()], tmp_path)
+    prepare_toys([*config.pool_tasks(), *config.suite_tasks(config.suites[0])], tmp_path)
     return config
 
 

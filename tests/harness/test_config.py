@@ -42,7 +42,7 @@ def test_the_defaults_and_what_follows_from_them() -> None:
         "oracle",
     ]
     assert len(config.pool_tasks()) == 8
-    assert len(config.suite_tasks()) == 6
+    assert len(config.suite_tasks(config.suites[0])) == 6
     routers = config.routers(["a", "b"])
     assert list(routers) == ["base", "phatgoose", "merged", "random", "single:a", "single:b"]
     assert routers["phatgoose"] == Phatgoose(top_k=2)
@@ -60,7 +60,7 @@ def test_overrides() -> None:
     )
     assert (config.train.lora.steps, config.train.lora.lr) == (7, 1e-4)
     assert config.train.gates.steps == load().train.gates.steps
-    assert all(task.style == "paper" for task in config.suite_tasks())
+    assert all(task.style == "paper" for task in config.suite_tasks(config.suites[0]))
     assert config.registry == "s3://bucket/registry"
     assert config.routers([])["phatgoose"] == Phatgoose(top_k=1)
     assert config.cluster.max_actors == 1
@@ -186,7 +186,7 @@ def test_every_choice_of_every_group_composes(group: str) -> None:
             continue
         config = load(f"{group}={choice}")
         assert config.pool_tasks()
-        assert config.suite_tasks()
+        assert config.suite_tasks(config.suites[0])
         assert config.routers(["a"])
 
 

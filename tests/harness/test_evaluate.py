@@ -9,6 +9,7 @@ import pytest
 from harness import results
 from harness.estimate import evaluation_work
 from harness.evaluate import Evaluation
+from harness.pack import Members, pool_id
 from harness.report import make_report
 from harness.storage import Folder
 from harness.tasks import TaskData, TaskSpec
@@ -17,11 +18,10 @@ from harness.tasks.store import read_records
 from phatgoose.base import Base
 from phatgoose.encoding import encode_pair
 from phatgoose.errors import PhatgooseError
-from phatgoose.pool import Pool
 from phatgoose.routers import Router, make_router
 from tests.plain import plain_score
 from tests.tiny import make_experts
-from tests.toy import LocalWorkers, local_actor, prepare_toys
+from tests.toy import LocalWorkers, local_actor, members_of, prepare_toys, setting
 
 EXPERTS = ["e0", "e1", "e2"]
 SWANS = TaskSpec("swans", ("swans",), split="all", limit=9)
@@ -31,9 +31,9 @@ SUMS = TaskSpec("sums", ("sums",), split="all", limit=5, max_new_tokens=4)
 class NoWorkers(LocalWorkers):
     """Everything must be in the journal."""
 
-    def run(self, method: str, calls: Any, tick: Any) -> Any:
+    def add(self, method: str, calls: Any) -> range:
         assert not calls
-        return iter(())
+        return range(0)
 
 
 @pytest.fixture
@@ -45,33 +45,25 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[TaskData]:
 
 @pytest.fixture
 def workers(llama: Base) -> LocalWorkers:
-    return LocalWorkers(local_actor(llama, Pool.from_experts(make_experts(llama, len(EXPERTS)))))
+    return LocalWorkers(local_actor(llama, make_experts(llama, len(EXPERTS))))
 
 
 class Run:
     """Evaluations in one run folder."""
 
-    def __init__(self, folder: Path, tasks: list[TaskData]) -> None:
-        self.folder, self.tasks = Folder(folder), tasks
-        self.answered = 0
+    def __init__(self, folder: Path, tasks: list[TaskData], members: Members) -> None:
+        self.path, self.folder, self.tasks, self.members = folder, Folder(folder), tasks, members
 
-    def evaluation(self, workers: LocalWorkers, **changes: Any) -> Evaluation:
-        arguments: dict[str, Any] = {
-            "folder": self.folder,
-            "suite": "held",
-            "tasks": self.tasks,
-            "common": {"run": "toys", "base": "tiny", "manifest": "pool-1"},
-            "dtype": "float32",
-            "experts": EXPERTS,
-            "workers": workers,
-            "chunk_characters": 150,
-            "advance": self.advance,
-            "identities": {},
-        }
-        return Evaluation(**{**arguments, **changes})
-
-    def advance(self, requests: int) -> None:
-        self.answered += requests
+    def evaluation(
+        self,
+        workers: LocalWorkers,
+        characters: int = 150,
+        dtype: str = "float32",
+        **changes: Any,
+    ) -> Evaluation:
+        arguments: dict[str, Any] = {"suite": "held", "tasks": self.tasks, "members": self.members}
+        made = setting(self.path, workers, characters, dtype)
+        return Evaluation(made, **{**arguments, **changes})
 
     def table(self, name: str) -> list[dict[str, Any]]:
         schema = {
@@ -84,8 +76,8 @@ class Run:
 
 
 @pytest.fixture
-def run(tmp_path: Path, tasks: list[TaskData]) -> Run:
-    return Run(tmp_path / "run", tasks)
+def run(tmp_path: Path, tasks: list[TaskData], llama: Base) -> Run:
+    return Run(tmp_path / "run", tasks, members_of(make_experts(llama, len(EXPERTS))))
 
 
 def routers(*names: str) -> dict[str, Router]:
@@ -171,7 +163,8 @@ def test_rows_say_what_they_are_of(run: Run, workers: LocalWorkers) -> None:
     table = run.table("scores.parquet")
     assert len(table) == 2 * (6 + 3)
     for row in table:
-        assert (row["run"], row["base"], row["manifest"]) == ("toys", "tiny", "pool-1")
+        manifest = pool_id(run.members.experts)
+        assert (row["run"], row["base"], row["manifest"]) == ("toys", "tiny", manifest)
         assert row["suite"] == "held"
         assert row["zero_shot"]
         assert row["expert"] is None
@@ -234,28 +227,31 @@ def test_a_second_run_asks_nothing_and_says_the_same(
         evaluation = run.evaluation(workers)
         rows = [row for name, router in wanted.items() for row in evaluation.run(name, router)]
         evaluation.write_scores(rows, derived={"oracle"})
+        assert evaluation.requests == 3 * (9 + 5)  # what is found counts, too
         return run.table("scores.parquet")
 
     first = evaluate(workers)
-    assert run.answered == 3 * evaluation_work(tasks, 150).requests == 3 * (9 + 5)
+    assert evaluation_work(tasks, 150).requests == 9 + 5
     assert len(run.folder.names("journal/")) == 3 * evaluation_work(tasks, 150).chunks
     files = {name: run.folder.read(name) for name in run.folder.names()}
-    run.answered = 0
     assert evaluate(NoWorkers(None)) == first  # the seconds of the first time among them
-    assert run.answered == 3 * (9 + 5)  # the bar counts what is found, too
     assert {name: run.folder.read(name) for name in run.folder.names()} == files
 
 
 def test_asking_ahead_leaves_nothing_to_ask(run: Run, workers: LocalWorkers) -> None:
     wanted = routers("base", "phatgoose", "merged")
     evaluation = run.evaluation(workers)
-    rows = evaluation.run("base", wanted["base"])
-    evaluation.ask_ahead(wanted)
-    assert workers.calls == len(run.folder.names("journal/"))
+    evaluation.ask(wanted)
+    assert evaluation.open_routers == {*wanted}
+    while evaluation.is_waiting:
+        evaluation.step(0)
+    assert workers.calls == len(run.folder.names("journal/")) == 3 * len(evaluation.chunks)
+    evaluation.ask(wanted)  # again: there is nothing to ask
+    assert not evaluation.is_waiting
     evaluation._workers = NoWorkers(None)
-    rows += [row for name in ("phatgoose", "merged") for row in evaluation.run(name, wanted[name])]
+    rows = [row for name in wanted for row in evaluation.run(name, wanted[name])]
 
-    separate = Run(Path(str(run.folder)).with_name("separate"), run.tasks)
+    separate = Run(run.path.with_name("separate"), run.tasks, run.members)
     other = separate.evaluation(workers)
     expected = [row for name, router in wanted.items() for row in other.run(name, router)]
     assert [{**r, "seconds": 0} for r in rows] == [{**r, "seconds": 0} for r in expected]
@@ -264,19 +260,33 @@ def test_asking_ahead_leaves_nothing_to_ask(run: Run, workers: LocalWorkers) -> 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"common": {"run": "toys", "base": "tiny", "manifest": "pool-2"}},
+        {"members": 2},
         {"dtype": "bfloat16"},
-        {"chunk_characters": 400},
+        {"characters": 400},
     ],
     ids=["pool", "dtype", "chunks"],
 )
 def test_other_answers_are_asked_anew(
     run: Run, workers: LocalWorkers, changes: dict[str, Any]
 ) -> None:
-    run.evaluation(workers).run("base", make_router("base"))
+    if "members" in changes:
+        fewer = list(run.members.experts.items())[: changes["members"]]
+        changes = {"members": Members(dict(fewer))}
+    run.evaluation(workers).run("merged", make_router("merged"))
     before = workers.calls
-    run.evaluation(workers, **changes).run("base", make_router("base"))
+    run.evaluation(workers, **changes).run("merged", make_router("merged"))
     assert workers.calls > before
+
+
+@pytest.mark.parametrize("name", ["base", "single:e1"])
+def test_answers_that_need_no_other_expert_stay_when_the_pool_grows(
+    run: Run, workers: LocalWorkers, name: str
+) -> None:
+    small = Members({"e1": run.members.experts["e1"]})
+    run.evaluation(workers, members=small).run(name, make_router(name))
+    before = workers.calls
+    run.evaluation(workers).run(name, make_router(name))
+    assert workers.calls == before
 
 
 def test_a_router_with_other_options_is_asked_anew(run: Run, workers: LocalWorkers) -> None:
@@ -323,18 +333,16 @@ def test_results_of_other_routers_and_suites_stay(
 
 
 def test_results_of_another_pool_do_not_stay(run: Run, workers: LocalWorkers) -> None:
-    for manifest, name in (("pool-1", "merged"), ("pool-2", "base")):
-        common = {"run": "toys", "base": "tiny", "manifest": manifest}
-        evaluation = run.evaluation(workers, common=common)
+    two = Members(dict(list(run.members.experts.items())[:2]))
+    for members, name in ((run.members, "merged"), (two, "base")):
+        evaluation = run.evaluation(workers, members=members)
         evaluation.write_scores(evaluation.run(name, make_router(name)))
     rows = run.table("scores.parquet")
-    assert {(row["manifest"], row["router"]) for row in rows} == {("pool-2", "base")}
+    assert {(row["manifest"], row["router"]) for row in rows} == {(pool_id(two.experts), "base")}
 
 
 def test_a_failure_says_which_router_and_task(run: Run, workers: LocalWorkers) -> None:
-    with pytest.raises(
-        PhatgooseError, match="router single:e9, task held/swans: the pool has no expert 'e9'"
-    ):
+    with pytest.raises(PhatgooseError, match="the pool has no expert 'e9': it has e0, e1, e2"):
         run.evaluation(workers).run("single:e9", make_router("single:e9"))
     assert run.folder.names() == []
 
@@ -351,8 +359,10 @@ def test_what_was_answered_before_a_failure_is_kept(run: Run, workers: LocalWork
         return answer(*arguments)
 
     workers.worker.answer = dies
-    with pytest.raises(PhatgooseError, match="out of order"):
-        run.evaluation(workers).run("base", make_router("base"))
+    evaluation = run.evaluation(workers)
+    with pytest.raises(PhatgooseError, match=r"router base, task held/.*: out of order; see logs/"):
+        evaluation.run("base", make_router("base"))
+    assert evaluation.failures.keys() == {"base"}
     assert len(run.folder.names("journal/")) == 3
     workers.worker.answer, workers.calls = answer, 0
     run.evaluation(workers).run("base", make_router("base"))

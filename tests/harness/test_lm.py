@@ -14,11 +14,10 @@ from harness.lm import Ask, ShardedLM
 from phatgoose.base import Base
 from phatgoose.encoding import encode_pair
 from phatgoose.errors import PhatgooseError
-from phatgoose.pool import Pool
 from phatgoose.routers import make_router
 from tests.plain import plain_score
 from tests.tiny import make_experts
-from tests.toy import local_actor
+from tests.toy import local_actor, members_of
 
 # As BIG-bench writes prompts, with a space or a line at the end, and without.
 DOCUMENTS = [
@@ -57,15 +56,16 @@ def generation_requests(
 
 
 def pool_actor(base: Base) -> EvalActor:
-    return local_actor(base, Pool.from_experts(make_experts(base, 4)))
+    return local_actor(base, make_experts(base, 4))
 
 
 def ask(actor: EvalActor, router: str, order: Callable[[list[int]], list[int]] = list) -> Ask:
     """Let an actor answer chunks in some order."""
+    members = members_of(make_experts(actor._base, 4))
 
     def answers(chunks: Sequence[Chunk]) -> Iterator[tuple[int, Answer]]:
         for index in order(list(range(len(chunks)))):
-            yield index, actor.answer(make_router(router), chunks[index])
+            yield index, actor.answer(make_router(router), chunks[index], "", members)
 
     return answers
 

@@ -30,7 +30,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def config(tmp_path: Path, llama_folder: Path) -> RunConfig:
     """A run of three experts and two held-out tasks, whose data lie in the cache."""
     config: RunConfig = toy_config(llama_folder, tmp_path / "run")
-    prepare_toys([*config.pool_tasks(), *config.suite_tasks()], tmp_path)
+    prepare_toys([*config.pool_tasks(), *config.suite_tasks(config.suites[0])], tmp_path)
     return config
 
 
@@ -96,7 +96,7 @@ def test_job_ids_are_stable(config: RunConfig, tmp_path: Path) -> None:
     # What does not determine an expert: suite, routers, cluster, folders, what the pool is called.
     other = dataclasses.replace(
         config,
-        suite={**config.suite, "limit": 3},
+        suites=[{**config.suites[0], "limit": 3}],
         router={"base": {}},
         pool={**config.pool, "name": "other"},
         run=RunSection(str(tmp_path / "elsewhere")),
@@ -120,7 +120,7 @@ def test_job_ids_change_with_the_data(
     first = job_ids(make_plan(config))
     monkeypatch.setenv("PHATGOOSE_CACHE", str(tmp_path / "other"))
     monkeypatch.setitem(TASKS, "birds", generation_task("bird", "swan"))
-    prepare_toys([*config.pool_tasks(), *config.suite_tasks()], tmp_path)
+    prepare_toys([*config.pool_tasks(), *config.suite_tasks(config.suites[0])], tmp_path)
     other = job_ids(make_plan(config))
     assert other[0] != first[0]
     assert other[1:] == first[1:]
@@ -200,8 +200,8 @@ def test_a_registry_of_another_base_is_refused(config: RunConfig, tmp_path: Path
 
 @pytest.mark.parametrize("split", ["all", "evaluation"])
 def test_trained_documents_are_not_evaluated_on(config: RunConfig, split: str) -> None:
-    suite = {**config.suite, "split": split, "tasks": {"held": {"members": ["birds"]}}}
-    line = refused(dataclasses.replace(config, suite=suite))
+    suite = {**config.suites[0], "split": split, "tasks": {"held": {"members": ["birds"]}}}
+    line = refused(dataclasses.replace(config, suites=[suite]))
     assert "held holds documents of birds that expert birds is trained on" in line
 
 
@@ -210,9 +210,9 @@ def test_trained_inputs_are_not_evaluated_on_by_another_name(
 ) -> None:
     same = generation_task("BIRD ", "swan")  # the inputs of `birds`, but for case and space
     monkeypatch.setitem(TASKS, "ducks", same)
-    suite = {**config.suite, "tasks": {"ducks": {"members": ["ducks"]}}}
-    changed = dataclasses.replace(config, suite=suite)
-    prepare_toys(changed.suite_tasks(), tmp_path)
+    suite = {**config.suites[0], "tasks": {"ducks": {"members": ["ducks"]}}}
+    changed = dataclasses.replace(config, suites=[suite])
+    prepare_toys(changed.suite_tasks(suite), tmp_path)
     line = refused(changed)
     assert "suite task ducks" in line
     assert "expert birds is trained on" in line
@@ -220,9 +220,9 @@ def test_trained_inputs_are_not_evaluated_on_by_another_name(
 
 def test_a_trained_task_may_be_evaluated_on_its_evaluation_split(config: RunConfig) -> None:
     tasks = {"birds": {"members": ["birds"]}}
-    held = {**config.suite, "split": "evaluation", "tasks": tasks}
-    assert make_plan(dataclasses.replace(config, suite=held)).work.requests > 0
-    assert "trained on" in refused(dataclasses.replace(config, suite={**held, "split": "all"}))
+    held = {**config.suites[0], "split": "evaluation", "tasks": tasks}
+    assert make_plan(dataclasses.replace(config, suites=[held])).work.requests > 0
+    assert "trained on" in refused(dataclasses.replace(config, suites=[{**held, "split": "all"}]))
 
 
 def test_a_name_that_would_leave_the_folder_is_refused(config: RunConfig) -> None:

@@ -30,7 +30,7 @@ ROUTERS: dict[str, Any] = {
 def config(tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     monkeypatch.setenv("PHATGOOSE_CACHE", str(tmp_path / "cache"))
     made: RunConfig = toy_config(llama_folder, tmp_path / "run", router=ROUTERS)
-    prepare_toys([*made.pool_tasks(), *made.suite_tasks()], tmp_path)
+    prepare_toys([*made.pool_tasks(), *made.suite_tasks(made.suites[0])], tmp_path)
     return made
 
 

@@ -14,17 +14,23 @@ from lm_eval.models.huggingface import HFLM
 from harness.evaluate import Evaluation
 from harness.results import SAMPLES, SCORES, read_table
 from harness.storage import Folder
-from harness.tasks import TaskSpec, prepare_all, task_specs
+from harness.tasks import TaskData, TaskSpec, prepare_all, task_specs
 from harness.tasks.lm_eval_export import write_for_lm_eval
 from harness.tasks.lm_eval_tasks import evaluation_table
 from harness.tasks.sources import lm_eval
 from harness.tasks.store import read_records
 from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
-from phatgoose.pool import Pool
 from phatgoose.routers import make_router
 from tests.tiny import make_experts
-from tests.toy import LocalWorkers, from_archive, local_actor, write_archive
+from tests.toy import (
+    LocalWorkers,
+    from_archive,
+    local_actor,
+    members_of,
+    setting,
+    write_archive,
+)
 
 DOCS = [
     {"q": f"Is the {name} {deed}?", "a": ["yes", "no"], "gold": i % 2, "say": "goose"}
@@ -122,6 +128,13 @@ def test_groups_become_their_tasks_with_lm_evals_documents(own_tasks: Path) -> N
     assert evaluation_table(limited).to_pylist() == rows[:4]
 
 
+def evaluate(folder: Folder, suite: str, data: list[TaskData], base: Base) -> Evaluation:
+    experts = make_experts(base, 2)
+    workers = LocalWorkers(local_actor(base, experts))
+    made = setting(Path(str(folder)), workers, 400)
+    return Evaluation(made, suite, data, members_of(experts))
+
+
 def test_values_are_lm_evals_own_with_a_reference_model(
     own_tasks: Path, tmp_path: Path, llama: Base
 ) -> None:
@@ -129,20 +142,7 @@ def test_values_are_lm_evals_own_with_a_reference_model(
     names = ("own_choice", "own_filters", "own_words")
     data = prepare_all(task_specs(suite(own_tasks, *names, limit=6)))
     folder = Folder(tmp_path / "run")
-    actor = local_actor(llama, Pool.from_experts(make_experts(llama, 2)))
-    common = {"run": "r", "base": "tiny", "manifest": "m"}
-    evaluation = Evaluation(
-        folder,
-        "own",
-        data,
-        common,
-        "float32",
-        ["e0", "e1"],
-        LocalWorkers(actor),
-        400,
-        lambda _: None,
-        {},
-    )
+    evaluation = evaluate(folder, "own", data, llama)
     evaluation.write_scores(evaluation.run("base", make_router("base")))
     rows = read_table(folder, "scores.parquet", SCORES).to_pylist()
     found = {(row["task"], row["metric"]): row for row in rows}
@@ -178,10 +178,7 @@ def test_a_summary_is_made_of_them(own_tasks: Path, tmp_path: Path, llama: Base)
 
     data = prepare_all(task_specs(suite(own_tasks, "own", limit=5)))
     folder = Folder(tmp_path / "run")
-    workers = LocalWorkers(local_actor(llama, Pool.from_experts(make_experts(llama, 2))))
-    common = {"run": "r", "base": "tiny", "manifest": "m"}
-    arguments: Any = (common, "float32", ["e0", "e1"], workers, 400, lambda _: None, {})
-    evaluation = Evaluation(folder, "own", data, *arguments)
+    evaluation = evaluate(folder, "own", data, llama)
     rows = [row for name in ("base", "merged") for row in evaluation.run(name, make_router(name))]
     evaluation.write_scores(rows)
     text = make_report(folder)
@@ -249,10 +246,7 @@ def test_packaged_definitions_run_over_exported_files(
             assert row["choices"] == record.choices
             assert row["correct"] == record.correct
     folder = Folder(tmp_path / "run")
-    workers = LocalWorkers(local_actor(llama, Pool.from_experts(make_experts(llama, 2))))
-    common = {"run": "r", "base": "tiny", "manifest": "m"}
-    arguments: Any = (common, "float32", ["e0", "e1"], workers, 400, lambda _: None, {})
-    rows = Evaluation(folder, "packaged", found, *arguments).run("base", make_router("base"))
+    rows = evaluate(folder, "packaged", found, llama).run("base", make_router("base"))
     assert {row["task"] for row in rows} == set(group["lm_eval"])
     assert {row["n"] for row in rows} == {9}
     assert len(task_specs({**group, "lm_eval": ["bbh_zeroshot"]})) == 27

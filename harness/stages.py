@@ -1,0 +1,250 @@
+"""The stages of a run, over actors of the cluster: train, measure profiles, evaluate."""
+
+import functools
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+
+from harness.actor import code_version
+from harness.cluster import Cluster, actor_options, check_room, room
+from harness.config import ClusterConfig
+from harness.early import Early
+from harness.eval_actor import EvalActor
+from harness.evaluate import Evaluation, Setting
+from harness.job_table import JobTable
+from harness.jobs import TICK_SECONDS, Workers
+from harness.pack import Members
+from harness.plan import Plan
+from harness.progress import Progress
+from harness.registry import Registry
+from harness.registry_actor import registry_actor
+from harness.serve import Served, choose
+from harness.train import Training, measure_profiles
+from harness.train_actor import TrainActor, TrainJob
+from phatgoose.errors import PhatgooseError
+
+# Chunks that wait for an actor; more are not needed to keep all of them busy.
+_AHEAD = 20_000
+# Between two looks at routers whose answers are complete: lm-eval sums them up meanwhile.
+_SUM_UP_SECONDS = 30.0
+
+
+class Stages:
+    """The stages of one run; they share the registry's actor and the evaluation actors.
+
+    Every stage says what could not be done, in lines, after it did the rest.
+    """
+
+    def __init__(self, plan: Plan, cluster: Cluster) -> None:
+        self._plan, self._config, self._cluster = plan, plan.config, cluster
+        self._is_training = False
+        self.table = JobTable(plan.folder, plan.all_jobs, plan.tokens, plan.finished)
+        self.evaluators = Workers(self._make_evaluator, self._room_to_evaluate, **self._patience)
+
+    def check(self) -> None:
+        """Raise PhatgooseError if the cluster has no room for a training actor."""
+        self._cluster.connect()
+        check_room(self._config.cluster, self._config.cluster.train_nodes)
+
+    def train(self) -> list[str]:
+        """Train what has not been trained; meanwhile, evaluate what need not wait."""
+        plan, jobs = self._plan, self._plan.open_jobs
+        total = sum(plan.tokens[job.card.job] for job in plan.all_jobs)
+        done = total - sum(plan.tokens[job.card.job] for job in jobs)
+        trainers = self._trainers(jobs)
+        self._is_training = True
+        with Progress(plan.folder, "train", total, "token", len(plan.all_jobs), done) as progress:
+            training = Training(
+                jobs, plan.tokens, plan.folder, trainers, self._keeper, self.table, progress
+            )
+            early = self._early(training, trainers) if "evaluate" in self._config.stages else None
+            try:
+                failures = training.run(early.step if early else lambda: None)
+            finally:
+                trainers.close()
+                self._is_training = False
+        if early:
+            early.finish()
+        return [f"expert {name}: {error}" for name, error in failures.items()]
+
+    def measure_profiles(self) -> list[str]:
+        """Measure the profiles that the pool lacks."""
+        plan, registry = self._plan, self._registry
+        experts: dict[str, str] = {}
+        lacking = []
+        for job in plan.jobs:
+            content_hash = registry.recorded(job.card.job)
+            if content_hash is None or job.profile_id is None:
+                continue
+            if not registry.has_profile(content_hash, job.profile_id):
+                experts[job.card.name] = content_hash
+                lacking.append(job)
+        if not lacking:
+            return []
+        self._cluster.connect()
+        trainers = self._trainers(lacking)
+        try:
+            with Progress(plan.folder, "profile", len(lacking), "expert", len(lacking)) as progress:
+                failures = measure_profiles(lacking, experts, trainers, self._keeper, progress)
+        finally:
+            trainers.close()
+        return [f"profile of {name}: {error}" for name, error in failures.items()]
+
+    def evaluate(self) -> list[str]:
+        """Evaluate every router that the pool can serve, on every suite."""
+        served = choose(self._plan, self._registry, self._pool())
+        for problem in served.problems:
+            print(problem, file=sys.stderr)
+        for suite in self._plan.suites:
+            served.problems += self._evaluate(suite, served)
+        return served.problems
+
+    def close(self) -> None:
+        """End the actors."""
+        self.evaluators.close()
+
+    def _evaluate(self, suite: str, served: Served) -> list[str]:
+        """Evaluate the routers on one suite; scores are written as routers are complete."""
+        tasks = self._plan.suites[suite]
+        evaluation = Evaluation(self._setting, suite, tasks, served.members, served.others)
+        requests = len(served.routers) * sum(len(chunk.requests) for chunk in evaluation.chunks)
+        to_ask, summed_up = dict(served.routers), time.monotonic()
+        rows: dict[str, list[dict[str, Any]]] = {}
+        chunks = len(served.routers) * len(evaluation.chunks)
+        with Progress(self._plan.folder, "evaluate", requests, "request", chunks) as progress:
+            while len(rows) + len(evaluation.failures) < len(served.routers):
+                while to_ask and self.evaluators.waiting < _AHEAD:
+                    name = next(iter(to_ask))
+                    evaluation.ask({name: to_ask.pop(name)})
+                if evaluation.is_waiting:
+                    evaluation.step(TICK_SECONDS)
+                self._show(progress, evaluation)
+                if evaluation.is_waiting and time.monotonic() - summed_up < _SUM_UP_SECONDS:
+                    continue
+                known = {*rows, *to_ask, *evaluation.open_routers, *evaluation.failures}
+                for name in [name for name in served.routers if name not in known]:
+                    rows[name] = evaluation.run(name, served.routers[name])
+                    ordered = [row for router in served.routers for row in rows.get(router, ())]
+                    evaluation.write_scores(ordered)
+                summed_up = time.monotonic()
+            ordered = [row for router in served.routers for row in rows.get(router, ())]
+            evaluation.write_scores(ordered, derived=set(self._config.router))
+        if not rows:
+            raise PhatgooseError("; ".join(evaluation.failures.values()))
+        return list(evaluation.failures.values())
+
+    def _show(self, progress: Progress, evaluation: Evaluation) -> None:
+        """Let the progress know what was answered."""
+        running, waiting = len(self.evaluators.under_way), self.evaluators.waiting
+        counts = {
+            "waiting": waiting,
+            "running": running,
+            "done": evaluation.answered,
+            "failed": len(evaluation.failures),
+        }
+        progress.update(evaluation.requests, counts, self.evaluators.places)
+
+    def _early(self, training: Training, trainers: Workers) -> Early:
+        """What need not wait for the last expert."""
+        plan = self._plan
+        there = {job.card.name: plan.finished.get(job.card.job) for job in plan.jobs}
+        training.experts |= {name: content for name, content in there.items() if content}
+        evaluations = [
+            Evaluation(self._setting, suite, tasks, Members(training.experts))
+            for suite, tasks in plan.suites.items()
+        ]
+        labels = (self._config.cluster.train_nodes, self._config.cluster.evaluate_nodes)
+        shared = not all(labels) or all(
+            labels[0].get(key, value) == value for key, value in labels[1].items()
+        )
+        return Early(evaluations, training.experts, plan.routers, trainers, self.evaluators, shared)
+
+    @property
+    def _patience(self) -> dict[str, float]:
+        config = self._config.cluster
+        return {"lease_seconds": config.lease_seconds, "wait_seconds": config.wait_seconds}
+
+    @functools.cached_property
+    def _registry(self) -> Registry:
+        return Registry(self._config.registry, self._plan.base_fingerprint)
+
+    @functools.cached_property
+    def _keeper(self) -> Any:
+        """The registry's actor: one handle for the whole run, as an actor ends with its last."""
+        return registry_actor(self._config.registry, self._plan.base_fingerprint)
+
+    @functools.cached_property
+    def _setting(self) -> Setting:
+        config = self._config
+        return Setting(
+            self._plan.folder,
+            config.pool["name"],
+            config.base.name,
+            config.base.dtype,
+            self.evaluators,
+            config.chunk_characters,
+        )
+
+    def _trainers(self, jobs: Sequence[TrainJob]) -> Workers:
+        """Training actors, started when there is work."""
+        config = self._config
+        profile = config.profile if any(job.profile_id for job in jobs) else None
+        options = actor_options(config.cluster, config.cluster.train_nodes)
+        remote = ray.remote(TrainActor).options(**options, max_concurrency=2)
+        arguments = (
+            config.base,
+            self._plan.base_fingerprint,
+            profile,
+            config.run.dir,
+            code_version(),
+            config.cluster.checkpoint_seconds,
+        )
+        return Workers(
+            lambda: remote.remote(*arguments),
+            lambda: room(options, config.cluster.max_actors),
+            **self._patience,
+        )
+
+    def _make_evaluator(self) -> Any:
+        config = self._config
+        options = actor_options(config.cluster, config.cluster.evaluate_nodes)
+        return (
+            ray.remote(EvalActor)
+            .options(**options, max_concurrency=2)
+            .remote(
+                config.base,
+                self._plan.base_fingerprint,
+                config.registry,
+                self._keeper,
+                config.run.dir,
+                code_version(),
+            )
+        )
+
+    def _room_to_evaluate(self) -> int:
+        self._cluster.connect()
+        config: ClusterConfig = self._config.cluster
+        options = actor_options(config, config.evaluate_nodes)
+        if self._is_training:
+            free = room(options, free=True) + self.evaluators.size
+            return min(free, config.max_actors or free)
+        check_room(config, config.evaluate_nodes)
+        return room(options, config.max_actors)
+
+    def _pool(self) -> dict[str, str]:
+        """The trained experts' content hashes by name; says which ones are lacking."""
+        plan, registry = self._plan, self._registry
+        found = {job.card.name: registry.finished(job.card.job) for job in plan.jobs}
+        experts = {name: content for name, content in found.items() if content is not None}
+        lacking = [name for name in found if name not in experts]
+        if not experts:
+            raise PhatgooseError(
+                f"no expert of pool {plan.config.pool['name']} is in the registry "
+                f"{registry.folder}: run the stage train"
+            )
+        if lacking:
+            print(f"the pool lacks {len(lacking)} experts: {', '.join(lacking)}", file=sys.stderr)
+        return experts

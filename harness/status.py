@@ -1,0 +1,178 @@
+"""How far is a run? python -m harness.status <run.dir> [--watch]
+
+Reads the run folder and nothing else: the run is not disturbed, and need not be reachable.
+"""
+
+import argparse
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from harness import results
+from harness.command_line import Answer, answer, count, table
+from harness.storage import Folder
+
+_WATCH_SECONDS = 2.0
+_SILENT_SECONDS = 60.0  # a driver writes every two seconds
+_SHOWN = 10
+_CLEAR = "\x1b[2J\x1b[H"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m harness.status",
+        description="How far a run is: jobs, rates, time left, actors, failures.",
+    )
+    parser.add_argument("run_dir", metavar="run.dir", help="the run's folder, or its URI")
+    parser.add_argument("--watch", action="store_true", help="again every two seconds, to the end")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.set_defaults(call=_status)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not parser.parse_args(arguments).watch:
+        return answer(parser, arguments)
+    return _watch(parser, [argument for argument in arguments if argument != "--watch"])
+
+
+def _watch(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
+    folder = Folder(parser.parse_args(arguments).run_dir)
+    try:
+        while True:
+            if sys.stdout.isatty():
+                print(_CLEAR, end="")
+            status = answer(parser, arguments)
+            if status or read_status(folder)["state"] != "running":
+                return status
+            sys.stdout.flush()
+            time.sleep(_WATCH_SECONDS)
+    except KeyboardInterrupt:
+        return 0
+
+
+def _status(args: argparse.Namespace) -> Answer:
+    folder = Folder(args.run_dir)
+    document = read_status(folder)
+    return Answer(document, describe(document))
+
+
+def read_status(folder: Folder) -> dict[str, Any]:
+    """What the run folder says of the run.
+
+    Keys: `state` (running, silent, stopped, finished or failed), `call` (of run.json), `stage` (of
+    status.json; None before the first stage), `jobs` (rows of jobs.parquet), `silent_seconds`.
+
+    Raises:
+        PhatgooseError: this is no run folder, or one of its files is damaged.
+    """
+    call = results.read_run(folder)["calls"][-1]
+    stage = None
+    if folder.exists(results.STATUS_FILE):
+        stage = results.read_json(folder, results.STATUS_FILE)
+    jobs = []
+    if folder.exists(results.JOBS_FILE):
+        jobs = results.read_table(folder, results.JOBS_FILE, results.JOBS).to_pylist()
+    silent = 0.0
+    if stage:
+        written = datetime.fromisoformat(stage["written"])
+        silent = max(0.0, (datetime.now(UTC) - written).total_seconds())
+    if call["finished"]:
+        state = "failed" if call["problems"] else "finished"
+    elif stage and stage["state"] == "stopped":
+        state = "stopped"
+    else:
+        state = "silent" if silent > _SILENT_SECONDS else "running"
+    return {
+        "run_dir": str(folder),
+        "state": state,
+        "silent_seconds": round(silent),
+        "call": {key: call.get(key) for key in ("started", "finished", "minutes", "problems")},
+        "stage": stage,
+        "jobs": jobs,
+    }
+
+
+def describe(status: dict[str, Any]) -> str:
+    """A status for a terminal."""
+    lines = [f"{status['run_dir']}: {_state(status)}"]
+    stage, jobs = status["stage"], status["jobs"]
+    if stage and stage["state"] == "running":
+        lines += _describe_stage(stage)
+    if jobs:
+        states = Counter(job["state"] for job in jobs)
+        named = ("done", "running", "waiting", "failed")
+        lines.append(f"experts   {', '.join(f'{states[s]} {s}' for s in named if states[s])}")
+    running = [job for job in jobs if job["state"] == "running"]
+    if running and status["state"] == "running":
+        rows = [
+            [j["expert"], f"{j['seconds'] or 0:.0f} s", str(j["starts"]), _place(j)]
+            for j in running[:_SHOWN]
+        ]
+        lines += ["", table(["running", "for", "starts", "where"], rows, right={1, 2})]
+        lines += _more(running)
+    troubled = [job for job in jobs if job["errors"]]
+    if troubled:
+        lines.append("")
+        for job in troubled[:_SHOWN]:
+            again = f"{count(len(job['errors']), 'error')}, the last:"
+            lines.append(f"{job['state']:9} {job['expert']}: {again} {job['errors'][-1]}")
+        lines += _more(troubled)
+    return "\n".join([*lines, *(f"problem   {line}" for line in status["call"]["problems"] or ())])
+
+
+def _state(status: dict[str, Any]) -> str:
+    call = status["call"]
+    problems = count(len(call["problems"] or ()), "problem")
+    return {
+        "running": f"running since {call['started']}",
+        "silent": f"no sign of life for {_duration(status['silent_seconds'])}: its driver or its "
+        "node may have died; the same command goes on from there",
+        "stopped": "stopped; the same command goes on from there",
+        "finished": f"finished {call['finished']}, after {call['minutes']} min",
+        "failed": f"finished {call['finished']} with {problems}",
+    }[status["state"]]
+
+
+def _describe_stage(stage: dict[str, Any]) -> list[str]:
+    share = stage["done"] / stage["total"] if stage["total"] else 1.0
+    unit, jobs, left = stage["unit"], stage["jobs"], stage["seconds_left"]
+    what = "chunks" if stage["stage"] == "evaluate" else "jobs"
+    lines = [
+        f"stage     {stage['stage']}: {share:.0%} of {count(stage['total'], unit)}, "
+        f"{stage['rate']:.4g} {unit}s/s, {_duration(left)} left",
+        f"{what:9} {jobs['done']} done, {jobs['running']} running, {jobs['waiting']} waiting, "
+        f"{jobs['failed']} failed; {stage['jobs_per_hour']:.4g} an hour",
+    ]
+    nodes: dict[tuple[str, str], list[bool]] = {}
+    for actor in stage["actors"]:
+        nodes.setdefault((actor["address"], actor["node"]), []).append(actor["works"])
+    lines += [
+        f"node      {address} ({node[:6]}): {count(len(works), 'actor')}, {sum(works)} at work"
+        for (address, node), works in sorted(nodes.items())
+    ]
+    return lines
+
+
+def _place(job: dict[str, Any]) -> str:
+    return f"{job['address']} ({(job['node'] or '')[:6]}), process {job['process']}"
+
+
+def _more(jobs: Sequence[Any]) -> list[str]:
+    more = len(jobs) - _SHOWN
+    return [f"... and {more} more, in {results.JOBS_FILE}"] if more > 0 else []
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "an unknown time"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""What the durable table of jobs and the status of a run say, while it lasts and afterwards."""
+
+import json
+import os
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import results
+from harness.actor import Place
+from harness.job_table import JobTable
+from harness.progress import Progress
+from harness.status import main, read_status
+from harness.storage import Folder
+from harness.tasks import TaskSpec
+from harness.train_actor import TrainJob
+from phatgoose.expert import Card
+from phatgoose.recipe import Recipe
+
+HERE = Place("a1b2c3d4" * 7, "10.0.0.1", 77)
+THERE = Place("ffeeddcc" * 7, "10.0.0.2", 78)
+
+
+def job(name: str) -> TrainJob:
+    card = Card(name, name, "tiny", "b" * 64, "d" * 64, name * 8, 1.0, {}, {})
+    return TrainJob(card, (TaskSpec(name, (name,)),), Recipe())
+
+
+@pytest.fixture
+def jobs() -> dict[str, TrainJob]:
+    return {name: job(name) for name in ("aa", "bb", "cc", "dd")}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    made = Folder(tmp_path / "run")
+    call = {"started": "2026-11-26T10:00:00+00:00", "finished": None}
+    results.write_run(made, {"identity": {}, "calls": [call]})
+    return made
+
+
+def table(folder: Folder, jobs: dict[str, TrainJob], *finished: str) -> JobTable:
+    tokens = {job.card.job: 1000 for job in jobs.values()}
+    done = {jobs[name].card.job: "0" * 64 for name in finished}
+    return JobTable(folder, list(jobs.values()), tokens, done)
+
+
+def rows(folder: Folder) -> dict[str, dict[str, Any]]:
+    found = results.read_table(folder, results.JOBS_FILE, results.JOBS).to_pylist()
+    return {row["expert"]: row for row in found}
+
+
+def test_the_table_says_what_became_of_every_job(folder: Folder, jobs: dict[str, TrainJob]) -> None:
+    made = table(folder, jobs, "aa")
+    made.start(jobs["bb"], HERE)
+    made.put_back(jobs["bb"], "its actor died: gone", "Traceback ...")
+    made.start(jobs["bb"], THERE)
+    made.end(jobs["bb"])
+    made.start(jobs["cc"], HERE)
+    made.end(jobs["cc"], "ValueError: no", "Traceback of no")
+    made.start(jobs["dd"], THERE)
+    assert made.counts() == {"waiting": 0, "running": 1, "done": 2, "failed": 1}
+    made.save(now=True)
+    found = rows(folder)
+    assert {name: row["state"] for name, row in found.items()} == {
+        "aa": "done",
+        "bb": "done",
+        "cc": "failed",
+        "dd": "running",
+    }
+    assert found["bb"]["errors"] == ["its actor died: gone"]
+    assert (found["bb"]["starts"], found["bb"]["address"]) == (2, "10.0.0.2")
+    assert found["cc"]["errors"] == ["ValueError: no"]
+    assert found["cc"]["traceback"] == "Traceback of no"
+    assert found["aa"]["starts"] == 0
+
+    # The driver dies here. The next one finds bb and cc, whose expert another driver made, done.
+    again = table(folder, jobs, "aa", "bb", "cc")
+    again.save(now=True)
+    found = rows(folder)
+    assert [row["state"] for row in found.values()] == ["done", "done", "done", "waiting"]
+    assert found["bb"]["errors"] == ["its actor died: gone"]  # how it went then
+
+
+def test_a_run_is_described_while_it_lasts(
+    folder: Folder, jobs: dict[str, TrainJob], capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = table(folder, jobs, "aa")
+    made.start(jobs["bb"], HERE)
+    made.put_back(jobs["cc"], "its actor died: lost", "")
+    made.save(now=True)
+    with Progress(folder, "train", 4000, "token", 4, 1000) as progress:
+        progress._written = -1e9
+        progress.update(2000, made.counts(), [(HERE, True), (HERE, False), (THERE, True)])
+        before = {name: folder.read(name) for name in folder.names()}
+        assert main([str(folder)]) == 0
+        text = capsys.readouterr().out
+        assert main([str(folder), "--json"]) == 0
+        document = json.loads(capsys.readouterr().out)
+        assert {name: folder.read(name) for name in folder.names()} == before
+    assert "running since 2026-11-26T10:00:00" in text
+    assert "train: 50% of 4,000 tokens" in text
+    assert "1 done, 1 running, 2 waiting, 0 failed" in text
+    assert "10.0.0.1 (a1b2c3): 2 actors, 1 at work" in text
+    assert "10.0.0.2 (ffeedd): 1 actor, 1 at work" in text
+    assert "process 77" in text
+    assert "cc: 1 error, the last: its actor died: lost" in text
+    assert document["state"] == "running"
+    assert document["stage"]["rate"] > 0
+    assert document["stage"]["seconds_left"] is not None
+    assert document["stage"]["driver"]["process"] == os.getpid()
+    assert read_status(folder)["stage"]["state"] == "finished"
+
+
+def test_a_driver_that_says_nothing_any_more_is_noticed(
+    folder: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Progress(folder, "train", 10, "token", 1):
+        pass
+    status = results.read_json(folder, results.STATUS_FILE)
+    long_ago = datetime.now(UTC) - timedelta(minutes=10)
+    old = {**status, "state": "running", "written": long_ago.isoformat()}
+    results.write_json(folder, results.STATUS_FILE, old)
+    assert read_status(folder)["state"] == "silent"
+    assert main([str(folder), "--watch"]) == 0  # there is nothing to wait for
+    assert "no sign of life for 10 min" in capsys.readouterr().out
+    ahead = {**old, "written": (datetime.now(UTC) + timedelta(hours=1)).isoformat()}
+    results.write_json(folder, results.STATUS_FILE, ahead)
+    assert read_status(folder)["state"] == "running"  # another clock
+
+
+def test_a_stopped_and_a_finished_run_are_told_apart(
+    folder: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(KeyboardInterrupt), Progress(folder, "train", 10, "token", 1):
+        raise KeyboardInterrupt
+    assert read_status(folder)["state"] == "stopped"
+    record = results.read_run(folder)
+    record["calls"][-1] |= {"finished": "now", "minutes": 3.5, "problems": ["expert aa: no"]}
+    results.write_run(folder, record)
+    assert main([str(folder)]) == 0
+    text = capsys.readouterr().out
+    assert "with 1 problem" in text
+    assert "expert aa: no" in text
+
+
+def test_a_folder_without_a_run_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(tmp_path / "nothing")]) == 2
+    assert "this is no run folder" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("two_cores")
+def test_prometheus_sees_the_progress(folder: Folder) -> None:
+    """Scraped from the agent of a real Ray's node, as Prometheus does."""
+    import urllib.request
+
+    import ray
+
+    (node,) = ray.nodes()
+    address = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
+    with Progress(folder, "train", 4000, "token", 4, 1000) as progress:
+        counts = {"waiting": 2, "running": 1, "done": 1, "failed": 0}
+        wanted = ("ray_phatgoose_queue_length{", "ray_phatgoose_tokens_per_second{")
+        deadline, text = time.monotonic() + 60, ""
+        while not all(name in text for name in wanted):
+            assert time.monotonic() < deadline, text[:2000]
+            progress._written = -1e9
+            progress.update(2000, counts, [(HERE, True)])
+            with urllib.request.urlopen(address, timeout=10) as page:
+                text = page.read().decode()
+    (line,) = [line for line in text.splitlines() if line.startswith(wanted[0])]
+    assert 'stage="train"' in line
+    assert line.endswith(" 2.0")
