@@ -10,6 +10,8 @@ from typing import Any
 # Read when Ray starts: send nothing home; actors without a GPU must not see one.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
+# Of a variable that both a submitted job and `Cluster` pass on, take one; they are the same.
+os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
 
 import ray
 from ray._private import ray_constants, services
@@ -20,6 +22,8 @@ from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
 
 _LOCAL_OBJECT_STORE = 512 * 2**20  # an expert at a time passes through it
+# What the driver's environment says of these holds on every node. Tokens and keys stay at home.
+_PASSED_ON = ("PHATGOOSE_CACHE", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT")
 
 
 class Cluster:
@@ -41,7 +45,8 @@ class Cluster:
         running = _running()
         if running:
             try:
-                ray.init(address=running, **quiet)
+                passed_on = {k: os.environ[k] for k in _PASSED_ON if k in os.environ}
+                ray.init(address=running, runtime_env={"env_vars": passed_on}, **quiet)
             except ConnectionError as error:
                 raise PhatgooseError(
                     f"the Ray at {running} does not answer: start it, or end what is left of it "

@@ -19,6 +19,7 @@ from harness.storage import Folder
 
 _WRITE_SECONDS = 2.0
 _STATES = ("waiting", "running", "done", "failed")
+_CLOCK_JUMP = 60.0  # seconds between the two clocks that are worth a line
 
 
 class Progress:
@@ -41,6 +42,7 @@ class Progress:
         self._counts = dict.fromkeys(_STATES, 0) | {"waiting": jobs}
         self._places: Sequence[tuple[Place, bool]] = ()
         self._started = time.monotonic()
+        self._clock = time.time() - time.monotonic()
         self._written = -float("inf")
         self._finished_jobs = 0
         self._metrics: dict[str, Any] = {}
@@ -93,9 +95,20 @@ class Progress:
         if not now and time.monotonic() - self._written < _WRITE_SECONDS:
             return
         self._written = time.monotonic()
+        self._look_at_the_clock()
         results.write_json(self._folder, results.STATUS_FILE, self._status(ended))
         if ray.is_initialized():
             self._tell_ray()
+
+    def _look_at_the_clock(self) -> None:
+        """Say if the time of day jumped: nothing here goes by it, but times in files do."""
+        clock = time.time() - time.monotonic()
+        if abs(clock - self._clock) > _CLOCK_JUMP:
+            self.say(
+                f"the clock of {socket.gethostname()} jumped by {clock - self._clock:+.0f} s: the "
+                "run goes on; times written from now on are of the new clock"
+            )
+            self._clock = clock
 
     def _status(self, ended: str | None) -> dict[str, Any]:
         rate = self._rate

@@ -63,7 +63,7 @@ def run(config: RunConfig) -> None:
             f"run.dir={config.run.dir} holds no run to report: run the stages train and evaluate "
             "before"
         )
-    started = time.time()
+    started = time.monotonic()
     problems: list[str] = []
     with Cluster() as cluster:
         plan = make_plan(config, preparer(cluster))
@@ -72,7 +72,7 @@ def run(config: RunConfig) -> None:
         to_train = "train" in config.stages and bool(plan.open_jobs)
         if to_train:
             stages.check()
-        record = _record(config, plan, started)
+        record = _record(config, plan)
         results.write_run(plan.folder, record)
         results.write_table(plan.folder, results.OVERLAP_FILE, results.OVERLAP, _overlaps(plan))
         stages.table.save(now=True)
@@ -85,9 +85,9 @@ def run(config: RunConfig) -> None:
                 problems += stages.evaluate()
         finally:
             stages.close()
-    minutes = (time.time() - started) / 60
+    minutes = (time.monotonic() - started) / 60
     record["calls"][-1] |= {
-        "finished": _time(time.time()),
+        "finished": _now(),
         "minutes": round(minutes, 2),
         "problems": problems,
     }
@@ -108,7 +108,7 @@ def _overlaps(plan: "Plan") -> list[dict[str, Any]]:
     return [{"suite": suite, "task": row.pop("suite_task"), **row} for suite, row in rows]
 
 
-def _record(config: RunConfig, plan: "Plan", started: float) -> dict[str, Any]:
+def _record(config: RunConfig, plan: "Plan") -> dict[str, Any]:
     """What run.json says: what all calls have in common, and each call's own."""
     before = results.read_run(plan.folder) if plan.folder.exists(results.RUN_FILE) else {}
     call = {
@@ -121,7 +121,7 @@ def _record(config: RunConfig, plan: "Plan", started: float) -> dict[str, Any]:
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         },
         "overlaps": [str(overlap) for found in plan.overlaps.values() for overlap in found],
-        "started": _time(started),
+        "started": _now(),
         "finished": None,
     }
     return {"identity": plan.identity, "calls": [*before.get("calls", []), call]}
@@ -137,8 +137,8 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def _time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _be_quiet() -> None:

@@ -58,11 +58,13 @@ def test_everything_is_served_where_nothing_is_lacking(config: RunConfig) -> Non
     assert served.problems == []
     names = ["merged", "retrieval", "genknowsub", "multitask", "single:birds", "single:lakes"]
     assert list(served.routers) == names
-    assert served.profiles is not None
-    assert served.profiles.keys() == experts.keys()
-    assert served.identities["retrieval"] == list(served.profiles.values())
-    assert served.identities["multitask"] == [served.multitask]
-    assert served.identities.keys() == {"retrieval", "multitask"}
+    profiles = served.members.profiles
+    assert profiles is not None
+    assert profiles == {job.card.name: job.profile_id for job in plan.jobs}
+    assert served.members.experts == experts
+    assert plan.multitask is not None
+    registry = Registry(config.registry, plan.base_fingerprint)
+    assert served.others == {"multitask": registry.recorded(plan.multitask.card.job)}
 
 
 def test_what_failed_leaves_the_others_standing(config: RunConfig) -> None:
@@ -84,7 +86,7 @@ def test_a_missing_profile_concerns_only_the_routers_that_look_at_profiles(
     experts |= publish(plan, "numbers", profiles=False)
     served = choose(plan, Registry(config.registry, plan.base_fingerprint), experts)
     assert served.problems == ["router retrieval is left out: there is no profile of numbers"]
-    assert served.profiles is None
+    assert served.members.profiles is None
     assert "retrieval" not in served.routers
 
 
