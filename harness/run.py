@@ -83,6 +83,10 @@ def run(config: RunConfig) -> None:
                 if needs_profiles(plan.routers.values()):
                     problems += stages.measure_profiles()
                 problems += stages.evaluate()
+        except PhatgooseError as error:
+            if not problems:
+                raise
+            raise PhatgooseError("; ".join([*problems, str(error)])) from error  # the cause first
         finally:
             stages.close()
     minutes = (time.monotonic() - started) / 60

@@ -3,7 +3,7 @@
 import functools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -28,6 +28,7 @@ from phatgoose.errors import PhatgooseError
 
 # Chunks that wait for an actor; more are not needed to keep all of them busy.
 _AHEAD = 20_000
+_NAMED = 5  # of many that failed for the same reason
 # Between two looks at routers whose answers are complete: lm-eval sums them up meanwhile.
 _SUM_UP_SECONDS = 30.0
 
@@ -68,7 +69,7 @@ class Stages:
                 self._is_training = False
         if early:
             early.finish()
-        return [f"expert {name}: {error}" for name, error in failures.items()]
+        return by_reason("expert", failures)
 
     def measure_profiles(self) -> list[str]:
         """Measure the profiles that the pool lacks."""
@@ -91,7 +92,7 @@ class Stages:
                 failures = measure_profiles(lacking, experts, trainers, self._keeper, progress)
         finally:
             trainers.close()
-        return [f"profile of {name}: {error}" for name, error in failures.items()]
+        return by_reason("profile of expert", failures)
 
     def evaluate(self) -> list[str]:
         """Evaluate every router that the pool can serve, on every suite."""
@@ -173,7 +174,7 @@ class Stages:
 
     @functools.cached_property
     def _keeper(self) -> Any:
-        """The registry's actor: one handle for the whole run, as an actor ends with its last."""
+        """The registry's actor, which ends with its handles."""
         return registry_actor(self._config.registry, self._plan.base_fingerprint)
 
     @functools.cached_property
@@ -248,3 +249,16 @@ class Stages:
         if lacking:
             print(f"the pool lacks {len(lacking)} experts: {', '.join(lacking)}", file=sys.stderr)
         return experts
+
+
+def by_reason(what: str, failures: Mapping[str, str]) -> list[str]:
+    """A line for each reason, with the names of those that failed for it."""
+    names: dict[str, list[str]] = {}
+    for name, error in failures.items():
+        names.setdefault(error, []).append(name)
+    lines = []
+    for error, failed in names.items():
+        more = f" and {len(failed) - _NAMED} more" if len(failed) > _NAMED else ""
+        plural = "s" if len(failed) > 1 else ""
+        lines.append(f"{what}{plural} {', '.join(failed[:_NAMED])}{more}: {error}")
+    return lines

@@ -1,0 +1,177 @@
+"""What the harness itself costs per job: jobs that wait rather than compute, on simulated nodes.
+
+    python -m benchmarks.scheduler --nodes 1 2 4 --jobs 1000 10000 --wait 0.1
+
+All that is around a training is real: a Ray cluster of that many worker nodes (on this machine),
+the scheduler, the job table, the progress file, the training curves, the registry's actor with its
+objects, records and manifests. Only the training is a wait of so many seconds, so that more actors
+than cores can be at work. The floor, the baseline of every ratio, is jobs * wait / actors.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+import torch
+from ray._private import ray_constants
+from ray.cluster_utils import Cluster as Nodes
+
+from harness.actor import Actor, code_version
+from harness.cluster import actor_options, room
+from harness.config import ClusterConfig
+from harness.job_table import JobTable
+from harness.jobs import Workers
+from harness.progress import Progress
+from harness.registry import Registry
+from harness.registry_actor import registry_actor
+from harness.storage import Folder
+from harness.tasks import TaskSpec
+from harness.train import Training
+from harness.train_actor import TrainJob
+from phatgoose.expert import Card, Expert, LoraFactors
+from phatgoose.recipe import Recipe, Stage
+
+_BASE = "0" * 64
+_CORES = 4  # of a simulated node
+_STEPS = 10  # of a job; each leaves a row in its training curve
+_ROWS = ("jobs", "nodes", "actors", "seconds", "of floor", "ms/job", "driver ms/job", "driver MiB")
+
+
+class Waiter(Actor):
+    """Waits for as long as a training would take, and returns an expert of random numbers."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(code_version())
+        self._seconds = seconds
+
+    def train(self, job: TrainJob) -> tuple[list[dict[str, Any]], ray.ObjectRef, None]:
+        """As `TrainActor.train`."""
+        time.sleep(self._seconds)
+        self._done += 1
+        generator = torch.Generator().manual_seed(int(job.card.job[:8], 16))
+        factors = LoraFactors(
+            torch.randn(1, 8, generator=generator),
+            torch.randn(8, 1, generator=generator),
+            torch.randn(8, generator=generator),
+        )
+        curve = {"exact_match": None, "lr": 0.1, "tokens": 1, "seconds": self._seconds}
+        names = {"expert": job.card.name, "job": job.card.job, "stage": "lora"}
+        rows = [
+            {**names, **curve, "split": "train", "step": step, "loss": 1.0}
+            for step in range(_STEPS)
+        ]
+        rows += [
+            {**names, **curve, "split": "evaluation", "step": step, "loss": 1.0}
+            for step in (0, _STEPS)
+        ]
+        return rows, ray.put(Expert(job.card, {"linear": factors})), None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print one row per number of jobs and of nodes."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--jobs", type=int, nargs="+", default=[1000])
+    parser.add_argument("--wait", type=float, default=0.1, help="seconds per job")
+    args = parser.parse_args(arguments)
+    print("  ".join(f"{name:>13}" for name in _ROWS))
+    for nodes in args.nodes:
+        with simulated(nodes), tempfile.TemporaryDirectory() as folder:
+            for count in args.jobs:
+                measure(Path(folder) / str(count), count, nodes, args.wait)
+
+
+@contextmanager
+def simulated(nodes: int) -> Iterator[None]:
+    """A head without work, and so many nodes with cores that are only numbers."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False  # stay on 127.0.0.1
+    common = {"node_ip_address": "127.0.0.1", "object_store_memory": 100 * 2**20}
+    head = {**common, "num_cpus": 0, "include_dashboard": False}
+    cluster = Nodes(initialize_head=True, head_node_args=head)
+    try:
+        for _ in range(nodes):
+            cluster.add_node(num_cpus=_CORES, **common)
+        ray.init(address=cluster.address, namespace="phatgoose", log_to_driver=False)
+        yield
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def measure(path: Path, count: int, nodes: int, wait: float) -> None:
+    """Train so many experts, and say what that took beyond the waiting."""
+    folder, process = Folder(path), psutil.Process()
+    jobs = [job(index) for index in range(count)]
+    tokens = dict.fromkeys((job.card.job for job in jobs), _STEPS)
+    options = actor_options(ClusterConfig(gpus_per_actor=0), {})
+    remote = ray.remote(Waiter).options(**options, max_concurrency=2)
+    workers = Workers(lambda: remote.remote(wait), lambda: room(options))
+    keeper = registry_actor(path / "registry", _BASE)
+    ready(workers, nodes * _CORES)
+    table = JobTable(folder, jobs, tokens, {})
+    before = most = process.memory_info().rss
+    busy, started = cpu(process), time.monotonic()
+
+    def look() -> None:
+        nonlocal most
+        most = max(most, process.memory_info().rss)
+
+    with Progress(folder, "train", count * _STEPS, "token", count) as progress:
+        progress.say = lambda line: None  # type: ignore[method-assign]
+        failures = Training(jobs, tokens, folder, workers, keeper, table, progress).run(look)
+    seconds, busy = time.monotonic() - started, cpu(process) - busy
+    actors = len(workers.places)
+    workers.close()
+    assert not failures, failures
+    assert len(Registry(path / "registry", _BASE).manifest().experts) == count
+    floor = count * wait / actors
+    overhead = 1000 * (seconds - floor) / count
+    values = (count, nodes, actors, seconds, seconds / floor, overhead, 1000 * busy / count)
+    print("  ".join(f"{v:13.2f}" if isinstance(v, float) else f"{v:13}" for v in values), end="")
+    print(f"  {before / 2**20:.0f} -> {most / 2**20:.0f}")
+    print(f"{'':13}  registry: {growth(path / 'registry')}", flush=True)
+
+
+def ready(workers: Workers, actors: int) -> None:
+    """Start all actors before the clock does: that takes as long for ten jobs as for many."""
+    jobs = [(job(index),) for index in range(actors)]
+    while len(workers.places) < actors:
+        workers.add("train", jobs)
+        while not workers.is_done:
+            workers.step(0.1)
+
+
+def job(index: int) -> TrainJob:
+    """One job of many."""
+    name = f"expert-{index}"
+    card = Card(name, name, "none", _BASE, "0" * 64, f"{index:08x}{'0' * 8}", 1.0, {}, {})
+    stage = Stage(steps=_STEPS, lr=0.1)
+    recipe = Recipe(rank=1, scale=1.0, lora=stage, gates=None, batch_size=1, micro_batch_size=1)
+    return TrainJob(card, (TaskSpec(name, (name,)),), recipe)
+
+
+def cpu(process: psutil.Process) -> float:
+    """Seconds of processor time that this process has used."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def growth(registry: Path) -> str:
+    """Files and bytes of each kind."""
+    said = []
+    for kind in ("objects", "jobs", "manifests"):
+        sizes = [file.stat().st_size for file in (registry / kind).iterdir()]
+        said.append(f"{len(sizes)} {kind}, {sum(sizes) / 2**20:.2f} MiB")
+    return "; ".join(said)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""What goes wrong around a run is told in one line, and the same command goes on afterwards.
+
+Every run here ends with the scores of one that nothing happened to.
+"""
+
+import dataclasses
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from harness import plan, registry_cli, results, stages
+from harness.config import ClusterConfig, RunConfig
+from harness.run import run
+from harness.storage import Folder
+from phatgoose.errors import PhatgooseError
+from tests.toy import prepare_toys, toy_config
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def ray_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One Ray for all tests of this module; the cache that its actors see is theirs too."""
+    from ray._private import ray_constants
+
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("faults")
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("PHATGOOSE_CACHE", str(folder / "cache"))
+        patch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", False)  # stay on 127.0.0.1
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            object_store_memory=100 * 2**20,
+            _node_ip_address="127.0.0.1",
+            namespace="phatgoose",
+            log_to_driver=False,
+        )
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def cache(ray_folder: None) -> None:
+    """The cache is that of the module's Ray."""
+
+
+@pytest.fixture(scope="module")
+def whole(
+    ray_folder: None, tmp_path_factory: pytest.TempPathFactory, llama_folder: Path
+) -> RunConfig:
+    """A run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole")
+    router: dict[str, Any] = {"phatgoose": {"top_k": 2}}
+    cluster = ClusterConfig(max_actors=1)
+    config: RunConfig = toy_config(llama_folder, folder / "run", router=router, cluster=cluster)
+    prepare_toys([*config.pool_tasks(), *config.suite_tasks(config.suites[0])], folder)
+    run(config)
+    return config
+
+
+@pytest.fixture
+def fresh(whole: RunConfig, tmp_path: Path) -> RunConfig:
+    """The same run, not begun."""
+    return moved(whole, tmp_path / "run")
+
+
+@pytest.fixture
+def done(whole: RunConfig, fresh: RunConfig) -> RunConfig:
+    """The same run, done, in a folder of its own."""
+    shutil.copytree(whole.run.dir, fresh.run.dir)
+    return fresh
+
+
+def moved(config: RunConfig, folder: Path) -> RunConfig:
+    where = dataclasses.replace(config.run, dir=str(folder))
+    return dataclasses.replace(config, run=where, registry=str(folder / "registry"))
+
+
+def fails(config: RunConfig) -> str:
+    """What a run says of its failure."""
+    with pytest.raises(PhatgooseError) as caught:
+        run(config)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def scores(config: RunConfig) -> list[dict[str, Any]]:
+    rows = results.read_table(Folder(config.run.dir), results.SCORES_FILE, results.SCORES)
+    return [{**row, "seconds": None} for row in rows.to_pylist()]
+
+
+def check_whole(config: RunConfig, whole: RunConfig) -> None:
+    """The results are those of the other run, and the registry has no fault."""
+    assert scores(config) == scores(whole)
+    assert registry_cli.main(["verify", config.registry]) == 0
+    left = [path for path in Path(config.run.dir).rglob("*") if path.name.startswith(".")]
+    assert left == []
+
+
+def objects(config: RunConfig) -> list[Path]:
+    return sorted((Path(config.registry) / "objects").iterdir())
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_a_damaged_expert_is_found_and_made_again(
+    done: RunConfig, whole: RunConfig, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    victim = objects(done)[0]
+    data = bytearray(victim.read_bytes())
+    if damage == "truncated":
+        del data[len(data) // 2 :]
+    else:
+        data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    shutil.rmtree(Path(done.registry) / "packs")
+    shutil.rmtree(Path(done.run.dir) / "journal")
+    assert registry_cli.main(["verify", done.registry]) == 1
+    assert str(victim) in "".join(capsys.readouterr())
+    message = fails(done)
+    assert str(victim) in message
+    assert "delete it" in message
+    victim.unlink()  # as the message says
+    run(done)
+    check_whole(done, whole)
+
+
+def test_a_half_written_manifest_is_named(done: RunConfig, whole: RunConfig) -> None:
+    manifests = Path(done.registry) / "manifests"
+    newest = max(manifests.iterdir(), key=lambda path: int(path.stem))
+    newest.write_bytes(newest.read_bytes()[:100])
+    message = fails(done)
+    assert str(newest) in message
+    assert "delete it" in message
+    newest.unlink()
+    run(done)
+    check_whole(done, whole)
+
+
+def test_nodes_with_other_code_are_refused(
+    fresh: RunConfig, whole: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "code_version", lambda: "0123456789ab")
+        message = fails(fresh)
+    assert message.startswith("experts lakes, numbers, birds: the code on node 127.0.0.1 is ")
+    assert "the driver's is 0123456789ab: install the same version" in message
+    assert not (Path(fresh.registry) / "objects").exists()
+    run(fresh)
+    check_whole(fresh, whole)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 4 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
+    mounted = subprocess.run(mount, capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("a tmpfs cannot be mounted here (root may)")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_disk_that_fills_costs_no_work(
+    whole: RunConfig, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = moved(whole, small_disk / "run")
+    assert "free some" in fails(config)  # seen before any work
+    monkeypatch.setattr(plan, "_SPARE_BYTES", 0)
+    ballast = small_disk / "ballast"
+    # Room for the first expert, and not for all that comes after it.
+    ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - 3 * objects_size(whole) // 2))
+    message = fails(config)
+    assert "No space left on device" in message
+    assert str(small_disk) in message
+    kept = objects(config)
+    before = [path.stat().st_mtime_ns for path in kept]
+    assert kept
+    ballast.unlink()
+    run(config)
+    assert [path.stat().st_mtime_ns for path in kept] == before
+    check_whole(config, whole)
+
+
+def objects_size(config: RunConfig) -> int:
+    return sum(path.stat().st_size for path in objects(config))
+
+
+def test_a_clock_that_jumps_does_no_harm(
+    fresh: RunConfig,
+    whole: RunConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    real, made = time.time, Path(fresh.registry) / "objects"
+    monkeypatch.setattr(time, "time", lambda: real() + 86400 * made.exists())
+    run(fresh)
+    assert "jumped by +86400 s" in capsys.readouterr().err
+    check_whole(fresh, whole)
