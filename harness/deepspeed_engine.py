@@ -1,4 +1,4 @@
-"""DeepSpeed as the engine that trains an expert: one job is one engine of one rank."""
+"""DeepSpeed as the engine that trains an expert: one job is one engine, of one rank or several."""
 
 import os
 from collections.abc import Sequence
@@ -10,35 +10,58 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from phatgoose.engine import TargetLoss, make_optimizer, make_scheduler
+from phatgoose.engine import (
+    ADAM_MEMORY,
+    TargetLoss,
+    adam_memory,
+    copies,
+    make_optimizer,
+    make_scheduler,
+    put,
+    set_step,
+)
 from phatgoose.recipe import Recipe, Stage
-from phatgoose.scoring import Question
+from phatgoose.scoring import Question, Score
 
 
-def start_deepspeed() -> None:
-    """Make this process a DeepSpeed group of its own, without a port and without compiling."""
+def start_deepspeed(store: dist.Store | None = None, rank: int = 0, ranks: int = 1) -> None:
+    """Make this process a DeepSpeed group of its own, or a rank of one; nothing is compiled.
+
+    Args:
+        store: where the ranks meet; one rank alone needs none, and no port.
+        rank: which one this process is.
+        ranks: how many there are.
+    """
     if dist.is_initialized():
         return
     # On a CPU, DeepSpeed would compile a shared-memory collective: 40 s, for a single rank.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Every rank sees the one device that Ray gave it, if any.
     os.environ.setdefault("LOCAL_RANK", "0")
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, store=store or dist.HashStore(), rank=rank, world_size=ranks)
     deepspeed.init_distributed(backend, auto_mpi_discovery=False)
 
 
 class DeepSpeedEngine:
-    """A `phatgoose.training.Engine` over a DeepSpeed engine; call `start_deepspeed` before."""
+    """A `phatgoose.engine.Engine` over a DeepSpeed engine; call `start_deepspeed` before."""
 
     def __init__(
-        self, module: TargetLoss, parameters: list[nn.Parameter], stage: Stage, recipe: Recipe
+        self,
+        module: TargetLoss,
+        parameters: list[nn.Parameter],
+        stage: Stage,
+        recipe: Recipe,
     ) -> None:
-        optimizer = make_optimizer(parameters, stage)
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self._parameters, self._stage = parameters, stage
+        self._adam = make_optimizer(parameters, stage)
+        self._scheduler = make_scheduler(self._adam, stage)
         self._engine: Any = deepspeed.initialize(
             model=module,
             model_parameters=parameters,
-            optimizer=optimizer,
-            lr_scheduler=make_scheduler(optimizer, stage),
+            optimizer=self._adam,
+            lr_scheduler=self._scheduler,
             dist_init_required=False,
             config={
                 "train_batch_size": recipe.batch_size,
@@ -63,6 +86,44 @@ class DeepSpeedEngine:
     def step(self) -> None:
         """Take an optimiser step after the last micro-batch of a batch."""
         self._engine.step()
+
+    def score(self, questions: Sequence[Question]) -> list[Score]:
+        """What the model says of the questions' first choices."""
+        scores: list[Score] = self._engine(questions, scores=True)
+        return scores
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Each value's sum over the ranks."""
+        if self.ranks == 1:
+            return list(values)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        summed = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(summed)
+        return summed.tolist()
+
+    def weights(self) -> list[Tensor]:
+        """Copies of what is trained."""
+        return copies(self._parameters)
+
+    def put_weights(self, weights: Sequence[Tensor]) -> None:
+        """Put other weights in their place."""
+        put(self._parameters, weights)
+
+    def memory(self) -> list[dict[str, Tensor]]:
+        """Copies of what AdamW remembers of each weight."""
+        return [
+            {name: self._adam.state[p][name].cpu().clone() for name in ADAM_MEMORY}
+            for p in self._parameters
+        ]
+
+    def resume(
+        self, weights: Sequence[Tensor], memory: Sequence[dict[str, Tensor]], step: int
+    ) -> None:
+        """Go on after so many steps."""
+        self.put_weights(weights)
+        for parameter, remembered in zip(self._parameters, memory, strict=True):
+            self._adam.state[parameter] = adam_memory(parameter, step, remembered)
+        set_step(self._adam, self._scheduler, self._stage, step)
 
     def close(self) -> None:
         """Free what the engine holds."""

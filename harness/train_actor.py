@@ -1,5 +1,6 @@
 """The actor that trains experts: one job after the other, over one base."""
 
+import functools
 import hashlib
 import itertools
 import random
@@ -11,10 +12,11 @@ import ray
 import torch
 
 from harness.actor import Actor
+from harness.checkpoints import FolderCheckpoints
 from harness.cluster import log_to_run_folder
 from harness.config import BaseConfig
 from harness.storage import Folder
-from harness.tasks import TaskData, TaskSpec, prepare_all
+from harness.tasks import TaskData, TaskSpec, prepare_all, prepare_here
 from harness.tasks.records import Record
 from harness.tasks.store import read_records
 from harness.tasks.tokens import tokenise
@@ -55,17 +57,6 @@ class TrainJob:
         return 0 if gates is None else gates.steps
 
 
-class FolderCheckpoints:
-    """Where a job's checkpoint is."""
-
-    def __init__(self, folder: Folder, job: str) -> None:
-        self._folder, self._file = folder, f"checkpoints/{job}.safetensors"
-
-    def delete(self) -> None:
-        """Delete it, if it is there."""
-        self._folder.delete(self._file, missing_ok=True)
-
-
 class TrainActor(Actor):
     """Trains experts and measures profiles, in a process of its own.
 
@@ -73,7 +64,8 @@ class TrainActor(Actor):
         base: which base to load.
         fingerprint: what it must be.
         profile: how profiles are measured; None if none are.
-        run_dir: where to write the log.
+        run_dir: where to write the log and the checkpoints.
+        checkpoint_seconds: how old a job's checkpoint gets before it is replaced.
     """
 
     def __init__(
@@ -87,6 +79,7 @@ class TrainActor(Actor):
     ) -> None:
         log_to_run_folder(run_dir, "train")
         super().__init__(code)
+        self._folder, self._checkpoint_seconds = Folder(run_dir), checkpoint_seconds
         self._profile = profile
         if profile is not None:
             load_encoder(profile.encoder)  # to fail now, if it must, and not after a training
@@ -113,31 +106,23 @@ class TrainActor(Actor):
         def report(progress: Progress) -> None:
             rows.append({"expert": job.card.name, "job": job.card.job, **asdict(progress)})
             self._steps += progress.split == "train"
-            self._done += 1
+            self._beat()
 
         print(f"training {job.card.name} (job {job.card.job})", flush=True)
+        options: dict[str, Any] = {
+            "engine": self._engine,
+            "report": report,
+            "checkpoints": FolderCheckpoints(
+                self._folder, job.card.job, job.recipe, self._checkpoint_seconds
+            ),
+            "beat": self._beat,
+        }
         if job.imported is None:
-            expert = train_expert(
-                self._base,
-                job.card,
-                train,
-                evaluation,
-                job.recipe,
-                engine=self._engine,
-                report=report,
-            )
+            expert = train_expert(self._base, job.card, train, evaluation, job.recipe, **options)
         else:
             expert = self._import(job)
             if job.steps:
-                expert = train_gates(
-                    self._base,
-                    expert,
-                    train,
-                    evaluation,
-                    job.recipe,
-                    engine=self._engine,
-                    report=report,
-                )
+                expert = train_gates(self._base, expert, train, evaluation, job.recipe, **options)
         print(f"trained {job.card.name}: {expert.card.metrics}", flush=True)
         self._steps = 0
         profile = None
@@ -153,9 +138,13 @@ class TrainActor(Actor):
         """Measure the profile of an expert that the registry has; returns its bytes."""
         return self._measure(job, ray.get(keeper.load.remote(content_hash)))
 
+    def _beat(self) -> None:
+        """Something was done: a long evaluation must not look like a hang."""
+        self._done += 1
+
     def _data(self, job: TrainJob) -> list[TaskData]:
         """The data of the job's tasks, which must be those of the plan."""
-        data = prepare_all(job.tasks)
+        data = prepare_all(job.tasks, functools.partial(prepare_here, beat=self._beat))
         found = data_fingerprint(data)
         if found != job.card.data_fingerprint:
             raise PhatgooseError(
@@ -178,7 +167,8 @@ class TrainActor(Actor):
             train = [read_records(d.train, share) for d in data]
             return _mixed(train, recipe.seed), _in_turn(evaluation)
         if job.steps * recipe.batch_size >= data[0].counts["train"]:
-            return tokenise(self._base, data[0], "train", recipe), _in_turn(evaluation)
+            train_tokens = tokenise(self._base, data[0], "train", recipe, self._beat)
+            return train_tokens, _in_turn(evaluation)
         records = read_records(data[0].train, recipe.max_examples)
         return list(map(_example, records)), _in_turn(evaluation)
 
@@ -201,7 +191,12 @@ class TrainActor(Actor):
         most = max(config.embedded_examples, config.activation_examples)
         examples = [_example(record) for record in read_records(data.train, most)]
         profile = measure_profile(
-            self._base, expert, examples, config, description=data.description
+            self._base,
+            expert,
+            examples,
+            config,
+            description=data.description,
+            beat=self._beat,
         )
         return profile.to_bytes()
 
