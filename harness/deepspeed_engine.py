@@ -8,8 +8,16 @@ import deepspeed
 import deepspeed.ops
 import torch
 import torch.distributed as dist
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from torch import Tensor, nn
 
+from harness.unpartitioned import Unpartitioned
 from phatgoose.engine import (
     ADAM_MEMORY,
     TargetLoss,
@@ -22,6 +30,10 @@ from phatgoose.engine import (
 )
 from phatgoose.recipe import Recipe, Stage
 from phatgoose.scoring import Question, Score
+
+# Nothing stays whole between two uses, however small: what was made whole for an evaluation could
+# not be used for training, as evaluation keeps no record of what is done to a tensor.
+_STAGE_3 = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
 
 
 def start_deepspeed(store: dist.Store | None = None, rank: int = 0, ranks: int = 1) -> None:
@@ -44,7 +56,11 @@ def start_deepspeed(store: dist.Store | None = None, rank: int = 0, ranks: int =
 
 
 class DeepSpeedEngine:
-    """A `phatgoose.engine.Engine` over a DeepSpeed engine; call `start_deepspeed` before."""
+    """A `phatgoose.engine.Engine` over a DeepSpeed engine; call `start_deepspeed` before.
+
+    What ZeRO partitions among the ranks: nothing (stage 0), the optimiser's memory (1), gradients
+    too (2), and all weights, those of the frozen base among them (3).
+    """
 
     def __init__(
         self,
@@ -52,11 +68,13 @@ class DeepSpeedEngine:
         parameters: list[nn.Parameter],
         stage: Stage,
         recipe: Recipe,
+        zero_stage: int = 0,
     ) -> None:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
-        self._parameters, self._stage = parameters, stage
+        self._parameters, self._stage, self._zero_stage = parameters, stage, zero_stage
         self._adam = make_optimizer(parameters, stage)
         self._scheduler = make_scheduler(self._adam, stage)
+        self._whole = Unpartitioned(module) if zero_stage == 3 else None
         self._engine: Any = deepspeed.initialize(
             model=module,
             model_parameters=parameters,
@@ -67,7 +85,7 @@ class DeepSpeedEngine:
                 "train_batch_size": recipe.batch_size,
                 "train_micro_batch_size_per_gpu": recipe.micro_batch_size,
                 "gradient_clipping": recipe.clip,
-                "zero_optimization": {"stage": 0},
+                "zero_optimization": {"stage": zero_stage, **(_STAGE_3 if self._whole else {})},
                 # Weights keep their own types: the base its own, what is trained float32.
                 "zero_allow_untested_optimizer": True,
                 "steps_per_print": 10**9,
@@ -103,28 +121,64 @@ class DeepSpeedEngine:
 
     def weights(self) -> list[Tensor]:
         """Copies of what is trained."""
+        if self._zero_stage == 3:
+            return copies([safe_get_full_fp32_param(p) for p in self._parameters])
         return copies(self._parameters)
 
     def put_weights(self, weights: Sequence[Tensor]) -> None:
-        """Put other weights in their place."""
-        put(self._parameters, weights)
+        """Put other weights in their place, and in that of the optimiser's own copies."""
+        with GatheredParameters(
+            self._parameters, modifier_rank=0, enabled=self._zero_stage == 3
+        ):
+            put(self._parameters, weights)
+        for parameter, weight in zip(self._parameters, weights, strict=True):
+            safe_set_full_fp32_param(parameter, weight.to(parameter.device))
 
     def memory(self) -> list[dict[str, Tensor]]:
         """Copies of what AdamW remembers of each weight."""
         return [
-            {name: self._adam.state[p][name].cpu().clone() for name in ADAM_MEMORY}
+            {name: self._remembered(p, name).cpu().clone() for name in ADAM_MEMORY}
             for p in self._parameters
         ]
+
+    def _remembered(self, parameter: nn.Parameter, name: str) -> Tensor:
+        if self._zero_stage == 0:
+            return self._adam.state[parameter][name]
+        whole: Tensor = safe_get_full_optimizer_state(parameter, name)
+        return whole.view(parameter.shape) if self._zero_stage < 3 else whole
 
     def resume(
         self, weights: Sequence[Tensor], memory: Sequence[dict[str, Tensor]], step: int
     ) -> None:
         """Go on after so many steps."""
         self.put_weights(weights)
-        for parameter, remembered in zip(self._parameters, memory, strict=True):
-            self._adam.state[parameter] = adam_memory(parameter, step, remembered)
+        if self._zero_stage == 0:
+            for parameter, remembered in zip(self._parameters, memory, strict=True):
+                self._adam.state[parameter] = adam_memory(parameter, step, remembered)
+        else:
+            self._resume_partitions(memory, step)
         set_step(self._adam, self._scheduler, self._stage, step)
+
+    def _resume_partitions(self, memory: Sequence[dict[str, Tensor]], step: int) -> None:
+        """Let each rank's partition remember its part."""
+        zero = self._engine.optimizer
+        if self._zero_stage == 3:
+            partitions = zero.fp32_partitioned_groups_flat
+        else:
+            partitions = zero.single_partition_of_fp32_groups
+        for flat in partitions:
+            nothing = {name: torch.zeros_like(flat) for name in ADAM_MEMORY}
+            self._adam.state[flat] = adam_memory(flat, step, nothing)
+        if self._zero_stage < 3:
+            zero._lazy_init_hp_params_optimizer_state()
+        for parameter, remembered in zip(self._parameters, memory, strict=True):
+            for name, whole in remembered.items():
+                safe_set_full_optimizer_state(parameter, whole.to(parameter.device), name)
 
     def close(self) -> None:
         """Free what the engine holds."""
+        trained = self.weights() if self._whole else []
         self._engine.destroy()
+        if self._whole:
+            self._whole.restore()
+            put(self._parameters, trained)

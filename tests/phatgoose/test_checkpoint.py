@@ -102,7 +102,7 @@ def test_nothing_is_done_twice(llama: Base) -> None:
 def state_of(base: Base) -> Memory:
     memory = Memory("job recipe")
     with pytest.raises(Killed):
-        train(base, checkpoints=memory, beat=kill_at(8))
+        train(base, checkpoints=memory, beat=kill_at(9))
     return memory
 
 
