@@ -16,21 +16,41 @@ class FolderCheckpoints:
         job: the job's id.
         recipe: how the job is trained: a state of another recipe is not gone on from.
         seconds: how old a checkpoint gets before it is replaced.
+        given: the file's bytes, where several ranks must go on from the same.
+        writes: whether this rank is the one that writes.
     """
 
     def __init__(
-        self, folder: Folder, job: str, recipe: Recipe | None = None, seconds: float = 60
+        self,
+        folder: Folder,
+        job: str,
+        recipe: Recipe | None = None,
+        seconds: float = 60,
+        *,
+        given: bytes | None = None,
+        writes: bool = True,
     ) -> None:
         self._folder, self._file = folder, f"checkpoints/{job}.safetensors"
         self._owner = "" if recipe is None else owner_of(job, recipe)
         self._seconds, self._saved = seconds, time.monotonic()
+        self._given, self._writes = given, writes
+
+    def read(self) -> bytes:
+        """The file's bytes; none if there is no file, or if it cannot be read."""
+        try:
+            if self._folder.exists(self._file):
+                return self._folder.read(self._file)
+        except PhatgooseError as error:
+            print(f"{self._file} is not used, the job starts afresh: {error}", flush=True)
+        return b""
 
     def load(self) -> State | None:
         """The state to go on from; of a file that cannot be used, one printed line says why."""
+        data = self.read() if self._given is None else self._given
+        if not data:
+            return None
         try:
-            if not self._folder.exists(self._file):
-                return None
-            state = State.from_bytes(self._folder.read(self._file), self._owner)
+            state = State.from_bytes(data, self._owner)
         except PhatgooseError as error:
             print(f"{self._file} is not used, the job starts afresh: {error}", flush=True)
             return None
@@ -39,10 +59,12 @@ class FolderCheckpoints:
 
     def due(self) -> bool:
         """Whether the newest checkpoint of this process is old enough."""
-        return time.monotonic() - self._saved >= self._seconds
+        return self._writes and time.monotonic() - self._saved >= self._seconds
 
     def save(self, state: State) -> None:
         """Write the file; one that cannot be written is reported, and training goes on."""
+        if not self._writes:
+            return
         try:
             self._folder.write(self._file, state.to_bytes(self._owner))
         except PhatgooseError as error:

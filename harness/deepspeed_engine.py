@@ -1,6 +1,7 @@
 """DeepSpeed as the engine that trains an expert: one job is one engine, of one rank or several."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,13 +9,13 @@ import deepspeed
 import deepspeed.ops
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
-from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from torch import Tensor, nn
 
 from harness.unpartitioned import Unpartitioned
@@ -31,8 +32,8 @@ from phatgoose.engine import (
 from phatgoose.recipe import Recipe, Stage
 from phatgoose.scoring import Question, Score
 
-# Nothing stays whole between two uses, however small: what was made whole for an evaluation could
-# not be used for training, as evaluation keeps no record of what is done to a tensor.
+# Training and evaluation run the model in different orders, so nothing is gathered ahead of its
+# use; and nothing stays whole between two uses, however small.
 _STAGE_3 = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
 
 
@@ -46,6 +47,8 @@ def start_deepspeed(store: dist.Store | None = None, rank: int = 0, ranks: int =
     """
     if dist.is_initialized():
         return
+    # DeepSpeed calls collectives by names that this PyTorch is about to change, at every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # On a CPU, DeepSpeed would compile a shared-memory collective: 40 s, for a single rank.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Every rank sees the one device that Ray gave it, if any.
@@ -127,9 +130,7 @@ class DeepSpeedEngine:
 
     def put_weights(self, weights: Sequence[Tensor]) -> None:
         """Put other weights in their place, and in that of the optimiser's own copies."""
-        with GatheredParameters(
-            self._parameters, modifier_rank=0, enabled=self._zero_stage == 3
-        ):
+        with GatheredParameters(self._parameters, modifier_rank=0, enabled=self._zero_stage == 3):
             put(self._parameters, weights)
         for parameter, weight in zip(self._parameters, weights, strict=True):
             safe_set_full_fp32_param(parameter, weight.to(parameter.device))

@@ -66,6 +66,9 @@ class TrainActor(Actor):
         profile: how profiles are measured; None if none are.
         run_dir: where to write the log and the checkpoints.
         checkpoint_seconds: how old a job's checkpoint gets before it is replaced.
+        zero_stage: what the ranks of one expert partition among them.
+        rank: which of them this actor is.
+        ranks: how many there are; of several, each must `join` the others before its first job.
     """
 
     def __init__(
@@ -76,6 +79,9 @@ class TrainActor(Actor):
         run_dir: str,
         code: str,
         checkpoint_seconds: float = 60,
+        zero_stage: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         log_to_run_folder(run_dir, "train")
         super().__init__(code)
@@ -85,18 +91,40 @@ class TrainActor(Actor):
             load_encoder(profile.encoder)  # to fail now, if it must, and not after a training
         from harness.deepspeed_engine import DeepSpeedEngine, start_deepspeed  # slow to import
 
-        start_deepspeed()
-        self._engine = DeepSpeedEngine
-        self._base = load_base_on_actor(base, fingerprint)
+        self._rank, self._ranks = rank, ranks
+        if ranks == 1:
+            start_deepspeed()
+        self._engine = functools.partial(DeepSpeedEngine, zero_stage=zero_stage)
+        # Stage 3 puts its partitions on the device; the whole may be too large for it.
+        self._base = load_base_on_actor(base, fingerprint, on_host=zero_stage == 3)
+
+    def open_store(self) -> tuple[str, int]:
+        """Of the first rank: open the place where the ranks meet; returns its address and port."""
+        from harness.meeting import open_store
+
+        self._store = open_store(self._ranks)
+        return self._store.host, self._store.port
+
+    def join(self, host: str, port: int) -> None:
+        """Meet the other ranks there, which must do the same."""
+        from harness.deepspeed_engine import start_deepspeed
+        from harness.meeting import join_store
+
+        store = self._store if self._rank == 0 else join_store(host, port, self._ranks)
+        start_deepspeed(store, self._rank, self._ranks)
 
     def train(
-        self, job: TrainJob
-    ) -> tuple[list[dict[str, Any]], ray.ObjectRef, ray.ObjectRef | None]:
+        self, job: TrainJob, checkpoint: bytes | None = None
+    ) -> tuple[list[dict[str, Any]], ray.ObjectRef, ray.ObjectRef | None] | None:
         """Make one expert.
+
+        Args:
+            job: what to make; of several ranks, all must be given it.
+            checkpoint: the job's checkpoint; it is looked for if None.
 
         Returns:
             Its training curve, a reference to the expert, and one to its profile's bytes if it has
-            a profile.
+            a profile. None of a rank that is not the first.
         """
         # An adapter without data is published as it is.
         train, evaluation = self._examples(job) if job.steps else ([], [])
@@ -113,7 +141,12 @@ class TrainActor(Actor):
             "engine": self._engine,
             "report": report,
             "checkpoints": FolderCheckpoints(
-                self._folder, job.card.job, job.recipe, self._checkpoint_seconds
+                self._folder,
+                job.card.job,
+                job.recipe,
+                self._checkpoint_seconds,
+                given=checkpoint,
+                writes=self._rank == 0,
             ),
             "beat": self._beat,
         }
@@ -125,6 +158,8 @@ class TrainActor(Actor):
                 expert = train_gates(self._base, expert, train, evaluation, job.recipe, **options)
         print(f"trained {job.card.name}: {expert.card.metrics}", flush=True)
         self._steps = 0
+        if self._rank > 0:
+            return None
         profile = None
         if job.profile_id is not None:
             try:
@@ -201,14 +236,17 @@ class TrainActor(Actor):
         return profile.to_bytes()
 
 
-def load_base_on_actor(config: BaseConfig, fingerprint: str) -> Any:
-    """Load the base on the device that Ray gave this actor, and check that it is the plan's."""
+def load_base_on_actor(config: BaseConfig, fingerprint: str, *, on_host: bool = False) -> Any:
+    """Load the base on the device that Ray gave this actor, and check that it is the plan's.
+
+    With `on_host`, it stays in the memory of the host.
+    """
     cores = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
     torch.set_num_threads(max(1, int(cores)))
     base = load_base(
         config.name,
         dtype=config.dtype,
-        device="cuda" if ray.get_gpu_ids() else "cpu",
+        device="cuda" if ray.get_gpu_ids() and not on_host else "cpu",
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
     )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from phatgoose.base import Base
 from phatgoose.recipe import Recipe, Stage
-from phatgoose.scoring import Question, Score, logits_at, pad_rows, score
+from phatgoose.scoring import Question, Score, logits_at, pad_rows, score_as_is
 
 
 class Engine(Protocol):
@@ -81,7 +81,8 @@ class TargetLoss(nn.Module):
         With `scores`, a list of their Scores instead.
         """
         if scores:
-            return [choices[0] for choices in score(self.base, questions)]
+            with torch.no_grad():
+                return [choices[0] for choices in score_as_is(self.base, questions)]
         with torch.autocast(self.base.device.type, torch.bfloat16, enabled=self.autocast):
             logits_NV, targets_N = target_logits(self.base, questions)
         return F.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
