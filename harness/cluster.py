@@ -88,22 +88,33 @@ def draining_nodes() -> frozenset[str]:
     return frozenset(state.get_draining_nodes())
 
 
-def actor_options(config: ClusterConfig, labels: Mapping[str, str]) -> dict[str, Any]:
-    """What an actor asks of Ray: cores, GPUs, and a node with these labels."""
-    gpus = config.gpus_per_actor
+def actor_options(
+    config: ClusterConfig, labels: Mapping[str, str], gpus: float | None = None
+) -> dict[str, Any]:
+    """What an actor asks of Ray: cores, GPUs, and a node with these labels.
+
+    Args:
+        config: how actors are sized.
+        labels: of the nodes that it may be on.
+        gpus: how many GPUs, if not as many as `config` says.
+    """
+    gpus = config.gpus_per_actor if gpus is None else gpus
     if gpus is None:
         gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
     options: dict[str, Any] = {"num_cpus": config.cpus_per_actor, "num_gpus": gpus}
     return {**options, "label_selector": dict(labels)} if labels else options
 
 
-def room(options: Mapping[str, Any], most: int | None = None, *, free: bool = False) -> int:
+def room(
+    options: Mapping[str, Any], most: int | None = None, *, free: bool = False, ranks: int = 1
+) -> int:
     """How many actors with these options the nodes that stay have room for, at most `most`.
 
     Args:
         options: what `actor_options` says.
         most: a limit.
         free: count only what nothing else holds now.
+        ranks: count groups of so many actors, which may be on several nodes.
     """
     labels = options.get("label_selector", {})
     available = available_resources_per_node() if free else {}
@@ -115,18 +126,23 @@ def room(options: Mapping[str, Any], most: int | None = None, *, free: bool = Fa
             has = available.get(node["NodeID"], {}) if free else node["Resources"]
             # Node by node: an actor cannot take half its cores from each of two.
             count += _fit(has, options)
-    return min(count, most or sys.maxsize)
+    return min(count // ranks, most or sys.maxsize)
 
 
-def check_room(config: ClusterConfig, labels: Mapping[str, str], ranks: int = 1) -> None:
+def check_room(
+    config: ClusterConfig,
+    labels: Mapping[str, str],
+    ranks: int = 1,
+    gpus: float | None = None,
+) -> None:
     """Wait for a node with room for an actor, where the cluster is not this run's own.
 
     Raises:
         PhatgooseError: none came; it says what there is and what an actor asks for.
     """
-    options = actor_options(config, labels)
+    options = actor_options(config, labels, gpus)
     ends = time.monotonic() + (0 if _is_own() else config.wait_seconds)
-    while room(options) < ranks:
+    while not room(options, ranks=ranks):
         if time.monotonic() < ends:
             time.sleep(1)
             continue

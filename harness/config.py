@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -66,6 +66,27 @@ class ClusterConfig:
 
 
 @dataclass
+class RanksConfig:
+    """How many processes train one expert, and on what: no part of what determines the expert.
+
+    Attributes:
+        ranks_per_expert: processes that train one expert together.
+        zero_stage: what ZeRO partitions among them, from 0, nothing, to 3, the base's weights too.
+        gpus_per_expert: for all ranks together; None: one per rank where the cluster has GPUs.
+    """
+
+    ranks_per_expert: int = 1
+    zero_stage: int = 0
+    gpus_per_expert: float | None = None
+
+    def gpus_per_rank(self, cluster: ClusterConfig) -> float | None:
+        """How many GPUs each rank takes; None: one where there are any."""
+        if self.gpus_per_expert is None:
+            return cluster.gpus_per_actor
+        return self.gpus_per_expert / self.ranks_per_expert
+
+
+@dataclass
 class OverlapConfig:
     """How much of a suite task may stand in an expert's training data: a share of its documents."""
 
@@ -95,6 +116,7 @@ class RunConfig:
     stages: list[str] = field(default_factory=lambda: list(STAGES))
     chunk_characters: int = 4000
     overlap: OverlapConfig = field(default_factory=OverlapConfig)
+    ranks: RanksConfig = field(default_factory=RanksConfig)
 
     def pool_tasks(self) -> list[TaskSpec]:
         """The pool's tasks: one expert each."""
@@ -280,6 +302,9 @@ def _to_dataclass(composed: DictConfig) -> RunConfig:
     if composed.base.dtype not in ("float32", "bfloat16"):
         raise PhatgooseError(f"base.dtype={composed.base.dtype}: it is float32 or bfloat16")
     composed.train.dtype = composed.base.dtype
+    # Both are set under `train`; only the recipe is part of what determines an expert.
+    names = [f.name for f in fields(RanksConfig)]
+    composed.ranks = {name: composed.train.pop(name) for name in names if name in composed.train}
     stages = composed.stages or []
     return RunConfig(
         base=_typed(BaseConfig, composed, "base"),
@@ -294,6 +319,7 @@ def _to_dataclass(composed: DictConfig) -> RunConfig:
         stages=[stages] if isinstance(stages, str) else list(stages),
         chunk_characters=composed.chunk_characters,
         overlap=_typed(OverlapConfig, composed, "overlap"),
+        ranks=_typed(RanksConfig, composed, "ranks"),
     )
 
 
@@ -370,6 +396,7 @@ def _check_values(config: RunConfig) -> None:
         raise PhatgooseError(f"chunk_characters={config.chunk_characters}: it must be positive")
     if config.cluster.max_actors is not None and config.cluster.max_actors < 1:
         raise PhatgooseError(f"cluster.max_actors={config.cluster.max_actors}: it must be positive")
+    _check_ranks(config)
     for key, group in (("pool", config.pool), *(("suite", suite) for suite in config.suites)):
         name, tasks = group.get("name"), group.get("tasks", {})
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
@@ -402,6 +429,30 @@ def _check_values(config: RunConfig) -> None:
         raise PhatgooseError(f"router.single.experts={singles}: give a list, such as [{singles}]")
     for expert in singles:
         _known(expert, experts, f"router single:{expert}: the pool has no such expert")
+
+
+def _check_ranks(config: RunConfig) -> None:
+    ranks, recipe, gpus = config.ranks.ranks_per_expert, config.train, config.ranks.gpus_per_expert
+    if ranks < 1:
+        raise PhatgooseError(f"train.ranks_per_expert={ranks}: it must be at least 1")
+    if config.ranks.zero_stage not in range(4):
+        raise PhatgooseError(f"train.zero_stage={config.ranks.zero_stage}: it is 0, 1, 2 or 3")
+    if recipe.accumulation % ranks:
+        raise PhatgooseError(
+            f"train.ranks_per_expert={ranks}: it must divide the {recipe.accumulation} "
+            f"micro-batches of a batch (train.batch_size={recipe.batch_size} over "
+            f"train.micro_batch_size={recipe.micro_batch_size})"
+        )
+    if gpus is not None and (gpus < 0 or (ranks > 1 and gpus not in (0, ranks))):
+        raise PhatgooseError(
+            f"train.gpus_per_expert={gpus:g}: with train.ranks_per_expert={ranks} it is 0 or "
+            f"{ranks}; only a single rank may take a fraction"
+        )
+    if ranks > 1 and gpus is None and config.cluster.gpus_per_actor not in (None, 0, 1):
+        raise PhatgooseError(
+            f"cluster.gpus_per_actor={config.cluster.gpus_per_actor:g}: each of several ranks "
+            f"takes one GPU or none: set train.gpus_per_expert={ranks}"
+        )
 
 
 def _first_line(error: Exception) -> str:

@@ -24,6 +24,7 @@ from harness.registry_actor import registry_actor
 from harness.serve import Served, choose
 from harness.train import Training, measure_profiles
 from harness.train_actor import TrainActor, TrainJob
+from harness.train_group import TrainGroup
 from phatgoose.errors import PhatgooseError
 
 # Chunks that wait for an actor; more are not needed to keep all of them busy.
@@ -48,7 +49,9 @@ class Stages:
     def check(self) -> None:
         """Raise PhatgooseError if the cluster has no room for a training actor."""
         self._cluster.connect()
-        check_room(self._config.cluster, self._config.cluster.train_nodes)
+        cluster, ranks = self._config.cluster, self._config.ranks
+        gpus = ranks.gpus_per_rank(cluster)
+        check_room(cluster, cluster.train_nodes, ranks.ranks_per_expert, gpus)
 
     def train(self) -> list[str]:
         """Train what has not been trained; meanwhile, evaluate what need not wait."""
@@ -193,19 +196,28 @@ class Stages:
         """Training actors, started when there is work."""
         config = self._config
         profile = config.profile if any(job.profile_id for job in jobs) else None
-        options = actor_options(config.cluster, config.cluster.train_nodes)
-        remote = ray.remote(TrainActor).options(**options, max_concurrency=2)
-        arguments = (
+        ranks, nodes = config.ranks.ranks_per_expert, config.cluster.train_nodes
+        gpus = config.ranks.gpus_per_rank(config.cluster)
+        options = actor_options(config.cluster, nodes, gpus)
+        arguments: tuple[Any, ...] = (
             config.base,
             self._plan.base_fingerprint,
             profile,
             config.run.dir,
             code_version(),
             config.cluster.checkpoint_seconds,
+            config.ranks.zero_stage,
         )
+        if ranks == 1:
+            remote = ray.remote(TrainActor).options(**options, max_concurrency=2)
+        else:
+            arguments = (code_version(), options, ranks, config.run.dir, arguments)
+            remote = ray.remote(TrainGroup).options(
+                num_cpus=0, label_selector=dict(nodes), max_concurrency=2
+            )
         return Workers(
             lambda: remote.remote(*arguments),
-            lambda: room(options, config.cluster.max_actors),
+            lambda: room(options, config.cluster.max_actors, ranks=ranks),
             **self._patience,
         )
 

@@ -10,11 +10,12 @@ from ray.exceptions import RayError, RayTaskError
 
 from harness import results
 from harness.actor import Place
+from harness.checkpoints import FolderCheckpoints
 from harness.job_table import JobTable
 from harness.jobs import ATTEMPTS, TICK_SECONDS, Failure, Watch, Workers, last_line
 from harness.progress import Progress
 from harness.storage import Folder
-from harness.train_actor import FolderCheckpoints, TrainJob
+from harness.train_actor import TrainJob
 from phatgoose.errors import Diverged, OutOfMemory, PhatgooseError
 from phatgoose.recipe import Recipe
 

@@ -1,5 +1,6 @@
 """The actor that trains experts: one job after the other, over one base."""
 
+import functools
 import hashlib
 import itertools
 import random
@@ -11,10 +12,11 @@ import ray
 import torch
 
 from harness.actor import Actor
+from harness.checkpoints import FolderCheckpoints
 from harness.cluster import log_to_run_folder
 from harness.config import BaseConfig
 from harness.storage import Folder
-from harness.tasks import TaskData, TaskSpec, prepare_all
+from harness.tasks import TaskData, TaskSpec, prepare_all, prepare_here
 from harness.tasks.records import Record
 from harness.tasks.store import read_records
 from harness.tasks.tokens import tokenise
@@ -55,17 +57,6 @@ class TrainJob:
         return 0 if gates is None else gates.steps
 
 
-class FolderCheckpoints:
-    """Where a job's checkpoint is."""
-
-    def __init__(self, folder: Folder, job: str) -> None:
-        self._folder, self._file = folder, f"checkpoints/{job}.safetensors"
-
-    def delete(self) -> None:
-        """Delete it, if it is there."""
-        self._folder.delete(self._file, missing_ok=True)
-
-
 class TrainActor(Actor):
     """Trains experts and measures profiles, in a process of its own.
 
@@ -73,7 +64,11 @@ class TrainActor(Actor):
         base: which base to load.
         fingerprint: what it must be.
         profile: how profiles are measured; None if none are.
-        run_dir: where to write the log.
+        run_dir: where to write the log and the checkpoints.
+        checkpoint_seconds: how old a job's checkpoint gets before it is replaced.
+        zero_stage: what the ranks of one expert partition among them.
+        rank: which of them this actor is.
+        ranks: how many there are; of several, each must `join` the others before its first job.
     """
 
     def __init__(
@@ -84,26 +79,52 @@ class TrainActor(Actor):
         run_dir: str,
         code: str,
         checkpoint_seconds: float = 60,
+        zero_stage: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         log_to_run_folder(run_dir, "train")
         super().__init__(code)
+        self._folder, self._checkpoint_seconds = Folder(run_dir), checkpoint_seconds
         self._profile = profile
         if profile is not None:
             load_encoder(profile.encoder)  # to fail now, if it must, and not after a training
         from harness.deepspeed_engine import DeepSpeedEngine, start_deepspeed  # slow to import
 
-        start_deepspeed()
-        self._engine = DeepSpeedEngine
-        self._base = load_base_on_actor(base, fingerprint)
+        self._rank, self._ranks = rank, ranks
+        if ranks == 1:
+            start_deepspeed()
+        self._engine = functools.partial(DeepSpeedEngine, zero_stage=zero_stage)
+        # Stage 3 puts its partitions on the device; the whole may be too large for it.
+        self._base = load_base_on_actor(base, fingerprint, on_host=zero_stage == 3)
+
+    def open_store(self) -> tuple[str, int]:
+        """Of the first rank: open the place where the ranks meet; returns its address and port."""
+        from harness.meeting import open_store
+
+        self._store = open_store(self._ranks)
+        return self._store.host, self._store.port
+
+    def join(self, host: str, port: int) -> None:
+        """Meet the other ranks there, which must do the same."""
+        from harness.deepspeed_engine import start_deepspeed
+        from harness.meeting import join_store
+
+        store = self._store if self._rank == 0 else join_store(host, port, self._ranks)
+        start_deepspeed(store, self._rank, self._ranks)
 
     def train(
-        self, job: TrainJob
-    ) -> tuple[list[dict[str, Any]], ray.ObjectRef, ray.ObjectRef | None]:
+        self, job: TrainJob, checkpoint: bytes | None = None
+    ) -> tuple[list[dict[str, Any]], ray.ObjectRef, ray.ObjectRef | None] | None:
         """Make one expert.
+
+        Args:
+            job: what to make; of several ranks, all must be given it.
+            checkpoint: the job's checkpoint; it is looked for if None.
 
         Returns:
             Its training curve, a reference to the expert, and one to its profile's bytes if it has
-            a profile.
+            a profile. None of a rank that is not the first.
         """
         # An adapter without data is published as it is.
         train, evaluation = self._examples(job) if job.steps else ([], [])
@@ -113,33 +134,32 @@ class TrainActor(Actor):
         def report(progress: Progress) -> None:
             rows.append({"expert": job.card.name, "job": job.card.job, **asdict(progress)})
             self._steps += progress.split == "train"
-            self._done += 1
+            self._beat()
 
         print(f"training {job.card.name} (job {job.card.job})", flush=True)
-        if job.imported is None:
-            expert = train_expert(
-                self._base,
-                job.card,
-                train,
-                evaluation,
+        options: dict[str, Any] = {
+            "engine": self._engine,
+            "report": report,
+            "checkpoints": FolderCheckpoints(
+                self._folder,
+                job.card.job,
                 job.recipe,
-                engine=self._engine,
-                report=report,
-            )
+                self._checkpoint_seconds,
+                given=checkpoint,
+                writes=self._rank == 0,
+            ),
+            "beat": self._beat,
+        }
+        if job.imported is None:
+            expert = train_expert(self._base, job.card, train, evaluation, job.recipe, **options)
         else:
             expert = self._import(job)
             if job.steps:
-                expert = train_gates(
-                    self._base,
-                    expert,
-                    train,
-                    evaluation,
-                    job.recipe,
-                    engine=self._engine,
-                    report=report,
-                )
+                expert = train_gates(self._base, expert, train, evaluation, job.recipe, **options)
         print(f"trained {job.card.name}: {expert.card.metrics}", flush=True)
         self._steps = 0
+        if self._rank > 0:
+            return None
         profile = None
         if job.profile_id is not None:
             try:
@@ -153,9 +173,13 @@ class TrainActor(Actor):
         """Measure the profile of an expert that the registry has; returns its bytes."""
         return self._measure(job, ray.get(keeper.load.remote(content_hash)))
 
+    def _beat(self) -> None:
+        """Something was done: a long evaluation must not look like a hang."""
+        self._done += 1
+
     def _data(self, job: TrainJob) -> list[TaskData]:
         """The data of the job's tasks, which must be those of the plan."""
-        data = prepare_all(job.tasks)
+        data = prepare_all(job.tasks, functools.partial(prepare_here, beat=self._beat))
         found = data_fingerprint(data)
         if found != job.card.data_fingerprint:
             raise PhatgooseError(
@@ -178,7 +202,8 @@ class TrainActor(Actor):
             train = [read_records(d.train, share) for d in data]
             return _mixed(train, recipe.seed), _in_turn(evaluation)
         if job.steps * recipe.batch_size >= data[0].counts["train"]:
-            return tokenise(self._base, data[0], "train", recipe), _in_turn(evaluation)
+            train_tokens = tokenise(self._base, data[0], "train", recipe, self._beat)
+            return train_tokens, _in_turn(evaluation)
         records = read_records(data[0].train, recipe.max_examples)
         return list(map(_example, records)), _in_turn(evaluation)
 
@@ -201,19 +226,27 @@ class TrainActor(Actor):
         most = max(config.embedded_examples, config.activation_examples)
         examples = [_example(record) for record in read_records(data.train, most)]
         profile = measure_profile(
-            self._base, expert, examples, config, description=data.description
+            self._base,
+            expert,
+            examples,
+            config,
+            description=data.description,
+            beat=self._beat,
         )
         return profile.to_bytes()
 
 
-def load_base_on_actor(config: BaseConfig, fingerprint: str) -> Any:
-    """Load the base on the device that Ray gave this actor, and check that it is the plan's."""
+def load_base_on_actor(config: BaseConfig, fingerprint: str, *, on_host: bool = False) -> Any:
+    """Load the base on the device that Ray gave this actor, and check that it is the plan's.
+
+    With `on_host`, it stays in the memory of the host.
+    """
     cores = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
     torch.set_num_threads(max(1, int(cores)))
     base = load_base(
         config.name,
         dtype=config.dtype,
-        device="cuda" if ray.get_gpu_ids() else "cpu",
+        device="cuda" if ray.get_gpu_ids() and not on_host else "cpu",
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
     )

@@ -1,12 +1,14 @@
 """What runs optimiser steps: from a micro-batch to its loss, its gradients, and a step.
 
-`PlainEngine` is plain PyTorch; the harness has one of DeepSpeed.
+`PlainEngine` is plain PyTorch; the harness has one of DeepSpeed. Several processes, the ranks, may
+train one expert together: each runs the same code, with its share of every batch. What an engine
+gives of weights is whole all the same, and the methods marked so are to be called by all ranks.
 
 Shape suffixes: N target tokens of a micro-batch, V vocabulary, L positions, B rows.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +16,19 @@ from torch import Tensor, nn
 
 from phatgoose.base import Base
 from phatgoose.recipe import Recipe, Stage
-from phatgoose.scoring import Question, logits_at, pad_rows
+from phatgoose.scoring import Question, Score, logits_at, pad_rows, score_as_is
 
 
 class Engine(Protocol):
-    """What runs optimiser steps."""
+    """What runs optimiser steps.
+
+    Attributes:
+        rank: which of the ranks this is.
+        ranks: how many train together.
+    """
+
+    rank: int
+    ranks: int
 
     def loss(self, questions: Sequence[Question]) -> Tensor:
         """The summed cross-entropy of a micro-batch's targets."""
@@ -29,8 +39,28 @@ class Engine(Protocol):
     def step(self) -> None:
         """Called after every micro-batch; takes an optimiser step after the last one."""
 
+    def score(self, questions: Sequence[Question]) -> list[Score]:
+        """What the model says of the questions' first choices; all ranks must."""
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Each value's sum over the ranks; all ranks must."""
+
+    def weights(self) -> list[Tensor]:
+        """Copies of what is trained, on the CPU; all ranks must."""
+
+    def put_weights(self, weights: Sequence[Tensor]) -> None:
+        """Put other weights in their place; all ranks must."""
+
+    def memory(self) -> list[dict[str, Tensor]]:
+        """Copies of what the optimiser remembers of each weight after a step; all ranks must."""
+
+    def resume(
+        self, weights: Sequence[Tensor], memory: Sequence[dict[str, Tensor]], step: int
+    ) -> None:
+        """Go on after so many steps, from what `weights` and `memory` said; all ranks must."""
+
     def close(self) -> None:
-        """Free what the engine holds."""
+        """Free what the engine holds; the model keeps the weights."""
 
 
 EngineFactory = Callable[["TargetLoss", list[nn.Parameter], Stage, Recipe], Engine]
@@ -45,8 +75,14 @@ class TargetLoss(nn.Module):
         self.model = base.model
         self.autocast = dtype == "bfloat16"
 
-    def forward(self, questions: Sequence[Question]) -> Tensor:
-        """Summed cross-entropy of the questions' first choices (scalar, float32)."""
+    def forward(self, questions: Sequence[Question], scores: bool = False) -> Any:
+        """Summed cross-entropy of the questions' first choices (scalar, float32).
+
+        With `scores`, a list of their Scores instead.
+        """
+        if scores:
+            with torch.no_grad():
+                return [choices[0] for choices in score_as_is(self.base, questions)]
         with torch.autocast(self.base.device.type, torch.bfloat16, enabled=self.autocast):
             logits_NV, targets_N = target_logits(self.base, questions)
         return F.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
@@ -79,17 +115,21 @@ def target_logits(base: Base, questions: Sequence[Question]) -> tuple[Tensor, Te
 class PlainEngine:
     """An engine of plain PyTorch, for use without DeepSpeed."""
 
+    rank, ranks = 0, 1
+
     def __init__(
         self, module: TargetLoss, parameters: list[nn.Parameter], stage: Stage, recipe: Recipe
     ) -> None:
-        self._module, self._parameters, self._recipe = module, parameters, recipe
+        self._module, self._parameters = module, parameters
+        self._stage, self._recipe = stage, recipe
         self._optimizer = make_optimizer(parameters, stage)
         self._scheduler = make_scheduler(self._optimizer, stage)
         self._micro_batches = 0
 
     def loss(self, questions: Sequence[Question]) -> Tensor:
         """The summed cross-entropy of a micro-batch's targets."""
-        return self._module(questions)
+        loss: Tensor = self._module(questions)
+        return loss
 
     def backward(self, loss: Tensor) -> None:
         """Add a micro-batch's gradients."""
@@ -104,8 +144,77 @@ class PlainEngine:
             self._scheduler.step()
             self._optimizer.zero_grad()
 
+    def score(self, questions: Sequence[Question]) -> list[Score]:
+        """What the model says of the questions' first choices."""
+        scores: list[Score] = self._module(questions, scores=True)
+        return scores
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """The values: there is one rank."""
+        return list(values)
+
+    def weights(self) -> list[Tensor]:
+        """Copies of what is trained."""
+        return copies(self._parameters)
+
+    def put_weights(self, weights: Sequence[Tensor]) -> None:
+        """Put other weights in their place."""
+        put(self._parameters, weights)
+
+    def memory(self) -> list[dict[str, Tensor]]:
+        """Copies of what AdamW remembers of each weight."""
+        return [
+            {name: self._optimizer.state[p][name].cpu().clone() for name in ADAM_MEMORY}
+            for p in self._parameters
+        ]
+
+    def resume(
+        self, weights: Sequence[Tensor], memory: Sequence[dict[str, Tensor]], step: int
+    ) -> None:
+        """Go on after so many steps."""
+        self.put_weights(weights)
+        for parameter, remembered in zip(self._parameters, memory, strict=True):
+            self._optimizer.state[parameter] = adam_memory(parameter, step, remembered)
+        set_step(self._optimizer, self._scheduler, self._stage, step)
+
     def close(self) -> None:
         """Nothing is held."""
+
+
+# What AdamW remembers of a weight, besides the number of steps.
+ADAM_MEMORY = ("exp_avg", "exp_avg_sq")
+
+
+def copies(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Copies on the CPU."""
+    return [parameter.detach().cpu().clone() for parameter in parameters]
+
+
+def put(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy values into parameters."""
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)
+
+
+def adam_memory(
+    parameter: Tensor, step: int, remembered: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What AdamW keeps of a parameter after so many steps."""
+    moved = {name: t.to(parameter.device, copy=True) for name, t in remembered.items()}
+    return {"step": torch.tensor(float(step)), **moved}
+
+
+def set_step(
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    stage: Stage,
+    step: int,
+) -> None:
+    """Let a fresh schedule stand where it stands after so many steps."""
+    scheduler.last_epoch = step
+    for group in optimizer.param_groups:
+        group["lr"] = stage.lr * stage.lr_factor(step)
 
 
 def make_optimizer(parameters: list[nn.Parameter], stage: Stage) -> torch.optim.Optimizer:

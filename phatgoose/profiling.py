@@ -3,7 +3,7 @@
 Shape suffixes: B rows, L positions, D input features of a linear, T tokens, Q examples of a batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ def measure_profile(
     examples: Sequence[Example],
     config: ProfileConfig,
     description: str = "",
+    beat: Callable[[], None] = lambda: None,
 ) -> Profile:
     """Measure what routers need on examples of an expert's task; the base is left as it was.
 
@@ -38,6 +39,7 @@ def measure_profile(
         examples: training examples of its task; the first ones are used.
         config: how many of them, and which sentence encoder.
         description: what the task is about; if there is none, some inputs stand for it.
+        beat: called after every batch, as a sign of life.
 
     Raises:
         PhatgooseError: there are no examples, or the sentence encoder cannot be had.
@@ -51,7 +53,7 @@ def measure_profile(
     ]
     model = RoutedModel(base, Pool.from_experts([expert]), Single(expert.card.name))
     try:
-        statistics = _listen(model, expert, examples[: config.activation_examples], config)
+        statistics = _listen(model, expert, examples[: config.activation_examples], config, beat)
     finally:
         model.detach()
     return Profile(
@@ -71,7 +73,11 @@ def _describe(task: str, examples: Sequence[Example]) -> str:
 
 
 def _listen(
-    model: RoutedModel, expert: Expert, examples: Sequence[Example], config: ProfileConfig
+    model: RoutedModel,
+    expert: Expert,
+    examples: Sequence[Example],
+    config: ProfileConfig,
+    beat: Callable[[], None],
 ) -> "_Statistics":
     """Run the examples through the model, and listen to the input of each adapted linear."""
     limits = config.max_input_tokens, config.max_target_tokens
@@ -82,6 +88,7 @@ def _listen(
         for start in range(0, len(questions), config.batch_size):
             model.score(questions[start : start + config.batch_size])
             statistics.end_batch()
+            beat()
     return statistics
 
 

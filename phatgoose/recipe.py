@@ -56,6 +56,8 @@ class Recipe:
         validation_examples: how many to keep out, at most a tenth of the training examples.
         dtype: of the frozen base; bfloat16 also means autocast.
         seed: of A's start and of the order of the examples.
+        retry_lr: what both rates are multiplied by for the one more try of a loss that diverged;
+            0: there is none.
     """
 
     rank: int = 16
@@ -88,6 +90,10 @@ class Recipe:
             raise PhatgooseError(
                 f"train.micro_batch_size={self.micro_batch_size} does not divide "
                 f"train.batch_size={self.batch_size}"
+            )
+        if not 0 <= self.retry_lr < 1:
+            raise PhatgooseError(
+                f"train.retry_lr is {self.retry_lr}: it must be less than 1, and 0 for no retry"
             )
         if self.dtype not in ("float32", "bfloat16"):
             raise PhatgooseError(f"train.dtype is {self.dtype!r}: float32 or bfloat16")

@@ -125,6 +125,17 @@ def score(
     Raises:
         PhatgooseError: a sequence is longer than the base's sliding window, if it has one.
     """
+    return score_as_is(base, questions, batch)
+
+
+def score_as_is(
+    base: Base, questions: Sequence[Question], batch: Batch | None = None
+) -> list[list[Score]]:
+    """`score` in the mode that torch is in.
+
+    Weights that are gathered in inference mode can never be trained with, so where they are
+    gathered as they are needed, `torch.no_grad` has to do.
+    """
     logits = _score_encoder_decoder if base.is_encoder_decoder else _score_decoder
     logits_PV, places, targets = logits(base, questions, batch or Batch())
     return to_scores(logits_PV, places, targets, questions)

@@ -120,23 +120,29 @@ def prepare(spec: TaskSpec) -> TaskData:
     return prepare_all([spec])[0]
 
 
-def prepare_here(specs: Sequence[TaskSpec]) -> None:
-    """Make the files of tasks that have none yet, in this process, one after the other."""
+def prepare_here(specs: Sequence[TaskSpec], beat: Callable[[], None] = lambda: None) -> None:
+    """Make the files of tasks that have none yet, in this process, one after the other.
+
+    Args:
+        specs: the tasks.
+        beat: called after each, as a sign of life.
+    """
     by_source: dict[str, list[TaskSpec]] = {}
     for spec in specs:
         by_source.setdefault(spec.source, []).append(spec)
     for source, wanted in by_source.items():
-        write_all(SOURCES[source].read(wanted))
+        write_all(SOURCES[source].read(wanted), beat)
 
 
-def write_all(tasks: Iterable[TaskRecords]) -> None:
-    """Write tasks that a source reads, one after the other."""
+def write_all(tasks: Iterable[TaskRecords], beat: Callable[[], None] = lambda: None) -> None:
+    """Write tasks that a source reads, one after the other; `beat` is called after each."""
     for task in tasks:
         spec = task.spec
         origin = {"source": spec.source, "members": ", ".join(spec.members), **task.origin}
         write_task(
             folder_of(spec), spec.name, task.records, description=task.description, origin=origin
         )
+        beat()
 
 
 def prepare_all(

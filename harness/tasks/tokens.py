@@ -8,7 +8,7 @@ The key is the hash of the examples, the tokenizer, and the lengths they are cut
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import overload
 
 import pyarrow as pa
@@ -62,11 +62,17 @@ class TokenisedExamples(Sequence[Question]):
         return sum(length or 0 for length in lengths) / max(1, len(self))
 
 
-def tokenise(base: Base, data: TaskData, split: Split, recipe: Recipe) -> TokenisedExamples:
+def tokenise(
+    base: Base,
+    data: TaskData,
+    split: Split,
+    recipe: Recipe,
+    beat: Callable[[], None] = lambda: None,
+) -> TokenisedExamples:
     """The examples of one split as token ids, cut as the recipe says; made if they are not there.
 
     Each counts with its first target, which is the one trained on. The texts are read a few
-    thousand at a time.
+    thousand at a time, and `beat` is called after each time.
     """
     limits = recipe.max_input_tokens, recipe.max_target_tokens
     made_from = [_VERSION, data.fingerprint, split, _tokenizer(base), limits]
@@ -79,6 +85,7 @@ def tokenise(base: Base, data: TaskData, split: Split, recipe: Recipe) -> Tokeni
             with pa.ipc.new_file(str(temporary), _SCHEMA) as writer:
                 for batch in _encoded(base, data, split, *limits):
                     writer.write_batch(batch)
+                    beat()
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
 from phatgoose.recipe import Recipe, Stage
 from phatgoose.training import Example, Progress, train_expert
+from tests import interrupted
 from tests.tiny import make_card, state
 
 pytestmark = pytest.mark.slow
@@ -121,6 +122,16 @@ def test_a_failed_job_leaves_the_engine_usable(llama: Base, deepspeed: Any) -> N
     expert, _ = train(llama, engine=deepspeed)
     plain, _ = train(llama)
     assert expert.card.metrics == pytest.approx(plain.card.metrics, rel=1e-4)
+
+
+@pytest.mark.parametrize("at", [[3], [12], [19], [24], [7, 9, 4]])
+def test_an_interrupted_job_ends_with_the_same_bits(
+    base: Base, deepspeed: Any, at: list[int]
+) -> None:
+    expected, rows = interrupted.train(base, engine=deepspeed)
+    expert, resumed, _ = interrupted.train_interrupted(base, at, engine=deepspeed)
+    assert interrupted.timeless(resumed) == interrupted.timeless(rows)
+    assert expert.content_hash() == expected.content_hash()
 
 
 def test_nothing_was_compiled(deepspeed: Any, compiled: Path) -> None:

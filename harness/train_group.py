@@ -1,0 +1,131 @@
+"""Several ranks that train one expert together, and look like one training actor to the scheduler.
+
+    scheduler ──► TrainGroup ──► its placement group: one bundle per rank
+                      └────────► its children: TrainActor of rank 0, 1, ...
+
+It does no work itself, so it can tell a rank that failed from one that waits for the others. Ray
+ends what belongs to an actor with it, so that whoever ends the group has ended all of it.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from harness.actor import Actor, Place
+from harness.checkpoints import FolderCheckpoints
+from harness.cluster import log_to_run_folder
+from harness.storage import Folder
+from harness.train_actor import TrainActor, TrainJob
+from phatgoose.errors import PhatgooseError
+
+_LOOK_SECONDS = 30
+
+
+class TrainGroup(Actor):
+    """The ranks of one expert.
+
+    Args:
+        code: what `code_version` said in the driver's process.
+        options: what a rank asks of Ray, as `actor_options` says.
+        ranks: how many there are.
+        run_dir: where the log and the checkpoints are.
+        arguments: of TrainActor, up to the rank.
+    """
+
+    def __init__(
+        self,
+        code: str,
+        options: Mapping[str, Any],
+        ranks: int,
+        run_dir: str,
+        arguments: Sequence[Any],
+    ) -> None:
+        log_to_run_folder(run_dir, "group")
+        super().__init__(code)
+        self._folder, self._arguments = Folder(run_dir), tuple(arguments)
+        self._options, self._count = dict(options), ranks
+        self._ranks: list[Any] = []
+        labels = self._options.pop("label_selector", {})
+        asks = {"CPU": options["num_cpus"], "GPU": options["num_gpus"]}
+        bundle = {name: amount for name, amount in asks.items() if amount > 0}
+        self._group = placement_group(
+            [bundle] * ranks, strategy="PACK", bundle_label_selector=[labels] * ranks
+        )
+        while not self._group.wait(_LOOK_SECONDS):
+            print("waiting for nodes with room for all ranks", flush=True)
+        self._start()
+        self._place: Place = ray.get(self._ranks[0].place.remote())
+
+    def place(self) -> Place:
+        """Where the first rank is."""
+        return self._place
+
+    def beat(self) -> tuple[int, int]:
+        """How far the first rank is; the others are with it."""
+        if not self._ranks:
+            return self._done, 0
+        beat: tuple[int, int] = ray.get(self._ranks[0].beat.remote())
+        return beat
+
+    def train(self, job: TrainJob) -> Any:
+        """Make one expert; returns what `TrainActor.train` does.
+
+        If one rank fails, all are ended, as the others would wait for it. After an error of its own
+        they are started anew for the next job. If one died, this actor ends too, and the scheduler
+        finds a place for a new one.
+        """
+        if not self._ranks:
+            self._start()
+        checkpoint = FolderCheckpoints(self._folder, job.card.job, job.recipe).read()
+        try:
+            results = _results([rank.train.remote(job, checkpoint) for rank in self._ranks])
+        except RayActorError as error:
+            print(f"a rank died: {error}", flush=True)
+            os._exit(1)
+        except RayTaskError as error:
+            self._end()
+            if isinstance(error.cause, PhatgooseError):
+                raise error.cause from None
+            raise
+        return results[0]
+
+    def profile(self, job: TrainJob, content_hash: str, keeper: Any) -> bytes:
+        """Measure the profile of an expert that the registry has, on the first rank."""
+        if not self._ranks:
+            self._start()
+        profile: bytes = ray.get(self._ranks[0].profile.remote(job, content_hash, keeper))
+        return profile
+
+    def _start(self) -> None:
+        """Start the ranks, each in its bundle, and let them meet."""
+        remote = ray.remote(TrainActor)
+        self._ranks = [
+            remote.options(
+                **self._options,
+                max_concurrency=2,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, rank),
+            ).remote(*self._arguments, rank, self._count)
+            for rank in range(self._count)
+        ]
+        host, port = ray.get(self._ranks[0].open_store.remote())
+        _results([rank.join.remote(host, port) for rank in self._ranks])
+
+    def _end(self) -> None:
+        for rank in self._ranks:
+            ray.kill(rank)
+        self._ranks = []
+
+
+def _results(references: Sequence[Any]) -> list[Any]:
+    """What all ranks returned, in their order; the error of the first that fails, at once."""
+    waiting = list(references)
+    while waiting:
+        done, waiting = ray.wait(waiting, num_returns=1)
+        ray.get(done)
+    results: list[Any] = ray.get(list(references))
+    return results

@@ -1,0 +1,40 @@
+"""What ZeRO stage 3 does to a model, undone: whole weights in plain parameters again."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Unpartitioned:
+    """A model as it was before ZeRO stage 3 partitioned it.
+
+    The weights are kept where they are, and so the model is loaded to the memory of the host, as a
+    mapped file: only the partitions are on the device.
+
+    Args:
+        module: the model, before it is partitioned.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._modules = list(module.modules())
+        self._parameters: list[dict[str, Any]] = [m._parameters for m in self._modules]
+        self._attributes = [set(vars(m)) for m in self._modules]
+        self._values: dict[nn.Parameter, Tensor] = {p: p.data for p in module.parameters()}
+        self._own = {p: set(vars(p)) for p in self._values}
+
+    def restore(self) -> None:
+        """Give the model what it had."""
+        for module, parameters, own in zip(
+            self._modules, self._parameters, self._attributes, strict=True
+        ):
+            module._parameters = parameters
+            for name in set(vars(module)) - own:
+                delattr(module, name)
+        for parameter, value in self._values.items():
+            for name in set(vars(parameter)) - self._own[parameter]:
+                delattr(parameter, name)
+            parameter.grad = None
+            parameter.data = value
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

@@ -1,0 +1,174 @@
+"""Where a training job is, in one safetensors file: enough to go on from there, bit by bit.
+
+Tensors are in the file's tensors, everything else is JSON in its metadata. A state is whole,
+whatever the number of processes that made it, so another number may go on from it.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from phatgoose.curve import Progress
+from phatgoose.errors import PhatgooseError
+from phatgoose.recipe import Recipe
+
+_VERSION = 1
+
+
+@dataclass
+class State:
+    """Where a job is. The order of its examples follows from the recipe and the steps done.
+
+    Attributes:
+        stage: `lora` or `gates`: the one under way.
+        step: optimiser steps done in this stage.
+        tokens: tokens read in this stage.
+        seconds: time spent in this stage.
+        curve: the rows of the training curve so far, of all stages.
+        metrics: of the stages before this one.
+        weights: what is trained in this stage; nothing if no step was done.
+        optimizer: of each weight, what the optimiser remembers by name.
+        best_loss: the lowest validation loss of this stage, if any was measured.
+        best: the weights at that time.
+        factors: the finished factors, in stage `gates`.
+        random: the states of torch's generators, `cpu` and perhaps `cuda`.
+    """
+
+    stage: str
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    curve: list[Progress] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    weights: list[Tensor] = field(default_factory=list)
+    optimizer: list[dict[str, Tensor]] = field(default_factory=list)
+    best_loss: float | None = None
+    best: list[Tensor] = field(default_factory=list)
+    factors: list[Tensor] = field(default_factory=list)
+    random: dict[str, Tensor] = field(default_factory=dict)
+
+    def to_bytes(self, owner: str) -> bytes:
+        """The bytes of the file; `owner` is what only the same job has."""
+        plain = {name: getattr(self, name) for name in _PLAIN}
+        plain["curve"] = [dataclasses.astuple(row) for row in self.curve]
+        text = json.dumps({"version": _VERSION, "owner": owner, **plain})
+        tensors = dict(self._tensors())
+        metadata = {"state": text, "sha256": _digest(text, tensors)}
+        return safetensors.torch.save(tensors, metadata)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, owner: str) -> "State":
+        """Read a file's bytes; PhatgooseError if it is damaged or of another job or version."""
+        try:
+            length = int.from_bytes(data[:8], "little")
+            metadata = json.loads(data[8 : 8 + length])["__metadata__"]
+            tensors = safetensors.torch.load(data)
+            plain = json.loads(metadata["state"])
+            whole = metadata["sha256"] == _digest(metadata["state"], tensors)
+        # What a damaged file may raise: of JSON, of Unicode, of safetensors' own.
+        except Exception as error:
+            reason = " ".join(str(error).split())[:100]
+            raise PhatgooseError(f"it is damaged ({type(error).__name__}: {reason})") from None
+        if not whole:
+            raise PhatgooseError("it is damaged (its SHA-256 is another)")
+        if plain.pop("version") != _VERSION or plain.pop("owner") != owner:
+            raise PhatgooseError("it is of another version, job or recipe")
+        curve = [Progress(*row) for row in plain.pop("curve")]
+        return cls(**plain, curve=curve, **_groups(tensors))
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        """Every tensor by its name in the file: `group.index` or `optimizer.index.name`."""
+        named = [(f"random.{name}", tensor) for name, tensor in self.random.items()]
+        for group in _LISTS:
+            named += [(f"{group}.{i}", tensor) for i, tensor in enumerate(getattr(self, group))]
+        for i, remembered in enumerate(self.optimizer):
+            named += [(f"optimizer.{i}.{name}", tensor) for name, tensor in remembered.items()]
+        return [(name, tensor.detach().cpu().contiguous()) for name, tensor in named]
+
+
+_PLAIN = ("stage", "step", "tokens", "seconds", "metrics", "best_loss")
+_LISTS = ("weights", "best", "factors")
+
+
+class Checkpoints(Protocol):
+    """Where a job keeps its state; several processes of one job each have one."""
+
+    def load(self) -> State | None:
+        """The newest state; None if there is none, or none that can be used."""
+
+    def due(self) -> bool:
+        """Whether the newest state is old enough to be replaced."""
+
+    def save(self, state: State) -> None:
+        """Keep a state instead of the one before."""
+
+
+class NoCheckpoints:
+    """Keeps nothing."""
+
+    def load(self) -> State | None:
+        """There is none."""
+        return None
+
+    def due(self) -> bool:
+        """Never."""
+        return False
+
+    def save(self, state: State) -> None:
+        """Do nothing."""
+
+
+def owner_of(job: str, recipe: Recipe) -> str:
+    """What a state must say to be this job's: a try at another rate must not go on from it.
+
+    With another micro-batch it may, as losses do not depend on that but for rounding.
+    """
+    values = dataclasses.asdict(recipe)
+    del values["micro_batch_size"]
+    return f"{job} {hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()}"
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The states of the generators that training on this device may draw from."""
+    found = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        found["cuda"] = torch.cuda.get_rng_state(device)
+    return found
+
+
+def set_random_state(states: dict[str, Tensor], device: torch.device) -> None:
+    """Put the generators back into these states."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def _groups(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The fields of a State that tensors make up."""
+    indexed: dict[str, dict[int, Any]] = {group: {} for group in (*_LISTS, "optimizer")}
+    random: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        group, key, *rest = name.split(".")
+        if group == "random":
+            random[key] = tensor
+        elif group == "optimizer":
+            indexed[group].setdefault(int(key), {})[rest[0]] = tensor
+        else:
+            indexed[group][int(key)] = tensor
+    lists = {group: [found[i] for i in sorted(found)] for group, found in indexed.items()}
+    return {**lists, "random": random}
+
+
+def _digest(text: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,153 @@
+"""A group of ranks under the real scheduler: it works, is killed, and leaves nothing behind."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from ray.util.placement_group import placement_group_table
+
+from harness.cluster import room
+from harness.config import RanksConfig, RunConfig
+from harness.jobs import Failure, Watch, Workers
+from harness.plan import Plan, make_plan
+from harness.stages import Stages
+from harness.train_actor import TrainJob
+from phatgoose.recipe import Stage
+from tests.toy import prepare_toys, toy_config
+
+pytestmark = pytest.mark.slow
+
+DEADLINE = 120.0
+
+
+@pytest.fixture
+def two_nodes() -> Iterator[None]:
+    """Two nodes of one core each: the ranks are on both."""
+    common = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 100 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args={**common, "include_dashboard": False})
+    try:
+        cluster.add_node(**common)
+        ray.init(address=cluster.address, namespace="phatgoose", log_to_driver=False)
+        yield
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+class Lost(Watch):
+    """Remembers why calls went back."""
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+
+    def went_back(self, key: int, error: str, traceback: str) -> None:
+        self.errors.append(error)
+
+
+@pytest.fixture
+def plan(tmp_path: Path, llama_folder: Path) -> Plan:
+    config: RunConfig = toy_config(llama_folder, tmp_path / "run")
+    config.ranks = RanksConfig(ranks_per_expert=2, zero_stage=2)
+    config.cluster.checkpoint_seconds = 0
+    config.train = replace(
+        config.train, lora=Stage(steps=60, lr=1e-2), micro_batch_size=1, gates=None
+    )
+    config.router = {"base": {}, "merged": {}}
+    prepare_toys([*config.pool_tasks(), *config.suite_tasks(config.suites[0])], tmp_path)
+    return make_plan(config)
+
+
+@pytest.fixture
+def workers(two_nodes: None, plan: Plan) -> Iterator[Workers]:
+    from harness.cluster import Cluster as Connection
+
+    workers = Stages(plan, Connection())._trainers(plan.jobs)
+    yield workers
+    workers.close()
+    wait(lambda: not ranks() and not groups(), "a rank or a placement group is left")
+    wait(lambda: ray.available_resources().get("CPU") == 2, "cores are not free again")
+
+
+def wait(happened: Callable[[], Any], problem: str) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not happened():
+        assert time.monotonic() < deadline, problem
+        time.sleep(0.05)
+
+
+def groups() -> list[str]:
+    """The placement groups that there are."""
+    return [g["name"] for g in placement_group_table().values() if g["state"] != "REMOVED"]
+
+
+def ranks() -> list[int]:
+    """The processes of ranks that this test's Ray has started."""
+    found = []
+    for process in psutil.process_iter(["name", "environ"]):
+        ours = (process.info["environ"] or {}).get("RAY_TMPDIR") == os.environ["RAY_TMPDIR"]
+        if ours and process.info["name"].startswith("ray::TrainActor"):
+            found.append(process.pid)
+    return found
+
+
+def step_until(workers: Workers, happened: Callable[[], Any]) -> list[tuple[int, Any]]:
+    """Let the scheduler work until something happened; what came in."""
+    deadline, came = time.monotonic() + DEADLINE, []
+    while not happened() and not workers.is_done:
+        assert time.monotonic() < deadline
+        came += workers.step(0.1)
+    return came
+
+
+def expert_of(came: list[tuple[int, Any]]) -> tuple[list[dict[str, Any]], Any]:
+    [(_, result)] = came
+    assert not isinstance(result, Failure), result
+    rows, expert, _ = result
+    assert [row["step"] for row in rows if row["split"] == "train"] == list(range(60))
+    return rows, ray.get(expert)
+
+
+def curve(rows: list[dict[str, Any]]) -> list[float]:
+    return [row["loss"] for row in rows]
+
+
+def test_a_rank_that_is_killed_costs_a_few_steps(
+    workers: Workers, plan: Plan, tmp_path: Path
+) -> None:
+    job: TrainJob = replace(plan.jobs[0], profile_id=None)
+    watch = Lost()
+    workers.add("train", [(job,)], watch)
+    checkpoint = tmp_path / "run" / "checkpoints" / f"{job.card.job}.safetensors"
+    came = step_until(workers, checkpoint.exists)
+    assert not came
+    assert len(groups()) == 1
+    [(place, _)] = workers.places
+    assert place.process in ranks()
+    [follower] = [process for process in ranks() if process != place.process]
+    os.kill(follower, signal.SIGKILL)
+    rows, expert = expert_of(step_until(workers, lambda: False))
+    assert len(watch.errors) == 1
+    assert "died" in watch.errors[0]
+    logs = "".join(f.read_text() for f in (tmp_path / "run" / "logs").glob("train-*"))
+    assert "going on from step" in logs
+
+    # The same job again, from the start and left alone.
+    checkpoint.unlink()
+    workers.add("train", [(job,)])
+    undisturbed, other = expert_of(step_until(workers, lambda: False))
+    assert curve(rows) == pytest.approx(curve(undisturbed), rel=1e-5)
+    for name, factors in expert.linears.items():
+        assert factors.lora_B_OR.allclose(other.linears[name].lora_B_OR, atol=1e-3)
+
+
+def test_two_groups_find_no_room_on_two_cores(workers: Workers, plan: Plan) -> None:
+    assert room({"num_cpus": 1, "num_gpus": 0}, ranks=2) == 1
+    assert room({"num_cpus": 1, "num_gpus": 0}, ranks=3) == 0

@@ -1,0 +1,145 @@
+"""A job that was interrupted, wherever that was, ends with the bits of one left alone."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from phatgoose.base import Base
+from phatgoose.checkpoint import State, owner_of
+from phatgoose.engine import PlainEngine
+from phatgoose.errors import PhatgooseError
+from phatgoose.expert import Expert
+from phatgoose.recipe import Stage
+from phatgoose.training import train_gates
+from tests.interrupted import (
+    EVALUATION,
+    PASSES,
+    RECIPE,
+    TRAIN,
+    Killed,
+    Memory,
+    kill_at,
+    timeless,
+    train,
+    train_interrupted,
+)
+from tests.tiny import make_experts
+
+
+@pytest.mark.parametrize("at", [[3], [12], [15], [16], [19], [24], [7, 9, 4]])
+def test_an_interrupted_job_ends_with_the_same_bits(base: Base, at: list[int]) -> None:
+    expected, rows = train(base)
+    expert, resumed, memory = train_interrupted(base, at)
+    assert timeless(resumed) == timeless(rows)
+    assert expert.content_hash() == expected.content_hash()
+    assert all(
+        later.seconds >= row.seconds >= 0
+        for row, later in itertools.pairwise(resumed)
+        if row.stage == later.stage
+    )
+    assert ("gates", 0) in memory.saved
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    at=st.lists(st.integers(1, PASSES), min_size=1, max_size=3),
+    validate_every=st.sampled_from([0, 1, 3]),
+    batch_size=st.sampled_from([2, 6, 16]),
+)
+def test_wherever_it_is_interrupted(
+    llama_session: Base, at: list[int], validate_every: int, batch_size: int
+) -> None:
+    recipe = dataclasses.replace(
+        RECIPE, validate_every=validate_every, batch_size=batch_size, seed=sum(at)
+    )
+    expected, rows = train(llama_session, recipe)
+    expert, resumed, _ = train_interrupted(llama_session, at, recipe)
+    assert timeless(resumed) == timeless(rows)
+    assert expert.content_hash() == expected.content_hash()
+
+
+@pytest.fixture(scope="module")
+def llama_session(llama_folder: Any) -> Base:
+    from phatgoose.base import load_base
+
+    return load_base(str(llama_folder))
+
+
+def test_gates_of_an_adapter_go_on_too(llama: Base) -> None:
+    adapter = make_experts(llama, 1)[0]
+    memory = Memory()
+
+    def gates(**options: Any) -> Expert:
+        return train_gates(llama, adapter, TRAIN, EVALUATION, RECIPE, **options)
+
+    expected = gates()
+    with pytest.raises(Killed):
+        gates(checkpoints=memory, beat=kill_at(8))
+    assert memory.saved == [("gates", 1), ("gates", 2)]
+    steps: list[int] = []
+    resumed = gates(checkpoints=memory, report=lambda row: steps.append(row.step))
+    assert resumed.content_hash() == expected.content_hash()
+    assert memory.saved[2:] == [("gates", 3), ("gates", 4)]
+
+
+def test_nothing_is_done_twice(llama: Base) -> None:
+    made: list[int] = []
+
+    class Counting(PlainEngine):
+        def loss(self, questions: Any) -> Any:
+            made.append(len(questions))
+            return super().loss(questions)
+
+    train_interrupted(llama, [2 + 1 + 6], engine=Counting)  # in the fourth step
+    assert sum(made) <= (6 + 4 + 1) * 4
+
+
+def state_of(base: Base) -> Memory:
+    memory = Memory("job recipe")
+    with pytest.raises(Killed):
+        train(base, checkpoints=memory, beat=kill_at(9))
+    return memory
+
+
+def test_a_state_survives_its_file(llama: Base) -> None:
+    memory = state_of(llama)
+    state = State.from_bytes(memory.data, "job recipe")
+    assert state.step == 3
+    assert state.best_loss == min(r.loss for r in state.curve if r.split == "validation")
+    again = State.from_bytes(state.to_bytes("x"), "x")
+    for field in dataclasses.fields(State):
+        value, other = getattr(state, field.name), getattr(again, field.name)
+        if field.name in ("weights", "optimizer", "best", "factors", "random"):
+            torch.testing.assert_close(other, value, rtol=0, atol=0)
+        else:
+            assert other == value
+
+
+def test_damaged_and_foreign_states_are_refused(llama: Base) -> None:
+    data = state_of(llama).data
+    for end in (0, 4, 100, len(data) // 2, len(data) - 1):
+        with pytest.raises(PhatgooseError, match="it is damaged"):
+            State.from_bytes(data[:end], "job recipe")
+    for place in range(9, len(data), len(data) // 50):
+        changed = bytearray(data)
+        changed[place] ^= 4
+        with pytest.raises(PhatgooseError, match="it is damaged"):
+            State.from_bytes(bytes(changed), "job recipe")
+    with pytest.raises(PhatgooseError, match="of another version, job or recipe"):
+        State.from_bytes(data, "job other")
+
+
+def test_which_recipes_share_a_state() -> None:
+    own = owner_of("job", RECIPE)
+    assert owner_of("job", dataclasses.replace(RECIPE, micro_batch_size=1)) == own
+    others = [
+        owner_of("other", RECIPE),
+        owner_of("job", dataclasses.replace(RECIPE, seed=1)),
+        owner_of("job", dataclasses.replace(RECIPE, lora=Stage(steps=6, lr=1e-3))),
+    ]
+    assert len({own, *others}) == 4
