@@ -238,7 +238,7 @@ def _check_only_gates_moved(
     name: str, factors: list[nn.Parameter], trained: list[Tensor], gates: list[nn.Parameter]
 ) -> None:
     for factor, before in zip(factors, trained, strict=True):
-        if not torch.equal(factor, before):
+        if not torch.equal(factor.detach().cpu(), before):  # copies are on the CPU
             raise PhatgooseError(f"expert {name}: a LoRA factor moved while gates were trained")
     if not any(gate.any() for gate in gates):
         raise PhatgooseError(f"expert {name}: no gate moved: train.gates needs steps and a rate")
