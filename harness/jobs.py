@@ -96,6 +96,7 @@ class Workers:
         room: says how many actors the cluster has room for now.
         lease_seconds: an actor that shows no progress for so long is ended, and its call goes back.
         wait_seconds: how long to wait, without any actor, for a node with room.
+        ended: told the handle of every actor that was ended, to free what else belongs to it.
     """
 
     def __init__(
@@ -105,8 +106,9 @@ class Workers:
         *,
         lease_seconds: float = 900.0,
         wait_seconds: float = 60.0,
+        ended: Callable[[Any], None] = lambda _: None,
     ) -> None:
-        self._make, self._room = make, room
+        self._make, self._room, self._ended = make, room, ended
         self._lease_seconds, self._wait_seconds = lease_seconds, wait_seconds
         self.paused = False  # while it is, nothing is started and idle actors are ended
         self._waiting: deque[_Call] = deque()
@@ -210,9 +212,8 @@ class Workers:
 
     def close(self) -> None:
         """End the actors, and forget what is waiting."""
-        for actor in self._actors:
-            ray.kill(actor.handle)
-        self._actors.clear()
+        for actor in list(self._actors):
+            self._end(actor)
         self._waiting.clear()
 
     def _look(self) -> None:
@@ -268,6 +269,7 @@ class Workers:
     def _end(self, actor: _Actor) -> None:
         """End an actor: where it was only out of reach, it would keep its cores."""
         ray.kill(actor.handle)
+        self._ended(actor.handle)
         self._actors.remove(actor)
 
     def _take_start(self, actor: _Actor) -> None:

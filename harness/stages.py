@@ -24,7 +24,7 @@ from harness.registry_actor import registry_actor
 from harness.serve import Served, choose
 from harness.train import Training, measure_profiles
 from harness.train_actor import TrainActor, TrainJob
-from harness.train_group import TrainGroup
+from harness.train_group import Groups
 from phatgoose.errors import PhatgooseError
 
 # Chunks that wait for an actor; more are not needed to keep all of them busy.
@@ -167,7 +167,7 @@ class Stages:
         return Early(evaluations, training.experts, plan.routers, trainers, self.evaluators, shared)
 
     @property
-    def _patience(self) -> dict[str, float]:
+    def _patience(self) -> dict[str, Any]:
         config = self._config.cluster
         return {"lease_seconds": config.lease_seconds, "wait_seconds": config.wait_seconds}
 
@@ -199,7 +199,7 @@ class Stages:
         ranks, nodes = config.ranks.ranks_per_expert, config.cluster.train_nodes
         gpus = config.ranks.gpus_per_rank(config.cluster)
         options = actor_options(config.cluster, nodes, gpus)
-        arguments: tuple[Any, ...] = (
+        arguments = (
             config.base,
             self._plan.base_fingerprint,
             profile,
@@ -208,16 +208,17 @@ class Stages:
             config.cluster.checkpoint_seconds,
             config.ranks.zero_stage,
         )
+        most = config.cluster.max_actors
         if ranks == 1:
             remote = ray.remote(TrainActor).options(**options, max_concurrency=2)
-        else:
-            arguments = (code_version(), options, ranks, config.run.dir, arguments)
-            remote = ray.remote(TrainGroup).options(
-                num_cpus=0, label_selector=dict(nodes), max_concurrency=2
+            return Workers(
+                lambda: remote.remote(*arguments), lambda: room(options, most), **self._patience
             )
+        groups = Groups(code_version(), options, ranks, config.run.dir, arguments)
         return Workers(
-            lambda: remote.remote(*arguments),
-            lambda: room(options, config.cluster.max_actors, ranks=ranks),
+            groups.make,
+            lambda: room(options, most, ranks=ranks),
+            ended=groups.ended,
             **self._patience,
         )
 

@@ -1,10 +1,11 @@
 """Several ranks that train one expert together, and look like one training actor to the scheduler.
 
-    scheduler ──► TrainGroup ──► its placement group: one bundle per rank
-                      └────────► its children: TrainActor of rank 0, 1, ...
+    scheduler ──► Groups ──► a placement group: one bundle per rank
+                     └─────► TrainGroup ──► its children: TrainActor of rank 0, 1, ...
 
-It does no work itself, so it can tell a rank that failed from one that waits for the others. Ray
-ends what belongs to an actor with it, so that whoever ends the group has ended all of it.
+A TrainGroup does no work itself, so it can tell a rank that failed from one that waits for the
+others. Its ranks end with it. Its placement group would not: Ray removes that only with the job
+which made it, or when it is told to; so the driver makes it, and removes it with the TrainGroup.
 """
 
 import os
@@ -13,7 +14,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
-from ray.util.placement_group import placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from harness.actor import Actor, Place
@@ -35,6 +36,7 @@ class TrainGroup(Actor):
         ranks: how many there are.
         run_dir: where the log and the checkpoints are.
         arguments: of TrainActor, up to the rank.
+        group: a placement group with a bundle per rank.
     """
 
     def __init__(
@@ -44,18 +46,13 @@ class TrainGroup(Actor):
         ranks: int,
         run_dir: str,
         arguments: Sequence[Any],
+        group: PlacementGroup,
     ) -> None:
         log_to_run_folder(run_dir, "group")
         super().__init__(code)
         self._folder, self._arguments = Folder(run_dir), tuple(arguments)
-        self._options, self._count = dict(options), ranks
+        self._options, self._count, self._group = dict(options), ranks, group
         self._ranks: list[Any] = []
-        labels = self._options.pop("label_selector", {})
-        asks = {"CPU": options["num_cpus"], "GPU": options["num_gpus"]}
-        bundle = {name: amount for name, amount in asks.items() if amount > 0}
-        self._group = placement_group(
-            [bundle] * ranks, strategy="PACK", bundle_label_selector=[labels] * ranks
-        )
         while not self._group.wait(_LOOK_SECONDS):
             print("waiting for nodes with room for all ranks", flush=True)
         self._start()
@@ -106,7 +103,8 @@ class TrainGroup(Actor):
         remote = ray.remote(TrainActor)
         self._ranks = [
             remote.options(
-                **self._options,
+                num_cpus=self._options["num_cpus"],
+                num_gpus=self._options["num_gpus"],
                 max_concurrency=2,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, rank),
             ).remote(*self._arguments, rank, self._count)
@@ -119,6 +117,41 @@ class TrainGroup(Actor):
         for rank in self._ranks:
             ray.kill(rank)
         self._ranks = []
+
+
+class Groups:
+    """Starts and ends groups for `harness.jobs.Workers`; the arguments are those of TrainGroup."""
+
+    def __init__(
+        self,
+        code: str,
+        options: Mapping[str, Any],
+        ranks: int,
+        run_dir: str,
+        arguments: Sequence[Any],
+    ) -> None:
+        self._options, self._ranks = options, ranks
+        self._arguments = (code, dict(options), ranks, run_dir, tuple(arguments))
+        self._groups: dict[Any, PlacementGroup] = {}  # by the actor's id
+
+    def make(self) -> Any:
+        """Start a group where there is room for all of its ranks, on few nodes if possible."""
+        labels = dict(self._options.get("label_selector", {}))
+        asks = {"CPU": self._options["num_cpus"], "GPU": self._options["num_gpus"]}
+        bundle = {name: amount for name, amount in asks.items() if amount > 0}
+        group = placement_group(
+            [bundle] * self._ranks, strategy="PACK", bundle_label_selector=[labels] * self._ranks
+        )
+        remote = ray.remote(TrainGroup).options(
+            num_cpus=0, label_selector=labels, max_concurrency=2
+        )
+        handle = remote.remote(*self._arguments, group)
+        self._groups[handle._actor_id] = group
+        return handle
+
+    def ended(self, handle: Any) -> None:
+        """Free what a group had; its actor was ended."""
+        remove_placement_group(self._groups.pop(handle._actor_id))
 
 
 def _results(references: Sequence[Any]) -> list[Any]:

@@ -25,7 +25,7 @@ from tests.toy import prepare_toys, toy_config
 
 pytestmark = pytest.mark.slow
 
-DEADLINE = 120.0
+DEADLINE = 90.0
 
 
 @pytest.fixture
@@ -72,7 +72,8 @@ def workers(two_nodes: None, plan: Plan) -> Iterator[Workers]:
     workers = Stages(plan, Connection())._trainers(plan.jobs)
     yield workers
     workers.close()
-    wait(lambda: not ranks() and not groups(), "a rank or a placement group is left")
+    wait(lambda: not ranks(), "a rank is left")
+    wait(lambda: not groups(), "a placement group is left")
     wait(lambda: ray.available_resources().get("CPU") == 2, "cores are not free again")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.config import GROUPS, RunConfig, groups, load_config
+from harness.config import GROUPS, RanksConfig, RunConfig, groups, load_config
 from harness.run import main
 from phatgoose.errors import PhatgooseError
 from phatgoose.routers import ROUTERS, Phatgoose, Single, make_router
@@ -307,3 +307,44 @@ def test_a_report_of_no_run_is_refused_and_makes_no_folder(tmp_path: Path) -> No
     with pytest.raises(PhatgooseError, match="holds no run to report"):
         run(load("stages=[report]", f"run.dir={tmp_path / 'run'}"))
     assert not (tmp_path / "run").exists()
+
+
+def test_ranks_are_no_part_of_the_recipe() -> None:
+    alone = load_config(["train.batch_size=8", "train.micro_batch_size=2"])
+    config = load_config(
+        [
+            "train.batch_size=8",
+            "train.micro_batch_size=2",
+            "train.ranks_per_expert=4",
+            "train.zero_stage=3",
+            "train.gpus_per_expert=4",
+        ]
+    )
+    assert config.train == alone.train
+    assert config.ranks == RanksConfig(4, 3, 4)
+    assert config.ranks.gpus_per_rank(config.cluster) == 1
+    assert alone.ranks == RanksConfig()
+    assert alone.ranks.gpus_per_rank(alone.cluster) is None
+    half = load_config(["train.gpus_per_expert=0.5"])
+    assert half.ranks.gpus_per_rank(half.cluster) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["train.zero_stage=4"], "train.zero_stage=4: it is 0, 1, 2 or 3"),
+        (["train.zero_stage=all"], "train|zero_stage"),
+        (["train.ranks_per_expert=0"], "train.ranks_per_expert=0: it must be at least 1"),
+        (["train.ranks_per_expert=2"], "must divide the 1 micro-batches of a batch"),
+        (
+            ["train.ranks_per_expert=2", "train.micro_batch_size=4", "train.gpus_per_expert=1"],
+            "train.gpus_per_expert=1: with train.ranks_per_expert=2 it is 0 or 2",
+        ),
+        (["train.gpus_per_expert=-1"], "train.gpus_per_expert=-1"),
+        (["train.zero_stag=1"], "did you mean train.zero_stage"),
+        (["train.retry_lr=1.5"], "train.retry_lr is 1.5"),
+    ],
+)
+def test_ranks_that_cannot_be(arguments: list[str], problem: str) -> None:
+    with pytest.raises(PhatgooseError, match=problem.replace(".", r"\.")):
+        load_config(arguments)

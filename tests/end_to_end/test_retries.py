@@ -1,0 +1,82 @@
+"""Jobs that explode or run out of memory get one more try: real scheduler, actors, DeepSpeed."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import results
+from harness.cluster import Cluster
+from harness.config import RunConfig
+from harness.plan import make_plan
+from harness.registry import Registry
+from harness.stages import Stages
+from harness.storage import Folder
+from phatgoose.expert import Card
+from phatgoose.recipe import Recipe, Stage
+from tests.failing import ShortOfMemory
+from tests.toy import prepare_toys, toy_config
+
+pytestmark = pytest.mark.slow
+
+
+class Trained:
+    """What became of a pool of one expert, trained with this recipe."""
+
+    def __init__(self, base: Path, folder: Path, **changes: Any) -> None:
+        config: RunConfig = toy_config(base, folder / "run")
+        config.pool = {"name": "toys", "tasks": {"birds": {"members": ["birds"]}}}
+        config.router = {"base": {}, "merged": {}}
+        config.train = replace(config.train, **changes)
+        prepare_toys([*config.pool_tasks(), *config.suite_tasks(config.suites[0])], folder)
+        plan = make_plan(config)
+        with Cluster() as cluster:
+            stages = Stages(plan, cluster)
+            stages.check()
+            self.problems = stages.train()
+        table = results.read_table(Folder(config.run.dir), results.JOBS_FILE, results.JOBS)
+        [self.row] = table.to_pylist()
+        self.recipe: Recipe = config.train
+        self.checkpoints = list((folder / "run" / "checkpoints").glob("*"))
+        registry = Registry(config.registry, plan.base_fingerprint)
+        content = registry.finished(plan.jobs[0].card.job)
+        self.card: Card | None = registry.load(content).card if content else None
+
+
+def test_half_a_micro_batch_where_memory_is_short(
+    tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harness.stages.TrainActor", ShortOfMemory)
+    trained = Trained(llama_folder, tmp_path)
+    assert trained.problems == []
+    [error] = trained.row["errors"]
+    assert "memory ran out with micro-batches of 4 (CUDA out of memory." in error
+    assert trained.row["micro_batch_size"] == 2
+    assert trained.card is not None
+    assert trained.card.recipe == {**trained.card.recipe, "micro_batch_size": 2, "batch_size": 4}
+    assert trained.checkpoints == []
+
+
+def test_one_more_try_at_a_lower_rate(tmp_path: Path, llama_folder: Path) -> None:
+    mad = Stage(steps=6, lr=1e30, warmup=0.0)
+    trained = Trained(llama_folder, tmp_path, lora=mad, retry_lr=1e-32)
+    assert trained.problems == []
+    [error] = trained.row["errors"]
+    assert "lower train.lora.lr" in error
+    assert trained.card is not None
+    assert trained.card.recipe["lora"]["lr"] == pytest.approx(1e-2)
+    assert trained.row["lr"] == pytest.approx(1e-2)
+
+
+@pytest.mark.parametrize(("retry_lr", "starts"), [(0.5, 2), (0.0, 1)])
+def test_a_job_that_always_explodes_is_given_up(
+    tmp_path: Path, llama_folder: Path, retry_lr: float, starts: int
+) -> None:
+    mad = Stage(steps=6, lr=1e30, warmup=0.0)
+    trained = Trained(llama_folder, tmp_path, lora=mad, retry_lr=retry_lr)
+    [problem] = trained.problems
+    assert problem.startswith("expert birds: the loss became nan at step")
+    assert trained.card is None
+    assert trained.row["state"] == "failed"
+    assert trained.row["starts"] == starts

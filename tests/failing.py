@@ -1,0 +1,26 @@
+"""A training actor whose machine has little memory."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.train_actor import TrainActor
+from phatgoose.scoring import Question
+
+
+class ShortOfMemory(TrainActor):
+    """More than two sequences at a time are too many for it."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        from harness.deepspeed_engine import DeepSpeedEngine
+
+        class Engine(DeepSpeedEngine):
+            def loss(self, questions: Sequence[Question]) -> Tensor:
+                if len(questions) > 2:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+                return super().loss(questions)
+
+        self._engine = Engine  # type: ignore[assignment]

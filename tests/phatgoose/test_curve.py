@@ -1,0 +1,57 @@
+import math
+
+import pytest
+
+from phatgoose.curve import Progress, check_curve
+from phatgoose.errors import Diverged
+
+VOCABULARY = 1000  # a uniform guess costs 6.9 nats
+
+
+def curve(losses: list[float], stage: str = "lora", split: str = "train") -> list[Progress]:
+    return [Progress(stage, split, i, loss, None, 1e-3, i, 0.0) for i, loss in enumerate(losses)]
+
+
+def first_refused(losses: list[float]) -> int | None:
+    """The step at which the losses are refused, as they come in."""
+    rows = curve(losses)
+    for end in range(1, len(rows) + 1):
+        try:
+            check_curve(rows[:end], VOCABULARY)
+        except Diverged:
+            return end - 1
+    return None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("split", ["train", "validation", "evaluation"])
+def test_a_loss_that_is_no_number_is_refused_at_once(bad: float, split: str) -> None:
+    with pytest.raises(Diverged, match=r"at step 1 of stage gates: lower train\.gates\.lr"):
+        check_curve(curve([2.0, bad], "gates", split), VOCABULARY)
+
+
+def test_an_exploding_loss_is_refused_after_a_few_steps() -> None:
+    assert first_refused([2.0] * 8 + [50.0] * 5) == 9  # two of five are enough if they are so bad
+    assert first_refused([2.0] * 8 + [10.0] * 5) == 12
+    with pytest.raises(
+        Diverged, match=r"exploded to 10 at step 12 .* began at 2, the limit is 8\.91"
+    ):
+        check_curve(curve([2.0] * 8 + [10.0] * 5), VOCABULARY)
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [2.0, 0.1] * 50,  # noise
+        [0.01] * 20 + [8.8] * 20,  # overfitted, then data as surprising as can be
+        [30.0] * 10 + [60.0] * 20,  # a base that knows nothing of the format
+        [2.0] * 20 + [30.0] + [2.0] * 20,  # one batch
+        [2.0] * 4 + [1000.0] * 5,  # too few to tell
+    ],
+)
+def test_ordinary_losses_are_not_refused(losses: list[float]) -> None:
+    assert first_refused(losses) is None
+
+
+def test_stages_are_looked_at_apart() -> None:
+    check_curve(curve([1.0] * 10) + curve([40.0] * 30, "gates"), VOCABULARY)
