@@ -177,9 +177,7 @@ class DeepSpeedEngine:
                 safe_set_full_optimizer_state(parameter, whole.to(parameter.device), name)
 
     def close(self) -> None:
-        """Free what the engine holds."""
-        trained = self.weights() if self._whole else []
+        """Free what the engine holds, without the other ranks: one of them may have failed."""
         self._engine.destroy()
         if self._whole:
             self._whole.restore()
-            put(self._parameters, trained)

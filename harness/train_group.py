@@ -13,16 +13,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from harness.actor import Actor, Place
 from harness.checkpoints import FolderCheckpoints
 from harness.cluster import log_to_run_folder
+from harness.jobs import last_line
 from harness.storage import Folder
 from harness.train_actor import TrainActor, TrainJob
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import OutOfMemory, PhatgooseError
 
 _LOOK_SECONDS = 30
 
@@ -84,10 +85,13 @@ class TrainGroup(Actor):
         except RayActorError as error:
             print(f"a rank died: {error}", flush=True)
             os._exit(1)
-        except RayTaskError as error:
+        except RayError as error:
             self._end()
-            if isinstance(error.cause, PhatgooseError):
-                raise error.cause from None
+            if isinstance(error, OutOfMemoryError):  # Ray's memory monitor ended a rank
+                raise OutOfMemory(last_line(error)) from None
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, PhatgooseError):
+                raise cause from None
             raise
         return results[0]
 

@@ -60,7 +60,7 @@ class Engine(Protocol):
         """Go on after so many steps, from what `weights` and `memory` said; all ranks must."""
 
     def close(self) -> None:
-        """Free what the engine holds; the model keeps the weights."""
+        """Free what the engine holds; what was trained is to be read before."""
 
 
 EngineFactory = Callable[["TargetLoss", list[nn.Parameter], Stage, Recipe], Engine]

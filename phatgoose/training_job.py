@@ -134,8 +134,10 @@ class TrainingJob:
             if self.state.best:
                 engine.put_weights(self.state.best)
             after = self.measure(engine, "evaluation")
+            trained = engine.weights()
         finally:
             engine.close()
+        put(parameters, trained)
         _check_finite(name, parameters)
         return before, after
 

@@ -87,6 +87,12 @@ def test_gates_of_an_adapter_go_on_too(llama: Base) -> None:
     assert memory.saved[2:] == [("gates", 3), ("gates", 4)]
 
 
+def test_every_forward_pass_is_a_sign_of_life(llama: Base) -> None:
+    beats: list[None] = []
+    train(llama, beat=lambda: beats.append(None))
+    assert len(beats) == PASSES
+
+
 def test_nothing_is_done_twice(llama: Base) -> None:
     made: list[int] = []
 
