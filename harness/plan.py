@@ -193,7 +193,7 @@ def make_plan(config: RunConfig, prepare: Callable[[list[TaskSpec]], None] = pre
     )
     _check_same_run(plan)
     _check_disk(plan, registry.folder)
-    plan.folder.check_writable()
+    plan.folder.check_writable(creates=False)
     registry.folder.check_writable()
     return plan
 
