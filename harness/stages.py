@@ -75,11 +75,13 @@ class Stages:
         plan, registry = self._plan, self._registry
         experts: dict[str, str] = {}
         lacking = []
+        recorded = registry.recorded_all(job.card.job for job in plan.jobs)
+        profiles = registry.profiles()
         for job in plan.jobs:
-            content_hash = registry.recorded(job.card.job)
+            content_hash = recorded.get(job.card.job)
             if content_hash is None or job.profile_id is None:
                 continue
-            if not registry.has_profile(content_hash, job.profile_id):
+            if (content_hash, job.profile_id) not in profiles:
                 experts[job.card.name] = content_hash
                 lacking.append(job)
         if not lacking:
@@ -237,9 +239,10 @@ class Stages:
     def _pool(self) -> dict[str, str]:
         """The trained experts' content hashes by name; says which ones are lacking."""
         plan, registry = self._plan, self._registry
-        found = {job.card.name: registry.finished(job.card.job) for job in plan.jobs}
-        experts = {name: content for name, content in found.items() if content is not None}
-        lacking = [name for name in found if name not in experts]
+        found = registry.enter(job.card.job for job in plan.jobs)
+        jobs = {job.card.name: job.card.job for job in plan.jobs}
+        experts = {name: found[job] for name, job in jobs.items() if job in found}
+        lacking = [name for name in jobs if name not in experts]
         if not experts:
             raise PhatgooseError(
                 f"no expert of pool {plan.config.pool['name']} is in the registry "

@@ -71,20 +71,32 @@ class Folder:
         with self._named_errors("read", name):
             return self._store.read(full)
 
-    def read_all(self, names: Iterable[str]) -> Iterator[tuple[str, bytes | PhatgooseError]]:
-        """Many small files, several at once, in order; in place of a file that cannot be, why."""
-
-        def read(name: str) -> tuple[str, bytes | PhatgooseError]:
+    def find(self, name: str) -> bytes | None:
+        """The bytes of one file; None if there is no such file."""
+        full = self._full(name)
+        with self._named_errors("read", name):
             try:
-                return name, self.read(name)
+                return self._store.read(full)
+            except FileNotFoundError:
+                return None
+
+    def find_all(self, names: Iterable[str]) -> Iterator[tuple[str, bytes | PhatgooseError | None]]:
+        """As `find`, of many small files, several at once, in order.
+
+        In place of the bytes of a file that cannot be read stands the error.
+        """
+
+        def find(name: str) -> tuple[str, bytes | PhatgooseError | None]:
+            try:
+                return name, self.find(name)
             except PhatgooseError as error:
                 return name, error
 
         if self._is_local:
-            yield from map(read, names)
+            yield from map(find, names)
             return
         with ThreadPoolExecutor(_READERS) as readers:
-            yield from readers.map(read, names)
+            yield from readers.map(find, names)
 
     def write(self, name: str, data: bytes) -> None:
         """Write one file whole, over the one that may be there."""

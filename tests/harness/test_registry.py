@@ -34,9 +34,9 @@ def make_expert(
     return Expert(card, {"layers.0.q": LoraFactors(A, torch.ones(3, 2), torch.ones(4))})
 
 
-@pytest.fixture(params=["local", "mock"])
+@pytest.fixture(params=["local", "memory"])
 def registry(request: pytest.FixtureRequest, tmp_path: Path) -> Registry:
-    return Registry(tmp_path / "pool" if request.param == "local" else "mock:///pool", BASE)
+    return Registry(tmp_path / "pool" if request.param == "local" else "memory:///pool", BASE)
 
 
 @pytest.fixture
@@ -211,8 +211,8 @@ def test_a_malformed_manifest_is_named_and_never_skipped(local: Registry, conten
 
 
 def test_a_newer_manifest_asks_for_an_update(local: Registry) -> None:
-    local.folder.write("manifests/1.json", b'{"schema": 2, "anything": 0}')
-    with pytest.raises(PhatgooseError, match=r"1\.json has the newer schema 2: update"):
+    local.folder.write("manifests/1.json", b'{"schema": 3, "anything": 0}')
+    with pytest.raises(PhatgooseError, match=r"1\.json has the newer schema 3: update"):
         local.manifest()
 
 
@@ -268,7 +268,7 @@ def test_open_finds_the_base_by_itself(registry: Registry) -> None:
     with pytest.raises(PhatgooseError, match=r"no registry here: .*pool has no manifests"):
         Registry.open(registry.folder.uri)
     content_hash = registry.publish(make_expert(1))
-    if registry.folder.local("x"):  # the mock is another, empty one each time
+    if registry.folder.local("x"):  # memory is another, empty one each time
         opened = Registry.open(registry.folder.uri)
         assert (opened.base_fingerprint, opened.find("task-1")) == (BASE, content_hash)
 
