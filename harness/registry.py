@@ -37,6 +37,7 @@ from harness.registry_files import (
     profile_files,
     read_expert,
     read_manifest,
+    read_profile,
     read_record,
     read_records,
 )
@@ -193,11 +194,7 @@ class Registry:
 
         Raises PhatgooseError, naming the file, if it is missing or damaged.
         """
-        file = profile_file(content_hash, profile_id)
-        local = self.folder.local(file)
-        if local:
-            return Profile.load(local)
-        return Profile.from_bytes(self.folder.read(file), self.folder.path(file))
+        return read_profile(self.folder, profile_file(content_hash, profile_id))
 
     def manifest(self) -> Manifest:
         """The newest manifest; number 0 and no experts if there is none.

@@ -19,6 +19,7 @@ from typing import Any
 from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert, validate_name
+from phatgoose.profile import Profile
 
 SCHEMA_VERSION = 2
 
@@ -151,7 +152,7 @@ def read_manifest(folder: Folder, number: int) -> Manifest:
         mend = "finished jobs are entered again by the next run"
         raise _malformed(folder, file, error, mend) from error
     if manifest is None:
-        raise PhatgooseError(f"{folder.path(file)} has the newer schema {schema}: update phatgoose")
+        raise PhatgooseError(f"{folder}/{file} has the newer schema {schema}: update phatgoose")
     return manifest
 
 
@@ -161,7 +162,7 @@ def read_expert(folder: Folder, content_hash: str) -> Expert:
     Raises PhatgooseError, naming the file, if it is missing, truncated or altered.
     """
     name = object_file(content_hash)
-    path, local = folder.path(name), folder.local(name)
+    path, local = f"{folder}/{name}", folder.local(name)
     data = None if local else folder.find(name)
     if data is None and not (local and local.exists()):
         raise PhatgooseError(
@@ -178,6 +179,17 @@ def read_expert(folder: Folder, content_hash: str) -> Expert:
     return expert
 
 
+def read_profile(folder: Folder, file: str) -> Profile:
+    """Read a profile; on a local disk it is mapped.
+
+    Raises PhatgooseError, naming the file, if it is missing or damaged.
+    """
+    local = folder.local(file)
+    if local:
+        return Profile.load(local)
+    return Profile.from_bytes(folder.read(file), f"{folder}/{file}")
+
+
 def _to_manifest(content: dict[str, Any], number: int) -> Manifest:
     manifest = Manifest(**content)
     if manifest.number != number:
@@ -189,7 +201,7 @@ def _to_manifest(content: dict[str, Any], number: int) -> Manifest:
 
 
 def _malformed(folder: Folder, file: str, error: Exception, mend: str) -> PhatgooseError:
-    return PhatgooseError(f"{folder.path(file)} is malformed ({error}): delete it, and {mend}")
+    return PhatgooseError(f"{folder}/{file} is malformed ({error}): delete it, and {mend}")
 
 
 def _to_json(content: dict[str, Any]) -> bytes:

@@ -10,7 +10,7 @@ import re
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,6 +123,11 @@ class Folder:
             except FileNotFoundError:
                 if not missing_ok:
                     raise
+
+    def remove_left_over(self, path: str) -> None:
+        """Delete a file that `entries` listed, a hidden one too; it may be gone already."""
+        with self._named_errors("delete", path), suppress(FileNotFoundError):
+            self._store.delete(f"{self._root}/{path}")
 
     def exists(self, name: str) -> bool:
         """Whether there is a file of this name."""
