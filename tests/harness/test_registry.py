@@ -1,6 +1,4 @@
-import itertools
 import json
-import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -229,39 +227,6 @@ def test_ids_are_validated(local: Registry, job: str) -> None:
         local.finished(job)
     with pytest.raises(PhatgooseError, match="is no content hash"):
         local.load(job)
-
-
-def _publish_many(uri: str, first: int) -> None:
-    registry = Registry(uri, BASE)
-    for number in range(first, first + 20):
-        registry.publish(make_expert(number))
-    registry.publish(make_expert(1000))  # both processes publish this one
-
-
-def test_two_processes_publish_into_one_registry(tmp_path: Path) -> None:
-    uri = str(tmp_path / "pool")
-    context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=_publish_many, args=(uri, first)) for first in (0, 100)]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join(timeout=120)
-    assert [writer.exitcode for writer in writers] == [0, 0]
-
-    registry = Registry(uri, BASE)
-    numbers = [*range(20), *range(100, 120), 1000]
-    hashes = {f"task-{number}": make_expert(number).content_hash() for number in numbers}
-    assert registry.manifest().experts == hashes
-    assert registry.experts(hashes) == hashes
-
-    manifests = [
-        json.loads((tmp_path / f"pool/manifests/{number}.json").read_text())
-        for number in range(1, len(numbers) + 1)
-    ]
-    assert len(registry.folder.names("manifests/")) == len(manifests)
-    assert [manifest["parent"] for manifest in manifests] == list(range(len(manifests)))
-    for before, after in itertools.pairwise(manifests):
-        assert before["experts"].items() < after["experts"].items()
 
 
 def test_open_finds_the_base_by_itself(registry: Registry) -> None:
