@@ -9,12 +9,13 @@ options that pyarrow's filesystems take:
     memory:///folder               in this process only, for tests
 
 Credentials come from the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY,
-GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, ...) or
-from the machine's role.
+GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, ...), for
+S3 else from a profile of ~/.aws/credentials, else from the machine's role.
 """
 
 import os
 from collections.abc import Iterator
+from configparser import ConfigParser
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ SCHEMES = ("s3", "gs", "gcs", "az", "memory")
 _S3_OPTIONS = {
     "region", "scheme", "endpoint_override", "tls_ca_file_path", "force_virtual_addressing"
 }  # fmt: skip
+_KEYS = ("access_key_id", "secret_access_key", "session_token")
 _GCS_OPTIONS = {"scheme", "endpoint_override", "retry_limit_seconds"}
 # A store may fail for some seconds; a mistyped address shows after the better part of a minute.
 _RETRIES: Any = {"max_retries": 10, "backoff": {"max_backoff": timedelta(seconds=10)}}
@@ -103,6 +105,8 @@ def _s3(bucket: str, parts: Any, options: dict[str, str]) -> S3Store:
     if parts.username is not None:
         config["access_key_id"] = unquote(parts.username)
         config["secret_access_key"] = unquote(parts.password or "")
+    elif "AWS_ACCESS_KEY_ID" not in os.environ:
+        config |= _profile()
     client = _client(options)
     endpoint = _endpoint(options) or os.environ.get(
         "AWS_ENDPOINT_URL_S3", os.environ.get("AWS_ENDPOINT_URL")
@@ -117,6 +121,17 @@ def _s3(bucket: str, parts: Any, options: dict[str, str]) -> S3Store:
     elif not endpoint and not {"AWS_REGION", "AWS_DEFAULT_REGION"} & os.environ.keys():
         config["region"] = fs.resolve_s3_region(bucket)
     return S3Store(bucket, client_options=client, retry_config=_RETRIES, **config)
+
+
+def _profile() -> dict[str, str]:
+    """The keys of the profile AWS_PROFILE, or the default one; none if there is no such profile."""
+    file = os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials")
+    profiles = ConfigParser(interpolation=None)
+    profiles.read(Path(file).expanduser())
+    name = os.environ.get("AWS_PROFILE", "default")
+    keys = profiles[name] if name in profiles else {}
+    found = {key: keys.get(f"aws_{key}") for key in _KEYS}
+    return {key: value for key, value in found.items() if value}
 
 
 def _gcs(bucket: str, parts: Any, options: dict[str, str]) -> GCSStore:

@@ -264,8 +264,9 @@ def _import_peft(args: argparse.Namespace) -> Answer:
     base = load_base(args.base, dtype="bfloat16") if args.base else None
     expert = from_peft(args.folder, base=base, name=args.name)
     if manifest_numbers(folder):
-        registry = Registry.open(args.registry)
+        registry = _to_change(args.registry)
     else:
+        folder.check_writable()
         registry = Registry(args.registry, expert.card.base_fingerprint)
     content_hash = registry.publish(expert, replace=args.replace)
     name = expert.card.name
@@ -290,8 +291,15 @@ def _export_peft(args: argparse.Namespace) -> Answer:
     )
 
 
+def _to_change(uri: str) -> Registry:
+    """The registry, if its folder can be written to by several at once."""
+    registry = Registry.open(uri)
+    registry.folder.check_writable()
+    return registry
+
+
 def _rename(args: argparse.Namespace) -> Answer:
-    content_hash = Registry.open(args.registry).rename(args.old, args.new)
+    content_hash = _to_change(args.registry).rename(args.old, args.new)
     return Answer(
         {"old": args.old, "new": args.new, "hash": content_hash},
         f"renamed {args.old} to {args.new}, now {content_hash[:_SHORT]}; a run "
@@ -300,7 +308,7 @@ def _rename(args: argparse.Namespace) -> Answer:
 
 
 def _remove(args: argparse.Namespace) -> Answer:
-    registry = Registry.open(args.registry)
+    registry = _to_change(args.registry)
     content_hash = registry.find(args.name)  # a name that is not there is an error here
     registry.remove(args.name)
     return Answer(

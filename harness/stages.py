@@ -49,6 +49,10 @@ class Stages:
         self._cluster.connect()
         check_room(self._config.cluster, self._config.cluster.train_nodes)
 
+    def enter_finished(self) -> None:
+        """Let the registry's newest manifest name what was trained before, even before a crash."""
+        self._registry.enter(self._plan.finished)
+
     def train(self) -> list[str]:
         """Train what has not been trained; meanwhile, evaluate what need not wait."""
         plan, jobs = self._plan, self._plan.open_jobs

@@ -272,7 +272,9 @@ def test_other_filesystems_hold_results_but_no_registry() -> None:
         folder.check_writable()
 
 
-def test_credentials_and_options_of_a_uri(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_credentials_and_options_of_a_uri(
+    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Folder(s3.uri("one")).write("a", b"1")
     by_environment = f"s3://bucket/one?endpoint_override={s3.place}&scheme=http"
     assert Folder(by_environment).read("a") == b"1"
@@ -280,6 +282,11 @@ def test_credentials_and_options_of_a_uri(s3: S3Server, monkeypatch: pytest.Monk
     assert Folder("s3://bucket/one").read("a") == b"1"
     for name in KEYS:
         monkeypatch.delenv(name)
+    profile = tmp_path / "credentials"
+    profile.write_text("[mine]\naws_access_key_id = me\naws_secret_access_key = a%b\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(profile))
+    monkeypatch.setenv("AWS_PROFILE", "mine")
+    assert Folder("s3://bucket/one").read("a") == b"1"
     assert Folder("s3://key:s%2Fcret@bucket/one").read("a") == b"1"
     assert pickle.loads(pickle.dumps(Folder("s3://key:secret@bucket/one"))).read("a") == b"1"
     with pytest.raises(PhatgooseError, match=r"unknown options regoin .known: endpoint_override"):
