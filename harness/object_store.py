@@ -129,7 +129,7 @@ def _profile() -> dict[str, str]:
     profiles = ConfigParser(interpolation=None)
     profiles.read(Path(file).expanduser())
     name = os.environ.get("AWS_PROFILE", "default")
-    keys = profiles[name] if name in profiles else {}
+    keys = dict(profiles.items(name)) if profiles.has_section(name) else {}
     found = {key: keys.get(f"aws_{key}") for key in _KEYS}
     return {key: value for key, value in found.items() if value}
 
