@@ -1,17 +1,37 @@
-"""Packs: a pool's experts stacked into one file that all actors of a machine map."""
+"""Packs: a pool's experts stacked into one file that all actors of a machine map.
 
+    packs/<id>/pool.safetensors   the pool; the id is a hash over its experts
+    packs/<id>/pack.json          which experts those are, and a hash of the file
+
+A pack can be made again from the registry's objects at any time. One that was cut short or altered
+is not served: it is made anew.
+"""
+
+import contextlib
 import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import xxhash
+from filelock import FileLock
+from safetensors import SafetensorError
+
 from harness.registry import Registry
 from phatgoose.cache import cache_dir
+from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
 from phatgoose.pool import Pool
+
+POOL_FILE, INDEX_FILE = "pool.safetensors", "pack.json"
+# What packs under way and their locks are called; hidden, so that nobody takes them for packs.
+MAKING, LOCK = ".making-", ".lock"
+# A process that waits longer for another's pack makes its own.
+_WAIT_SECONDS = 1800.0
+_CHUNK_BYTES = 2**22
 
 
 @dataclass(frozen=True)
@@ -30,28 +50,118 @@ def pool_id(experts: Mapping[str, str]) -> str:
 def open_pool(
     registry: Registry, experts: Mapping[str, str], load: Callable[[str], Expert]
 ) -> Pool:
-    """Map the pack of these experts, making it first if this machine has none.
+    """Map the pack of these experts, making it first if this machine has no whole one.
 
-    It lies in the registry where that is a local folder, else in the cache. It can be made again
-    at any time, and two processes that make it at once do not disturb each other.
+    It lies in the registry where that is a local folder, else in the cache. Of the processes that
+    want it at once, one makes it and the others wait; where the filesystem has no locks, each
+    makes it, and they do not disturb each other.
 
     Args:
         registry: where the experts are kept.
         experts: content hash by name, in the pool's order.
         load: reads and verifies the expert of a hash.
+
+    Raises:
+        PhatgooseError: an expert cannot be read, or the pack cannot be written.
     """
     packs = registry.folder.local("packs") or cache_dir() / "packs"
     folder = packs / pool_id(experts)
-    if not folder.exists():
-        packs.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=packs))
+    pool = _open_whole(folder)
+    if pool is None:
         try:
-            Pool.from_experts([load(content) for content in experts.values()]).save(temporary)
-            temporary.chmod(0o755)
-            temporary.rename(folder)
-        except OSError:
-            if not folder.exists():
-                raise  # else another process was first, and its pack is the same
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return Pool.open(folder)
+            packs.mkdir(parents=True, exist_ok=True)
+            with _alone(packs / f".{folder.name}{LOCK}"):
+                pool = _open_whole(folder)  # another process may have made it meanwhile
+                if pool is None:
+                    _make(folder, experts, load)
+                    pool = _open_whole(folder)
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+            raise PhatgooseError(
+                f"cannot write the pack {folder} ({reason}): free some space there, or see that "
+                "it may be written to"
+            ) from error
+    if pool is None:
+        raise PhatgooseError(f"the pack {folder} was damaged while it was made: check the disk")
+    return pool
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """Which experts a pack holds: content hash by name.
+
+    Raises PhatgooseError, naming the file, if the pack is not whole.
+    """
+    try:
+        index = json.loads((folder / INDEX_FILE).read_bytes())
+        experts = {str(name): str(content) for name, content in index["experts"]}
+        if pool_id(experts) != folder.name:
+            raise ValueError("its experts are others")
+        if _hash(folder / POOL_FILE) != index["xxh3_128"]:
+            raise ValueError(f"{POOL_FILE} was altered or cut short")
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise PhatgooseError(
+            f"{folder} is no whole pack ({reason}): delete it, or leave it; the next run that "
+            "needs it makes it anew"
+        ) from error
+    return experts
+
+
+def pack_folders(registry: Path) -> list[Path]:
+    """The folders of all packs in a local registry."""
+    packs = registry / "packs"
+    found = packs.iterdir() if packs.is_dir() else iter(())
+    return sorted(path for path in found if path.is_dir() and not path.name.startswith("."))
+
+
+def _open_whole(folder: Path) -> Pool | None:
+    """The pack, if there is one and it is whole."""
+    try:
+        experts = read_index(folder)
+        pool = Pool.open(folder)
+    except PhatgooseError:
+        return None
+    return pool if pool.experts == tuple(experts) else None
+
+
+def _make(folder: Path, experts: Mapping[str, str], load: Callable[[str], Expert]) -> None:
+    """Write a pack next to where it belongs and move it there whole; a damaged one goes away."""
+    temporary = Path(tempfile.mkdtemp(prefix=MAKING, dir=folder.parent))
+    try:
+        new, old = temporary / "new", temporary / "old"
+        Pool.from_experts([load(content) for content in experts.values()]).save(new)
+        index = {"experts": list(experts.items()), "xxh3_128": _hash(new / POOL_FILE)}
+        (new / INDEX_FILE).write_text(json.dumps(index))
+        for path in (new, new / INDEX_FILE):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # others may map it too
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(old)
+        _rename_unless_there(new, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _rename_unless_there(new: Path, folder: Path) -> None:
+    try:
+        new.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        # else a process on another machine was first, and its pack is the same
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Keep the other processes of this machine out; go on without where locks do not work."""
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError, NotImplementedError):
+            held.enter_context(FileLock(lock, timeout=_WAIT_SECONDS))
+        yield
+
+
+def _hash(path: Path) -> str:
+    state = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            state.update(chunk)
+    return state.hexdigest()

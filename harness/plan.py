@@ -168,8 +168,7 @@ def make_plan(config: RunConfig, prepare: Callable[[list[TaskSpec]], None] = pre
     if evaluates:
         check_needs(routers, jobs, registry, config.train)
     all_jobs = [*jobs, *([multitask] if multitask else [])]
-    recorded = {job.card.job: registry.recorded(job.card.job) for job in all_jobs}
-    finished = {job: content for job, content in recorded.items() if content is not None}
+    finished = registry.recorded_all(job.card.job for job in all_jobs)
     tokens = training_tokens(base, all_jobs, pool)
     unfinished = sum(count for job, count in tokens.items() if job not in finished)
     tasks = [data for tasks in suites.values() for data in tasks]
@@ -193,7 +192,7 @@ def make_plan(config: RunConfig, prepare: Callable[[list[TaskSpec]], None] = pre
     )
     _check_same_run(plan)
     _check_disk(plan, registry.folder)
-    plan.folder.check_writable()
+    plan.folder.check_writable(creates=False)
     registry.folder.check_writable()
     return plan
 

@@ -11,9 +11,10 @@ whatever a crash then left undone is done by the next call that meets the record
 `rename` delete the record before they write the manifest, so that no call enters the name again
 behind their back. So every method may be repeated at any time.
 
-Any number of processes may share a registry where of two that create a file only one succeeds: on
-a local disk, or a network filesystem with hard links. An object store does not promise that to
-`Folder.create` yet: let one process write there.
+Any number of processes may share a registry: each record and manifest is created only if there is
+none (`Folder.create`), and whoever was second reads the other's and builds on it. Two runs whose
+recipes or data differ may make different experts of one name: both are kept, each run finds its own
+by its job, and the name in the pool stands for the one that was entered last.
 
 `python -m harness.registry --help` tells the command line (harness/registry_cli.py).
 """
@@ -21,7 +22,7 @@ a local disk, or a network filesystem with hard links. An object store does not 
 import dataclasses
 import difflib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from harness.registry_files import (
@@ -33,13 +34,20 @@ from harness.registry_files import (
     manifest_numbers,
     object_file,
     profile_file,
+    profile_files,
+    read_expert,
     read_manifest,
+    read_profile,
     read_record,
+    read_records,
 )
 from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert, validate_name, with_job
 from phatgoose.profile import Profile
+
+# Up to so many jobs are looked up one by one.
+_FEW = 8
 
 
 class Registry:
@@ -87,18 +95,27 @@ class Registry:
                 self._check_free(self.manifest(), card.name, expert.content_hash())
             record = self._store(expert)
         if enter:
-            self._enter(card.job, record, replace)
+            self._enter({card.job: record}, replace)
         return record.object
 
-    def enter(self, jobs: Iterable[str]) -> None:
-        """Let the newest manifest name what these finished jobs made."""
-        for job in jobs:
-            self.finished(job)
+    def enter(self, jobs: Iterable[str]) -> dict[str, str]:
+        """Let the newest manifest name what these finished jobs made; one manifest for all.
+
+        Returns the content hash that each job made; jobs still to be done are left out. Of several
+        jobs whose experts have one name, the last one counts.
+        """
+        records = self._records(jobs)
+        self._enter(records)
+        return {job: record.object for job, record in records.items()}
 
     def recorded(self, job: str) -> str | None:
         """As `finished`, but changes nothing: for looking before any work."""
         record = self._record(job)
         return None if record is None else record.object
+
+    def recorded_all(self, jobs: Iterable[str]) -> dict[str, str]:
+        """As `enter`, but changes nothing: the hashes of the finished ones among many jobs."""
+        return {job: record.object for job, record in self._records(jobs).items()}
 
     def finished(self, job: str) -> str | None:
         """The hash of the expert that a job made; None if the job is still to be done.
@@ -106,11 +123,7 @@ class Registry:
         The newest manifest names the expert afterwards, even if a crash cut the publish short or
         another job's expert took over the name. None also where the object was deleted.
         """
-        record = self._record(job)
-        if record is None:
-            return None
-        self._enter(job, record)
-        return record.object
+        return self.enter([job]).get(job)
 
     def remove(self, name: str) -> str | None:
         """Take a name out of the pool; return the hash that it had, None if it had none.
@@ -162,43 +175,26 @@ class Registry:
 
         Raises PhatgooseError, naming the file, if it is missing, truncated or altered.
         """
-        name = object_file(content_hash)
-        path = self.folder.path(name)
-        if not self.folder.exists(name):
-            raise PhatgooseError(
-                f"{path} is missing: run again, and its expert is trained again; if it was "
-                "imported or renamed, do that again"
-            )
-        local = self.folder.local(name)
-        expert = Expert.load(local) if local else Expert.from_buffer(self.folder.read(name), path)
-        actual = expert.content_hash()
-        if actual != content_hash:
-            raise PhatgooseError(
-                f"{path} was altered (its content hash is {actual[:12]}): delete it, and the next "
-                "run trains it again; if it was imported or renamed, do that again"
-            )
-        return expert
+        return read_expert(self.folder, content_hash)
 
     def put_profile(self, content_hash: str, profile_id: str, data: bytes) -> None:
         """Keep the profile of an expert, `Profile.to_bytes`; one that is there stays."""
-        file = profile_file(content_hash, profile_id)
-        if not self.folder.exists(file):
-            self.folder.write(file, data)
+        self.folder.create(profile_file(content_hash, profile_id), data)
 
     def has_profile(self, content_hash: str, profile_id: str) -> bool:
         """Whether the profile of an expert was measured in this way before."""
         return self.folder.exists(profile_file(content_hash, profile_id))
+
+    def profiles(self) -> set[tuple[str, str]]:
+        """Of all profiles, the content hash of the expert and the profile's id."""
+        return {(content_hash, id_) for _, content_hash, id_ in profile_files(self.folder)}
 
     def profile(self, content_hash: str, profile_id: str) -> Profile:
         """Read a profile; on a local disk it is mapped.
 
         Raises PhatgooseError, naming the file, if it is missing or damaged.
         """
-        file = profile_file(content_hash, profile_id)
-        local = self.folder.local(file)
-        if local:
-            return Profile.load(local)
-        return Profile.from_bytes(self.folder.read(file), self.folder.path(file))
+        return read_profile(self.folder, profile_file(content_hash, profile_id))
 
     def manifest(self) -> Manifest:
         """The newest manifest; number 0 and no experts if there is none.
@@ -259,6 +255,9 @@ class Registry:
             if first is not None:
                 return first  # another process finished the same job in the meantime
             self.folder.write(file, record.to_bytes())  # the old record's object is gone
+        # An object that was there before and had no record may just have been collected as garbage.
+        if not self.folder.exists(object_file(record.object)):
+            self.folder.write(object_file(record.object), expert.to_bytes())
         return record
 
     def _record(self, job: str) -> Record | None:
@@ -266,26 +265,52 @@ class Registry:
         record = read_record(self.folder, job_file(job))
         return record if record and self.folder.exists(object_file(record.object)) else None
 
+    def _records(self, jobs: Iterable[str]) -> dict[str, Record]:
+        """The records, of those of these jobs that have one whose object still exists.
+
+        Of many jobs, the files are listed instead of asked for one by one.
+        """
+        jobs = list(dict.fromkeys(jobs))
+        if len(jobs) <= _FEW:
+            found = ((job, self._record(job)) for job in jobs)
+            return {job: record for job, record in found if record is not None}
+        there = set(self.folder.names("jobs/"))
+        files = {job_file(job): job for job in jobs}
+        records = {}
+        for file, record in read_records(self.folder, [file for file in files if file in there]):
+            if isinstance(record, PhatgooseError):
+                raise record
+            if record is not None:
+                records[files[file]] = record
+        # After the records, whose objects were written before them.
+        objects = set(self.folder.names("objects/"))
+        return {job: r for job, r in records.items() if object_file(r.object) in objects}
+
     def _forget(self, content_hash: str) -> None:
         """Delete the records of the jobs that made this object."""
-        for file in job_files(self.folder):
-            record = read_record(self.folder, file)
+        for file, record in read_records(self.folder, job_files(self.folder)):
+            if isinstance(record, PhatgooseError):
+                raise record
             if record and record.object == content_hash:
                 self.folder.delete(file, missing_ok=True)
 
-    def _enter(self, job: str, record: Record, replace: bool = True) -> None:
-        """Make the newest manifest name the record's object, as long as the record is there."""
+    def _enter(self, records: Mapping[str, Record], replace: bool = True) -> None:
+        """Make the newest manifest name the objects of these jobs' records that are still there."""
+        last = {record.name: job for job, record in records.items()}
         while True:
             newest = self.manifest()
-            if newest.experts.get(record.name) == record.object:
-                return
-            # Looked at after the manifest: a `remove` that deleted the record since then writes a
+            pool = newest.experts
+            lacking = [j for name, j in last.items() if pool.get(name) != records[j].object]
+            # Looked at after the manifest: a `remove` that deleted a record since then writes a
             # manifest that follows it, so that either that call or this one must look again.
-            if self._record(job) != record:
+            there = self._records(lacking)
+            added = {r.name: r.object for job, r in there.items() if r == records[job]}
+            if not added:
                 return
             if not replace:
-                self._check_free(newest, record.name, record.object)
-            if self._follow(newest, {**newest.experts, record.name: record.object}):
+                for name, content_hash in added.items():
+                    self._check_free(newest, name, content_hash)
+            if self._follow(newest, {**pool, **added}):
                 return
 
     def _follow(self, newest: Manifest, experts: dict[str, str]) -> bool:

@@ -1,10 +1,11 @@
-"""The registry's command line: python -m harness.registry list|show|verify|... <registry>
+"""The registry's command line: python -m harness.registry list|show|verify|gc|... <registry>
 
 Each command makes an `Answer`: a document for programs (--json) and text for people.
 """
 
 import argparse
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from harness.command_line import Answer, answer, count, table
 from harness.registry import Registry
 from harness.registry_check import verify
 from harness.registry_files import manifest_numbers, object_file
+from harness.registry_gc import DAY, collect
 from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
@@ -44,8 +46,25 @@ def _parser() -> argparse.ArgumentParser:
     command("list", _list, "list the experts of the pool")
     show = command("show", _show, "show an expert's card and tensors")
     show.add_argument("name", help="of the expert")
-    check = command("verify", _verify, "read every expert and see that it is whole")
-    check.add_argument("--all", action="store_true", help="also the experts of older manifests")
+    check = command("verify", _verify, "read every file and see that it is whole")
+    check.add_argument(
+        "--all", action="store_true", help="also the experts of older manifests, and orphans"
+    )
+    gc = command("gc", _gc, "remove what no manifest and no finished job names")
+    gc.add_argument("--dry-run", action="store_true", help="only tell what would be removed")
+    gc.add_argument(
+        "--keep-manifests",
+        type=int,
+        metavar="N",
+        help="also remove all but the newest N manifests, and what only those named",
+    )
+    gc.add_argument(
+        "--older-than",
+        type=_seconds,
+        default=DAY,
+        metavar="AGE",
+        help="leave younger files alone, such as 12h; 1d if not given",
+    )
     load = command("import-peft", _import_peft, "enter a LoRA adapter that PEFT saved")
     load.add_argument("folder", help="of the adapter")
     load.add_argument("--name", help="of the expert; the folder's if not given")
@@ -171,16 +190,63 @@ def _tensors(expert: Expert) -> str:
 
 
 def _verify(args: argparse.Namespace) -> Answer:
-    registry = Registry.open(args.registry)
-    check = verify(registry, every_manifest=args.all)
+    folder = _folder(args.registry)
+    check = verify(folder, every_manifest=args.all)
     lines = [
         *check.problems,
-        *(f"no manifest names {file}; it does no harm" for file in check.orphans),
+        *(f"no manifest or record names {f}: it does no harm, and gc removes it"
+          for f in check.orphans if f.startswith("objects/")),
+        *(f"the expert of {f} is gone: it does no harm, and gc removes it"
+          for f in check.orphans if not f.startswith("objects/")),
+    ]  # fmt: skip
+    if check.unnamed:
+        jobs = count(len(check.unnamed), "finished job")
+        lines.append(f"{jobs} in no manifest yet: the next run of theirs enters them")
+    lines.append(
         f"{count(check.objects, 'expert')} read, {count(len(check.problems), 'problem')}, "
-        f"{count(len(check.orphans), 'orphan')}",
-    ]
-    document = {"registry": str(registry.folder), **asdict(check)}
+        f"{count(len(check.orphans), 'orphan')}"
+    )
+    document = {"registry": str(folder), **asdict(check)}
     return Answer(document, "\n".join(lines), 1 if check.problems else 0)
+
+
+def _gc(args: argparse.Namespace) -> Answer:
+    folder = _folder(args.registry)
+    removed = collect(
+        folder,
+        keep_manifests=args.keep_manifests,
+        older_than=args.older_than,
+        dry_run=args.dry_run,
+    )
+    total = sum(garbage.bytes for garbage in removed)
+    rows = [[garbage.file, _size(garbage.bytes), garbage.why] for garbage in removed]
+    done = "to remove" if args.dry_run else "removed"
+    lines = [f"{count(len(removed), 'file')} {done}, {_size(total)}"]
+    if removed:
+        lines.insert(0, table(["file", "size", "why"], rows, right={1}))
+    document = {
+        "registry": str(folder),
+        "dry_run": args.dry_run,
+        "removed": [asdict(garbage) for garbage in removed],
+        "bytes": total,
+    }
+    return Answer(document, "\n".join(lines))
+
+
+def _folder(uri: str) -> Folder:
+    """The folder of a registry, also of one whose newest manifest is damaged."""
+    folder = Folder(uri)
+    if not manifest_numbers(folder):
+        Registry.open(uri)  # says that there is none
+    return folder
+
+
+def _seconds(text: str) -> float:
+    """`90`, `30m`, `12h` or `1d` in seconds."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number and s, m, h or d, such as 1d")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": DAY}[match[2]]
 
 
 def _import_peft(args: argparse.Namespace) -> Answer:
@@ -198,8 +264,9 @@ def _import_peft(args: argparse.Namespace) -> Answer:
     base = load_base(args.base, dtype="bfloat16") if args.base else None
     expert = from_peft(args.folder, base=base, name=args.name)
     if manifest_numbers(folder):
-        registry = Registry.open(args.registry)
+        registry = _to_change(args.registry)
     else:
+        folder.check_writable()
         registry = Registry(args.registry, expert.card.base_fingerprint)
     content_hash = registry.publish(expert, replace=args.replace)
     name = expert.card.name
@@ -224,8 +291,15 @@ def _export_peft(args: argparse.Namespace) -> Answer:
     )
 
 
+def _to_change(uri: str) -> Registry:
+    """The registry, if its folder can be written to by several at once."""
+    registry = Registry.open(uri)
+    registry.folder.check_writable()
+    return registry
+
+
 def _rename(args: argparse.Namespace) -> Answer:
-    content_hash = Registry.open(args.registry).rename(args.old, args.new)
+    content_hash = _to_change(args.registry).rename(args.old, args.new)
     return Answer(
         {"old": args.old, "new": args.new, "hash": content_hash},
         f"renamed {args.old} to {args.new}, now {content_hash[:_SHORT]}; a run "
@@ -234,7 +308,7 @@ def _rename(args: argparse.Namespace) -> Answer:
 
 
 def _remove(args: argparse.Namespace) -> Answer:
-    registry = Registry.open(args.registry)
+    registry = _to_change(args.registry)
     content_hash = registry.find(args.name)  # a name that is not there is an error here
     registry.remove(args.name)
     return Answer(

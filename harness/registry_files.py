@@ -1,22 +1,27 @@
 """The registry's small files: their names, what is in them, and reading them.
 
-    jobs/<job>.json        {"object": content hash, "name": expert's name}
-    manifests/<n>.json     {"schema": 1, "number": n, "parent": n - 1, "base_fingerprint": hash,
-                            "experts": {name: content hash}}
+    jobs/<job>.json        {"object": content hash, "name": expert's name, "sha256": checksum}
+    manifests/<n>.json     {"schema": 2, "number": n, "parent": n - 1, "base_fingerprint": hash,
+                            "experts": {name: content hash}, "sha256": checksum}
 
-What is read is checked before any of it becomes part of a path. Files of other names are ignored.
+The checksum is of the rest, so that no changed bit goes unseen; files of earlier versions have
+none. What is read is checked before any of it becomes part of a path. Files of other names are
+ignored.
 """
 
+import hashlib
 import json
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
-from phatgoose.expert import validate_name
+from phatgoose.expert import Expert, validate_name
+from phatgoose.profile import Profile
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,13 @@ def profile_file(content_hash: str, profile_id: str) -> str:
     return f"profiles/{content_hash}-{profile_id}.safetensors"
 
 
+def profile_files(folder: Folder) -> list[tuple[str, str, str]]:
+    """Of all profiles: the file, the content hash of its expert, the profile's id."""
+    pattern = r"profiles/([0-9a-f]{64})-([0-9a-f]{8,64})\.safetensors"
+    matches = (re.fullmatch(pattern, name) for name in folder.names("profiles/"))
+    return [(match[0], match[1], match[2]) for match in matches if match]
+
+
 def job_file(job: str) -> str:
     """The file of a job's record; PhatgooseError if this is no job id."""
     if not re.fullmatch(r"[0-9a-f]{8,64}", job):
@@ -95,17 +107,30 @@ def read_record(folder: Folder, file: str) -> Record | None:
 
     Raises PhatgooseError, naming the file, if it is malformed.
     """
+    data = folder.find(file)
+    return None if data is None else _to_record(folder, file, data)
+
+
+def read_records(
+    folder: Folder, files: Iterable[str]
+) -> Iterator[tuple[str, Record | PhatgooseError | None]]:
+    """As `read_record`, of many; in place of one that cannot be read, why."""
+    for file, data in folder.find_all(files):
+        try:
+            if isinstance(data, PhatgooseError):
+                raise data
+            yield file, None if data is None else _to_record(folder, file, data)
+        except PhatgooseError as error:
+            yield file, error
+
+
+def _to_record(folder: Folder, file: str, data: bytes) -> Record:
     try:
-        data = folder.read(file)
-    except PhatgooseError:
-        if folder.exists(file):
-            raise
-        return None
-    try:
-        record = Record(**json.loads(data))
+        content, _ = _from_json(data)
+        record = Record(**content)
         validate_name(record.name)
         object_file(record.object)
-    except (TypeError, ValueError, PhatgooseError) as error:
+    except (AttributeError, TypeError, ValueError, PhatgooseError) as error:
         raise _malformed(folder, file, error, "the next run trains it again") from error
     return record
 
@@ -118,15 +143,51 @@ def read_manifest(folder: Folder, number: int) -> Manifest:
     file = manifest_file(number)
     data = folder.read(file)
     try:
-        content = json.loads(data)
+        content, has_checksum = _from_json(data)
         schema = int(content.pop("schema"))
+        if schema == SCHEMA_VERSION and not has_checksum:
+            raise ValueError("it has no checksum")
         manifest = _to_manifest(content, number) if schema <= SCHEMA_VERSION else None
     except (AttributeError, LookupError, TypeError, ValueError, PhatgooseError) as error:
         mend = "finished jobs are entered again by the next run"
         raise _malformed(folder, file, error, mend) from error
     if manifest is None:
-        raise PhatgooseError(f"{folder.path(file)} has the newer schema {schema}: update phatgoose")
+        raise PhatgooseError(f"{folder}/{file} has the newer schema {schema}: update phatgoose")
     return manifest
+
+
+def read_expert(folder: Folder, content_hash: str) -> Expert:
+    """Read one expert and verify its content; on a local disk it is mapped, read-only.
+
+    Raises PhatgooseError, naming the file, if it is missing, truncated or altered.
+    """
+    name = object_file(content_hash)
+    path, local = f"{folder}/{name}", folder.local(name)
+    data = None if local else folder.find(name)
+    if data is None and not (local and local.exists()):
+        raise PhatgooseError(
+            f"{path} is missing: run again, and its expert is trained again; if it was "
+            "imported or renamed, do that again"
+        )
+    expert = Expert.load(local) if local else Expert.from_buffer(data, path)
+    actual = expert.content_hash()
+    if actual != content_hash:
+        raise PhatgooseError(
+            f"{path} was altered (its content hash is {actual[:12]}): delete it, and the next "
+            "run trains it again; if it was imported or renamed, do that again"
+        )
+    return expert
+
+
+def read_profile(folder: Folder, file: str) -> Profile:
+    """Read a profile; on a local disk it is mapped.
+
+    Raises PhatgooseError, naming the file, if it is missing or damaged.
+    """
+    local = folder.local(file)
+    if local:
+        return Profile.load(local)
+    return Profile.from_bytes(folder.read(file), f"{folder}/{file}")
 
 
 def _to_manifest(content: dict[str, Any], number: int) -> Manifest:
@@ -140,8 +201,22 @@ def _to_manifest(content: dict[str, Any], number: int) -> Manifest:
 
 
 def _malformed(folder: Folder, file: str, error: Exception, mend: str) -> PhatgooseError:
-    return PhatgooseError(f"{folder.path(file)} is malformed ({error}): delete it, and {mend}")
+    return PhatgooseError(f"{folder}/{file} is malformed ({error}): delete it, and {mend}")
 
 
 def _to_json(content: dict[str, Any]) -> bytes:
-    return json.dumps(content, indent=1, sort_keys=True).encode()
+    checked = {**content, "sha256": _checksum(content)}
+    return json.dumps(checked, indent=1, sort_keys=True).encode()
+
+
+def _from_json(data: bytes) -> tuple[dict[str, Any], bool]:
+    """What is in a file, and whether it had a checksum; ValueError if that does not fit."""
+    content: dict[str, Any] = json.loads(data)
+    checksum = content.pop("sha256", None)
+    if checksum is not None and checksum != _checksum(content):
+        raise ValueError("its checksum does not fit")
+    return content, checksum is not None
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

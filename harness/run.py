@@ -76,6 +76,8 @@ def run(config: RunConfig) -> None:
         results.write_run(plan.folder, record)
         results.write_table(plan.folder, results.OVERLAP_FILE, results.OVERLAP, _overlaps(plan))
         stages.table.save(now=True)
+        if "train" in config.stages:
+            stages.enter_finished()
         try:
             if to_train:
                 problems += stages.train()

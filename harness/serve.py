@@ -70,9 +70,6 @@ def choose(plan: Plan, registry: Registry, experts: Mapping[str, str]) -> Served
 def _profiles(plan: Plan, registry: Registry, experts: Mapping[str, str]) -> dict[str, str]:
     """The ids, by expert, of the profiles that are there."""
     ids = {job.card.name: job.profile_id for job in plan.jobs}
-    found = {}
-    for name, content_hash in experts.items():
-        profile_id = ids[name]
-        if profile_id is not None and registry.has_profile(content_hash, profile_id):
-            found[name] = profile_id
-    return found
+    there = registry.profiles()
+    found = {name: ids[name] for name, content in experts.items() if (content, ids[name]) in there}
+    return {name: profile_id for name, profile_id in found.items() if profile_id is not None}

@@ -53,6 +53,10 @@ class Stages:
         gpus = ranks.gpus_per_rank(cluster)
         check_room(cluster, cluster.train_nodes, ranks.ranks_per_expert, gpus)
 
+    def enter_finished(self) -> None:
+        """Let the registry's newest manifest name what was trained before, even before a crash."""
+        self._registry.enter(self._plan.finished)
+
     def train(self) -> list[str]:
         """Train what has not been trained; meanwhile, evaluate what need not wait."""
         plan, jobs = self._plan, self._plan.open_jobs
@@ -79,11 +83,13 @@ class Stages:
         plan, registry = self._plan, self._registry
         experts: dict[str, str] = {}
         lacking = []
+        recorded = registry.recorded_all(job.card.job for job in plan.jobs)
+        profiles = registry.profiles()
         for job in plan.jobs:
-            content_hash = registry.recorded(job.card.job)
+            content_hash = recorded.get(job.card.job)
             if content_hash is None or job.profile_id is None:
                 continue
-            if not registry.has_profile(content_hash, job.profile_id):
+            if (content_hash, job.profile_id) not in profiles:
                 experts[job.card.name] = content_hash
                 lacking.append(job)
         if not lacking:
@@ -251,9 +257,10 @@ class Stages:
     def _pool(self) -> dict[str, str]:
         """The trained experts' content hashes by name; says which ones are lacking."""
         plan, registry = self._plan, self._registry
-        found = {job.card.name: registry.finished(job.card.job) for job in plan.jobs}
-        experts = {name: content for name, content in found.items() if content is not None}
-        lacking = [name for name in found if name not in experts]
+        found = registry.enter(job.card.job for job in plan.jobs)
+        jobs = {job.card.name: job.card.job for job in plan.jobs}
+        experts = {name: found[job] for name, job in jobs.items() if job in found}
+        lacking = [name for name in jobs if name not in experts]
         if not experts:
             raise PhatgooseError(
                 f"no expert of pool {plan.config.pool['name']} is in the registry "

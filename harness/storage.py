@@ -1,21 +1,25 @@
-"""A folder on any filesystem that pyarrow opens: local, S3, Google Cloud Storage, HDFS.
+"""A folder on shared storage: a local path, S3, Google Cloud Storage, Azure, or what pyarrow opens.
 
-A local file appears whole or not at all, and stays after a power cut: it is written under a hidden
-name, flushed, renamed, and its folder is flushed too. Hidden files are never listed, so what a
-killed writer leaves behind is never taken for a file.
+A file appears whole or not at all, everywhere. Hidden files are never listed, so what a killed
+writer leaves behind on a local disk is never taken for a file.
 """
 
 import errno
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
+import obstore.exceptions
 import pyarrow as pa
 from pyarrow import fs
 
+from harness.object_store import SCHEMES, open_store
+from harness.stores import ArrowStore, Entry, LocalStore, Store
 from phatgoose.errors import PhatgooseError
 
 _MENDS = {
@@ -26,6 +30,10 @@ _MENDS = {
     errno.EOPNOTSUPP: "choose a folder whose filesystem has hard links",
     errno.EROFS: "choose a folder that you may write to",
 }
+# What the stores and the libraries behind them raise.
+_REFUSALS = (OSError, NotImplementedError, pa.ArrowException, obstore.exceptions.BaseError)
+# Requests to an object store at once; each waits for the network most of its time.
+_READERS = 16
 
 
 class Folder:
@@ -39,79 +47,112 @@ class Folder:
         """Open the folder at `uri`; a relative path is taken from the working directory."""
         self.uri = str(uri) if "://" in str(uri) else str(Path(uri).expanduser().absolute())
         try:
-            self._fs, root = fs.FileSystem.from_uri(self.uri)
-        except (OSError, pa.ArrowException) as error:
+            self._store, root = _open(self.uri)
+        except (*_REFUSALS, ValueError) as error:
+            reason = _one_line(error) if isinstance(error, ValueError) else type(error).__name__
             raise PhatgooseError(
-                f"cannot open the folder {_without_secrets(self.uri)} ({type(error).__name__}): "
+                f"cannot open the folder {_without_secrets(self.uri)} ({reason}): "
                 "use a path, or a URI such as file:///data/pool or s3://bucket/pool"
             ) from error
         self._root = root.rstrip("/")
-        self._is_local = isinstance(self._fs, fs.LocalFileSystem)
+        self._is_local = isinstance(self._store, LocalStore)
 
     def __str__(self) -> str:
         """The path or URI, without a password."""
         return _without_secrets(self.uri)
 
+    def __reduce__(self) -> tuple[type["Folder"], tuple[str]]:
+        """In another process, the folder is opened again."""
+        return Folder, (self.uri,)
+
     def read(self, name: str) -> bytes:
         """The bytes of one file."""
-        with self._named_errors("read", name), self._fs.open_input_file(self._full(name)) as file:
-            return file.read()
+        full = self._full(name)
+        with self._named_errors("read", name):
+            return self._store.read(full)
+
+    def find(self, name: str) -> bytes | None:
+        """The bytes of one file; None if there is no such file."""
+        full = self._full(name)
+        with self._named_errors("read", name):
+            try:
+                return self._store.read(full)
+            except FileNotFoundError:
+                return None
+
+    def find_all(self, names: Iterable[str]) -> Iterator[tuple[str, bytes | PhatgooseError | None]]:
+        """As `find`, of many small files, several at once, in order.
+
+        In place of the bytes of a file that cannot be read stands the error.
+        """
+
+        def find(name: str) -> tuple[str, bytes | PhatgooseError | None]:
+            try:
+                return name, self.find(name)
+            except PhatgooseError as error:
+                return name, error
+
+        if self._is_local:
+            yield from map(find, names)
+            return
+        with ThreadPoolExecutor(_READERS) as readers:
+            yield from readers.map(find, names)
 
     def write(self, name: str, data: bytes) -> None:
         """Write one file whole, over the one that may be there."""
+        full = self._full(name)
         with self._named_errors("write", name):
-            if self._is_local:
-                _write_local(Path(self._full(name)), data, os.replace)
-            else:
-                self._put(name, data)
+            self._store.write(full, data)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write one file whole if none is there; say whether this call made it."""
+        """Write one file whole if none is there; say whether this call made it.
+
+        Of any number of callers at once, in any process on any machine, one makes it. A store that
+        does not promise this is refused by `check_writable` or here.
+        """
+        full = self._full(name)
         with self._named_errors("create", name):
-            if self._is_local:
-                try:
-                    _write_local(Path(self._full(name)), data, os.link)
-                except FileExistsError:
-                    return False
-                return True
-            # Not atomic: of two writers at the same moment, the later one wins.
-            if self.exists(name):
-                return False
-            self._put(name, data)
-            return True
+            return self._store.create(full, data)
 
     def delete(self, name: str, *, missing_ok: bool = False) -> None:
         """Delete one file; with `missing_ok` it may be gone already."""
         full = self._full(name)
         with self._named_errors("delete", name):
             try:
-                self._fs.delete_file(full)
+                self._store.delete(full)
             except FileNotFoundError:
                 if not missing_ok:
                     raise
-                return
-            if self._is_local:
-                _flush_folder(Path(full).parent)
+
+    def remove_left_over(self, path: str) -> None:
+        """Delete a file that `entries` listed, a hidden one too; it may be gone already."""
+        with self._named_errors("delete", path), suppress(FileNotFoundError):
+            self._store.delete(f"{self._root}/{path}")
 
     def exists(self, name: str) -> bool:
         """Whether there is a file of this name."""
+        full = self._full(name)
         with self._named_errors("look for", name):
-            return self._fs.get_file_info(self._full(name)).type == fs.FileType.File
+            return self._store.exists(full)
 
     def names(self, prefix: str = "") -> list[str]:
         """The sorted names of all files whose name starts with `prefix`, hidden ones left out.
 
         Folders below are read too. Of a prefix such as `jobs/a`, only the folder `jobs` is read.
         """
+        return [entry.path for entry in self.entries(prefix)]
+
+    def entries(self, prefix: str = "", *, hidden: bool = False) -> list[Entry]:
+        """As `names`, with each file's size and time; `path` is its name. With `hidden`, all."""
         folder = prefix.rpartition("/")[0]
         start = self._full(folder) if folder else self._root
         with self._named_errors("list", folder):
-            infos = self._fs.get_file_info(
-                fs.FileSelector(start, recursive=True, allow_not_found=True)
-            )
-        files = (info.path for info in infos if info.type == fs.FileType.File)
-        names = (path.removeprefix(self._root).lstrip("/") for path in files)
-        return sorted(n for n in names if n.startswith(prefix) and not _has_hidden_part(n))
+            found = list(self._store.entries(start))
+        named = (replace(e, path=e.path.removeprefix(self._root).lstrip("/")) for e in found)
+        wanted = [e for e in named if e.path.startswith(prefix)]
+        if not hidden:
+            wanted = [e for e in wanted if not _has_hidden_part(e.path)]
+        return sorted(wanted, key=lambda entry: entry.path)
 
     def path(self, name: str) -> str:
         """The full path (local) or URI (elsewhere) of a file."""
@@ -126,11 +167,27 @@ class Folder:
         full = self._full(name)
         return Path(full) if self._is_local else None
 
-    def check_writable(self) -> None:
-        """Make and delete a small file; raise PhatgooseError if that does not work."""
+    def check_writable(self, *, creates: bool = True) -> None:
+        """Make and delete a small file; raise PhatgooseError if that does not work.
+
+        Args:
+            creates: also see that a second `create` of it is refused, as a registry needs it.
+        """
         name = f"check-{uuid.uuid4().hex}"
+        if not creates:
+            self.write(name, b"can this folder be written to?")
+            self.delete(name)
+            return
         self.create(name, b"can this folder be written to?")
-        self.delete(name)
+        try:
+            if self.create(name, b"and is a second one refused?"):
+                raise PhatgooseError(
+                    f"{self} overwrites a file that it was told to create only if there is none, "
+                    "so that two runs could overwrite each other's experts there: use a store "
+                    "with conditional writes (S3's If-None-Match), or a local or network folder"
+                )
+        finally:
+            self.delete(name, missing_ok=True)
 
     def _full(self, name: str) -> str:
         if not name or _has_hidden_part(name) or "\\" in name or "\0" in name:
@@ -139,22 +196,48 @@ class Folder:
             )
         return f"{self._root}/{name}"
 
-    def _put(self, name: str, data: bytes) -> None:
-        full = self._full(name)
-        self._fs.create_dir(full.rpartition("/")[0], recursive=True)
-        with self._fs.open_output_stream(full, compression=None) as file:
-            file.write(data)
-
     @contextmanager
     def _named_errors(self, action: str, name: str) -> Iterator[None]:
         try:
             yield
-        except (OSError, pa.ArrowException) as error:
-            number = getattr(error, "errno", None)
-            reason = os.strerror(number) if number else str(error).partition("\n")[0][:200]
-            mend = _MENDS.get(number or 0, "check the folder and the name")
+        except _REFUSALS as error:
             place = f"{self}/{name}".rstrip("/")
-            raise PhatgooseError(f"cannot {action} {place} ({reason}): {mend}") from error
+            raise PhatgooseError(
+                f"cannot {action} {place} ({_reason(error)}): {_mend(error)}"
+            ) from error
+
+
+def _open(uri: str) -> tuple[Store, str]:
+    """The store that a path or URI names, and the path in it."""
+    if uri.partition("://")[0] in SCHEMES:
+        return open_store(uri)
+    filesystem, root = fs.FileSystem.from_uri(uri)
+    local = isinstance(filesystem, fs.LocalFileSystem)
+    return (LocalStore() if local else ArrowStore(filesystem)), root
+
+
+def _reason(error: BaseException) -> str:
+    number = getattr(error, "errno", None)
+    if number:
+        return os.strerror(number)
+    return _one_line(error)
+
+
+def _one_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0][:300]
+
+
+def _mend(error: BaseException) -> str:
+    if isinstance(error, NotImplementedError):
+        return "keep the registry in a local or network folder, on S3, GCS or Azure"
+    kind = type(error).__name__
+    if number := getattr(error, "errno", None):
+        return _MENDS.get(number, "check the folder and the name")
+    if kind in ("PermissionDeniedError", "UnauthenticatedError", "PermissionError"):
+        return "check the credentials and that they allow this there"
+    if kind == "GenericError":
+        return "check the address, the credentials and that the bucket is there, then try again"
+    return "check the folder and the name"
 
 
 def _has_hidden_part(name: str) -> bool:
@@ -167,34 +250,3 @@ def _without_secrets(uri: str) -> str:
     if "://" not in uri:
         return uri
     return re.sub("://[^/]*@", "://", uri.partition("?")[0])
-
-
-def _write_local(path: Path, data: bytes, place: Callable[[Path, Path], None]) -> None:
-    """Write a hidden file, flush it, and `place` it (rename or link) at `path`."""
-    _make_folder(path.parent)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        place(temporary, path)
-        _flush_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _make_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        _flush_folder(folder.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,10 +6,12 @@ It is measured on examples of the expert's own task (`phatgoose.profiling.measur
 end of training or later, and kept beside the expert: the expert does not depend on it.
 """
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
@@ -84,10 +86,10 @@ class Profile:
             "encoder_fingerprint": self.encoder_fingerprint,
             "description": self.description,
         }
-        return save(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            metadata={"profile": json.dumps(texts)},
-        )
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        texts["sha256"] = _checksum(tensors, texts)
+        # One entry only: the library writes several in an order that changes.
+        return save(tensors, metadata={"profile": json.dumps(texts)})
 
     @staticmethod
     def load(path: str | Path) -> "Profile":
@@ -115,12 +117,25 @@ class Profile:
 
 
 def _from_parts(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Profile:
+    texts = json.loads(metadata["profile"])
+    checksum = texts.pop("sha256", None)  # earlier versions wrote none
+    if checksum is not None and checksum != _checksum(tensors, texts):
+        raise ValueError("its checksum does not fit")
     return Profile(
         mean_activation=_below(_MEAN, tensors),
         norms=_below(_NORMS, tensors),
         embeddings_NS=tensors["embeddings"],
-        **json.loads(metadata["profile"]),
+        **texts,
     )
+
+
+def _checksum(tensors: dict[str, Tensor], texts: dict[str, str]) -> str:
+    """The SHA-256 of all that the file says, in an order of its own."""
+    sha256 = hashlib.sha256(json.dumps(texts, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        sha256.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return sha256.hexdigest()
 
 
 def _damaged(source: str, error: Exception) -> PhatgooseError:

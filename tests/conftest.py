@@ -1,6 +1,7 @@
 """What every test stands on: no network, one thread, an own cache, and two tiny bases."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,6 +9,7 @@ import pytest
 
 if TYPE_CHECKING:
     from phatgoose.base import Base
+    from tests.s3_server import S3Server
 
 # Before anything imports torch or huggingface_hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,6 +19,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 @pytest.fixture(scope="session", autouse=True)
 def _session_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["PHATGOOSE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def s3() -> "Iterator[S3Server]":
+    """An S3-compatible server on this machine; the credentials are in the environment."""
+    from tests.s3_server import s3_server
+
+    with s3_server() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

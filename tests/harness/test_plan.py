@@ -11,6 +11,7 @@ from harness.config import RunConfig, RunSection
 from harness.plan import Plan, make_plan
 from harness.registry import Registry
 from harness.results import RUN_FILE, write_run
+from harness.run import run
 from harness.storage import Folder
 from phatgoose.base import load_base
 from phatgoose.cache import cache_dir
@@ -270,3 +271,18 @@ def test_a_damaged_record_of_the_run_is_refused(config: RunConfig) -> None:
 def test_a_run_folder_with_something_else_in_it_is_refused(config: RunConfig) -> None:
     Folder(config.run.dir).write(RUN_FILE, b"{}")
     assert "holds a run with another base" in refused(config)
+
+
+def test_a_run_enters_what_an_earlier_one_trained_and_did_not_enter(config: RunConfig) -> None:
+    """A driver that died between an expert's record and the manifest; here all are trained."""
+    plan = make_plan(config)
+    registry = Registry(plan.config.registry, plan.base_fingerprint)
+    [expert] = make_experts(load_base(plan.config.base.name), 1)
+    for job in plan.all_jobs:
+        registry.publish(Expert(job.card, expert.linears), enter=False)
+    assert registry.manifest().number == 0
+    for _ in range(2):
+        run(dataclasses.replace(config, stages=["train"]))
+        manifest = registry.manifest()
+        assert manifest.number == 1
+        assert set(manifest.experts) == {job.card.name for job in plan.all_jobs}

@@ -16,9 +16,9 @@ from phatgoose.expert import Expert
 from tests.harness.test_registry import BASE, make_expert
 
 
-@pytest.fixture(params=["local", "mock"])
+@pytest.fixture(params=["local", "memory"])
 def registry(request: pytest.FixtureRequest, tmp_path: Path) -> Registry:
-    return Registry(tmp_path / "pool" if request.param == "local" else "mock:///pool", BASE)
+    return Registry(tmp_path / "pool" if request.param == "local" else "memory:///pool", BASE)
 
 
 @pytest.fixture
@@ -158,13 +158,13 @@ def test_a_run_under_way_does_not_bring_back_what_is_removed(
     local.publish(make_expert(1, name="old"))
     enter = Registry._enter
 
-    def remove_first(self: Registry, job: str, record: Record, replace: bool = True) -> None:
+    def remove_first(self: Registry, records: dict[str, Record], replace: bool = True) -> None:
         monkeypatch.setattr(Registry, "_enter", enter)
         if change == "remove":
             local.remove("old")
         else:
             local.rename("old", "new")
-        enter(self, job, record, replace)
+        enter(self, records, replace)
 
     monkeypatch.setattr(Registry, "_enter", remove_first)
     local.finished(job)

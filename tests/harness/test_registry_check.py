@@ -22,15 +22,15 @@ def test_a_whole_registry(registry: Registry) -> None:
     registry.remove("task-1")
     registry.folder.write("profiles/0123.safetensors", b"not looked at")
     registry.folder.write("objects/notes.txt", b"nor this")
-    assert verify(registry) == Check(2, [], [])
-    assert verify(registry, every_manifest=True) == Check(3, [], [])
+    assert verify(registry.folder) == Check(2)
+    assert verify(registry.folder, every_manifest=True) == Check(3)
 
 
 def test_what_no_manifest_names_is_no_problem(registry: Registry) -> None:
     orphan = make_expert(4)
     file = object_file(orphan.content_hash())
     registry.folder.write(file, orphan.to_bytes())
-    assert verify(registry) == Check(3, [], [file])
+    assert verify(registry.folder) == Check(3, [], [file])
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "exchanged", "missing"])
@@ -48,7 +48,7 @@ def test_damage_is_found_and_its_mend_mends(registry: Registry, damage: str) -> 
     else:
         path.unlink()
 
-    check = verify(registry)
+    check = verify(registry.folder)
     assert check.objects == 3
     assert check.orphans == []
     assert check.problems[0].startswith(f"expert task-2: {path} ")
@@ -64,15 +64,15 @@ def test_damage_is_found_and_its_mend_mends(registry: Registry, damage: str) -> 
 
     path.unlink(missing_ok=True)
     registry.publish(make_expert(2))
-    assert verify(registry, every_manifest=True) == Check(3, [], [])
+    assert verify(registry.folder, every_manifest=True) == Check(3)
 
 
 def test_only_all_manifests_need_the_objects_of_older_ones(registry: Registry) -> None:
     gone = registry.remove("task-1")
     assert gone is not None
     registry.folder.delete(object_file(gone))
-    assert verify(registry) == Check(2, [], [])
-    check = verify(registry, every_manifest=True)
+    assert verify(registry.folder) == Check(2)
+    check = verify(registry.folder, every_manifest=True)
     assert len(check.problems) == 1
     path = registry.folder.path(object_file(gone))
     assert check.problems[0].startswith(f"expert task-1 of manifest 1: {path} is missing")
@@ -82,7 +82,7 @@ def test_small_files_that_cannot_be_read_are_named(registry: Registry) -> None:
     job = make_expert(1).card.job
     registry.folder.write(f"jobs/{job}.json", b"{")
     registry.folder.write("manifests/2.json", b"[]")
-    manifest, record = verify(registry).problems
+    manifest, record = verify(registry.folder).problems
     assert f"{registry.folder}/manifests/2.json is malformed" in manifest
     assert f"{registry.folder}/jobs/{job}.json is malformed" in record
     assert "delete it" in manifest

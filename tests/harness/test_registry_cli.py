@@ -196,16 +196,19 @@ def test_verify_of_a_whole_registry(
     registry.folder.write("profiles/0123.safetensors", b"not looked at")
     registry.folder.write("objects/notes.txt", b"nor this")
     assert ask("verify", where(registry)) == {
-        "registry": where(registry), "objects": 2, "problems": [], "orphans": []
+        "registry": where(registry), "objects": 2, "problems": [], "orphans": [], "unnamed": []
     }  # fmt: skip
     assert run("verify", where(registry), "--all").out == "3 experts read, 0 problems, 0 orphans\n"
 
     orphan = dataclasses.replace(experts[0], card=dataclasses.replace(experts[0].card, name="x"))
     registry.folder.write(object_file(orphan.content_hash()), orphan.to_bytes())
-    output = run("verify", where(registry), "--all")
+    output = run("verify", where(registry))
     assert output.status == 0
-    assert f"no manifest names {object_file(orphan.content_hash())}" in output.out
-    assert output.out.endswith("3 experts read, 0 problems, 1 orphan\n")
+    assert f"no manifest or record names {object_file(orphan.content_hash())}" in output.out
+    assert output.out.endswith("2 experts read, 0 problems, 1 orphan\n")
+    assert run("verify", where(registry), "--all").out.endswith(
+        "4 experts read, 0 problems, 1 orphan\n"
+    )
 
 
 def test_a_problem_is_told(registry: Registry, run: Callable[..., Output]) -> None:
@@ -259,7 +262,7 @@ def test_rename_and_remove(
 
 def test_a_folder_without_a_registry(tmp_path: Path, refused: Callable[..., str]) -> None:
     for command in (
-        ["list"], ["show", "e0"], ["verify"], ["export-peft", "e0", tmp_path / "x"],
+        ["list"], ["show", "e0"], ["verify"], ["gc"], ["export-peft", "e0", tmp_path / "x"],
         ["rename", "e0", "e1"], ["remove", "e0"], ["import-peft", tmp_path / "adapter"],
     ):  # fmt: skip
         line = refused(command[0], tmp_path / "pool", *command[1:])
@@ -357,7 +360,7 @@ def test_the_commands_of_the_page_work(
     registry.publish(dataclasses.replace(expert, card=card))
     lines = re.findall(r"(?m)^python -m harness\.registry (.*?)(?: +#.*)?$", DOCS.read_text())
     assert {line.split()[0] for line in lines} == {
-        "list", "show", "verify", "import-peft", "export-peft", "rename", "remove"
+        "list", "show", "verify", "gc", "import-peft", "export-peft", "rename", "remove"
     }  # fmt: skip
     for line in lines:
         output = run(*line.replace("smollm2-135m", llama.name).split())
