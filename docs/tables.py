@@ -17,7 +17,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from harness.config import CONF, MULTITASK, Multitask
+from harness.config import MULTITASK, Multitask
+from harness.load_config import CONF
 from harness.summary import DERIVED
 from phatgoose.routers import (
     ROUTERS,

@@ -9,7 +9,7 @@ Files younger than `older_than` stay: a run may be about to name them. An object
 still be named at this very moment, where a run makes the same expert again. So what was deleted is
 kept in memory until the records and manifests have been read once more, and written back if one
 names it now; and whoever publishes looks for the object once more after its record is there
-(`Registry._store`). Of the two, the later one sees what the other did. Should a gc be killed in that
+(`Registry._store`). Of the two, the later one sees what the other did. If a gc is killed in that
 moment, a job's record may be left without its object: the next run trains that expert again.
 """
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import results
-from harness.config import CONF, RunConfig, groups, load_config
+from harness.config import RunConfig
+from harness.load_config import CONF, groups, load_config
 from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
 

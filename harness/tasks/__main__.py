@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 
 from harness.command_line import Answer, answer, count, table
-from harness.config import CONF, RunConfig, load_config
+from harness.config import RunConfig
+from harness.load_config import CONF, load_config
 from harness.tasks import (
     TaskData,
     TaskSpec,

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from harness import results
-from harness.config import RunConfig, load_config
+from harness.config import RunConfig
+from harness.load_config import load_config
 from harness.plan import make_plan
 from harness.registry import Registry
 from harness.run import run

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from harness import results
-from harness.config import load_config
+from harness.load_config import load_config
 from harness.run import run
 from harness.storage import Folder
 from tests.tiny_encoder import make_encoder
