@@ -181,7 +181,8 @@ def _raylet(node: Any) -> int:
 
 def _processes(node: Any) -> list[psutil.Process]:
     """A node's raylet, then all that it started."""
-    own = [info.process.pid for infos in node.all_processes.values() for info in infos]
+    # A copy: another thread may be ending the node.
+    own = [i.process.pid for infos in list(node.all_processes.values()) for i in infos]
     found = []
     for pid in own:
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -1,7 +1,7 @@
 """The run that is disturbed: many tiny experts, two suites, a few routers; all of it made here.
 
-`demo` is the suite of that name with toy documents in place of BIG-bench's, `held_in` the pool's own
-evaluation splits.
+`demo` is the suite of that name, with toy documents in place of BIG-bench's; `held_in` is the
+pool's own evaluation splits.
 """
 
 import random
