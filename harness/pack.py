@@ -3,11 +3,10 @@
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
+from harness.leftovers import temporary_name
 from harness.registry import Registry
 from phatgoose.cache import cache_dir
 from phatgoose.expert import Expert
@@ -44,10 +43,10 @@ def open_pool(
     folder = packs / pool_id(experts)
     if not folder.exists():
         packs.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=packs))
+        temporary = packs / temporary_name()
         try:
+            temporary.mkdir()
             Pool.from_experts([load(content) for content in experts.values()]).save(temporary)
-            temporary.chmod(0o755)
             temporary.rename(folder)
         except OSError:
             if not folder.exists():

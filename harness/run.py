@@ -53,6 +53,7 @@ def run(config: RunConfig) -> None:
     _be_quiet()
     # Imported here, so that a mistyped configuration is refused at once.
     from harness.cluster import Cluster
+    from harness.leftovers import remove_left_over
     from harness.plan import make_plan, needs_profiles
     from harness.prepare import preparer
     from harness.report import make_report
@@ -85,6 +86,8 @@ def run(config: RunConfig) -> None:
                 problems += stages.evaluate()
         finally:
             stages.close()
+            for folder in (plan.folder, Folder(config.registry)):
+                remove_left_over(folder)
     minutes = (time.time() - started) / 60
     record["calls"][-1] |= {
         "finished": _time(time.time()),

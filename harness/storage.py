@@ -2,7 +2,7 @@
 
 A local file appears whole or not at all, and stays after a power cut: it is written under a hidden
 name, flushed, renamed, and its folder is flushed too. Hidden files are never listed, so what a
-killed writer leaves behind is never taken for a file.
+killed writer leaves behind is never taken for a file; harness/leftovers.py removes it.
 """
 
 import errno
@@ -16,6 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import fs
 
+from harness.leftovers import temporary_name
 from phatgoose.errors import PhatgooseError
 
 _MENDS = {
@@ -172,7 +173,7 @@ def _without_secrets(uri: str) -> str:
 def _write_local(path: Path, data: bytes, place: Callable[[Path, Path], None]) -> None:
     """Write a hidden file, flush it, and `place` it (rename or link) at `path`."""
     _make_folder(path.parent)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(temporary_name())
     try:
         with temporary.open("xb") as file:
             file.write(data)
