@@ -168,7 +168,7 @@ def _left(run_dir: Path) -> list[str]:
     return [
         str(path)
         for path in paths
-        if path.name.startswith(".")
+        if (path.name.startswith(".") and path.suffix != ".lock")  # empty, and used again
         or path.suffix in (".tmp", ".partial")
         or (path.parts[0] == "checkpoints" and len(path.parts) > 1)
     ]

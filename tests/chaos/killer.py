@@ -9,12 +9,13 @@ from typing import Any
 
 import psutil
 
-from tests.chaos.nodes import EVALUATOR, REGISTRY, TRAINER, Nodes, kill
+from tests.chaos.nodes import EVALUATOR, REGISTRY, TRAINER, Actor, Nodes, kill
 from tests.chaos.watch import Watch, working
 
 KINDS = ("trainer", "evaluator", "registry", "node", "driver")
 # Of the kills beyond one of each kind. A driver takes longest to come back.
 _WEIGHTS = {"trainer": 5, "evaluator": 5, "registry": 2, "node": 2, "driver": 1}
+_CLASSES = {"trainer": TRAINER, "evaluator": EVALUATOR, "registry": REGISTRY}
 _PHASES = {
     "train": ("trainer", "registry", "node", "driver"),
     "evaluate": ("evaluator", "registry", "node", "driver"),
@@ -67,6 +68,15 @@ class Kill:
     def row(self) -> dict[str, Any]:
         """For a parquet file."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Hit:
+    """A victim that is dead, what it was doing, and what says that all is well again."""
+
+    victim: str
+    doing: str
+    look: Callable[[], str | None]
 
 
 def plan(seed: int, kills: int) -> list[Planned]:
@@ -149,63 +159,68 @@ class Killer:
 
     def _kill(self, planned: Planned, driver: subprocess.Popen[bytes]) -> bool:
         """One kill; False if there is no victim at work now."""
+        watch = self._watch
+        seconds, experts, answers = watch.seconds, len(watch.records), watch.answers
         actors = self._nodes.actors()
-        work = [a for a in working(actors) if a.kind != REGISTRY]
-        watch, kind = self._watch, planned.kind
-        kill_ = Kill(
-            self._seed,
-            len(self.kills) + 1,
-            watch.seconds,
-            planned.phase,
-            kind,
-            "",
-            "",
-            len(watch.records),
-            watch.answers,
-        )
-        known = {actor.process.pid for actor in actors}
-        if kind == "driver":
-            if not work or watch.status.get("driver", {}).get("process") != driver.pid:
-                return False
-            stage = watch.status
-            kill_.doing = f"{stage['stage']}: {stage['done']} of {stage['total']} {stage['unit']}s"
-            kill_.victim = f"process {driver.pid}"
-            is_dead = kill(psutil.Process(driver.pid))
-            recovered = self._driver_back(driver.pid)
-        elif kind == "node":
-            nodes = [n for n in self._nodes.workers if any(a.node == n.node_id for a in work)]
-            if not nodes or self._new_node is not None:
-                return False
-            node = self._draw.choice(nodes)
-            kill_.doing = ", ".join(self._doing(a) for a in work if a.node == node.node_id)
-            before = {n.node_id for n in self._nodes.workers}
-            count = self._nodes.kill_node(node)
-            kill_.victim = f"node {node.node_id[:6]}, {count} processes"
-            is_dead = count > 1
-            self._new_node = time.monotonic() + self._draw.uniform(0, _NEW_NODE_SECONDS)
-            recovered = self._node_back(before)
+        work = [actor for actor in working(actors) if actor.kind != REGISTRY]
+        if not work:
+            hit = None
+        elif planned.kind == "driver":
+            hit = self._kill_driver(driver)
+        elif planned.kind == "node":
+            hit = self._kill_node(work)
         else:
-            name = {"trainer": TRAINER, "evaluator": EVALUATOR, "registry": REGISTRY}[kind]
-            victims = working(actors, name)
-            if kind == "registry":  # mostly it is between two calls
-                victims = [a for a in actors if a.kind == REGISTRY and a.method != "__init__"]
-            if not victims or not work:
-                return False
-            victim = self._draw.choice(victims)
-            kill_.doing = self._doing(victim)
-            kill_.victim = f"process {victim.process.pid}"
-            said = watch.trains(victim.process.pid)
-            if kind == "trainer" and said is None:
-                return False  # between two experts
-            is_dead = kill(victim.process)
-            recovered = self._actor_back(kind, name, known, said.expert if said else "")
-        if not is_dead:
+            hit = self._kill_actor(planned.kind, actors)
+        if hit is None:
             return False
-        self.kills.append(kill_)
-        self._recovered[kill_.number] = recovered
+        number = len(self.kills) + 1
+        what = (seconds, planned.phase, planned.kind, hit.victim, hit.doing, experts, answers)
+        self._recovered[number] = hit.look
+        self.kills.append(Kill(self._seed, number, *what))
         return True
 
-    def _doing(self, actor: Any) -> str:
+    def _kill_driver(self, driver: subprocess.Popen[bytes]) -> _Hit | None:
+        stage = self._watch.status
+        if stage.get("driver", {}).get("process") != driver.pid:
+            return None
+        doing = f"{stage['stage']}: {stage['done']} of {stage['total']} {stage['unit']}s"
+        if not kill(psutil.Process(driver.pid)):
+            return None
+        return _Hit(f"process {driver.pid}", doing, self._driver_back(driver.pid))
+
+    def _kill_node(self, work: list[Actor]) -> _Hit | None:
+        nodes = [n for n in self._nodes.workers if any(a.node == n.node_id for a in work)]
+        if not nodes or self._new_node is not None:
+            return None
+        node = self._draw.choice(nodes)
+        doing = ", ".join(self._doing(actor) for actor in work if actor.node == node.node_id)
+        before = {n.node_id for n in self._nodes.workers}
+        count = self._nodes.kill_node(node)
+        if not count:  # it was dead already, which nobody here did
+            raise RuntimeError(f"the node {node.node_id} died by itself")
+        self._new_node = time.monotonic() + self._draw.uniform(0, _NEW_NODE_SECONDS)
+        victim = f"node {node.node_id[:6]}, {count} processes"
+        return _Hit(victim, doing, self._node_back(before))
+
+    def _kill_actor(self, kind: str, actors: list[Actor]) -> _Hit | None:
+        name = _CLASSES[kind]
+        victims = working(actors, name)
+        if kind == "registry":  # mostly it is between two calls
+            victims = [a for a in actors if a.kind == REGISTRY and a.method != "__init__"]
+        if not victims:
+            return None
+        victim = self._draw.choice(victims)
+        said = self._watch.trains(victim.process.pid)
+        if kind == "trainer" and said is None:  # between two experts
+            return None
+        doing = self._doing(victim)
+        if not kill(victim.process):
+            return None
+        known = {actor.process.pid for actor in actors}
+        look = self._actor_back(kind, name, known, said.expert if said else "")
+        return _Hit(f"process {victim.process.pid}", doing, look)
+
+    def _doing(self, actor: Actor) -> str:
         said = self._watch.trains(actor.process.pid)
         if actor.kind == TRAINER and said:
             return f"training {said.expert} for {self._watch.seconds - said.seconds:.1f} s"

@@ -107,13 +107,12 @@ class Nodes:
         return found
 
     def kill_node(self, node: Any) -> int:
-        """End a node's raylet and all that it started; returns how many processes that were."""
+        """End a node's raylet and all that it started; returns how many processes that killed."""
         processes = _processes(node)
         self._seen.update(processes)
-        for process in processes:
-            kill(process)
+        killed = sum([kill(process) for process in processes])
         self._cluster.remove_node(node, allow_graceful=False)
-        return len(processes)
+        return killed
 
     def _alive(self) -> list[psutil.Process]:
         mine = [p for p in psutil.process_iter() if str(self.folder) in _command(p)]
