@@ -122,7 +122,7 @@ def _run(
         run.problems += [f"left in the cluster: {line}" for line in left_in_cluster(nodes.address)]
     run.problems += [f"left of the cluster: {line}" for line in nodes.left]
     run.lost, found = trained_again(watch, run.kills)
-    run.problems += found + published_twice(said)
+    run.problems += found + published_twice(said) + watch.went_back
     if not status:
         run.problems += faults(run_dir, workload.names)
     return run

@@ -38,6 +38,7 @@ class Watch:
         lines: what training actors said, and when.
         actors: those that were alive at the last look.
         status: status.json, {} before there is one.
+        went_back: where the progress that it tells of became less, within a stage of one driver.
         look_out: called after each look.
     """
 
@@ -50,6 +51,7 @@ class Watch:
         self.lines: list[Line] = []
         self.actors: list[Actor] = []
         self.status: dict[str, Any] = {}
+        self.went_back: list[str] = []
         self.look_out: Callable[[], None] = lambda: None
         self._read: dict[Path, int] = {}  # how much of each log was read
         self._known: set[Path] = set()
@@ -101,9 +103,18 @@ class Watch:
         self.answers = answers
         status = self._run_dir / "status.json"
         if status.exists():
-            self.status = json.loads(status.read_text())
+            self._take_status(json.loads(status.read_text()))
         self.actors = self._nodes.actors()
         self.look_out()
+
+    def _take_status(self, status: dict[str, Any]) -> None:
+        before, self.status = self.status, status
+        same = [status[k] == before.get(k) for k in ("driver", "stage", "total")]
+        if all(same) and status["done"] < before["done"] and before["state"] == "running":
+            self.went_back.append(
+                f"status.json, {status['stage']}: from {before['done']} back to {status['done']} "
+                f"{status['unit']}s"
+            )
 
     def _read_log(self, log: Path) -> None:
         with log.open("rb") as file:
