@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN_DIR ?= $(CURDIR)/runs/demo
 
-.PHONY: demo routers test lint setup clean
+.PHONY: demo routers test chaos lint setup clean
 
 demo: setup  ## train the demo pool, evaluate every router, end with a table and two pictures
 	$(BIN)/python -m harness.run pool=demo "run.dir='$(RUN_DIR)'"
@@ -13,6 +13,9 @@ routers: setup  ## every router there is, on the pool of the demo (trained first
 
 test: setup  ## all tests
 	$(BIN)/python -m pytest
+
+chaos: setup  ## runs whose processes are killed again and again end as one that is left alone
+	$(BIN)/python -m tests.chaos
 
 lint: setup  ## formatting, lint, types
 	$(BIN)/ruff format --check .

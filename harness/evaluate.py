@@ -102,7 +102,8 @@ class Evaluation:
         self.requests = 0  # answered, or found in the journal
         self.failures: dict[str, str] = {}  # of routers that an actor could not answer under
         self._counted: set[str] = set()
-        self._known = self._journal.keys()  # answered, or asked
+        self._found = self._journal.keys()  # answered by an earlier call
+        self._known = set(self._found)  # answered, or asked
         self._waiting: dict[int, _Call] = {}  # what the actors were asked, by the call's key
         self._descriptions = {f"{suite}/{data.name}": describe(data) for data in tasks}
         self._tasks = {f"{suite}/{data.name}": make_task(data, suite) for data in tasks}
@@ -256,6 +257,9 @@ class Evaluation:
 
     def _add(self, calls: Sequence[_Call]) -> None:
         """Ask the actors what the journal does not know and they were not asked before."""
+        for call in calls:
+            if call.key in self._found:
+                self._count(call.key, call.chunk)
         calls = [c for c in calls if c.key not in self._known]
         self._known.update(call.key for call in calls)
         arguments = [

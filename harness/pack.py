@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import xxhash
 from filelock import FileLock
 from safetensors import SafetensorError
 
+from harness.leftovers import temporary_name
 from harness.registry import Registry
 from phatgoose.cache import cache_dir
 from phatgoose.errors import PhatgooseError
@@ -27,8 +27,7 @@ from phatgoose.expert import Expert
 from phatgoose.pool import Pool
 
 POOL_FILE, INDEX_FILE = "pool.safetensors", "pack.json"
-# What packs under way and their locks are called; hidden, so that nobody takes them for packs.
-MAKING, LOCK = ".making-", ".lock"
+LOCK = ".lock"  # how the hidden files end by which one process keeps others waiting
 # A process that waits longer for another's pack makes its own.
 _WAIT_SECONDS = 1800.0
 _CHUNK_BYTES = 2**22
@@ -126,7 +125,8 @@ def _open_whole(folder: Path) -> Pool | None:
 
 def _make(folder: Path, experts: Mapping[str, str], load: Callable[[str], Expert]) -> None:
     """Write a pack next to where it belongs and move it there whole; a damaged one goes away."""
-    temporary = Path(tempfile.mkdtemp(prefix=MAKING, dir=folder.parent))
+    temporary = folder.with_name(temporary_name())
+    temporary.mkdir()
     try:
         new, old = temporary / "new", temporary / "old"
         Pool.from_experts([load(content) for content in experts.values()]).save(new)

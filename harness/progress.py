@@ -67,6 +67,11 @@ class Progress:
         """Print a line above the bar."""
         tqdm.write(line, file=sys.stderr)
 
+    @property
+    def done(self) -> int:
+        """How much is done, by earlier calls too."""
+        return self._done
+
     def advance(self, amount: int) -> None:
         """So much more is done."""
         self.update(self._done + amount, self._counts, self._places)

@@ -19,7 +19,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from harness.pack import LOCK, MAKING, read_index
+from harness.leftovers import TEMPORARY
+from harness.pack import LOCK, read_index
 from harness.registry_files import (
     job_files,
     manifest_file,
@@ -31,7 +32,7 @@ from harness.registry_files import (
     read_records,
 )
 from harness.storage import Folder
-from harness.stores import TEMPORARY, Entry
+from harness.stores import Entry
 from phatgoose.errors import PhatgooseError
 
 DAY = 86400.0
@@ -163,7 +164,9 @@ def _rest(folder: Folder, old: dict[str, Entry], objects: set[str]) -> Iterator[
     lost: dict[str, bool] = {}
     for path, entry in old.items():
         first, _, below = path.partition("/")
-        if first == "packs" and (below.startswith(MAKING) or below.endswith(LOCK)):
+        if any(TEMPORARY.fullmatch(part) for part in path.split("/")):
+            yield _garbage(entry, "left by a process that was killed")
+        elif first == "packs" and below.endswith(LOCK):
             yield _garbage(entry, "left by a process that made a pack")
         elif match := re.fullmatch(r"packs/([0-9a-f]{16})/.*", path):
             pack = match[1]
@@ -171,16 +174,20 @@ def _rest(folder: Folder, old: dict[str, Entry], objects: set[str]) -> Iterator[
                 lost[pack] = _is_lost(folder, pack, objects)
             if lost[pack]:
                 yield _garbage(entry, "a pack of experts that are gone, or not whole")
-        elif re.fullmatch(rf"(.*/)?\.[0-9a-f]{{32}}\.{TEMPORARY}|check-[0-9a-f]{{32}}", path):
+        elif re.fullmatch(r"check-[0-9a-f]{32}", path):
             yield _garbage(entry, "left by a process that was killed")
 
 
 def _remove_if_empty(folder: Folder, file: str) -> None:
-    """Remove the folder of a pack whose last file is gone."""
-    local = folder.local("packs")
-    if local and file.startswith("packs/") and file.count("/") > 1:
-        with contextlib.suppress(OSError):  # it holds something
-            (local.parent / file).parent.rmdir()
+    """Remove the folders of a pack whose last file is gone."""
+    packs = folder.local("packs")
+    if packs is None or not file.startswith("packs/"):
+        return
+    with contextlib.suppress(OSError):  # it holds something
+        for parent in (packs.parent / file).parents:
+            if parent == packs:
+                return
+            parent.rmdir()
 
 
 def _is_lost(folder: Folder, pack: str, objects: set[str]) -> bool:

@@ -54,6 +54,7 @@ def run(config: RunConfig) -> None:
     _be_quiet()
     # Imported here, so that a mistyped configuration is refused at once.
     from harness.cluster import Cluster
+    from harness.leftovers import remove_left_over
     from harness.plan import make_plan, needs_profiles
     from harness.prepare import preparer
     from harness.report import make_report
@@ -92,6 +93,8 @@ def run(config: RunConfig) -> None:
             raise PhatgooseError("; ".join([*problems, str(error)])) from error  # the cause first
         finally:
             stages.close()
+            for folder in (plan.folder, Folder(config.registry)):
+                remove_left_over(folder)
     minutes = (time.monotonic() - started) / 60
     record["calls"][-1] |= {
         "finished": _now(),

@@ -1,7 +1,7 @@
 """A folder on shared storage: a local path, S3, Google Cloud Storage, Azure, or what pyarrow opens.
 
 A file appears whole or not at all, everywhere. Hidden files are never listed, so what a killed
-writer leaves behind on a local disk is never taken for a file.
+writer leaves behind on a local disk is never taken for a file; harness/leftovers.py removes it.
 """
 
 import errno

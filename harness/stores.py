@@ -6,7 +6,6 @@ an exception of its library; a missing file is a FileNotFoundError.
 """
 
 import os
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,8 +14,7 @@ from typing import Any, Protocol
 
 from pyarrow import fs
 
-# How files that were not finished are called; they are hidden, and so never listed.
-TEMPORARY = "tmp"
+from harness.leftovers import temporary_name
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ def _link(temporary: Path, path: Path) -> None:
 def _place(path: Path, data: bytes, place: Callable[[Path, Path], None]) -> None:
     """Write a hidden file, flush it, and `place` it (rename or link) at `path`."""
     _make_folder(path.parent)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.{TEMPORARY}")
+    temporary = path.with_name(temporary_name())
     try:
         with temporary.open("xb") as file:
             file.write(data)

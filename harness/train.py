@@ -57,7 +57,7 @@ class Training(Watch):
         self._losses: dict[str, int] = {}  # experts that were trained and not published, by job
         self._unnamed: list[str] = []  # jobs that no manifest names yet
         self._published = 0
-        self._trained_tokens = 0
+        self._trained_tokens = progress.done  # by earlier calls
         self.experts: dict[str, str] = {}  # content hash by name, of those published here
         self.failures: dict[str, str] = {}  # what went wrong, by expert
 

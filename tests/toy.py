@@ -116,6 +116,33 @@ def toy_config(base: Path, run_dir: Path, **changes: Any) -> Any:
     return RunConfig(**{**values, **changes})
 
 
+def toy_arguments(base: Path, run_dir: Path) -> list[str]:
+    """The toy run as a command line; one actor, so that experts come one after the other."""
+    return [
+        f"base={base}",
+        f"run.dir={run_dir}",
+        "pool.name=toys",
+        "~pool.tasks",
+        *(f"+pool.tasks.{task}.members=[{task}]" for task in ("birds", "lakes", "numbers")),
+        "suite.name=held",
+        "suite.limit=12",
+        "suite.max_new_tokens=4",
+        "~suite.tasks",
+        *(f"+suite.tasks.{task}.members=[{task}]" for task in ("swans", "sums")),
+        "router=[base,phatgoose,oracle]",
+        "train.rank=2",
+        "train.lora.steps=40",
+        "train.gates.steps=20",
+        "train.batch_size=4",
+        "train.micro_batch_size=4",
+        "train.evaluation_examples=4",
+        "cluster.max_actors=1",
+        "chunk_characters=60",
+        f"profile.encoder={run_dir.parent / 'encoder'}",
+        "profile.activation_examples=4",
+    ]
+
+
 def local_actor(base: Base, experts: Sequence[Expert]) -> EvalActor:
     """An evaluation actor in this process: its constructor would take over standard output."""
     actor = object.__new__(EvalActor)

@@ -14,38 +14,11 @@ from harness import results
 from harness.load_config import load_config
 from harness.storage import Folder
 from tests.tiny_encoder import make_encoder
-from tests.toy import prepare_toys
+from tests.toy import prepare_toys, toy_arguments
 
 pytestmark = pytest.mark.slow
 
 DEADLINE = 120.0
-
-
-def arguments(base: Path, run_dir: Path) -> list[str]:
-    """The toy run as a command line; one actor, so that experts come one after the other."""
-    return [
-        f"base={base}",
-        f"run.dir={run_dir}",
-        "pool.name=toys",
-        "~pool.tasks",
-        *(f"+pool.tasks.{task}.members=[{task}]" for task in ("birds", "lakes", "numbers")),
-        "suite.name=held",
-        "suite.limit=12",
-        "suite.max_new_tokens=4",
-        "~suite.tasks",
-        *(f"+suite.tasks.{task}.members=[{task}]" for task in ("swans", "sums")),
-        "router=[base,phatgoose,oracle]",
-        "train.rank=2",
-        "train.lora.steps=40",
-        "train.gates.steps=20",
-        "train.batch_size=4",
-        "train.micro_batch_size=4",
-        "train.evaluation_examples=4",
-        "cluster.max_actors=1",
-        "chunk_characters=60",
-        f"profile.encoder={run_dir.parent / 'encoder'}",
-        "profile.activation_examples=4",
-    ]
 
 
 class Command:
@@ -86,7 +59,7 @@ def start(tmp_path: Path, llama_folder: Path) -> Iterator[Callable[[str], Comman
     commands: list[Command] = []
 
     def start(name: str) -> Command:
-        given = arguments(llama_folder, tmp_path / name)
+        given = toy_arguments(llama_folder, tmp_path / name)
         if not commands:
             make_encoder(tmp_path / "encoder")
             config = load_config(given)

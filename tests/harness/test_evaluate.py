@@ -248,6 +248,9 @@ def test_asking_ahead_leaves_nothing_to_ask(run: Run, workers: LocalWorkers) -> 
     assert workers.calls == len(run.folder.names("journal/")) == 3 * len(evaluation.chunks)
     evaluation.ask(wanted)  # again: there is nothing to ask
     assert not evaluation.is_waiting
+    later = run.evaluation(NoWorkers(None))  # of the next call of the run
+    later.ask(wanted)
+    assert later.requests == evaluation.requests == 3 * (9 + 5)
     evaluation._workers = NoWorkers(None)
     rows = [row for name in wanted for row in evaluation.run(name, wanted[name])]
 

@@ -124,7 +124,7 @@ def test_no_process_gets_a_half_written_pack(
     for opener in openers:
         opener.join(60)
     check(open_pool(registry, registry.manifest().experts, registry.load))
-    assert not list(folder_of(registry).parent.glob(".making-*"))
+    assert not list(folder_of(registry).parent.glob(".*.tmp"))
 
 
 def _opener(uri: str, number: int, failures: Any) -> None:
@@ -181,4 +181,4 @@ def test_a_full_disk_is_one_line(registry: Registry, small_disk: Path) -> None:
     (small_disk / "fill").write_bytes(bytes(8000))
     with pytest.raises(PhatgooseError, match=r"^cannot write the pack .* \(.*No space.*\): free"):
         open_pool(registry, registry.manifest().experts, registry.load)
-    assert not [path for path in small_disk.iterdir() if path.name.startswith(".making-")]
+    assert not [path for path in small_disk.iterdir() if path.name.endswith(".tmp")]

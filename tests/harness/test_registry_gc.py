@@ -71,8 +71,8 @@ def test_garbage_goes_when_it_is_old(registry: Registry, tmp_path: Path) -> None
         store(registry, orphan): orphan.to_bytes(),
         profile_file(orphan.content_hash(), ID): b"a profile",
         f"check-{'0' * 32}": b"",
-        f"objects/.{'1' * 32}.tmp": b"half",
-        "packs/.making-x/new/pool.safetensors": b"half",
+        f"objects/.host-7-{'1' * 32}.tmp": b"half",
+        f"packs/.host-7-{'1' * 32}.tmp/new/pool.safetensors": b"half",
         "packs/.0123456789abcdef.lock": b"",
         "packs/0123456789abcdef/pool.safetensors": b"no index",
     }

@@ -12,10 +12,12 @@ import pytest
 from harness import results
 from harness.actor import Place
 from harness.job_table import JobTable
+from harness.jobs import Workers
 from harness.progress import Progress
 from harness.status import main, read_status
 from harness.storage import Folder
 from harness.tasks import TaskSpec
+from harness.train import Training
 from harness.train_actor import TrainJob
 from phatgoose.expert import Card
 from phatgoose.recipe import Recipe
@@ -113,6 +115,19 @@ def test_a_run_is_described_while_it_lasts(
     assert document["stage"]["seconds_left"] is not None
     assert document["stage"]["driver"]["process"] == os.getpid()
     assert read_status(folder)["stage"]["state"] == "finished"
+
+
+def test_what_earlier_calls_trained_stays_done(folder: Folder, jobs: dict[str, TrainJob]) -> None:
+    tokens = dict.fromkeys((job.card.job for job in jobs.values()), 1000)
+    idle = Workers(lambda: None, lambda: 0)
+    with Progress(folder, "train", 4000, "token", 4, 3000) as progress:
+        made = table(folder, jobs, "aa")
+        training = Training([jobs["bb"]], tokens, folder, idle, None, made, progress)
+        progress._written = -1e9
+        training._show()
+        stage = json.loads(folder.read(results.STATUS_FILE))
+    assert stage["done"] == 3000
+    assert stage["rate"] == 0
 
 
 def test_a_driver_that_says_nothing_any_more_is_noticed(

@@ -1,0 +1,202 @@
+"""A Ray cluster of one head without work and three worker nodes, whose processes can be killed.
+
+It belongs to this process, and the run's driver is another one. All of it stays on 127.0.0.1.
+"""
+
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+WORKERS = 3
+TRAINER, EVALUATOR, REGISTRY = "TrainActor", "EvalActor", "Registry"
+_COMMON = {"node_ip_address": "127.0.0.1", "object_store_memory": 100 * 2**20}
+# So that a dead node is noticed within two seconds.
+_HEALTH = {
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 500,
+    "health_check_failure_threshold": 4,
+}
+_DEATH_SECONDS = 10.0
+# Ray's agents live on for about a minute where their node was killed.
+_END_SECONDS = 90.0
+
+
+@dataclass(frozen=True)
+class Actor:
+    """The process of an actor: `kind` is its class, `method` what it is doing, if anything."""
+
+    process: psutil.Process
+    kind: str
+    method: str
+    node: str
+
+    @property
+    def works(self) -> bool:
+        """Whether it is in a call of the run, and not starting."""
+        return self.method not in ("", "__init__", "place", "beat")
+
+
+class Nodes:
+    """The cluster, while the `with` block lasts. It has to be made in the main thread.
+
+    Attributes:
+        left: what is alive of all its processes after the block.
+    """
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: sockets' paths have a limit
+        self.left: list[str] = []
+        self._seen: set[psutil.Process] = set()
+
+    def __enter__(self) -> "Nodes":
+        """Start head and workers."""
+        os.environ["RAY_TMPDIR"] = str(self.folder)
+        from ray.cluster_utils import Cluster
+
+        head = {"num_cpus": 0, "include_dashboard": False, "_system_config": _HEALTH}
+        self._cluster = Cluster(initialize_head=True, head_node_args={**_COMMON, **head})
+        for _ in range(WORKERS):
+            self.add()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop all nodes, and see whether all their processes end."""
+        self.actors()  # to have seen them
+        self._seen |= {p for node in self._cluster.list_all_nodes() for p in _processes(node)}
+        self._cluster.shutdown()
+        deadline = time.monotonic() + _END_SECONDS
+        while (alive := self._alive()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        self.left = [f"{p.pid} {_title(p)}" for p in alive]
+        for process in alive:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def address(self) -> str:
+        """Where a driver finds the cluster."""
+        return str(self._cluster.address)
+
+    @property
+    def workers(self) -> list[Any]:
+        """The worker nodes, in a fixed order."""
+        return sorted(self._cluster.worker_nodes, key=lambda node: _raylet(node))
+
+    def add(self) -> str:
+        """Add a worker node; returns its id."""
+        return str(self._cluster.add_node(num_cpus=1, **_COMMON).node_id)
+
+    def actors(self) -> list[Actor]:
+        """The actors of the run that are alive."""
+        found = []
+        for node in self._cluster.list_all_nodes():
+            for process in _processes(node):
+                self._seen.add(process)
+                kind, _, method = _title(process).removeprefix("ray::").partition(".")
+                if kind in (TRAINER, EVALUATOR, REGISTRY):
+                    found.append(Actor(process, kind, method, node.node_id))
+        return found
+
+    def kill_node(self, node: Any) -> int:
+        """End a node's raylet and all that it started; returns how many processes that killed."""
+        processes = _processes(node)
+        self._seen.update(processes)
+        killed = sum([kill(process) for process in processes])
+        self._cluster.remove_node(node, allow_graceful=False)
+        return killed
+
+    def _alive(self) -> list[psutil.Process]:
+        mine = [p for p in psutil.process_iter() if str(self.folder) in _command(p)]
+        return [p for p in {*self._seen, *mine} if is_alive(p)]
+
+
+def kill(process: psutil.Process) -> bool:
+    """SIGKILL; returns whether it was alive before, and is dead now."""
+    if not is_alive(process):
+        return False
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.kill()
+    deadline = time.monotonic() + _DEATH_SECONDS
+    while is_alive(process):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it runs; one that nobody has waited for yet does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def left_in_cluster(address: str, seconds: float = 30.0) -> list[str]:
+    """Actors that are not dead, names and placement groups that a cluster still has, if any.
+
+    It waits for them so long: those of a driver that has just ended take a moment to go.
+    """
+    import ray
+    from ray._private.state import actors
+
+    deadline = time.monotonic() + seconds
+    with _connected(address):
+        while True:
+            found = [f"actor {a['Name']}" for a in actors().values() if a["State"] != "DEAD"]
+            names = ray.util.list_named_actors(all_namespaces=True)
+            found += [f"named actor {name}" for name in names]
+            groups = ray.util.placement_group_table().values()
+            found += [f"placement group {g['name']}" for g in groups if g["state"] != "REMOVED"]
+            if not found or time.monotonic() > deadline:
+                return found
+            time.sleep(0.5)
+
+
+@contextlib.contextmanager
+def _connected(address: str) -> Iterator[None]:
+    import ray
+
+    ray.init(address=address, logging_level="ERROR", log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _raylet(node: Any) -> int:
+    (found,) = node.all_processes["raylet"]
+    return int(found.process.pid)
+
+
+def _processes(node: Any) -> list[psutil.Process]:
+    """A node's raylet, then all that it started."""
+    # A copy: another thread may be ending the node.
+    own = [i.process.pid for infos in list(node.all_processes.values()) for i in infos]
+    found = []
+    for pid in own:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            found += [process, *process.children(recursive=True)]
+    return found
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def _title(process: psutil.Process) -> str:
+    """What Ray calls a worker: `ray::Class.method`."""
+    return _command(process).split(" ")[0].removesuffix("()")

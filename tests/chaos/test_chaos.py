@@ -1,0 +1,47 @@
+"""A few kills, one of each kind, on a real cluster; `make chaos` does far more of them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.chaos.killer import KINDS, plan
+
+ROOT = Path(__file__).parents[2]
+DEADLINE = 900.0
+
+
+def test_a_plan_has_every_kind_in_its_phase_and_is_the_same_for_a_seed() -> None:
+    for seed in range(20):
+        planned = plan(seed, 20)
+        assert planned == plan(seed, 20)
+        assert [kill.phase for kill in planned] == ["train"] * 10 + ["evaluate"] * 10
+        for phase in ("train", "evaluate"):
+            of_phase = [kill for kill in planned if kill.phase == phase]
+            assert {*KINDS} - {kill.kind for kill in of_phase} == {
+                "evaluator" if phase == "train" else "trainer"
+            }
+            assert [kill.share for kill in of_phase] == sorted(kill.share for kill in of_phase)
+        assert {kill.kind for kill in plan(seed, 6)} == {*KINDS}
+    assert plan(1, 20) != plan(2, 20)
+
+
+@pytest.mark.slow
+def test_a_disturbed_run_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+    # A process of its own, because a cluster's processes end with the thread that started them.
+    command = [sys.executable, "-m", "tests.chaos", "--seed", "1", "--kills", "6"]
+    done = subprocess.run(
+        [*command, "--experts", "8", "--steps", "120", "--out", str(tmp_path / "chaos")],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    kills = pq.read_table(tmp_path / "chaos" / "kills.parquet")
+    assert {*kills["kind"].to_pylist()} == {*KINDS}

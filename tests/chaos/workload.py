@@ -1,0 +1,91 @@
+"""The run that is disturbed: many tiny experts, two suites, a few routers; all of it made here.
+
+`demo` is the suite of that name, with toy documents in place of BIG-bench's; `held_in` is the
+pool's own evaluation splits.
+"""
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.config import load_config
+from harness.tasks import TaskSpec, prepare_all
+from tests.tiny import make_llama
+from tests.tiny_encoder import make_encoder
+from tests.toy import choice_task, from_archive, generation_task, write_archive
+
+_ANSWERS = ("goose", "five", "nine", "yes", "no", "swan")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is run, besides where.
+
+    Attributes:
+        folder: where base, encoder and data are.
+        experts: how many experts there are.
+        steps: optimiser steps of the first stage of each.
+    """
+
+    folder: Path
+    experts: int
+    steps: int
+
+    @property
+    def names(self) -> list[str]:
+        """The experts' names."""
+        return [f"e{number:02d}" for number in range(self.experts)]
+
+    def arguments(self, run_dir: Path) -> list[str]:
+        """The command line of the run in a folder; its registry is in there too."""
+        return [
+            f"base={self.folder / 'base'}",
+            f"run.dir={run_dir}",
+            "pool=demo",
+            "pool.name=chaos",
+            "pool.general=e00",
+            "~pool.tasks",
+            *(f"+pool.tasks.{name}.members=[{name}]" for name in self.names),
+            "suite=[demo,held_in]",
+            "suite.limit=6",
+            "suite.max_new_tokens=4",
+            "router=[base,phatgoose,merged,average_activation,single:e00,single:e03]",
+            "train.rank=2",
+            f"train.lora.steps={self.steps}",
+            f"train.gates.steps={self.steps // 2}",
+            "train.batch_size=4",
+            "train.micro_batch_size=4",
+            "train.evaluation_examples=4",
+            f"profile.encoder={self.folder / 'encoder'}",
+            "profile.embedded_examples=8",
+            "profile.activation_examples=4",
+            "chunk_characters=60",
+            "cluster.checkpoint_seconds=1",
+        ]
+
+    def prepare(self) -> None:
+        """Make base, encoder and the tasks' data; the latter go to the cache."""
+        make_llama(self.folder / "base")
+        make_encoder(self.folder / "encoder")
+        config = load_config(self.arguments(self.folder / "run"))
+        specs = config.pool_tasks()
+        for suite in config.suites:
+            specs += config.suite_tasks(suite)
+        archive = write_archive(self.folder / "toys.tar.gz", _tasks(specs))
+        prepare_all(specs, from_archive(archive))
+
+
+def _tasks(specs: list[TaskSpec]) -> Mapping[str, Any]:
+    """A toy task for each member that one of these has; two of three are generated."""
+    draw = random.Random(0)
+    members = sorted({member for spec in specs for member in spec.members})
+    tasks: dict[str, Any] = {}
+    for number, member in enumerate(members):
+        first = f"{member.replace('/', ' ').replace('_', ' ')}:"
+        if number % 3 == 2:
+            tasks[member] = choice_task(first, "yes", "no")
+        else:
+            tasks[member] = generation_task(first, draw.choice(_ANSWERS))
+    return tasks

@@ -1,0 +1,46 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from harness.leftovers import remove_left_over, temporary_name
+from harness.storage import Folder
+
+WRITE = """
+from harness.leftovers import temporary_name
+print(temporary_name())
+"""
+
+
+def name_of_a_dead_process() -> str:
+    done = subprocess.run([sys.executable, "-c", WRITE], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_what_dead_processes_left_goes_and_all_else_stays(tmp_path: Path) -> None:
+    (tmp_path / "journal").mkdir()
+    (tmp_path / "packs").mkdir()
+    dead = tmp_path / "journal" / name_of_a_dead_process()
+    dead.write_bytes(b"half")
+    folder = tmp_path / "packs" / name_of_a_dead_process()
+    folder.mkdir()
+    (folder / "pool.safetensors").write_bytes(b"half")
+    mine = tmp_path / "journal" / temporary_name()
+    others = tmp_path / "journal" / dead.name.replace(".", ".elsewhere", 1)
+    for kept in (mine, others, tmp_path / "journal" / "answer.safetensors", tmp_path / ".tmp"):
+        kept.write_bytes(b"whole")
+    assert remove_left_over(Folder(tmp_path)) == 2
+    assert not dead.exists()
+    assert not folder.exists()
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 4
+    assert remove_left_over(Folder(tmp_path)) == 0
+
+
+def test_a_folder_that_is_not_there_has_nothing_left_over(tmp_path: Path) -> None:
+    assert remove_left_over(Folder(tmp_path / "nothing")) == 0
+
+
+def test_no_two_names_are_the_same() -> None:
+    names = {temporary_name() for _ in range(10)}
+    assert len(names) == 10
+    assert all(f"-{os.getpid()}-" in name and name.startswith(".") for name in names)
