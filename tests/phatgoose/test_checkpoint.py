@@ -31,7 +31,7 @@ from tests.interrupted import (
 from tests.tiny import make_experts
 
 
-@pytest.mark.parametrize("at", [[3], [12], [15], [16], [19], [24], [7, 9, 4]])
+@pytest.mark.parametrize("at", [[3], [5], [12], [15], [16], [19], [24], [7, 9, 4]])
 def test_an_interrupted_job_ends_with_the_same_bits(base: Base, at: list[int]) -> None:
     expected, rows = train(base)
     expert, resumed, memory = train_interrupted(base, at)
@@ -43,6 +43,20 @@ def test_an_interrupted_job_ends_with_the_same_bits(base: Base, at: list[int]) -
         if row.stage == later.stage
     )
     assert ("gates", 0) in memory.saved
+
+
+def test_the_best_state_is_still_the_best(llama: Base) -> None:
+    wild = dataclasses.replace(
+        RECIPE, lora=Stage(steps=4, lr=0.5, warmup=0.0), gates=None, validate_every=1
+    )
+    expected, rows = train(llama, wild)
+    losses = [row.loss for row in rows if row.split == "validation"]
+    best = losses.index(min(losses))
+    # Interrupted after the best state, before worse ones.
+    assert best < 3
+    expert, resumed, _ = train_interrupted(llama, [1 + 3 * (best + 1) + 2], wild)
+    assert timeless(resumed) == timeless(rows)
+    assert expert.content_hash() == expected.content_hash()
 
 
 @settings(max_examples=8, deadline=None)
