@@ -149,6 +149,13 @@ class Training(Watch):
             if isinstance(error.cause, PhatgooseError):
                 raise error.cause from None
             raise
+        except RayError:
+            # The registry's actor may have died after its work, and found the expert gone when Ray
+            # repeated the call.
+            recorded = ray.get(self._keeper.recorded.remote(job.card.job))
+            if recorded is None:
+                raise
+            content_hash = recorded
         if profile is not None:
             try:
                 ray.get(self._keeper.put_profile.remote(content_hash, job.profile_id, profile))
