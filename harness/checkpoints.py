@@ -1,6 +1,8 @@
 """The checkpoint of a training job: one file of the run folder, replaced as the job goes on."""
 
 import time
+from collections.abc import Collection
+from pathlib import PurePosixPath
 
 from harness.storage import Folder
 from phatgoose.checkpoint import State, owner_of
@@ -74,3 +76,11 @@ class FolderCheckpoints:
     def delete(self) -> None:
         """Delete it, if it is there."""
         self._folder.delete(self._file, missing_ok=True)
+
+
+def delete_checkpoints(folder: Folder, jobs: Collection[str]) -> None:
+    """Delete what is left of these jobs: a run may end between publishing and deleting."""
+    for file in folder.names("checkpoints/"):
+        job = PurePosixPath(file).stem
+        if job in jobs:
+            FolderCheckpoints(folder, job).delete()

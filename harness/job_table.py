@@ -5,6 +5,7 @@ where, for `python -m harness.status` and for whoever looks into a failure later
 """
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -94,8 +95,8 @@ class JobTable:
 
     def counts(self) -> dict[str, int]:
         """How many jobs are in each state."""
-        states = [row["state"] for row in self._rows.values()]
-        return {state: states.count(state) for state in ("waiting", "running", "done", "failed")}
+        states = Counter(row["state"] for row in self._rows.values())
+        return {state: states[state] for state in ("waiting", "running", "done", "failed")}
 
     def save(self, *, now: bool = False) -> None:
         """Write the table, if that was not done just before, or if `now`."""

@@ -9,6 +9,7 @@ from typing import Any
 import ray
 
 from harness.actor import code_version
+from harness.checkpoints import delete_checkpoints
 from harness.cluster import Cluster, actor_options, check_room, room
 from harness.config import ClusterConfig
 from harness.early import Early
@@ -54,8 +55,9 @@ class Stages:
         check_room(cluster, cluster.train_nodes, ranks.ranks_per_expert, gpus)
 
     def enter_finished(self) -> None:
-        """Let the registry's newest manifest name what was trained before, even before a crash."""
+        """Finish what a crash may have left of the jobs that were done before it."""
         self._registry.enter(self._plan.finished)
+        delete_checkpoints(self._plan.folder, self._plan.finished)
 
     def train(self) -> list[str]:
         """Train what has not been trained; meanwhile, evaluate what need not wait."""

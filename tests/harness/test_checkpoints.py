@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.checkpoints import FolderCheckpoints
+from harness.checkpoints import FolderCheckpoints, delete_checkpoints
 from harness.storage import Folder
 from phatgoose.checkpoint import State
 from phatgoose.errors import PhatgooseError
@@ -73,3 +73,10 @@ def test_when_it_is_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     other_rank.save(State("gates"))
     assert own.load() == State("lora")
     assert other_rank.load() is None
+
+
+def test_those_of_finished_jobs_are_deleted(kept: Path, tmp_path: Path) -> None:
+    checkpoints(tmp_path, "other").save(State("lora", step=1))
+    delete_checkpoints(Folder(tmp_path), {"job", "another"})
+    assert [path.name for path in kept.parent.iterdir()] == ["other.safetensors"]
+    delete_checkpoints(Folder(tmp_path / "empty"), {"job"})
