@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from harness import results
-from harness.config import load_config
+from harness.load_config import load_config
 from harness.storage import Folder
 from tests.tiny_encoder import make_encoder
 from tests.toy import prepare_toys, toy_arguments
