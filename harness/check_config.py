@@ -24,6 +24,7 @@ def check_values(config: RunConfig) -> None:
         raise PhatgooseError(f"chunk_characters={config.chunk_characters}: it must be positive")
     if config.cluster.max_actors is not None and config.cluster.max_actors < 1:
         raise PhatgooseError(f"cluster.max_actors={config.cluster.max_actors}: it must be positive")
+    _check_cluster(config)
     _check_ranks(config)
     for key, group in (("pool", config.pool), *(("suite", suite) for suite in config.suites)):
         name, tasks = group.get("name"), group.get("tasks", {})
@@ -57,6 +58,13 @@ def check_values(config: RunConfig) -> None:
         raise PhatgooseError(f"router.single.experts={singles}: give a list, such as [{singles}]")
     for expert in singles:
         known(expert, experts, f"router single:{expert}: the pool has no such expert")
+
+
+def _check_cluster(config: RunConfig) -> None:
+    for key, least in (("lease_seconds", 30), ("wait_seconds", 0), ("checkpoint_seconds", 1)):
+        value = getattr(config.cluster, key)
+        if value < least:
+            raise PhatgooseError(f"cluster.{key}={value:g}: it must be at least {least}")
 
 
 def _check_ranks(config: RunConfig) -> None:

@@ -1,6 +1,6 @@
 """Evaluation that need not wait for the last expert: of the base, and of each expert by itself."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from harness.evaluate import Evaluation
 from harness.jobs import Workers
@@ -54,16 +54,23 @@ class Early:
             for evaluation in self._evaluations:
                 evaluation.ask(ready)
             self._take(0)
-        except PhatgooseError:  # the stage `evaluate` will meet it again, and say so
-            self._stopped = True
+        except PhatgooseError:
+            self._stop()
 
-    def finish(self) -> None:
-        """Take in what is under way; nothing more is asked."""
+    def finish(self, tick: Callable[[], None] = lambda: None) -> None:
+        """Take in what is under way; nothing more is asked. `tick` is called every second."""
         self._evaluators.paused = False
-        while not self._stopped and not self._evaluators.is_done:
-            self._take(1.0)
-        if self._stopped:
-            self._evaluators.close()
+        try:
+            while not self._stopped and not self._evaluators.is_done:
+                self._take(1.0)
+                tick()
+        except PhatgooseError:
+            self._stop()
+
+    def _stop(self) -> None:
+        """After an error, which the stage `evaluate` will meet again, and say."""
+        self._stopped = True
+        self._evaluators.close()
 
     def _take(self, timeout: float) -> None:
         for key, result in self._evaluators.step(timeout):

@@ -50,7 +50,7 @@ class EvalActor(Actor):
         self._registry = Registry(registry, fingerprint)
         self._base = load_base_on_actor(base, fingerprint)
         self._model: RoutedModel | None = None
-        self._attached: Members | None = None
+        self._attached: tuple[Any, ...] | None = None  # the identity of the pool
 
     def answer(self, router: Router, chunk: Chunk, description: str, members: Members) -> Answer:
         """Answer one chunk with these experts, routed by `router`.
@@ -75,13 +75,13 @@ class EvalActor(Actor):
 
     def _attach(self, members: Members) -> None:
         """Let the base have this pool, if it has another one."""
-        if members == self._attached:
+        if members.identity == self._attached:
             return
         if self._model is not None:
             self._model.detach()  # from here on it refuses to answer
         self._model = self._attached = None
         self._model = RoutedModel(self._base, self._open(members))
-        self._attached = members
+        self._attached = members.identity
 
     def _open(self, members: Members) -> Pool:
         """A pool: mapped from its pack; a single expert, which some routers need, by itself."""
@@ -89,7 +89,7 @@ class EvalActor(Actor):
         if len(experts) == 1:
             pool = Pool.from_experts([self._fetch(content) for content in experts.values()])
         else:
-            pool = open_pool(self._registry, experts, self._fetch)
+            pool = open_pool(self._registry, experts, self._fetch, self._beat)
         if profiles is None:
             return pool
         found = [self._profile(experts[name], profiles[name]) for name in pool.experts]
@@ -97,7 +97,12 @@ class EvalActor(Actor):
 
     def _fetch(self, content_hash: str) -> Expert:
         expert: Expert = ray.get(self._keeper.load.remote(content_hash))
+        self._beat()
         return expert
+
+    def _beat(self) -> None:
+        """A sign of life: a pool of many experts takes its time."""
+        self._done += 1
 
     def _profile(self, content_hash: str, profile_id: str) -> Profile:
         """A profile, mapped where this node sees the registry's files."""

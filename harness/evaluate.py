@@ -40,7 +40,7 @@ from phatgoose.routers.single import Single
 _BOOTSTRAPS = 200
 os.environ.setdefault("DISABLE_MULTIPROC", "1")
 # Raise it whenever the same chunk would be answered differently than before.
-_ANSWER_VERSION = 5
+_ANSWER_VERSION = 6
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class Evaluation:
         """Answers from the journal; what it lacks is asked before."""
         keys = [self._key(name, router, chunk) for chunk in chunks]
         self._add([_Call(k, name, router, c) for k, c in zip(keys, chunks, strict=True)])
-        while self._waiting:
+        while name in self.open_routers:
             self.step(TICK_SECONDS)
         if name in self.failures:
             raise PhatgooseError(self.failures[name])
@@ -270,7 +270,12 @@ class Evaluation:
         self._waiting |= zip(keys, calls, strict=True)
 
     def _members_of(self, router: Router) -> Members:
-        """The experts that a router's actor has to have: all, or the only one that it is about."""
+        """The experts that a router's actor has to have: all, or the only one that it is about.
+
+        Of no expert there is no pool, so the base has any one: it does not count.
+        """
+        if isinstance(router, NoExpert):
+            return Members(dict([next(iter(self._members.experts.items()))]))
         if isinstance(router, Single):
             known = {**self._members.experts, **self._others}
             return Members({router.expert: known[known_expert(router.expert, list(known))]})

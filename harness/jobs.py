@@ -26,9 +26,10 @@ from harness.cluster import draining_nodes
 from phatgoose.errors import OutOfMemory, PhatgooseError
 
 ATTEMPTS = 3  # of a call that fails by an error of its own
-DEATHS = 10  # of actors under one call; often their nodes are the cause
+DEATHS = 10  # of actors under one call that gets no further; often their nodes are the cause
 _FAILED_STARTS = 10  # of actors in a row that died before they could say why
 TICK_SECONDS = 1.0
+_AWAY_SECONDS = 10.0  # a step, and what is done with its results, takes less
 _LOOK_SECONDS = 5.0  # between two looks at the cluster, and at the progress of each actor
 _EXPECTED = f"{PhatgooseError.__module__}."
 
@@ -67,7 +68,8 @@ class _Call:
     arguments: tuple[Any, ...]
     watch: Watch
     errors: int = 0
-    deaths: int = 0
+    deaths: int = 0  # since it last got further than ever
+    steps: int = 0  # how far it ever got
 
 
 @dataclass(eq=False)
@@ -82,7 +84,7 @@ class _Actor:
     asked: float = 0.0
     count: int = -1  # what it answered last: a count of all that it did
     steps: int = 0
-    progress: float = 0.0  # when that count last changed
+    progress: float = field(default_factory=time.monotonic)  # when it last showed any
 
 
 class Workers:
@@ -115,6 +117,7 @@ class Workers:
         self._actors: list[_Actor] = []
         self._added = 0
         self._looked = self._had_actor = -float("inf")
+        self._stepped = time.monotonic()
         self._has_room = 0
         self._draining: frozenset[str] = frozenset()
         self._failed_starts, self._hopeless_starts, self._why = 0, 0, ""
@@ -203,7 +206,8 @@ class Workers:
         came = []
         for reference in done:
             if reference in beats:
-                self._take_beat(beats[reference])
+                if beats[reference].beat is reference:  # not of a call whose result came too
+                    self._take_beat(beats[reference])
             elif by_reference[reference].call is None:
                 self._take_start(by_reference[reference])
             else:
@@ -224,6 +228,9 @@ class Workers:
         self._looked = now
         self._has_room = self._room()
         self._draining = draining_nodes()
+        if any(actor.place for actor in self._actors):
+            # Some nodes work: those where an actor could not start may be mended, or gone.
+            self._failed_starts = self._hopeless_starts = 0
         for actor in list(self._actors):
             leaves = actor.place is not None and actor.place.node in self._draining
             if leaves and actor.call is None:
@@ -243,21 +250,27 @@ class Workers:
 
     def _start_actors(self) -> bool:
         """Start as many as there is room and work for; False if calls wait and there is no hope."""
-        if any(actor.place for actor in self._actors) or not self._waiting or self._had_actor < 0:
+        some_work = any(actor.place for actor in self._actors)
+        if some_work or not self._waiting or self._had_actor < 0:
             self._had_actor = time.monotonic()
         if not self._waiting:
             return True
         hopeless = self._hopeless_starts >= ATTEMPTS or self._failed_starts >= _FAILED_STARTS
         starting = sum(actor.place is None for actor in self._actors)
         if not hopeless:
-            more = min(self._has_room - len(self._actors), len(self._waiting) - starting)
+            leaving = sum(bool(a.place and a.place.node in self._draining) for a in self._actors)
+            room = self._has_room - (len(self._actors) - leaving)
+            more = min(room, len(self._waiting) - starting)
             for _ in range(more):
                 handle = self._make()
                 self._actors.append(_Actor(handle, handle.place.remote()))
-        if self._actors:
+        # One that starts is waited for only where there is a node for it.
+        if some_work or (self._actors and self._has_room > 0):
             return True
         if not hopeless and time.monotonic() - self._had_actor < self._wait_seconds:
             return True
+        for actor in list(self._actors):
+            self._end(actor)
         self._why = self._why or "no node of the Ray cluster has room for an actor any more"
         return False
 
@@ -288,7 +301,7 @@ class Workers:
             self._failed_starts += 1
             self._hopeless_starts += getattr(error, "actor_init_failed", False) or bool(expected)
             return
-        self._failed_starts = self._hopeless_starts = 0
+        self._failed_starts, self._hopeless_starts, self._why = 0, 0, ""
 
     def _take_beat(self, actor: _Actor) -> None:
         reference, actor.beat = actor.beat, None
@@ -308,10 +321,11 @@ class Workers:
             result = ray.get(reference)
         except OutOfMemoryError as error:  # Ray's memory monitor ended the actor
             self._end(actor)
-            return self._refused(call, OutOfMemory(last_line(error)), str(error), died=True)
+            error_of_ours = OutOfMemory(last_line(error))
+            return self._refused(call, error_of_ours, str(error), died_after=actor.steps)
         except RayActorError as error:
             self._end(actor)
-            return self._died(call, last_line(error), str(error))
+            return self._died(call, actor.steps, last_line(error), str(error))
         except RayTaskError as error:
             if isinstance(error.cause, PhatgooseError):
                 return self._refused(call, error.cause, str(error))
@@ -323,20 +337,29 @@ class Workers:
     def _end_leases(self) -> list[tuple[int, Any]]:
         """Ask actors at work how far they are; end those that show no progress."""
         now = time.monotonic()
+        # Time in which this process did not look, as it was busy or stopped, does not count.
+        away = max(0.0, now - self._stepped - _AWAY_SECONDS)
+        self._stepped = now
         ended = []
-        for actor in [actor for actor in self._actors if actor.call]:
+        for actor in [actor for actor in self._actors if actor.reference is not None]:
+            actor.progress += away
             if now - actor.progress > self._lease_seconds:
-                call = actor.call
-                assert call is not None
-                where = f"{actor.place}"
                 self._end(actor)
-                error = f"no progress for {self._lease_seconds:.0f} s on {where}"
-                ended += self._died(call, error, "")
+                if actor.call is None:
+                    self._failed_starts += 1
+                    self._why = f"no actor could be started within {self._lease_seconds:.0f} s"
+                    continue
+                error = f"no progress for {self._lease_seconds:.0f} s on {actor.place}"
+                ended += self._died(actor.call, actor.steps, error, "")
+            elif actor.call is None:
+                continue
             elif actor.beat is None and now - actor.asked >= _LOOK_SECONDS:
                 actor.asked, actor.beat = now, actor.handle.beat.remote()
         return ended
 
-    def _died(self, call: _Call, error: str, traceback: str) -> list[tuple[int, Any]]:
+    def _died(self, call: _Call, steps: int, error: str, traceback: str) -> list[tuple[int, Any]]:
+        if steps > call.steps:  # a job of days outlives many nodes, as long as it gets on
+            call.deaths, call.steps = 0, steps
         call.deaths += 1
         if call.deaths >= DEATHS:
             return [
@@ -351,12 +374,17 @@ class Workers:
         return self._again(call, error, traceback)
 
     def _refused(
-        self, call: _Call, error: PhatgooseError, traceback: str, *, died: bool = False
+        self,
+        call: _Call,
+        error: PhatgooseError,
+        traceback: str,
+        *,
+        died_after: int | None = None,
     ) -> list[tuple[int, Any]]:
         """An expected error: the same arguments would give it again, others may not."""
         revised = call.watch.revise(call.key, error)
-        if revised is None and died:
-            return self._died(call, str(error), traceback)
+        if revised is None and died_after is not None:
+            return self._died(call, died_after, str(error), traceback)
         if revised is None:
             return [(call.key, Failure(str(error), _plain(traceback)))]
         call.arguments = revised

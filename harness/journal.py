@@ -96,7 +96,7 @@ class Journal:
             return _from_bytes(data)
         except (SafetensorError, LookupError, TypeError, ValueError) as error:
             raise PhatgooseError(
-                f"{self._folder.path(name)} is damaged: delete it, and the chunk is asked again"
+                f"{self._folder}/{name} is damaged: delete it, and the chunk is asked again"
             ) from error
 
     def write(self, key: str, answer: Answer) -> None:

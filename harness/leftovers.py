@@ -6,11 +6,13 @@ stay until `python -m harness.registry gc`.
 """
 
 import contextlib
+import hashlib
 import os
 import re
 import shutil
 import socket
 import uuid
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,13 +20,28 @@ if TYPE_CHECKING:
 
 # What every temporary name is like, on any machine.
 TEMPORARY = re.compile(r"\.[A-Za-z0-9]+-\d+-[0-9a-f]{32}\.tmp")
-_HOST = re.sub(r"[^A-Za-z0-9]", "", socket.gethostname())[:32] or "host"
-_NAME = re.compile(rf"\.{_HOST}-(\d+)-[^.]+\.tmp")
+
+
+def _machine() -> str:
+    """What only the processes that see each other's numbers have in common.
+
+    Two machines may have one name, and so may two containers that number their processes apart.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        numbers = str(Path("/proc/self/ns/pid").readlink())
+    except OSError:  # not Linux
+        boot, numbers = socket.gethostname(), ""
+    return hashlib.sha256(f"{boot}{numbers}".encode()).hexdigest()[:16]
+
+
+_MACHINE = _machine()
+_NAME = re.compile(rf"\.{_MACHINE}-(\d+)-[^.]+\.tmp")
 
 
 def temporary_name() -> str:
     """A new hidden name for a file or folder that this process is about to finish."""
-    return f".{_HOST}-{os.getpid()}-{uuid.uuid4().hex}.tmp"
+    return f".{_MACHINE}-{os.getpid()}-{uuid.uuid4().hex}.tmp"
 
 
 def remove_left_over(folder: "Folder") -> int:
@@ -36,7 +53,7 @@ def remove_left_over(folder: "Folder") -> int:
     if inside is None:
         return 0
     count = 0
-    for path in list(inside.parent.rglob(f".{_HOST}-*.tmp")):
+    for path in list(inside.parent.rglob(f".{_MACHINE}-*.tmp")):
         match = _NAME.fullmatch(path.name)
         if not match or _is_alive(int(match[1])):
             continue

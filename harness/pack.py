@@ -11,12 +11,14 @@ import contextlib
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import xxhash
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from harness.leftovers import temporary_name
@@ -30,6 +32,8 @@ POOL_FILE, INDEX_FILE = "pool.safetensors", "pack.json"
 LOCK = ".lock"  # how the hidden files end by which one process keeps others waiting
 # A process that waits longer for another's pack makes its own.
 _WAIT_SECONDS = 1800.0
+_BEAT_SECONDS = 5.0
+_TRIES = 3
 _CHUNK_BYTES = 2**22
 
 
@@ -40,6 +44,11 @@ class Members:
     experts: Mapping[str, str]
     profiles: Mapping[str, str] | None = None
 
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What tells pools apart: their order counts, which `==` of dictionaries leaves out."""
+        return tuple(self.experts.items()), self.profiles and tuple(self.profiles.items())
+
 
 def pool_id(experts: Mapping[str, str]) -> str:
     """What identifies a pool: a hash over its experts' names and content hashes, in its order."""
@@ -47,7 +56,10 @@ def pool_id(experts: Mapping[str, str]) -> str:
 
 
 def open_pool(
-    registry: Registry, experts: Mapping[str, str], load: Callable[[str], Expert]
+    registry: Registry,
+    experts: Mapping[str, str],
+    load: Callable[[str], Expert],
+    beat: Callable[[], None] = lambda: None,
 ) -> Pool:
     """Map the pack of these experts, making it first if this machine has no whole one.
 
@@ -59,21 +71,25 @@ def open_pool(
         registry: where the experts are kept.
         experts: content hash by name, in the pool's order.
         load: reads and verifies the expert of a hash.
+        beat: called again and again, as a sign of life.
 
     Raises:
         PhatgooseError: an expert cannot be read, or the pack cannot be written.
     """
     packs = registry.folder.local("packs") or cache_dir() / "packs"
     folder = packs / pool_id(experts)
-    pool = _open_whole(folder)
+    pool = _open_whole(folder, beat)
     if pool is None:
         try:
             packs.mkdir(parents=True, exist_ok=True)
-            with _alone(packs / f".{folder.name}{LOCK}"):
-                pool = _open_whole(folder)  # another process may have made it meanwhile
-                if pool is None:
-                    _make(folder, experts, load)
-                    pool = _open_whole(folder)
+            with _alone(packs / f".{folder.name}{LOCK}", beat):
+                pool = _open_whole(folder, beat)  # another process may have made it meanwhile
+                # Without locks, another process may replace a damaged pack at the same time.
+                for _ in range(_TRIES):
+                    if pool is not None:
+                        break
+                    _make(folder, experts, load, beat)
+                    pool = _open_whole(folder, beat)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
             raise PhatgooseError(
@@ -85,7 +101,7 @@ def open_pool(
     return pool
 
 
-def read_index(folder: Path) -> dict[str, str]:
+def read_index(folder: Path, beat: Callable[[], None] = lambda: None) -> dict[str, str]:
     """Which experts a pack holds: content hash by name.
 
     Raises PhatgooseError, naming the file, if the pack is not whole.
@@ -95,7 +111,7 @@ def read_index(folder: Path) -> dict[str, str]:
         experts = {str(name): str(content) for name, content in index["experts"]}
         if pool_id(experts) != folder.name:
             raise ValueError("its experts are others")
-        if _hash(folder / POOL_FILE) != index["xxh3_128"]:
+        if _hash(folder / POOL_FILE, beat) != index["xxh3_128"]:
             raise ValueError(f"{POOL_FILE} was altered or cut short")
     except (OSError, LookupError, TypeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -113,29 +129,35 @@ def pack_folders(registry: Path) -> list[Path]:
     return sorted(path for path in found if path.is_dir() and not path.name.startswith("."))
 
 
-def _open_whole(folder: Path) -> Pool | None:
+def _open_whole(folder: Path, beat: Callable[[], None]) -> Pool | None:
     """The pack, if there is one and it is whole."""
     try:
-        experts = read_index(folder)
+        experts = read_index(folder, beat)
         pool = Pool.open(folder)
     except PhatgooseError:
         return None
     return pool if pool.experts == tuple(experts) else None
 
 
-def _make(folder: Path, experts: Mapping[str, str], load: Callable[[str], Expert]) -> None:
+def _make(
+    folder: Path,
+    experts: Mapping[str, str],
+    load: Callable[[str], Expert],
+    beat: Callable[[], None],
+) -> None:
     """Write a pack next to where it belongs and move it there whole; a damaged one goes away."""
     temporary = folder.with_name(temporary_name())
     temporary.mkdir()
     try:
         new, old = temporary / "new", temporary / "old"
         Pool.from_experts([load(content) for content in experts.values()]).save(new)
-        index = {"experts": list(experts.items()), "xxh3_128": _hash(new / POOL_FILE)}
+        index = {"experts": list(experts.items()), "xxh3_128": _hash(new / POOL_FILE, beat)}
         (new / INDEX_FILE).write_text(json.dumps(index))
         for path in (new, new / INDEX_FILE):
             path.chmod(0o755 if path.is_dir() else 0o644)  # others may map it too
-        with contextlib.suppress(FileNotFoundError):
-            folder.rename(old)
+        if folder.exists() and _open_whole(folder, beat) is None:
+            with contextlib.suppress(FileNotFoundError):
+                folder.rename(old)
         _rename_unless_there(new, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -151,17 +173,25 @@ def _rename_unless_there(new: Path, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _alone(lock: Path) -> Iterator[None]:
+def _alone(lock: Path, beat: Callable[[], None]) -> Iterator[None]:
     """Keep the other processes of this machine out; go on without where locks do not work."""
+    ends = time.monotonic() + _WAIT_SECONDS
     with contextlib.ExitStack() as held:
-        with contextlib.suppress(OSError, NotImplementedError):
-            held.enter_context(FileLock(lock, timeout=_WAIT_SECONDS))
+        while time.monotonic() < ends:
+            try:
+                held.enter_context(FileLock(lock, timeout=_BEAT_SECONDS))
+                break
+            except Timeout:
+                beat()
+            except (OSError, NotImplementedError):
+                break
         yield
 
 
-def _hash(path: Path) -> str:
+def _hash(path: Path, beat: Callable[[], None]) -> str:
     state = xxhash.xxh3_128()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
             state.update(chunk)
+            beat()
     return state.hexdigest()

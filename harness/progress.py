@@ -72,10 +72,6 @@ class Progress:
         """How much is done, by earlier calls too."""
         return self._done
 
-    def advance(self, amount: int) -> None:
-        """So much more is done."""
-        self.update(self._done + amount, self._counts, self._places)
-
     def update(
         self, done: int, counts: dict[str, int], places: Sequence[tuple[Place, bool]]
     ) -> None:

@@ -77,8 +77,8 @@ def run(config: RunConfig) -> None:
         record = _record(config, plan)
         results.write_run(plan.folder, record)
         results.write_table(plan.folder, results.OVERLAP_FILE, results.OVERLAP, _overlaps(plan))
-        stages.table.save(now=True)
         if "train" in config.stages:
+            stages.table.save(now=True)
             stages.enter_finished()
         try:
             if to_train:
@@ -88,20 +88,14 @@ def run(config: RunConfig) -> None:
                     problems += stages.measure_profiles()
                 problems += stages.evaluate()
         except PhatgooseError as error:
-            if not problems:
-                raise
-            raise PhatgooseError("; ".join([*problems, str(error)])) from error  # the cause first
+            problems.append(str(error))  # after its causes, if there are any
+            _end(plan, record, problems, started)
+            raise PhatgooseError("; ".join(problems)) from error
         finally:
             stages.close()
             for folder in (plan.folder, Folder(config.registry)):
                 remove_left_over(folder)
-    minutes = (time.monotonic() - started) / 60
-    record["calls"][-1] |= {
-        "finished": _now(),
-        "minutes": round(minutes, 2),
-        "problems": problems,
-    }
-    results.write_run(plan.folder, record)
+    minutes = _end(plan, record, problems, started)
     if "report" in config.stages:
         print("\n" + make_report(plan.folder), end="")
     print(f"done in {minutes:.1f} min; everything is in {plan.folder}")
@@ -110,6 +104,18 @@ def run(config: RunConfig) -> None:
             f"{len(problems)} things could not be done ({'; '.join(problems)}): the same command "
             "tries them again"
         )
+
+
+def _end(plan: "Plan", record: dict[str, Any], problems: list[str], started: float) -> float:
+    """Write how this call ended; returns the minutes that it took."""
+    minutes = (time.monotonic() - started) / 60
+    record["calls"][-1] |= {
+        "finished": _now(),
+        "minutes": round(minutes, 2),
+        "problems": problems,
+    }
+    results.write_run(plan.folder, record)
+    return minutes
 
 
 def _overlaps(plan: "Plan") -> list[dict[str, Any]]:
@@ -121,8 +127,11 @@ def _overlaps(plan: "Plan") -> list[dict[str, Any]]:
 def _record(config: RunConfig, plan: "Plan") -> dict[str, Any]:
     """What run.json says: what all calls have in common, and each call's own."""
     before = results.read_run(plan.folder) if plan.folder.exists(results.RUN_FILE) else {}
+    configuration = asdict(config)
+    configuration["run"]["dir"] = str(plan.folder)  # a URI may hold a key; its name here does not
+    configuration["registry"] = str(Folder(config.registry))
     call = {
-        "configuration": asdict(config),
+        "configuration": configuration,
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in _PACKAGES},
         "hardware": {

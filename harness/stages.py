@@ -76,8 +76,8 @@ class Stages:
             finally:
                 trainers.close()
                 self._is_training = False
-        if early:
-            early.finish()
+            if early:
+                early.finish(training.show)
         return by_reason("expert", failures)
 
     def measure_profiles(self) -> list[str]:
@@ -127,7 +127,9 @@ class Stages:
         rows: dict[str, list[dict[str, Any]]] = {}
         chunks = len(served.routers) * len(evaluation.chunks)
         with Progress(self._plan.folder, "evaluate", requests, "request", chunks) as progress:
-            while len(rows) + len(evaluation.failures) < len(served.routers):
+            while evaluation.is_waiting or len(rows) + len(evaluation.failures) < len(
+                served.routers
+            ):
                 while to_ask and self.evaluators.waiting < _AHEAD:
                     name = next(iter(to_ask))
                     evaluation.ask({name: to_ask.pop(name)})

@@ -74,10 +74,10 @@ def read_status(folder: Folder) -> dict[str, Any]:
     jobs = []
     if folder.exists(results.JOBS_FILE):
         jobs = results.read_table(folder, results.JOBS_FILE, results.JOBS).to_pylist()
-    silent = 0.0
-    if stage:
-        written = datetime.fromisoformat(stage["written"])
-        silent = max(0.0, (datetime.now(UTC) - written).total_seconds())
+    if stage and stage["written"] < call["started"]:
+        stage = None  # of an earlier call
+    written = datetime.fromisoformat(stage["written"] if stage else call["started"])
+    silent = max(0.0, (datetime.now(UTC) - written).total_seconds())
     if call["finished"]:
         state = "failed" if call["problems"] else "finished"
     elif stage and stage["state"] == "stopped":

@@ -54,6 +54,8 @@ class Training(Watch):
         self._jobs: dict[int, TrainJob] = {}  # by the key of the call
         self._given = list(jobs)
         self._recipes = {job.card.job: job.recipe for job in jobs}
+        self._all_steps = {job.card.job: job.steps for job in jobs}
+        self._steps: dict[str, int] = {}  # how far jobs that are not done ever were
         self._losses: dict[str, int] = {}  # experts that were trained and not published, by job
         self._unnamed: list[str] = []  # jobs that no manifest names yet
         self._published = 0
@@ -77,7 +79,7 @@ class Training(Watch):
             while not self._workers.is_done:
                 for key, result in self._workers.step(TICK_SECONDS):
                     self._take(self._jobs.pop(key), result)
-                self._show()
+                self.show()
                 meanwhile()
         finally:
             self._name_all()
@@ -126,12 +128,19 @@ class Training(Watch):
             else:
                 self._fail(job, f"not published: {last_line(error)}", str(error))
             return
-        self._trained_tokens += self._tokens[job.card.job]
+        if len(self._unnamed) >= max(1, math.ceil(_GROWTH * self._published)):
+            self._name_all()
+        FolderCheckpoints(self._folder, job.card.job).delete()
+        self._ended(job)
         self._table.end(job)
         self._progress.say(f"trained   {name}: {said}")
 
-    def _fail(self, job: TrainJob, error: str, traceback: str) -> None:
+    def _ended(self, job: TrainJob) -> None:
         self._trained_tokens += self._tokens[job.card.job]
+        self._steps.pop(job.card.job, None)
+
+    def _fail(self, job: TrainJob, error: str, traceback: str) -> None:
+        self._ended(job)
         self.failures[job.card.name] = error
         self._table.end(job, error, traceback)
         self._progress.say(f"failed    {job.card.name}: {error}")
@@ -144,29 +153,22 @@ class Training(Watch):
             results.write_table(self._folder, file, results.TRAINING, rows)
         try:
             # References are passed on: experts go from actor to actor, not through the driver.
-            content_hash = ray.get(self._keeper.publish.remote(expert, enter=False))
-        except RayTaskError as error:
-            if isinstance(error.cause, PhatgooseError):
-                raise error.cause from None
-            raise
+            content_hash = answer_of(self._keeper.publish.remote(expert, enter=False))
         except RayError:
             # The registry's actor may have died after its work, and found the expert gone when Ray
             # repeated the call.
-            recorded = ray.get(self._keeper.recorded.remote(job.card.job))
+            recorded = answer_of(self._keeper.recorded.remote(job.card.job))
             if recorded is None:
                 raise
             content_hash = recorded
         if profile is not None:
             try:
-                ray.get(self._keeper.put_profile.remote(content_hash, job.profile_id, profile))
-            except RayError as error:  # it is measured again before a router needs it
+                answer_of(self._keeper.put_profile.remote(content_hash, job.profile_id, profile))
+            except (RayError, PhatgooseError) as error:  # it is measured again before it is needed
                 self._progress.say(f"no profile of {job.card.name}: {last_line(error)}")
         self.experts[job.card.name] = content_hash
         self._unnamed.append(job.card.job)
         self._published += 1
-        if len(self._unnamed) >= max(1, math.ceil(_GROWTH * self._published)):
-            self._name_all()
-        FolderCheckpoints(self._folder, job.card.job).delete()
         return _learnt(rows)
 
     def _name_all(self) -> None:
@@ -175,17 +177,32 @@ class Training(Watch):
         Should this process die before, the next call of the run finds the records and does it.
         """
         if self._unnamed:
-            ray.get(self._keeper.enter.remote(self._unnamed))
+            answer_of(self._keeper.enter.remote(self._unnamed))
             self._unnamed = []
 
-    def _show(self) -> None:
-        done = self._trained_tokens
+    def show(self) -> None:
+        """Write how far training is. A job that went back is as far as it ever was."""
         for key, steps in self._workers.under_way.items():
             job = self._jobs.get(key)
-            if job is not None and job.steps:
-                done += int(self._tokens[job.card.job] * steps / job.steps)
-        self._progress.update(done, self._table.counts(), self._workers.places)
+            if job is not None and steps > self._steps.get(job.card.job, 0):
+                self._steps[job.card.job] = steps
+        begun = sum(
+            self._tokens[job] * steps // max(1, self._all_steps[job])
+            for job, steps in self._steps.items()
+        )
+        counts, places = self._table.counts(), self._workers.places
+        self._progress.update(self._trained_tokens + begun, counts, places)
         self._table.save()
+
+
+def answer_of(reference: Any) -> Any:
+    """What the registry's actor answered; a PhatgooseError of its own is raised as it is."""
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, PhatgooseError):
+            raise error.cause from None
+        raise
 
 
 def revised(recipe: Recipe, first: Recipe, error: PhatgooseError) -> Recipe | None:
@@ -241,7 +258,7 @@ def measure_profiles(
             failures[job.card.name] = result.error
         else:
             content_hash = experts[job.card.name]
-            ray.get(keeper.put_profile.remote(content_hash, job.profile_id, result))
+            answer_of(keeper.put_profile.remote(content_hash, job.profile_id, result))
         done += 1
     show()
     return failures

@@ -71,17 +71,28 @@ class TrainGroup(Actor):
         return beat
 
     def train(self, job: TrainJob) -> Any:
-        """Make one expert; returns what `TrainActor.train` does.
+        """Make one expert; returns what `TrainActor.train` does."""
+        if not self._ranks:
+            self._start()
+        checkpoint = FolderCheckpoints(self._folder, job.card.job, job.recipe).read()
+        return self._first([rank.train.remote(job, checkpoint) for rank in self._ranks])
+
+    def profile(self, job: TrainJob, content_hash: str, keeper: Any) -> bytes:
+        """Measure the profile of an expert that the registry has, on the first rank."""
+        if not self._ranks:
+            self._start()
+        profile: bytes = self._first([self._ranks[0].profile.remote(job, content_hash, keeper)])
+        return profile
+
+    def _first(self, references: Sequence[Any]) -> Any:
+        """What the first rank returned, once all have.
 
         If one rank fails, all are ended, as the others would wait for it. After an error of its own
         they are started anew for the next job. If one died, this actor ends too, and the scheduler
         finds a place for a new one.
         """
-        if not self._ranks:
-            self._start()
-        checkpoint = FolderCheckpoints(self._folder, job.card.job, job.recipe).read()
         try:
-            results = _results([rank.train.remote(job, checkpoint) for rank in self._ranks])
+            return _results(references)[0]
         except RayActorError as error:
             print(f"a rank died: {error}", flush=True)
             os._exit(1)
@@ -93,14 +104,6 @@ class TrainGroup(Actor):
             if isinstance(cause, PhatgooseError):
                 raise cause from None
             raise
-        return results[0]
-
-    def profile(self, job: TrainJob, content_hash: str, keeper: Any) -> bytes:
-        """Measure the profile of an expert that the registry has, on the first rank."""
-        if not self._ranks:
-            self._start()
-        profile: bytes = ray.get(self._ranks[0].profile.remote(job, content_hash, keeper))
-        return profile
 
     def _start(self) -> None:
         """Start the ranks, each in its bundle, and let them meet."""

@@ -33,8 +33,13 @@ from phatgoose.training_job import Example, Examples, TrainingJob
 __all__ = ["Example", "Examples", "Progress", "train_expert", "train_gates"]
 
 _KEEP_NOTHING = NoCheckpoints()
-# How PyTorch's allocators for the CPU say that there is no memory: they raise a RuntimeError.
-_NO_MEMORY = ("not enough memory", "can't allocate memory")
+# How PyTorch, CUDA and cuBLAS say that there is no memory where they raise a plain RuntimeError.
+_NO_MEMORY = (
+    "not enough memory",
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 def train_expert(

@@ -6,6 +6,7 @@ The tasks' words are those that the tokenizers of `tests.tiny` know.
 import io
 import itertools
 import json
+import sys
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -171,10 +172,12 @@ class LocalWorkers:
 
     Attributes:
         calls: how many calls there were.
+        most: how many are answered in one step.
     """
 
     def __init__(self, worker: Any, order: Callable[[list[int]], list[int]] = list) -> None:
         self.worker, self.order, self.calls = worker, order, 0
+        self.most = sys.maxsize
         self._waiting: dict[int, tuple[str, tuple[Any, ...]]] = {}
         self._added = 0
 
@@ -186,7 +189,7 @@ class LocalWorkers:
 
     def step(self, timeout: float) -> list[tuple[int, Any]]:
         results: list[tuple[int, Any]] = []
-        for key in self.order(sorted(self._waiting)):
+        for key in self.order(sorted(self._waiting))[: self.most]:
             method, call = self._waiting.pop(key)
             self.calls += 1
             try:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import overload
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from harness.tasks import TaskData
 from harness.tasks.records import Split
@@ -54,12 +53,6 @@ class TokenisedExamples(Sequence[Question]):
         index = range(len(self))[index]  # negative ones count from the end
         context, target = (self._table[name][index].as_py() for name in ("context", "target"))
         return Question(context, [target])
-
-    @property
-    def mean_tokens(self) -> float:
-        """Mean number of tokens of an example, context and target together."""
-        lengths = [pc.sum(pc.list_value_length(self._table[n])).as_py() for n in _SCHEMA.names]
-        return sum(length or 0 for length in lengths) / max(1, len(self))
 
 
 def tokenise(

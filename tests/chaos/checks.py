@@ -73,7 +73,7 @@ def faults(run_dir: Path, experts: Sequence[str]) -> list[str]:
     manifest = registry.manifest().experts
     if sorted(manifest) != sorted(experts) or len({*manifest.values()}) != len(experts):
         found.append(f"the newest manifest does not name each expert once: {manifest}")
-    check = verify(registry, every_manifest=True)
+    check = verify(registry.folder, every_manifest=True)
     found += [f"registry: {problem}" for problem in check.problems]
     found += [f"registry: {orphan} is an orphan" for orphan in check.orphans]
     jobs = Counter((row["expert"], row["state"]) for row in _rows(run_dir, results.JOBS_FILE))

@@ -260,6 +260,26 @@ def test_asking_ahead_leaves_nothing_to_ask(run: Run, workers: LocalWorkers) -> 
     assert [{**r, "seconds": 0} for r in rows] == [{**r, "seconds": 0} for r in expected]
 
 
+def test_a_router_that_is_complete_waits_for_no_other(run: Run, workers: LocalWorkers) -> None:
+    wanted, evaluation = routers("base", "phatgoose"), run.evaluation(workers)
+    workers.most = 1
+    evaluation.ask(wanted)
+    assert evaluation.run("base", wanted["base"])
+    assert evaluation.open_routers == {"phatgoose"}
+    assert evaluation.run("phatgoose", wanted["phatgoose"])
+
+
+def test_an_actor_heeds_the_order_of_the_pool(run: Run, workers: LocalWorkers) -> None:
+    turned = Members(dict(reversed(run.members.experts.items())))
+    shares = []
+    for name, members in (("as-is", run.members), ("turned", turned)):
+        other = Run(run.path.with_name(name), run.tasks, members)
+        other.evaluation(workers).run("phatgoose", make_router("phatgoose"))
+        rows = other.table("routing/phatgoose.parquet")
+        shares.append({(r["task"], r["linear"], r["expert"]): r["share"] for r in rows})
+    assert shares[0] == pytest.approx(shares[1], abs=1e-6)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

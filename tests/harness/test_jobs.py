@@ -17,7 +17,7 @@ from harness import jobs
 from harness.actor import Actor, Place, code_version
 from harness.cluster import Cluster, actor_options, check_room, room
 from harness.config import ClusterConfig
-from harness.jobs import ATTEMPTS, Failure, Watch, Workers
+from harness.jobs import ATTEMPTS, DEATHS, Failure, Watch, Workers
 from phatgoose.errors import PhatgooseError
 
 # Actors cannot import a test module: it travels to them as it is.
@@ -53,6 +53,8 @@ class Worker(Actor):
             raise PhatgooseError(f"{name} cannot be: choose another")
         if attempt <= times and fails == "hangs":
             threading.Event().wait()
+        while fails == "waits" and not (self.folder / "go").exists():
+            time.sleep(0.01)
         if attempt <= times and fails == "unexpected":
             raise ValueError(f"{name} went wrong")
         return f"done {name}"
@@ -187,14 +189,14 @@ def test_an_actor_that_hangs_loses_its_lease(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jobs, "_LOOK_SECONDS", 0.1)
-    workers, watch = make(lease_seconds=2.0), Remembers()
+    workers, watch = make(lease_seconds=10.0), Remembers()
     keys = workers.add("work", [("a", "hangs", 1), ("b",), ("c",)], watch)
     assert finish(workers) == {keys[0]: "done a", keys[1]: "done b", keys[2]: "done c"}
     assert notes(tmp_path)["a"] == 2
     assert notes(tmp_path)["b"] == notes(tmp_path)["c"] == 1
     ((_, key, error, _),) = [told for told in watch.told if told[0] == "went back"]
     assert key == keys[0]
-    assert error.startswith("its actor died: no progress for 2 s on 127.0.0.1")
+    assert error.startswith("its actor died: no progress for 10 s on 127.0.0.1")
 
 
 def test_a_stopped_process_loses_its_lease(
@@ -202,7 +204,7 @@ def test_a_stopped_process_loses_its_lease(
 ) -> None:
     """It answers nothing at all, as a machine that is out of reach."""
     monkeypatch.setattr(jobs, "_LOOK_SECONDS", 0.1)
-    workers = make(lease_seconds=2.0)
+    workers = make(lease_seconds=10.0)
     (key,) = workers.add("work", [("a", "hangs", 1)])
     while not notes(tmp_path)["a"]:
         assert workers.step(0.1) == []
@@ -243,6 +245,66 @@ def test_workers_that_are_paused_start_nothing_and_hold_no_core(make: Make) -> N
     workers.paused = True
     workers.step(0)
     assert workers.size == 0
+
+
+def begin(workers: Workers, *calls: tuple[Any, ...]) -> range:
+    """Add calls and step until one is under way."""
+    keys = workers.add("work", calls)
+    until = time.monotonic() + 60
+    while not workers.under_way and time.monotonic() < until:
+        assert workers.step(0.1) == []
+    return keys
+
+
+def test_a_result_and_a_sign_of_life_may_come_at_once(make: Make, tmp_path: Path) -> None:
+    workers = make()
+    (key,) = begin(workers, ("a", "waits"))
+    (actor,) = [actor for actor in workers._actors if actor.call]
+    actor.beat = actor.handle.beat.remote()
+    (tmp_path / "go").touch()
+    done, _ = ray.wait([actor.reference, actor.beat], num_returns=2, timeout=60)
+    assert len(done) == 2
+    assert workers.step(0) == [(key, "done a")]
+
+
+def test_time_in_which_nobody_looked_ends_no_lease(make: Make) -> None:
+    workers = make(lease_seconds=50.0)
+    (key,) = begin(workers, ("a", "hangs"))
+    workers._stepped -= 100
+    for actor in workers._actors:
+        actor.progress -= 100
+    assert workers.step(0) == []
+    assert key in workers.under_way
+
+
+def test_calls_fail_when_all_nodes_are_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "_LOOK_SECONDS", 0.0)
+    rooms = itertools.chain([1], itertools.repeat(0))
+    remote = ray.remote(num_cpus=1, resources={"node that left": 1})(Worker)
+    workers = Workers(lambda: remote.remote(tmp_path), lambda: next(rooms), wait_seconds=1.0)
+    (failure,) = run(workers, ("a",))
+    assert failure == Failure("no node of the Ray cluster has room for an actor any more")
+    assert workers.size == 0
+
+
+def test_an_actor_that_does_not_start_is_given_up(tmp_path: Path) -> None:
+    remote = ray.remote(num_cpus=1, resources={"not to be had": 1})(Worker)
+    workers = Workers(lambda: remote.remote(tmp_path), lambda: 1, lease_seconds=0.2)
+    (failure,) = run(workers, ("a",))
+    assert "no actor could be started within 0 s" in failure.error
+
+
+def test_a_job_that_gets_on_outlives_many_actors() -> None:
+    call = jobs._Call(0, "train", (), Watch())
+    workers = Workers(lambda: None, lambda: 0)
+    for steps in range(1, 3 * DEATHS):
+        assert workers._died(call, steps, "its node left", "") == []
+    for _ in range(DEATHS - 2):
+        assert workers._died(call, 5, "its node left", "") == []
+    ((_, failure),) = workers._died(call, 5, "its node left", "")
+    assert "died 10 times" in failure.error
 
 
 def test_clocks_that_jump_end_no_lease(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,7 +124,7 @@ def test_what_earlier_calls_trained_stays_done(folder: Folder, jobs: dict[str, T
         made = table(folder, jobs, "aa")
         training = Training([jobs["bb"]], tokens, folder, idle, None, made, progress)
         progress._written = -1e9
-        training._show()
+        training.show()
         stage = json.loads(folder.read(results.STATUS_FILE))
     assert stage["done"] == 3000
     assert stage["rate"] == 0
