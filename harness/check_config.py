@@ -61,9 +61,16 @@ def check_values(config: RunConfig) -> None:
 
 
 def _check_cluster(config: RunConfig) -> None:
+    cores, gpus = config.cluster.cpus_per_actor, config.cluster.gpus_per_actor
+    if not cores > 0:
+        raise PhatgooseError(f"cluster.cpus_per_actor={cores:g}: it must be positive")
+    if gpus is not None and not (0 <= gpus <= 1 or gpus == round(gpus) > 0):
+        raise PhatgooseError(
+            f"cluster.gpus_per_actor={gpus:g}: it is 0, a part of one GPU, or a whole number"
+        )
     for key, least in (("lease_seconds", 30), ("wait_seconds", 0), ("checkpoint_seconds", 1)):
         value = getattr(config.cluster, key)
-        if value < least:
+        if not value >= least:  # nor NaN
             raise PhatgooseError(f"cluster.{key}={value:g}: it must be at least {least}")
 
 

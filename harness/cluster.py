@@ -16,11 +16,13 @@ os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
 import ray
 from ray._private import ray_constants, services
 from ray._private.state import available_resources_per_node, state
+from ray.autoscaler.sdk import request_resources
 
 from harness.config import ClusterConfig
 from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
 
+_MOST_REQUESTED = 1000  # actors, of the autoscaler at a time
 _LOCAL_OBJECT_STORE = 512 * 2**20  # an expert at a time passes through it
 # What the driver's environment says of these holds on every node. Tokens and keys stay at home.
 _PASSED_ON = ("PHATGOOSE_CACHE", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT")
@@ -129,6 +131,17 @@ def room(
     return min(count // ranks, most or sys.maxsize)
 
 
+def request_nodes(options: Mapping[str, Any], count: int) -> None:
+    """Ask Ray's autoscaler, where there is one, for room for so many actors; 0: no more.
+
+    It starts nodes for what waits for them, and actors are started only where there is room.
+    """
+    asks = {"CPU": options["num_cpus"], "GPU": options["num_gpus"]}
+    bundles = [{k: v for k, v in asks.items() if v > 0}] * min(count, _MOST_REQUESTED)
+    labels = [dict(options.get("label_selector", {}))] * len(bundles)
+    request_resources(bundles=bundles, bundle_label_selectors=labels)
+
+
 def check_room(
     config: ClusterConfig,
     labels: Mapping[str, str],
@@ -142,6 +155,8 @@ def check_room(
     """
     options = actor_options(config, labels, gpus)
     ends = time.monotonic() + (0 if _is_own() else config.wait_seconds)
+    if not room(options, ranks=ranks):
+        request_nodes(options, ranks)
     while not room(options, ranks=ranks):
         if time.monotonic() < ends:
             time.sleep(1)

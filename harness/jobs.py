@@ -98,6 +98,7 @@ class Workers:
         room: says how many actors the cluster has room for now.
         lease_seconds: an actor that shows no progress for so long is ended, and its call goes back.
         wait_seconds: how long to wait, without any actor, for a node with room.
+        want: told from time to time how many actors there is work for, and 0 in the end.
         ended: told the handle of every actor that was ended, to free what else belongs to it.
     """
 
@@ -108,10 +109,12 @@ class Workers:
         *,
         lease_seconds: float = 900.0,
         wait_seconds: float = 60.0,
+        want: Callable[[int], None] = lambda count: None,
         ended: Callable[[Any], None] = lambda _: None,
     ) -> None:
         self._make, self._room, self._ended = make, room, ended
         self._lease_seconds, self._wait_seconds = lease_seconds, wait_seconds
+        self._want = want
         self.paused = False  # while it is, nothing is started and idle actors are ended
         self._waiting: deque[_Call] = deque()
         self._actors: list[_Actor] = []
@@ -219,6 +222,8 @@ class Workers:
         for actor in list(self._actors):
             self._end(actor)
         self._waiting.clear()
+        if self._looked > 0:
+            self._want(0)
 
     def _look(self) -> None:
         """See, from time to time, what room the cluster has, and which nodes are leaving."""
@@ -226,6 +231,7 @@ class Workers:
         if not self._waiting or now - self._looked < _LOOK_SECONDS:
             return
         self._looked = now
+        self._want(len(self._waiting) + len(self.under_way))
         self._has_room = self._room()
         self._draining = draining_nodes()
         if any(actor.place for actor in self._actors):

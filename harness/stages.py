@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
+from ray.autoscaler.sdk import request_resources
 
 from harness.actor import code_version
 from harness.checkpoints import delete_checkpoints
-from harness.cluster import Cluster, actor_options, check_room, room
+from harness.cluster import Cluster, actor_options, check_room, request_nodes, room
 from harness.config import ClusterConfig
 from harness.early import Early
 from harness.eval_actor import EvalActor
@@ -115,8 +116,10 @@ class Stages:
         return served.problems
 
     def close(self) -> None:
-        """End the actors."""
+        """End the actors, and ask for no more nodes."""
         self.evaluators.close()
+        if ray.is_initialized():
+            request_resources(bundles=[])
 
     def _evaluate(self, suite: str, served: Served) -> list[str]:
         """Evaluate the routers on one suite; scores are written as routers are complete."""
@@ -219,16 +222,24 @@ class Stages:
             config.ranks.zero_stage,
         )
         most = config.cluster.max_actors
+
+        def want(count: int) -> None:
+            request_nodes(options, ranks * min(count, most or count))
+
         if ranks == 1:
             remote = ray.remote(TrainActor).options(**options, max_concurrency=2)
             return Workers(
-                lambda: remote.remote(*arguments), lambda: room(options, most), **self._patience
+                lambda: remote.remote(*arguments),
+                lambda: room(options, most),
+                want=want,
+                **self._patience,
             )
         groups = Groups(code_version(), options, ranks, config.run.dir, arguments)
         return Workers(
             groups.make,
             lambda: room(options, most, ranks=ranks),
             ended=groups.ended,
+            want=want,
             **self._patience,
         )
 
@@ -255,6 +266,8 @@ class Stages:
         if self._is_training:
             free = room(options, free=True) + self.evaluators.size
             return min(free, config.max_actors or free)
+        wanted = self.evaluators.waiting + len(self.evaluators.under_way)
+        request_nodes(options, min(wanted, config.max_actors or wanted))
         check_room(config, config.evaluate_nodes)
         return room(options, config.max_actors)
 

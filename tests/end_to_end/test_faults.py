@@ -102,7 +102,7 @@ def check_whole(config: RunConfig, whole: RunConfig) -> None:
     """The results are those of the other run, and the registry has no fault."""
     assert scores(config) == scores(whole)
     assert registry_cli.main(["verify", config.registry]) == 0
-    left = [path for path in Path(config.run.dir).rglob("*") if path.name.startswith(".")]
+    left = [path for path in Path(config.run.dir).rglob(".*") if path.suffix != ".lock"]
     assert left == []
 
 

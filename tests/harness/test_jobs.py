@@ -222,14 +222,18 @@ def test_a_node_that_leaves_gets_no_new_call(
 ) -> None:
     monkeypatch.setattr(jobs, "_LOOK_SECONDS", 0.0)
     workers = make()
+    leaving: list[str] = []
+    monkeypatch.setattr(workers, "_room", lambda: 2 - len(leaving))
     workers.add("work", [("a",), ("b",)])
     finish(workers)
     here = ray.get_runtime_context().get_node_id()
+    leaving += ["core of this node", "core of this node"]
     monkeypatch.setattr(jobs, "draining_nodes", lambda: frozenset({here}))
     (key,) = workers.add("work", [("c",)])
     for _ in range(3):
         assert workers.step(0.1) == []
     assert workers.places == []
+    leaving.clear()
     monkeypatch.setattr(jobs, "draining_nodes", lambda: frozenset({"another"}))
     assert finish(workers) == {key: "done c"}
 
@@ -275,6 +279,15 @@ def test_time_in_which_nobody_looked_ends_no_lease(make: Make) -> None:
         actor.progress -= 100
     assert workers.step(0) == []
     assert key in workers.under_way
+
+
+def test_nodes_are_asked_for_as_long_as_there_is_work(make: Make) -> None:
+    told: list[int] = []
+    workers = make(want=told.append)
+    assert run(workers, ("a",), ("b",), ("c",)) == ["done a", "done b", "done c"]
+    assert told[0] == 3
+    workers.close()
+    assert told[-1] == 0
 
 
 def test_calls_fail_when_all_nodes_are_gone(
