@@ -134,7 +134,7 @@ def _open_whole(folder: Path, beat: Callable[[], None]) -> Pool | None:
     try:
         experts = read_index(folder, beat)
         pool = Pool.open(folder)
-    except PhatgooseError:
+    except (PhatgooseError, OSError, RuntimeError, SafetensorError):  # cut short in between
         return None
     return pool if pool.experts == tuple(experts) else None
 
