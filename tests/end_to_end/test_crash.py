@@ -18,7 +18,7 @@ from tests.toy import prepare_toys, toy_arguments
 
 pytestmark = pytest.mark.slow
 
-DEADLINE = 120.0
+DEADLINE = 300.0
 
 
 class Command:
