@@ -161,6 +161,7 @@ def check_room(
         if time.monotonic() < ends:
             time.sleep(1)
             continue
+        request_nodes(options, 0)
         alive = [node for node in ray.nodes() if node["Alive"]]
         if not any(labels.items() <= (node.get("Labels") or {}).items() for node in alive):
             raise PhatgooseError(

@@ -3,6 +3,7 @@
 Plan and check, train what has not been trained, evaluate what has not been answered, report.
 """
 
+import contextlib
 import os
 import platform
 import sys
@@ -89,7 +90,10 @@ def run(config: RunConfig) -> None:
                 problems += stages.evaluate()
         except PhatgooseError as error:
             problems.append(str(error))  # after its causes, if there are any
-            _end(plan, record, problems, started)
+            with contextlib.suppress(
+                PhatgooseError
+            ):  # the disk may be full: the first error counts
+                _end(plan, record, problems, started)
             raise PhatgooseError("; ".join(problems)) from error
         finally:
             stages.close()

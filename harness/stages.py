@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.autoscaler.sdk import request_resources
 
 from harness.actor import code_version
 from harness.checkpoints import delete_checkpoints
@@ -46,7 +45,12 @@ class Stages:
         self._plan, self._config, self._cluster = plan, plan.config, cluster
         self._is_training = False
         self.table = JobTable(plan.folder, plan.all_jobs, plan.tokens, plan.finished)
-        self.evaluators = Workers(self._make_evaluator, self._room_to_evaluate, **self._patience)
+        self.evaluators = Workers(
+            self._make_evaluator,
+            self._room_to_evaluate,
+            want=self._want_evaluators,
+            **self._patience,
+        )
 
     def check(self) -> None:
         """Raise PhatgooseError if the cluster has no room for a training actor."""
@@ -116,10 +120,8 @@ class Stages:
         return served.problems
 
     def close(self) -> None:
-        """End the actors, and ask for no more nodes."""
+        """End the actors."""
         self.evaluators.close()
-        if ray.is_initialized():
-            request_resources(bundles=[])
 
     def _evaluate(self, suite: str, served: Served) -> list[str]:
         """Evaluate the routers on one suite; scores are written as routers are complete."""
@@ -266,10 +268,16 @@ class Stages:
         if self._is_training:
             free = room(options, free=True) + self.evaluators.size
             return min(free, config.max_actors or free)
-        wanted = self.evaluators.waiting + len(self.evaluators.under_way)
-        request_nodes(options, min(wanted, config.max_actors or wanted))
         check_room(config, config.evaluate_nodes)
         return room(options, config.max_actors)
+
+    def _want_evaluators(self, count: int) -> None:
+        """Ask for nodes to evaluate on; while there is training, for its nodes alone."""
+        if not self._is_training:
+            self._cluster.connect()
+            config = self._config.cluster
+            options = actor_options(config, config.evaluate_nodes)
+            request_nodes(options, min(count, config.max_actors or count))
 
     def _pool(self) -> dict[str, str]:
         """The trained experts' content hashes by name; says which ones are lacking."""

@@ -5,7 +5,6 @@ Every run here ends with the scores of one that nothing happened to.
 
 import dataclasses
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from harness.config import ClusterConfig, RunConfig
 from harness.run import run
 from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
+from tests.small_disk import small_disk
 from tests.toy import prepare_toys, toy_config
 
 pytestmark = pytest.mark.slow
@@ -159,30 +159,23 @@ def test_nodes_with_other_code_are_refused(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 4 MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
-    mounted = subprocess.run(mount, capture_output=True, check=False)
-    if mounted.returncode:
-        pytest.skip("a tmpfs cannot be mounted here (root may)")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
+def small(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", "4m") as disk:
+        yield disk
 
 
 def test_a_disk_that_fills_costs_no_work(
-    whole: RunConfig, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+    whole: RunConfig, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = moved(whole, small_disk / "run")
+    config = moved(whole, small / "run")
     assert "free some" in fails(config)  # seen before any work
     monkeypatch.setattr(plan, "_SPARE_BYTES", 0)
-    ballast = small_disk / "ballast"
+    ballast = small / "ballast"
     # Room for the first expert, and not for all that comes after it.
-    ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - 3 * objects_size(whole) // 2))
+    ballast.write_bytes(bytes(shutil.disk_usage(small).free - 3 * objects_size(whole) // 2))
     message = fails(config)
     assert "No space left on device" in message
-    assert str(small_disk) in message
+    assert str(small) in message
     kept = objects(config)
     before = [path.stat().st_mtime_ns for path in kept]
     assert kept

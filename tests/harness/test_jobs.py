@@ -302,6 +302,20 @@ def test_calls_fail_when_all_nodes_are_gone(
     assert workers.size == 0
 
 
+def test_bad_starts_are_forgotten_while_an_actor_works(make: Make, tmp_path: Path) -> None:
+    modes = itertools.chain([None], ["unexpected"] * 3, itertools.repeat(None))
+    remote = ray.remote(num_cpus=1, max_concurrency=2)(Worker)
+    workers = Workers(lambda: remote.remote(tmp_path, next(modes)), lambda: 2)
+    keys = begin(workers, ("a", "waits"), ("b",), ("c",))
+    until = time.monotonic() + 120
+    while workers.waiting and time.monotonic() < until:  # only a second actor can have them
+        workers.step(0.1)
+    (tmp_path / "go").touch()
+    assert finish(workers).keys() <= {*keys}
+    assert notes(tmp_path)["started"] >= 5
+    workers.close()
+
+
 def test_an_actor_that_does_not_start_is_given_up(tmp_path: Path) -> None:
     remote = ray.remote(num_cpus=1, resources={"not to be had": 1})(Worker)
     workers = Workers(lambda: remote.remote(tmp_path), lambda: 1, lease_seconds=0.2)

@@ -1,6 +1,5 @@
 import multiprocessing
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from harness.registry import Registry
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
 from tests.harness.test_registry import BASE, make_expert
+from tests.small_disk import small_disk
 
 
 @pytest.fixture
@@ -166,19 +166,13 @@ def test_one_process_makes_it_and_the_others_wait(registry: Registry) -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    place = tmp_path / "pool" / "packs"
-    place.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(place)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"this user may not mount a small filesystem: {done.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+def small(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "pool" / "packs", "8k") as disk:
+        yield disk
 
 
-def test_a_full_disk_is_one_line(registry: Registry, small_disk: Path) -> None:
-    (small_disk / "fill").write_bytes(bytes(8000))
+def test_a_full_disk_is_one_line(registry: Registry, small: Path) -> None:
+    (small / "fill").write_bytes(bytes(8000))
     with pytest.raises(PhatgooseError, match=r"^cannot write the pack .* \(.*No space.*\): free"):
         open_pool(registry, registry.manifest().experts, registry.load)
-    assert not [path for path in small_disk.iterdir() if path.name.endswith(".tmp")]
+    assert not [path for path in small.iterdir() if path.name.endswith(".tmp")]

@@ -2,7 +2,6 @@ import errno
 import multiprocessing
 import os
 import pickle
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from harness import stores
 from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
 from tests.s3_server import KEYS, S3Server, s3_server
+from tests.small_disk import small_disk
 
 
 @pytest.fixture(params=["path", "uri", "memory", "s3"])
@@ -330,27 +330,20 @@ def test_a_link_whose_reply_was_lost_counts(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A filesystem of one megabyte."""
-    place = tmp_path / "small"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"this user may not mount a small filesystem: {done.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+def small(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "small", "1m") as disk:
+        yield disk
 
 
-def test_a_full_disk_leaves_what_there_was(small_disk: Path) -> None:
-    folder = Folder(small_disk / "pool")
+def test_a_full_disk_leaves_what_there_was(small: Path) -> None:
+    folder = Folder(small / "pool")
     folder.write("a", b"earlier")
     for call in (folder.write, folder.create):
         with pytest.raises(
             PhatgooseError,
-            match=rf"^cannot (write|create) {small_disk}/pool/[ab] \(No space left.*\): free some",
+            match=rf"^cannot (write|create) {small}/pool/[ab] \(No space left.*\): free some",
         ):
             call("a" if call == folder.write else "b", bytes(2**21))
     assert folder.read("a") == b"earlier"
-    assert [path.name for path in (small_disk / "pool").iterdir()] == ["a"]
+    assert [path.name for path in (small / "pool").iterdir()] == ["a"]
     assert folder.create("b", b"later")
