@@ -5,7 +5,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.config import MULTITASK, OF_POOL, OF_POOL_TOO, STAGES, Multitask, RunConfig
+from harness.config import MULTITASK, OF_POOL, OF_POOL_TOO, STAGES, RunConfig
+from harness.multitask import Multitask
 from phatgoose.errors import PhatgooseError
 from phatgoose.routers import all_needs
 

@@ -14,6 +14,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
 os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
 
 import ray
+import torch
 from ray._private import ray_constants, services
 from ray._private.state import available_resources_per_node, state
 from ray.autoscaler.sdk import request_resources
@@ -65,6 +66,19 @@ class Cluster:
                 _node_ip_address="127.0.0.1",
                 **quiet,
             )
+
+    def device(self, config: ClusterConfig) -> str:
+        """Return the kind of device that evaluation actors get, `cpu` or `cuda`.
+
+        What is not said by `cluster.gpus_per_actor` depends on whether there are GPUs: those of the
+        running cluster, or of this machine where a Ray is started for the run.
+        """
+        if config.gpus_per_actor is not None:
+            return "cuda" if config.gpus_per_actor > 0 else "cpu"
+        if not ray.is_initialized() and not _running():
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        self.connect()
+        return "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
 
     def __enter__(self) -> "Cluster":
         """Connect later, when `connect` is called."""

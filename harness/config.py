@@ -2,15 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
+from harness.multitask import Multitask
 from harness.summary import DERIVED
 from harness.tasks import TaskSpec, task_specs
 from phatgoose.errors import PhatgooseError
 from phatgoose.profile import ProfileConfig
 from phatgoose.recipe import Recipe
 from phatgoose.routers import Router, make_router
-from phatgoose.routers.single import Single
 
 STAGES = ("train", "evaluate", "report")
 # The name of the expert that is trained on all the pool's data, and of the router that is only it.
@@ -146,13 +146,3 @@ class RunConfig:
         if not isinstance(steps, int):
             raise PhatgooseError(f"router.multitask.steps={steps}: not a whole number")
         return replace(self.train, lora=replace(self.train.lora, steps=steps), gates=None)
-
-
-@dataclass(frozen=True)
-class Multitask(Single):
-    """The expert that was trained on all the pool's data together, for every token.
-
-    Not post-hoc: it needs all the data at once. It is no member of the pool.
-    """
-
-    side_information: ClassVar[str | None] = "all training data at once (it is not post-hoc)"

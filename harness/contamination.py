@@ -29,14 +29,13 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
+from harness.source_code import code_of, digest
 from harness.tasks import TaskData
 from harness.tasks.lm_eval_tasks import evaluation_table
 from harness.tasks.records import normal
 from harness.tasks.store import read_batches
 from phatgoose.cache import cache_dir
 
-# Raise it whenever the same data gives other overlaps than before.
-_VERSION = 2
 _LENGTH = 8
 # A sequence in more than this share of a task's documents, and more than so many, is its wording.
 _WORDING_SHARE, _WORDING_DOCUMENTS = 0.01, 5
@@ -92,7 +91,7 @@ def find_overlaps(pool: Sequence[TaskData], suite: Sequence[TaskData]) -> list[O
     index: SuiteIndex | None = None
     experts = [data for data in pool if data.counts["train"]]
     for data in tqdm(experts, desc="overlap", unit="task", disable=None, delay=2, leave=False):
-        key = json.dumps([_VERSION, tables_id, data.fingerprint])
+        key = json.dumps([digest(code_of([__name__])), tables_id, data.fingerprint])
         path = cache_dir() / "overlap" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
         if not path.exists():
             index = index or SuiteIndex(tables)

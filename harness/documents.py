@@ -1,7 +1,5 @@
 """The documents of an evaluation task, and each one's metrics, which scores are the means of."""
 
-import hashlib
-import json
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,21 +26,17 @@ class Documents:
         data: the task.
         rows: the documents' records.
         low: what BIG-bench takes for chance.
-        fingerprint: a hash of prompts, choices and answers: scores on the same can be compared.
     """
 
     data: TaskData
     rows: list[dict[str, Any]]
     low: float
-    fingerprint: str
 
     @staticmethod
     def of(data: TaskData) -> "Documents":
         """The documents that a task's specification asks for."""
         rows = evaluation_table(data).to_pylist()
-        shown = [[row[c] for c in ("input", "targets", "choices", "correct")] for row in rows]
-        digest = hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
-        return Documents(data, rows, bigbench_low(rows), digest)
+        return Documents(data, rows, bigbench_low(rows))
 
     def answered(
         self,
@@ -81,6 +75,8 @@ class Documents:
     ) -> dict[str, Any]:
         """One document's row, with the paper's and BIG-bench's metrics beside lm-eval's."""
         sums: list[float] = []
+        # Mutual information asks for each choice a second time, without the prompt.
+        scores = scores[: len(row["choices"]) or 1]
         if row["choices"] and len(scores) == len(row["choices"]):
             sums = [score.loglikelihood for score in scores]
             means = [score.mean for score in scores]
@@ -88,7 +84,7 @@ class Documents:
             metrics["nll"] = -max(means[i] for i in row["correct"])
             prediction = row["choices"][sums.index(max(sums))]
         else:
-            if scores:
+            if scores and not row["choices"]:
                 metrics["nll"] = -scores[0].mean
             prediction = str(sample["filtered_resps"][0])
         metrics |= self._added(row, sums, prediction, metrics)

@@ -52,6 +52,8 @@ class Early:
             del self._routers[name]
         try:
             for evaluation in self._evaluations:
+                if ready:
+                    evaluation.announce(ready)
                 evaluation.ask(ready)
             self._take(0)
         except PhatgooseError:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from harness.journal import Request, cut
+from harness.chunks import Request, cut
 from harness.tasks import TaskData
 from harness.tasks.lm_eval_tasks import evaluation_table
 from harness.tasks.store import read_records

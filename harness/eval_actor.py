@@ -6,21 +6,19 @@ from typing import Any
 import ray
 
 from harness.actor import Actor
+from harness.answering import answer_chunk
+from harness.chunks import Answer, Chunk
 from harness.cluster import log_to_run_folder
+from harness.conditions import Conditions
 from harness.config import BaseConfig
-from harness.journal import Answer, Chunk, Request
 from harness.pack import Members, open_pool
 from harness.registry import Registry
 from harness.train_actor import load_base_on_actor
-from phatgoose.encoding import encode_context
 from phatgoose.expert import Expert
 from phatgoose.model import RoutedModel
 from phatgoose.pool import Pool
 from phatgoose.profile import Profile
-from phatgoose.query import Query
-from phatgoose.routed_linear import RoutingLog
 from phatgoose.routers import Router
-from phatgoose.scoring import Question
 
 
 class EvalActor(Actor):
@@ -28,7 +26,7 @@ class EvalActor(Actor):
 
     Args:
         base: which base to load.
-        fingerprint: what it must be.
+        conditions: what it must answer with.
         registry: where the experts are kept.
         keeper: the registry's actor, for nodes that do not see its files.
         run_dir: where to write the log.
@@ -38,7 +36,7 @@ class EvalActor(Actor):
     def __init__(
         self,
         base: BaseConfig,
-        fingerprint: str,
+        conditions: Conditions,
         registry: str,
         keeper: Any,
         run_dir: str,
@@ -47,8 +45,10 @@ class EvalActor(Actor):
         log_to_run_folder(run_dir, "evaluate")
         super().__init__(code)
         self._keeper = keeper
-        self._registry = Registry(registry, fingerprint)
-        self._base = load_base_on_actor(base, fingerprint)
+        self._registry = Registry(registry, conditions.base)
+        self._base = load_base_on_actor(base, conditions.base)
+        dtype = str(self._base.model.dtype).removeprefix("torch.")
+        conditions.check(dtype, self._base.device.type)
         self._model: RoutedModel | None = None
         self._attached: tuple[Any, ...] | None = None  # the identity of the pool
 
@@ -62,8 +62,7 @@ class EvalActor(Actor):
         if router != model.router:
             model.set_router(router)
         started = time.monotonic()
-        ask = self._score if chunk.kind == "score" else self._generate
-        answer = ask(chunk, description)
+        answer = answer_chunk(self._base, model, chunk, description)
         answer.seconds = time.monotonic() - started
         self._done += 1
         return answer
@@ -110,63 +109,3 @@ class EvalActor(Actor):
             return self._registry.profile(content_hash, profile_id)
         profile: Profile = ray.get(self._keeper.profile.remote(content_hash, profile_id))
         return profile
-
-    def _score(self, chunk: Chunk, description: str) -> Answer:
-        base, model = self._base, self._routed
-        questions = [
-            Question.encode(base, r.context, r.choices, query=_query(r, description))
-            for r in chunk.requests
-        ]
-        with model.recording(RoutingLog()) as log:
-            scores = model.score(questions)
-        return Answer(
-            scores=scores,
-            tokens=sum(question.length for question in questions),
-            routing=log.weights,
-            routed=log.tokens,
-        )
-
-    def _generate(self, chunk: Chunk, description: str) -> Answer:
-        base, model, requests = self._base, self._routed, chunk.requests
-        limit = max(request.max_new_tokens for request in requests)
-        stops = sorted({stop for request in requests for stop in request.until})
-        queries = [_query(request, description) for request in requests]
-        contexts = [encode_context(base, request.context) for request in requests]
-        questions = [
-            Question.encode(base, request.context, request.choices, query=query)
-            for request, query in zip(requests, queries, strict=True)
-            if request.choices
-        ]
-        # With white space at its end, a prompt is one before what is written and another before
-        # the answer, to which that space belongs.
-        together = [question.context for question in questions] == contexts
-        with model.recording(RoutingLog()) as log:
-            if together and getattr(base.model.config, "sliding_window", None) is None:
-                written, first = model.answer(questions, limit, stops=stops)
-                scores = [[score] for score in first]
-            else:
-                scores = model.score(questions) if questions else []
-                with model.recording(None):
-                    written = model.generate(queries, limit, stops=stops)
-        read = sum(map(len, contexts)) + sum(len(q.choices[0]) for q in questions)
-        return Answer(
-            scores=scores,
-            texts=[_cut_text(r, text) for r, text in zip(requests, written, strict=True)],
-            tokens=read + sum(request.max_new_tokens for request in requests),
-            routing=log.weights,
-            routed=log.tokens,
-        )
-
-
-def _query(request: Request, description: str) -> Query:
-    """What routers may know of a request: not the right answer that is scored, if that is all."""
-    return Query(request.context, request.choices if request.choices_shown else (), description)
-
-
-def _cut_text(request: Request, text: str) -> str:
-    """What was generated, up to the first stop string, without the space moved from the prompt."""
-    if request.context.endswith(" "):
-        text = text.removeprefix(" ")
-    for stop in request.until:
-        text = text.split(stop)[0]
-    return text

@@ -5,30 +5,31 @@ lm-eval ──requests──► ShardedLM ──chunks──► journal, else ev
    └──────────────► scores.parquet, samples/ ◄──┘ acc_paper, nll; routing/
 """
 
-import contextlib
-import functools
-import io
 import json
 import math
 import os
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 from lm_eval import evaluator
 
 from harness import results
-from harness.documents import Documents, score_rows
+from harness.chunks import Answer, Chunk
+from harness.conditions import Conditions, scoring_code
+from harness.documents import score_rows
 from harness.jobs import TICK_SECONDS, Failure, Workers
-from harness.journal import Answer, Chunk, Journal
-from harness.lm import ShardedLM, Usage, list_chunks
+from harness.journal import DamagedAnswer, Journal
+from harness.lm import ShardedLM, Usage, quiet
 from harness.pack import Members, pool_id
 from harness.plan import needs_profiles
+from harness.requests import SuiteRequests
+from harness.source_code import Code, changes, digest, router_code
 from harness.storage import Folder
 from harness.summary import BEST_INDIVIDUAL, ORACLE, best_individual_rows, oracle_rows
-from harness.tasks import TaskData, describe
-from harness.tasks.lm_eval_tasks import make_task
 from phatgoose.errors import PhatgooseError
 from phatgoose.pool import known_expert
 from phatgoose.routers import Router, all_needs
@@ -39,8 +40,7 @@ from phatgoose.routers.single import Single
 # Draws for the errors of metrics that are no means; lm-eval is not to fork this process for them.
 _BOOTSTRAPS = 200
 os.environ.setdefault("DISABLE_MULTIPROC", "1")
-# Raise it whenever the same chunk would be answered differently than before.
-_ANSWER_VERSION = 6
+_NAMED = 5  # routers or modules in a line
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,16 @@ class Setting:
     """What all evaluations of a run have in common.
 
     Attributes:
-        folder: the run folder.
-        run, base, dtype: the run's name, and the base's name and dtype.
+        folder: the run folder; its name is the run's.
+        base: the base's name.
+        conditions: what answers are computed with.
         workers: evaluation actors.
-        chunk_characters: see `harness.journal.cut`.
+        chunk_characters: see `harness.chunks.cut`.
     """
 
     folder: Folder
-    run: str
     base: str
-    dtype: str
+    conditions: Conditions
     workers: Workers
     chunk_characters: int
 
@@ -77,8 +77,7 @@ class Evaluation:
 
     Args:
         setting: what all evaluations have in common.
-        suite: its name.
-        tasks: its tasks' data.
+        requests: what the suite asks.
         members: the pool's experts, in its order, and their profiles if a router looks at them.
         others: content hashes of experts outside the pool, by name.
     """
@@ -86,17 +85,26 @@ class Evaluation:
     def __init__(
         self,
         setting: Setting,
-        suite: str,
-        tasks: Sequence[TaskData],
+        requests: SuiteRequests,
         members: Members,
         others: Mapping[str, str] | None = None,
     ) -> None:
         self._folder, self._workers = setting.folder, setting.workers
-        self._suite, self._members, self._others = suite, members, others or {}
+        self._requests, self._suite = requests, requests.suite
+        self._members, self._others = members, others or {}
+        self._conditions = setting.conditions
         self._manifest = pool_id(members.experts)
-        self._common = {"run": setting.run, "base": setting.base, "manifest": self._manifest}
+        self._common = {
+            "run": PurePosixPath(str(setting.folder)).name,
+            "base": setting.base,
+            "manifest": self._manifest,
+            "dtype": setting.conditions.dtype,
+            "device": setting.conditions.device,
+            "versions": setting.conditions.versions,
+            "code": setting.conditions.code,
+        }
         self._journal = Journal(setting.folder)
-        self._identity = [_ANSWER_VERSION, setting.base, setting.dtype]
+        self.chunks = requests.chunks(setting.chunk_characters)
         self._characters = setting.chunk_characters
         self.answered = 0  # chunks, by actors
         self.requests = 0  # answered, or found in the journal
@@ -105,30 +113,22 @@ class Evaluation:
         self._found = self._journal.keys()  # answered by an earlier call
         self._known = set(self._found)  # answered, or asked
         self._waiting: dict[int, _Call] = {}  # what the actors were asked, by the call's key
-        self._descriptions = {f"{suite}/{data.name}": describe(data) for data in tasks}
-        self._tasks = {f"{suite}/{data.name}": make_task(data, suite) for data in tasks}
-        self._asked = {f"{suite}/{data.name}": Documents.of(data) for data in tasks}
-
-    @functools.cached_property
-    def chunks(self) -> list[Chunk]:
-        """All chunks that lm-eval will ask under any router; nothing is answered for it."""
-        right = {name: self._right(name) for name in self._tasks}
-        with _quiet():
-            return list_chunks(self._tasks, self._asked_samples, self._characters, right)
+        self._codes: dict[str, Code] = {}
 
     def run(self, name: str, router: Router) -> list[dict[str, Any]]:
         """Evaluate one router: writes its samples and routing, returns its rows of scores."""
+        answers = self._answers(name, router)
 
         def ask(chunks: Sequence[Chunk]) -> Iterator[tuple[int, Answer]]:
-            return self._ask(name, router, chunks)
+            for index, chunk in enumerate(chunks):
+                yield index, answers[chunk]
 
-        right = {name: self._right(name) for name in self._tasks}
-        lm = ShardedLM(ask, self._characters, right)
-        with _quiet():
+        lm = ShardedLM(ask, self._characters, self._requests.right)
+        with quiet():
             output = evaluator.evaluate(
                 lm,
-                {"tasks": self._tasks, "groups": {}},
-                samples=self._asked_samples,
+                {"tasks": self._requests.lm_eval_tasks, "groups": {}},
+                samples=self._requests.samples,
                 bootstrap_iters=_BOOTSTRAPS,
                 log_samples=True,
             )
@@ -136,14 +136,15 @@ class Evaluation:
         scores: list[dict[str, Any]] = []
         samples: list[dict[str, Any]] = []
         routing: list[dict[str, Any]] = []
-        for full_name in self._tasks:
+        for full_name, asked in self._requests.tasks.items():
             labels = {"router": name, "suite": self._suite, "task": full_name.partition("/")[2]}
-            asked = self._asked[full_name]
-            documents = asked.answered(output["samples"][full_name], lm.scores, full_name)
+            logged = output["samples"][full_name]
+            documents = asked.documents.answered(logged, lm.scores, full_name)
             samples += [{**labels, **document} for document in documents]
             shared = {
                 **labels,
                 **self._common,
+                "router_code": digest(self._code(router)),
                 "top_k": _options(router).get("top_k"),
                 "options": json.dumps({"kind": type(router).name(), **_options(router)}),
                 "zero_shot": router.zero_shot,
@@ -162,6 +163,31 @@ class Evaluation:
         if routing:
             self._replace(results.routing_file(name), results.ROUTING, routing)
         return scores
+
+    def announce(self, routers: Mapping[str, Router]) -> None:
+        """Print which routers are asked again, and why: a line for each reason.
+
+        What their answers are computed with is noted in answers.json, and compared with what an
+        earlier call of the run noted.
+        """
+        file = results.ANSWERS_FILE
+        noted = results.read_json(self._folder, file) if self._folder.exists(file) else {}
+        again: dict[str, dict[str, int]] = {}
+        now = {}
+        for name, router in routers.items():
+            key = f"{self._suite}/{name}"
+            now[key] = self._determining(router)
+            if reason := _what_changed(noted.get(key, now[key]), now[key]):
+                lacking = sum(self._key(router, c) not in self._found for c in self.chunks)
+                again.setdefault(reason, {})[name] = lacking
+        for reason, counts in again.items():
+            if chunks := sum(counts.values()):
+                print(
+                    f"{reason} changed: {chunks} chunks of {_listed(list(counts))} are asked again",
+                    file=sys.stderr,
+                )
+        if noted != {**noted, **now}:
+            results.write_json(self._folder, file, {**noted, **now})
 
     def write_scores(self, rows: list[dict[str, Any]], derived: Collection[str] = ()) -> None:
         """Write scores.parquet, keeping what was measured before and can be compared with it.
@@ -189,28 +215,37 @@ class Evaluation:
         ordered = sorted(kept + rows, key=lambda row: row["suite"])
         results.write_table(self._folder, results.SCORES_FILE, results.SCORES, ordered)
 
-    @property
-    def _asked_samples(self) -> dict[str, list[int]]:
-        return {name: list(range(len(asked.rows))) for name, asked in self._asked.items()}
+    def _answers(self, name: str, router: Router) -> dict[Chunk, Answer]:
+        """Every chunk's answer from the journal; what it lacks is asked before.
 
-    def _right(self, name: str) -> list[str]:
-        """The right answer of each document of a task, as it follows the prompt."""
-        delimiter = self._tasks[name].config.target_delimiter
-        return [delimiter + row["targets"][0] for row in self._asked[name].rows]
+        An answer that was altered or cut short is asked again, once.
+        """
+        self.ask({name: router})
+        self._wait(name)
+        found: dict[Chunk, Answer] = {}
+        damaged: list[Chunk] = []
+        for chunk in self.chunks:
+            key = self._key(router, chunk)
+            try:
+                found[chunk] = self._journal.read(key)
+                self._count(key, chunk)
+            except DamagedAnswer as error:
+                print(f"{error}; it is asked again", file=sys.stderr)
+                damaged.append(chunk)
+                self._found.discard(key)
+                self._known.discard(key)
+        if damaged:
+            self._add([_Call(self._key(router, c), name, router, c) for c in damaged])
+            self._wait(name)
+            found |= {c: self._journal.read(self._key(router, c)) for c in damaged}
+        return found
 
-    def _ask(
-        self, name: str, router: Router, chunks: Sequence[Chunk]
-    ) -> Iterator[tuple[int, Answer]]:
-        """Answers from the journal; what it lacks is asked before."""
-        keys = [self._key(name, router, chunk) for chunk in chunks]
-        self._add([_Call(k, name, router, c) for k, c in zip(keys, chunks, strict=True)])
+    def _wait(self, name: str) -> None:
+        """Wait for a router's answers; PhatgooseError if an actor could not give one."""
         while name in self.open_routers:
             self.step(TICK_SECONDS)
         if name in self.failures:
             raise PhatgooseError(self.failures[name])
-        for index, key in enumerate(keys):
-            yield index, self._journal.read(key)
-            self._count(key, chunks[index])
 
     def ask(self, routers: Mapping[str, Router]) -> None:
         """Let the actors answer every chunk under these routers, router by router.
@@ -220,7 +255,7 @@ class Evaluation:
         in.
         """
         for name, router in routers.items():
-            self._add([_Call(self._key(name, router, c), name, router, c) for c in self.chunks])
+            self._add([_Call(self._key(router, c), name, router, c) for c in self.chunks])
 
     @property
     def is_waiting(self) -> bool:
@@ -263,7 +298,12 @@ class Evaluation:
         calls = [c for c in calls if c.key not in self._known]
         self._known.update(call.key for call in calls)
         arguments = [
-            (c.router, c.chunk, self._descriptions[c.chunk.task], self._members_of(c.router))
+            (
+                c.router,
+                c.chunk,
+                self._requests.descriptions[c.chunk.task],
+                self._members_of(c.router),
+            )
             for c in calls
         ]
         keys = self._workers.add("answer", arguments)
@@ -283,14 +323,31 @@ class Evaluation:
             return self._members
         return Members(self._members.experts)
 
-    def _key(self, name: str, router: Router, chunk: Chunk) -> str:
+    def _key(self, router: Router, chunk: Chunk) -> str:
         """What determines an answer: no other expert has a part in that of a single one."""
         members = self._members_of(router)
         pool = "" if isinstance(router, NoExpert) else pool_id(members.experts)
-        own = [type(router).__name__, _options(router), *(members.profiles or {}).values()]
+        kind = f"{type(router).__module__}.{type(router).__qualname__}"
+        own = [kind, _options(router), digest(self._code(router)), members.profiles]
         if "descriptions" in all_needs(router):
-            own.append(self._descriptions[chunk.task])
-        return chunk.key([*self._identity, pool, *own])
+            own.append(self._requests.descriptions[chunk.task])
+        return chunk.key([asdict(self._conditions), pool, *own])
+
+    def _code(self, router: Router) -> Code:
+        """The router's own source code."""
+        named = repr(router)
+        if named not in self._codes:
+            self._codes[named] = router_code(router)
+        return self._codes[named]
+
+    def _determining(self, router: Router) -> dict[str, Any]:
+        """What the answers under a router are computed with, for people to compare."""
+        conditions = {k: v for k, v in asdict(self._conditions).items() if k != "code"}
+        return {
+            **conditions,
+            "options": _options(router),
+            "code": {**scoring_code(), **self._code(router)},
+        }
 
     def _count(self, key: str, chunk: Chunk) -> None:
         """Tell of an answer, once per chunk and router."""
@@ -318,12 +375,15 @@ class Evaluation:
         results.write_table(self._folder, name, schema, ordered)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what lm-eval draws, a bar per task, and prints."""
-    nowhere = io.StringIO()
-    with contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
-        yield
+def _what_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between two notes of what answers are computed with; empty if nothing does."""
+    names = [name for name in now if name != "code" and before.get(name) != now[name]]
+    return _listed(names + changes(before["code"], now["code"]))
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _options(router: Router) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The language model that lm-eval talks to: it cuts requests into chunks and lets actors answer."""
 
 import contextlib
+import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from torch import Tensor
 
-from harness.journal import Answer, Chunk, Request, cut
+from harness.chunks import Answer, Chunk, Request, cut
 from phatgoose.errors import PhatgooseError
 from phatgoose.scoring import Score
 
@@ -65,10 +66,12 @@ class ShardedLM(LM):
         for place, instance in enumerate(requests):
             task, document = _origin(instance)
             groups.setdefault((task, document, instance.args[0]), []).append(place)
-        questions = [
-            (task, Request(context, tuple(requests[place].args[1] for place in places)))
-            for (task, _, context), places in groups.items()
-        ]
+        questions = []
+        for (task, _, context), places in groups.items():
+            choices = tuple(requests[place].args[1] for place in places)
+            # A single choice is the right answer, or what follows one of several prompts.
+            shown = len(choices) > 1
+            questions.append((task, Request(context, choices, choices_shown=shown)))
         found: list[Score | None] = [None] * len(requests)
         for places, scores in zip(groups.values(), self._scores(questions), strict=True):
             for place, score in zip(places, scores, strict=True):
@@ -138,16 +141,12 @@ class ShardedLM(LM):
 
 
 def list_chunks(
-    tasks: Mapping[str, Any],
-    samples: Mapping[str, Sequence[int]],
-    characters: int,
-    right: Mapping[str, Sequence[str]],
+    instances: Sequence[Instance], characters: int, right: Mapping[str, Sequence[str]]
 ) -> list[Chunk]:
-    """All chunks that lm-eval will ask a `ShardedLM`, under any router, without an answer to any.
+    """Return the chunks that lm-eval will ask a `ShardedLM` for these requests; asks nothing.
 
     Args:
-        tasks: lm-eval's tasks by name.
-        samples: by task, the documents to ask about.
+        instances: lm-eval's requests.
         characters, right: as of `ShardedLM`.
     """
     found: list[Chunk] = []
@@ -157,15 +156,21 @@ def list_chunks(
         raise _Noted
 
     lm = ShardedLM(note, characters, right)
-    instances: dict[str, list[Instance]] = {}
-    for name, task in tasks.items():
-        task.build_all_requests(samples=samples[name], rank=0, world_size=1)
-        for instance in task.instances:
-            instances.setdefault(instance.request_type, []).append(instance)
-    for kind, asked in instances.items():
+    by_type: dict[str, list[Instance]] = {}
+    for instance in instances:
+        by_type.setdefault(instance.request_type, []).append(instance)
+    for kind, asked in by_type.items():
         with contextlib.suppress(_Noted):
             getattr(lm, kind)(asked)
     return found
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Drop what lm-eval draws, a bar per task, and prints."""
+    nowhere = io.StringIO()
+    with contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
+        yield
 
 
 class _Noted(Exception):

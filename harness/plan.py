@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from harness.conditions import Conditions
 from harness.config import RunConfig
 from harness.contamination import Overlap, find_overlaps
 from harness.estimate import (
@@ -22,6 +23,7 @@ from harness.estimate import (
 )
 from harness.plan_jobs import check_needs, multitask_job, pool_jobs, with_profiles
 from harness.registry import Registry
+from harness.requests import SuiteRequests
 from harness.results import OVERLAP_FILE, RUN_FILE, read_run
 from harness.storage import Folder
 from harness.tasks import TaskData, TaskSpec, prepare_all, prepare_here
@@ -47,6 +49,8 @@ class Plan:
         base_fingerprint: of the base.
         pool: its tasks' data.
         suites: each suite's tasks' data, by its name.
+        requests: what each suite asks, by its name; none without the stage `evaluate`.
+        conditions: what answers are computed with.
         jobs: one per expert, in the pool's order.
         multitask: the job of the multitask expert, if there is a router for it.
         finished: content hash by job id, of experts that need no training.
@@ -63,6 +67,8 @@ class Plan:
     base_fingerprint: str
     pool: list[TaskData]
     suites: dict[str, list[TaskData]]
+    requests: dict[str, SuiteRequests]
+    conditions: Conditions
     jobs: list[TrainJob]
     multitask: TrainJob | None
     finished: dict[str, str]
@@ -98,7 +104,8 @@ class Plan:
         config, done = self.config, len(self.all_jobs) - len(self.open_jobs)
         size = len(self.jobs) * self.expert_bytes / 2**20
         lines = [
-            f"base      {config.base.name} ({self.base_fingerprint[:12]}, {config.base.dtype})",
+            f"base      {config.base.name} ({self.base_fingerprint[:12]}, {config.base.dtype}, on "
+            f"{self.conditions.device})",
             f"pool      {config.pool['name']}: {len(self.jobs)} experts, {size:.0f} MiB",
             *(
                 f"suite     {name}: {', '.join(data.name for data in tasks)}"
@@ -130,12 +137,17 @@ def _minutes(seconds: float) -> str:
     return f"about {max(1, round(seconds / 60))} min of one core's time"
 
 
-def make_plan(config: RunConfig, prepare: Callable[[list[TaskSpec]], None] = prepare_here) -> Plan:
+def make_plan(
+    config: RunConfig,
+    prepare: Callable[[list[TaskSpec]], None] = prepare_here,
+    device: str = "cpu",
+) -> Plan:
     """Check configuration, names, data, base, registry and disk; write nothing but the cache.
 
     Args:
         config: the configuration.
         prepare: makes the files of tasks that have none.
+        device: the kind of device that evaluation actors are to have, `cpu` or `cuda`.
 
     Raises:
         PhatgooseError: the first thing that would stop the run later.
@@ -165,8 +177,10 @@ def make_plan(config: RunConfig, prepare: Callable[[list[TaskSpec]], None] = pre
     evaluates = "evaluate" in config.stages
     if "train" in config.stages or (evaluates and needs_profiles(routers.values())):
         jobs = with_profiles(config, jobs, pool)
+    requests = {}
     if evaluates:
         check_needs(routers, jobs, registry, config.train)
+        requests = {name: SuiteRequests.build(name, tasks) for name, tasks in suites.items()}
     all_jobs = [*jobs, *([multitask] if multitask else [])]
     finished = registry.recorded_all(job.card.job for job in all_jobs)
     tokens = training_tokens(base, all_jobs, pool)
@@ -179,6 +193,8 @@ def make_plan(config: RunConfig, prepare: Callable[[list[TaskSpec]], None] = pre
         base_fingerprint=base.fingerprint,
         pool=pool,
         suites=suites,
+        requests=requests,
+        conditions=Conditions.here(base.fingerprint, config.base.dtype, device),
         jobs=jobs,
         multitask=multitask,
         finished=finished,

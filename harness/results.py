@@ -11,6 +11,8 @@ A run folder holds
     jobs.parquet                  one row per expert to be made: what became of its job
     run.json                      configuration, versions, hardware, when started and finished
     status.json                   how far the run is, while it lasts
+    requests.json                 a hash of each task's requests, which no call may change
+    answers.json                  what the answers under each router were computed with
 
 Every column's meaning stands next to its type below, and travels in the files themselves as the
 metadata `meaning` of the field.
@@ -32,6 +34,8 @@ OVERLAP_FILE = "overlap.parquet"
 JOBS_FILE = "jobs.parquet"
 RUN_FILE = "run.json"
 STATUS_FILE = "status.json"
+REQUESTS_FILE = "requests.json"
+ANSWERS_FILE = "answers.json"
 SAMPLES_FOLDER = "samples"
 ROUTING_FOLDER = "routing"
 TRAINING_FOLDER = "training"
@@ -60,9 +64,20 @@ _SIDE_INFORMATION = _column(
     null="nothing",
 )
 
+_IN_0_1_0 = "written by version 0.1.0"
+# Only rows with the same of these can be compared.
+CONDITIONS = (
+    _column("dtype", pa.string(), "dtype of the base", null=_IN_0_1_0),
+    _column("device", pa.string(), "kind of device that answered, cpu or cuda", null=_IN_0_1_0),
+    _column("versions", pa.string(), "versions of torch and transformers, JSON", null=_IN_0_1_0),
+    _column(
+        "code", pa.string(), "hash of the source code that scores and generates", null=_IN_0_1_0
+    ),
+)
+
 SCORES = pa.schema(
     [
-        _column("run", pa.string(), "name of the run"),
+        _column("run", pa.string(), "name of the run: that of its folder"),
         _column("base", pa.string(), "name of the base"),
         _column(
             "manifest", pa.string(), "id of the pool: a hash over its experts' names and contents"
@@ -90,7 +105,7 @@ SCORES = pa.schema(
         _column(
             "documents",
             pa.string(),
-            "hash of the documents' prompts, choices and answers; equal ones can be compared",
+            "hash of the requests and the right answers; rows with equal ones can be compared",
         ),
         _column("n", pa.int64(), "number of documents"),
         _column("seconds", pa.float64(), "time the actors spent on this router and task"),
@@ -102,6 +117,10 @@ SCORES = pa.schema(
             pa.string(),
             "the expert that oracle or best_individual chose",
             null="neither of them",
+        ),
+        *CONDITIONS,
+        _column(
+            "router_code", pa.string(), "hash of the source code of the router", null=_IN_0_1_0
         ),
     ]
 )
@@ -283,6 +302,8 @@ def _array(name: str, field: pa.Field, values: list[Any]) -> pa.Array:
 def read_table(folder: Folder, name: str, schema: pa.Schema) -> pa.Table:
     """Read the parquet file `name` of a run folder.
 
+    Columns that an earlier version did not write are null.
+
     Raises:
         PhatgooseError: the file is absent, unreadable, or has other columns than `schema`.
     """
@@ -294,6 +315,10 @@ def read_table(folder: Folder, name: str, schema: pa.Schema) -> pa.Table:
         raise PhatgooseError(
             f"{folder}/{name} is damaged ({type(error).__name__}); delete it and run again"
         ) from error
+    for place, field in enumerate(schema):
+        if field.name not in table.schema.names and field.nullable:  # of an earlier version
+            nothing = pa.nulls(len(table), field.type)
+            table = table.add_column(min(place, table.num_columns), field, nothing)
     if not table.schema.equals(schema):
         raise PhatgooseError(
             f"{folder}/{name} has other columns than this version writes; "

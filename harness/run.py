@@ -69,13 +69,15 @@ def run(config: RunConfig) -> None:
     started = time.monotonic()
     problems: list[str] = []
     with Cluster() as cluster:
-        plan = make_plan(config, preparer(cluster))
+        plan = make_plan(config, preparer(cluster), cluster.device(config.cluster))
         print(plan.describe(), flush=True)
         stages = Stages(plan, cluster)
         to_train = "train" in config.stages and bool(plan.open_jobs)
         if to_train:
             stages.check()
         record = _record(config, plan)
+        for requests in plan.requests.values():
+            requests.check(plan.folder)
         results.write_run(plan.folder, record)
         results.write_table(plan.folder, results.OVERLAP_FILE, results.OVERLAP, _overlaps(plan))
         if "train" in config.stages:

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from harness.config import MULTITASK, Multitask
+from harness.config import MULTITASK
+from harness.multitask import Multitask
 from harness.pack import Members
 from harness.plan import Plan, needs_profiles
 from harness.registry import Registry

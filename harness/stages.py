@@ -125,8 +125,9 @@ class Stages:
 
     def _evaluate(self, suite: str, served: Served) -> list[str]:
         """Evaluate the routers on one suite; scores are written as routers are complete."""
-        tasks = self._plan.suites[suite]
-        evaluation = Evaluation(self._setting, suite, tasks, served.members, served.others)
+        asked = self._plan.requests[suite]
+        evaluation = Evaluation(self._setting, asked, served.members, served.others)
+        evaluation.announce(served.routers)
         requests = len(served.routers) * sum(len(chunk.requests) for chunk in evaluation.chunks)
         to_ask, summed_up = dict(served.routers), time.monotonic()
         rows: dict[str, list[dict[str, Any]]] = {}
@@ -172,8 +173,8 @@ class Stages:
         there = {job.card.name: plan.finished.get(job.card.job) for job in plan.jobs}
         training.experts |= {name: content for name, content in there.items() if content}
         evaluations = [
-            Evaluation(self._setting, suite, tasks, Members(training.experts))
-            for suite, tasks in plan.suites.items()
+            Evaluation(self._setting, requests, Members(training.experts))
+            for requests in plan.requests.values()
         ]
         labels = (self._config.cluster.train_nodes, self._config.cluster.evaluate_nodes)
         shared = not all(labels) or all(
@@ -200,9 +201,8 @@ class Stages:
         config = self._config
         return Setting(
             self._plan.folder,
-            config.pool["name"],
             config.base.name,
-            config.base.dtype,
+            self._plan.conditions,
             self.evaluators,
             config.chunk_characters,
         )
@@ -247,13 +247,13 @@ class Stages:
 
     def _make_evaluator(self) -> Any:
         config = self._config
-        options = actor_options(config.cluster, config.cluster.evaluate_nodes)
+        options = self._evaluator_options
         return (
             ray.remote(EvalActor)
             .options(**options, max_concurrency=2)
             .remote(
                 config.base,
-                self._plan.base_fingerprint,
+                self._plan.conditions,
                 config.registry,
                 self._keeper,
                 config.run.dir,
@@ -261,14 +261,21 @@ class Stages:
             )
         )
 
+    @property
+    def _evaluator_options(self) -> dict[str, Any]:
+        """What an evaluation actor asks of Ray: GPUs if and only if the plan says so."""
+        config = self._config.cluster
+        gpus = 0.0 if self._plan.conditions.device == "cpu" else config.gpus_per_actor or 1
+        return actor_options(config, config.evaluate_nodes, gpus)
+
     def _room_to_evaluate(self) -> int:
         self._cluster.connect()
         config: ClusterConfig = self._config.cluster
-        options = actor_options(config, config.evaluate_nodes)
+        options = self._evaluator_options
         if self._is_training:
             free = room(options, free=True) + self.evaluators.size
             return min(free, config.max_actors or free)
-        check_room(config, config.evaluate_nodes)
+        check_room(config, config.evaluate_nodes, gpus=self._evaluator_options["num_gpus"])
         return room(options, config.max_actors)
 
     def _want_evaluators(self, count: int) -> None:
@@ -276,7 +283,7 @@ class Stages:
         if not self._is_training:
             self._cluster.connect()
             config = self._config.cluster
-            options = actor_options(config, config.evaluate_nodes)
+            options = self._evaluator_options
             request_nodes(options, min(count, config.max_actors or count))
 
     def _pool(self) -> dict[str, str]:

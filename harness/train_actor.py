@@ -2,8 +2,6 @@
 
 import functools
 import hashlib
-import itertools
-import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,9 +15,8 @@ from harness.cluster import log_to_run_folder
 from harness.config import BaseConfig
 from harness.storage import Folder
 from harness.tasks import TaskData, TaskSpec, prepare_all, prepare_here
-from harness.tasks.records import Record
 from harness.tasks.store import read_records
-from harness.tasks.tokens import tokenise
+from harness.training_data import job_examples, to_example
 from phatgoose.base import load_base
 from phatgoose.encoder import load_encoder
 from phatgoose.errors import PhatgooseError
@@ -27,7 +24,7 @@ from phatgoose.expert import Card, Expert
 from phatgoose.profile import ProfileConfig
 from phatgoose.profiling import measure_profile
 from phatgoose.recipe import Recipe
-from phatgoose.training import Example, Examples, Progress, train_expert, train_gates
+from phatgoose.training import Examples, Progress, train_expert, train_gates
 
 
 @dataclass(frozen=True)
@@ -190,22 +187,7 @@ class TrainActor(Actor):
         return data
 
     def _examples(self, job: TrainJob) -> tuple[Examples, Examples]:
-        """The job's training and evaluation examples.
-
-        A job that reads each of them once or more has them as token ids from the cache; one that
-        reads a part encodes them as it goes. Of several tasks, each gives its share at most.
-        """
-        data, recipe = self._data(job), job.recipe
-        evaluation = [read_records(d.evaluation, recipe.evaluation_examples) for d in data]
-        if len(data) > 1:
-            share = max(1, recipe.max_examples // len(data))
-            train = [read_records(d.train, share) for d in data]
-            return _mixed(train, recipe.seed), _in_turn(evaluation)
-        if job.steps * recipe.batch_size >= data[0].counts["train"]:
-            train_tokens = tokenise(self._base, data[0], "train", recipe, self._beat)
-            return train_tokens, _in_turn(evaluation)
-        records = read_records(data[0].train, recipe.max_examples)
-        return list(map(_example, records)), _in_turn(evaluation)
+        return job_examples(self._base, self._data(job), job.recipe, job.steps, self._beat)
 
     def _import(self, job: TrainJob) -> Expert:
         """The expert of the job's adapter, which must be that of the plan."""
@@ -224,7 +206,7 @@ class TrainActor(Actor):
         assert config is not None  # the plan's, where any job has a profile
         (data,) = self._data(job)
         most = max(config.embedded_examples, config.activation_examples)
-        examples = [_example(record) for record in read_records(data.train, most)]
+        examples = [to_example(record) for record in read_records(data.train, most)]
         profile = measure_profile(
             self._base,
             expert,
@@ -263,21 +245,3 @@ def data_fingerprint(data: Sequence[TaskData]) -> str:
     if len(data) == 1:
         return data[0].fingerprint
     return hashlib.sha256("".join(item.fingerprint for item in data).encode()).hexdigest()
-
-
-def _mixed(tasks: Sequence[Sequence[Record]], seed: int) -> list[Example]:
-    """The examples of all tasks; of several in a random order, so that every part is a fair one."""
-    examples = [_example(record) for records in tasks for record in records]
-    if len(tasks) > 1:
-        random.Random(seed).shuffle(examples)
-    return examples
-
-
-def _in_turn(tasks: Sequence[Sequence[Record]]) -> list[Example]:
-    """One example of each task in turn, as long as it has any."""
-    rounds = itertools.zip_longest(*tasks)
-    return [_example(r) for records in rounds for r in records if r is not None]
-
-
-def _example(record: Record) -> Example:
-    return Example(record.input, record.targets[0], tuple(record.choices))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.conditions import Conditions
 from harness.eval_actor import EvalActor
 from harness.evaluate import Setting
 from harness.jobs import Failure
@@ -164,7 +165,8 @@ def setting(
     folder: Path, workers: "LocalWorkers", characters: int, dtype: str = "float32"
 ) -> Setting:
     """The setting of evaluations in this run folder."""
-    return Setting(Folder(folder), "toys", "tiny", dtype, workers, characters)  # type: ignore[arg-type]
+    conditions = Conditions.here("tiny's fingerprint", dtype, "cpu")
+    return Setting(Folder(folder), "tiny", conditions, workers, characters)  # type: ignore[arg-type]
 
 
 class LocalWorkers:

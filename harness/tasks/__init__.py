@@ -4,12 +4,13 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from harness.source_code import code_of, digest
 from harness.tasks.records import Kind, Split
 from harness.tasks.sources import GROUP_KEYS, SOURCES, TaskRecords
 from harness.tasks.spec import TaskSpec, one_of
@@ -31,8 +32,6 @@ __all__ = [
     "write_all",
 ]
 
-# Raise it whenever the same specification gives other records than before.
-_VERSION = 4
 # Keys of a pool or suite that are not the defaults of its tasks, whatever their source.
 _OF_THE_GROUP = ("name", "tasks", "lists", "only", "general")
 # So many tasks that cannot be had are all reported with the reason.
@@ -204,7 +203,7 @@ def describe(data: TaskData) -> str:
 def folder_of(spec: TaskSpec) -> Path:
     """Derived data lies under the hash of all that determines it."""
     made_from = [
-        _VERSION,
+        _source_code(spec.source),
         spec.source,
         SOURCES[spec.source].identity(spec),
         spec.name,
@@ -214,6 +213,12 @@ def folder_of(spec: TaskSpec) -> Path:
     ]
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     return cache_dir() / "tasks" / key
+
+
+@cache
+def _source_code(source: str) -> str:
+    """The code that makes records of this source, and writes them."""
+    return digest(code_of([f"{__name__}.sources.{source}", f"{__name__}.store"]))
 
 
 def _spec(where: str, name: str, values: Mapping[str, Any]) -> TaskSpec:
@@ -231,7 +236,7 @@ def _spec(where: str, name: str, values: Mapping[str, Any]) -> TaskSpec:
     return spec
 
 
-@lru_cache
+@cache
 def _read_list(name: str) -> dict[str, dict[str, Any]]:
     one_of(name, list_names(), "lists")
     entries = yaml.safe_load((_LISTS / f"{name}.yaml").read_text())

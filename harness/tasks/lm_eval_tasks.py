@@ -1,5 +1,6 @@
 """A task's records as an lm-eval task, built in code: no task registry, no hub, no cache."""
 
+import copy
 from typing import Any
 
 import pyarrow as pa
@@ -26,7 +27,9 @@ def make_task(data: TaskData, suite: str) -> ConfigurableTask:
     """
     name = f"{suite}/{data.name}"
     if data.spec.source == "lm_eval":
-        task = load_task(data.spec)
+        # A copy, since another suite may call the same task something else.
+        task = copy.copy(load_task(data.spec))
+        task._config = copy.copy(task.config)
         task.config.task = name
         return task
     config: dict[str, Any] = {

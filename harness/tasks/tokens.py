@@ -2,18 +2,19 @@
 
     <cache>/tokens/<key>.arrow    columns context, target: lists of int32; a row per example
 
-The key is the hash of the examples, the tokenizer, and the lengths they are cut to.
+The key is the hash of the examples, the tokenizer, the lengths they are cut to, and the code that
+makes them.
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import pyarrow as pa
 
-from harness.tasks import TaskData
+from harness.source_code import code_of, digest
 from harness.tasks.records import Split
 from harness.tasks.store import read_batches
 from phatgoose.base import Base
@@ -22,8 +23,9 @@ from phatgoose.encoding import encode_pairs
 from phatgoose.recipe import Recipe
 from phatgoose.scoring import Question
 
-# Raise it whenever the same examples give other tokens than before.
-_VERSION = 1
+if TYPE_CHECKING:
+    from harness.tasks import TaskData
+
 _SCHEMA = pa.schema([(name, pa.list_(pa.int32())) for name in ("context", "target")])
 
 
@@ -57,7 +59,7 @@ class TokenisedExamples(Sequence[Question]):
 
 def tokenise(
     base: Base,
-    data: TaskData,
+    data: "TaskData",
     split: Split,
     recipe: Recipe,
     beat: Callable[[], None] = lambda: None,
@@ -68,7 +70,7 @@ def tokenise(
     thousand at a time, and `beat` is called after each time.
     """
     limits = recipe.max_input_tokens, recipe.max_target_tokens
-    made_from = [_VERSION, data.fingerprint, split, _tokenizer(base), limits]
+    made_from = [digest(code_of([__name__])), data.fingerprint, split, _tokenizer(base), limits]
     key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
     path = cache_dir() / "tokens" / f"{key}.arrow"
     if not path.exists():
@@ -86,7 +88,7 @@ def tokenise(
 
 
 def _encoded(
-    base: Base, data: TaskData, split: Split, max_input: int | None, max_target: int | None
+    base: Base, data: "TaskData", split: Split, max_input: int | None, max_target: int | None
 ) -> Iterator[pa.RecordBatch]:
     folder = data.train if split == "train" else data.evaluation
     for batch in read_batches(folder, ["input", "targets"]):

@@ -8,6 +8,7 @@ import pytest
 from harness.early import Early
 from harness.evaluate import Evaluation
 from harness.pack import Members
+from harness.requests import SuiteRequests
 from harness.tasks import TaskData, TaskSpec
 from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
@@ -54,7 +55,8 @@ class Scene:
 
     def evaluations(self, workers: LocalWorkers, experts: dict[str, str]) -> list[Evaluation]:
         made = setting(self.folder, workers, 150)
-        return [Evaluation(made, s, tasks, Members(experts)) for s, tasks in self.suites.items()]
+        asked = [SuiteRequests.build(suite, tasks) for suite, tasks in self.suites.items()]
+        return [Evaluation(made, requests, Members(experts)) for requests in asked]
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from harness.estimate import evaluation_work
 from harness.evaluate import Evaluation
 from harness.pack import Members, pool_id
 from harness.report import make_report
+from harness.requests import SuiteRequests
 from harness.storage import Folder
 from harness.tasks import TaskData, TaskSpec
 from harness.tasks.records import Record
@@ -61,9 +62,10 @@ class Run:
         dtype: str = "float32",
         **changes: Any,
     ) -> Evaluation:
-        arguments: dict[str, Any] = {"suite": "held", "tasks": self.tasks, "members": self.members}
+        suite, tasks = changes.pop("suite", "held"), changes.pop("tasks", self.tasks)
         made = setting(self.path, workers, characters, dtype)
-        return Evaluation(made, **{**arguments, **changes})
+        requests = SuiteRequests.build(suite, tasks)
+        return Evaluation(made, requests, **{"members": self.members, **changes})
 
     def table(self, name: str) -> list[dict[str, Any]]:
         schema = {
@@ -164,7 +166,7 @@ def test_rows_say_what_they_are_of(run: Run, workers: LocalWorkers) -> None:
     assert len(table) == 2 * (6 + 3)
     for row in table:
         manifest = pool_id(run.members.experts)
-        assert (row["run"], row["base"], row["manifest"]) == ("toys", "tiny", manifest)
+        assert (row["run"], row["base"], row["manifest"]) == ("run", "tiny", manifest)
         assert row["suite"] == "held"
         assert row["zero_shot"]
         assert row["expert"] is None
@@ -254,7 +256,7 @@ def test_asking_ahead_leaves_nothing_to_ask(run: Run, workers: LocalWorkers) -> 
     evaluation._workers = NoWorkers(None)
     rows = [row for name in wanted for row in evaluation.run(name, wanted[name])]
 
-    separate = Run(run.path.with_name("separate"), run.tasks, run.members)
+    separate = Run(run.path.with_name("separate") / run.path.name, run.tasks, run.members)
     other = separate.evaluation(workers)
     expected = [row for name, router in wanted.items() for row in other.run(name, router)]
     assert [{**r, "seconds": 0} for r in rows] == [{**r, "seconds": 0} for r in expected]

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.journal import Answer, Chunk, Journal, Request, cut
+from harness.chunks import Answer, Chunk, Request, cut
+from harness.journal import DamagedAnswer, Journal
 from harness.storage import Folder
-from phatgoose.errors import PhatgooseError
 from phatgoose.scoring import Score
 
 TEXT = st.text(max_size=40)
@@ -130,7 +130,7 @@ def test_a_truncated_file_is_named(tmp_path: Path, kept: float) -> None:
     [file] = (tmp_path / "journal").iterdir()
     data = file.read_bytes()
     file.write_bytes(data[: int(kept * len(data)) if kept == 0.5 else int(kept)])
-    with pytest.raises(PhatgooseError, match=f"{file.name} is damaged: delete it"):
+    with pytest.raises(DamagedAnswer, match=f"{file.name} is damaged"):
         journal.read(KEY)
 
 
@@ -140,5 +140,28 @@ def test_a_file_of_something_else_is_named(tmp_path: Path) -> None:
     [file] = (tmp_path / "journal").iterdir()
     for data in (b"\0" * 100, b"not this", b"\xff" * 50, b"\x02\0\0\0\0\0\0\0{}"):
         file.write_bytes(data)
-        with pytest.raises(PhatgooseError, match=f"{file.name} is damaged"):
+        with pytest.raises(DamagedAnswer, match=f"{file.name} is damaged"):
             journal.read(KEY)
+
+
+@pytest.mark.parametrize("old", [b"-1.25", b'"tokens": 17', b"alone", b"up"])
+def test_an_edited_number_or_word_is_noticed(tmp_path: Path, old: bytes) -> None:
+    journal = Journal(Folder(tmp_path))
+    journal.write(KEY, answer())
+    [file] = (tmp_path / "journal").iterdir()
+    data = file.read_bytes()
+    assert data.count(old) >= 1
+    file.write_bytes(data.replace(old, old[:-1] + bytes([old[-1] ^ 1]), 1))
+    with pytest.raises(DamagedAnswer):
+        journal.read(KEY)
+
+
+def test_an_edited_routing_weight_is_noticed(tmp_path: Path) -> None:
+    journal = Journal(Folder(tmp_path))
+    journal.write(KEY, answer())
+    [file] = (tmp_path / "journal").iterdir()
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1  # in the last weight
+    file.write_bytes(bytes(data))
+    with pytest.raises(DamagedAnswer):
+        journal.read(KEY)

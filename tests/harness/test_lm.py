@@ -8,8 +8,8 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from harness.chunks import Answer, Chunk
 from harness.eval_actor import EvalActor
-from harness.journal import Answer, Chunk
 from harness.lm import Ask, ShardedLM
 from phatgoose.base import Base
 from phatgoose.encoding import encode_pair

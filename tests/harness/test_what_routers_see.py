@@ -9,6 +9,7 @@ import pytest
 from harness.config import Multitask
 from harness.evaluate import Evaluation
 from harness.pack import Members
+from harness.requests import SuiteRequests
 from harness.tasks import TaskData, TaskSpec
 from phatgoose.base import Base
 from phatgoose.query import Query
@@ -56,7 +57,8 @@ def evaluation(
 ) -> tuple[Evaluation, LocalWorkers]:
     workers = LocalWorkers(spy)
     members = Members(spy.members.experts, profiles)
-    return Evaluation(setting(folder, workers, 150), "held", tasks, members, others), workers
+    requests = SuiteRequests.build("held", tasks)
+    return Evaluation(setting(folder, workers, 150), requests, members, others), workers
 
 
 def test_a_router_never_sees_the_right_answer(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.tasks.files import file_digest
 from harness.tasks.records import Record, Split, check_record, named, split_of
 from harness.tasks.sources import hub
 from harness.tasks.sources.hub import HubData
@@ -50,14 +51,14 @@ def check(spec: TaskSpec) -> None:
 
 
 def identity(spec: TaskSpec) -> Any:
-    """Each file's size and time, or the data set's revision."""
+    """The hash of each file, or the data set's revision."""
     found = []
     for member in spec.members:
         path = _file(spec, member)
         if path is None:
             found.append(hub.identity(_data(spec, member), spec.folder))
         else:
-            found.append([path.stat().st_size, path.stat().st_mtime_ns])
+            found.append(file_digest(path))
     return found
 
 

@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.tasks.files import folder_digests
 from phatgoose.cache import cache_dir
 from phatgoose.errors import PhatgooseError
 
@@ -64,21 +65,14 @@ def missing(data: HubData, folder: str | None) -> str | None:
 
 
 def identity(data: HubData, folder: str | None) -> Any:
-    """What determines the rows: a revision, or the files of a copy by name, size and time.
+    """What determines the rows: a revision, or the files of a copy by name and hash.
 
     Raises:
         PhatgooseError: the data set cannot be had.
     """
     local = _local(data, folder)
     if local is not None:
-        files = sorted(path for path in (local / data.data_dir).rglob("*") if path.is_file())
-        visible = [
-            path for path in files if ".git" not in path.parts and ".cache" not in path.parts
-        ]
-        return [
-            [str(path.relative_to(local)), path.stat().st_size, path.stat().st_mtime_ns]
-            for path in visible
-        ]
+        return folder_digests(local / data.data_dir)
     return [data.path, data.config, data.data_dir, _revision(data)]
 
 

@@ -12,18 +12,17 @@ follows it, with a space in between where the input does not end with white spac
 import csv
 import difflib
 import glob
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from harness.tasks.files import file_digest
 from harness.tasks.records import Record, Split, check_record, named, split_of
 from harness.tasks.sources.source import TaskRecords, options_of
 from harness.tasks.spec import TaskSpec
@@ -81,7 +80,10 @@ def expand(group: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def identity(spec: TaskSpec) -> Any:
     """SHA-256 of each file's content."""
     members, evaluation = _all_files(spec)
-    return [[_digest(spec.name, file) for file in files] for files in (members, evaluation)]
+    try:
+        return [[file_digest(Path(file)) for file in files] for files in (members, evaluation)]
+    except PhatgooseError as error:
+        raise PhatgooseError(f"task {spec.name}: {error}") from error
 
 
 def missing(spec: TaskSpec) -> str | None:
@@ -143,21 +145,6 @@ def _files(name: str, patterns: Sequence[str]) -> list[str]:
                 raise PhatgooseError(f"{name}: {file} does not end in {', '.join(_SUFFIXES)}")
         found += matches
     return list(dict.fromkeys(found))
-
-
-def _digest(name: str, file: str) -> str:
-    try:
-        status = Path(file).stat()
-        return _digest_of(file, status.st_size, status.st_mtime_ns)
-    except OSError as error:
-        raise PhatgooseError(f"task {name}: cannot read {file}: {error.strerror}") from error
-
-
-@lru_cache(maxsize=4096)
-def _digest_of(file: str, size: int, mtime_ns: int) -> str:
-    """SHA-256 of a file, once for each state of it."""
-    with Path(file).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _examples(file: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

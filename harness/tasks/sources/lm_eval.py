@@ -8,16 +8,25 @@ documents it has, in its order, for the plan, the check of contamination, and th
 files: {bbh_*: {dataset_path: json, dataset_kwargs: {data_files: ...}, dataset_name: null}}.
 """
 
+import contextlib
 import difflib
 import fnmatch
+import glob
 import importlib.metadata
+import itertools
 import json
+import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+from harness.tasks.files import file_digest, folder_digests
 from harness.tasks.records import Record, Split, check_record
 from harness.tasks.sources import hub
 from harness.tasks.sources.hub import HubData
@@ -25,6 +34,10 @@ from harness.tasks.sources.source import TaskRecords, options_of
 from harness.tasks.spec import TaskSpec
 from phatgoose.errors import PhatgooseError
 
+# What belongs to a definition, beside its YAML file.
+_CODE = ("*.py", "*.yaml", "*.yml", "*.jinja", "*.jinja2", "*.txt")
+# So many documents of a task are looked at to know whether it can be evaluated.
+_CHECKED = 8
 # What routed inference can answer.
 _OUTPUT_TYPES = ("multiple_choice", "generate_until", "loglikelihood")
 
@@ -73,11 +86,54 @@ def expand(group: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def identity(spec: TaskSpec) -> Any:
-    """lm-eval's version, and the definition with what replaces it."""
+    """lm-eval's version, the definition, and the content of every file that it takes from here.
+
+    Those are the code beside the definition or in `include_path`, and local data.
+    """
     options = options_of(Options, spec)
     entry = _manager(options.include_path).task_index.get(spec.members[0])
-    definition = json.dumps(getattr(entry, "cfg", None), default=str, sort_keys=True)
-    return [importlib.metadata.version("lm_eval"), definition]
+    definition = getattr(entry, "cfg", None) or {}
+    fields = {**definition, **(options.overlay or {})}
+    yaml_path = getattr(entry, "yaml_path", None)
+    code = [folder_digests(Path(yaml_path).parent, _CODE)] if yaml_path else []
+    if options.include_path is not None:
+        code.append(folder_digests(Path(options.include_path), _CODE))
+    return [
+        importlib.metadata.version("lm_eval"),
+        json.dumps(definition, default=str, sort_keys=True),
+        code,
+        _local_data(fields.get("dataset_path"), fields.get("dataset_kwargs")),
+    ]
+
+
+def _local_data(dataset_path: Any, dataset_kwargs: Any) -> list[Any]:
+    """The content of all files and folders here that a data set's definition names."""
+    root = Path(str(dataset_path or "")).expanduser()
+    found: list[Any] = []
+    if dataset_path and root.is_dir():
+        found.append(folder_digests(root))
+    elif dataset_path and root.is_file():
+        found.append(file_digest(root))
+    kwargs = dataset_kwargs if isinstance(dataset_kwargs, Mapping) else {}
+    for text in filter(None, _strings([kwargs.get("data_files"), kwargs.get("data_dir")])):
+        for start in (Path.cwd(), root):
+            # Of an absolute path, `start` plays no part.
+            for match in sorted(glob.glob(str(start / text), recursive=True)):  # noqa: PTH207
+                path = Path(match)
+                found.append(file_digest(path) if path.is_file() else folder_digests(path))
+    return found
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every text in nested lists and mappings."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _strings(inner)
+    elif isinstance(value, Sequence):
+        for inner in value:
+            yield from _strings(inner)
 
 
 def missing(spec: TaskSpec) -> str | None:
@@ -91,7 +147,10 @@ def missing(spec: TaskSpec) -> str | None:
         problem = hub.missing(HubData(path, str(fields.get("dataset_name") or "")), None)
         return problem and f"{problem}; overlay= names local files"
     try:
-        load_task(spec)
+        task = load_task(spec)
+        with lm_eval_seeds():
+            for _ in itertools.islice(_records(spec, task), _CHECKED):
+                pass
     except PhatgooseError as error:
         return str(error)
     return None
@@ -119,19 +178,22 @@ def load_task(spec: TaskSpec) -> Any:
         PhatgooseError: there is no such task, its data cannot be had, or routed inference cannot
             answer what it asks.
     """
-    return _load(spec.members[0], json.dumps(dict(spec.load_opts), sort_keys=True))
+    # The identity, so that what was changed meanwhile is read again.
+    determined_by = json.dumps(identity(spec))
+    return _load(spec.members[0], json.dumps(dict(spec.load_opts), sort_keys=True), determined_by)
 
 
 @lru_cache(maxsize=512)
-def _load(name: str, load_opts: str) -> Any:
+def _load(name: str, load_opts: str, determined_by: str) -> Any:
     options = Options(**json.loads(load_opts))
     fields = {**(options.overlay or {}), "task": name}
     if options.num_fewshot is not None:
         fields["num_fewshot"] = options.num_fewshot
     manager = _manager(options.include_path)
     try:
-        # Only a group, here of one, may change fields of its tasks.
-        (task,) = manager.load([{"group": "one", "task": [fields]}])["tasks"].values()
+        with lm_eval_seeds():
+            # Only a group, here of one, may change fields of its tasks.
+            (task,) = manager.load([{"group": "one", "task": [fields]}])["tasks"].values()
     except Exception as error:  # whatever data sets, the network and task code raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise PhatgooseError(
@@ -146,9 +208,14 @@ def _load(name: str, load_opts: str) -> Any:
     return task
 
 
-@lru_cache(maxsize=4)
 def _manager(include_path: str | None) -> Any:
-    """Every definition there is; this takes some seconds."""
+    """Every definition there is; this takes some seconds the first time."""
+    own = folder_digests(Path(include_path), _CODE) if include_path else []
+    return _make_manager(include_path, json.dumps(own))
+
+
+@lru_cache(maxsize=4)
+def _make_manager(include_path: str | None, determined_by: str) -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=include_path)
@@ -187,10 +254,54 @@ def _members(group: str, member: Any, include_path: str | None) -> Iterator[str]
         )
 
 
+@contextlib.contextmanager
+def lm_eval_seeds() -> Iterator[None]:
+    """Seed all generators as `lm_eval.simple_evaluate` does; put them back afterwards.
+
+    Tasks draw when they are loaded and when their requests are built.
+    """
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    torch.manual_seed(DEFAULT_OTHER_SEED)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+def check_documents(spec: TaskSpec, task: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raise PhatgooseError if the task's first documents are not those that were stored."""
+    with lm_eval_seeds():
+        found = [asdict(r) for _, r in itertools.islice(_records(spec, task), len(rows))]
+    for number, (row, again) in enumerate(zip(rows, found, strict=False)):
+        if any(row[key] != again[key] for key in ("input", "targets", "choices", "correct")):
+            raise PhatgooseError(
+                f"task {spec.name} of lm-eval: document {number} differs from the one that was "
+                "stored when the data was prepared, so its numbers could not be compared. Its "
+                "definition draws without a seed: seed it there, or leave the task out."
+            )
+    if len(found) < len(rows):
+        raise PhatgooseError(
+            f"task {spec.name} of lm-eval: it has {len(found)} documents, and {len(rows)} were "
+            "stored when the data was prepared. Remove its folder from the cache, and run again."
+        )
+
+
 def _records(spec: TaskSpec, task: Any) -> Iterator[tuple[Split, Record]]:
     for number, doc in enumerate(task.eval_docs):
-        record = _record(spec, task, number, doc)
-        check_record(record, f"task {spec.name} of lm-eval, document {number}")
+        where = f"task {spec.name} of lm-eval, document {number}"
+        try:
+            record = _record(spec, task, number, doc)
+        except Exception as error:  # whatever templates and the task's own code raise
+            reason = " ".join(str(error).split())[:300]
+            raise PhatgooseError(
+                f"{where}: it cannot be read ({type(error).__name__}: {reason}). Fix the task's "
+                "definition, or leave the task out of the suite."
+            ) from error
+        check_record(record, where)
         yield "evaluation", record
 
 
@@ -200,11 +311,13 @@ def _record(spec: TaskSpec, task: Any, number: int, doc: Mapping[str, Any]) -> R
     correct: list[int] = []
     if task.OUTPUT_TYPE == "multiple_choice":
         choices = [str(choice) for choice in task.doc_to_choice(doc)]
-        right = target if isinstance(target, list) else [target]
+        # With several inputs, the choices are beginnings, the text says which is right, and the
+        # target is the one end that follows each.
+        right = prompt if task.multiple_input else target
+        right = right if isinstance(right, list) else [right]
         correct = [r if isinstance(r, int) else choices.index(str(r)) for r in right]
-        if isinstance(prompt, int):  # several beginnings of one end
-            prompt = choices[correct[0]]
-        targets = [choices[i] for i in correct]
+        targets = [str(target)] if task.multiple_input else [choices[i] for i in correct]
+        prompt = "" if task.multiple_input else prompt
     else:
         targets = [str(t) for t in (target if isinstance(target, list) else [target])]
     text = " ".join(value for value in doc.values() if isinstance(value, str))

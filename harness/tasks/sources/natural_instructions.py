@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from harness.tasks.files import file_digest
 from harness.tasks.records import Record, Split, check_record, named, split_of
 from harness.tasks.sources.source import TaskRecords, options_of
 from harness.tasks.spec import TaskSpec, one_of
@@ -58,12 +59,12 @@ def expand(group: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def identity(spec: TaskSpec) -> Any:
-    """Size and time of each member's file."""
+    """The hash of each member's file."""
     paths = [_file(spec, member) for member in spec.members]
     lacking = [path for path in paths if not path.exists()]
     if lacking:
         raise PhatgooseError(f"there is no {lacking[0]}")
-    return [[path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    return [file_digest(path) for path in paths]
 
 
 def missing(spec: TaskSpec) -> str | None:

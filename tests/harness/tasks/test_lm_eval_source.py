@@ -12,6 +12,7 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 
 from harness.evaluate import Evaluation
+from harness.requests import SuiteRequests
 from harness.results import SAMPLES, SCORES, read_table
 from harness.storage import Folder
 from harness.tasks import TaskData, TaskSpec, prepare_all, task_specs
@@ -132,7 +133,7 @@ def evaluate(folder: Folder, suite: str, data: list[TaskData], base: Base) -> Ev
     experts = make_experts(base, 2)
     workers = LocalWorkers(local_actor(base, experts))
     made = setting(Path(str(folder)), workers, 400)
-    return Evaluation(made, suite, data, members_of(experts))
+    return Evaluation(made, SuiteRequests.build(suite, data), members_of(experts))
 
 
 def test_values_are_lm_evals_own_with_a_reference_model(

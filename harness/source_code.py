@@ -1,0 +1,157 @@
+"""Hash the source code that computes a result, so that no result outlives a change of its code.
+
+The code of a module is its syntax tree without docstrings and comments, and that of every module
+of ours that it imports, directly or not. So nobody has to raise a version number, and a comment
+changes nothing.
+
+Packages that only collect modules, such as all routers or all sources of tasks, are not followed: a
+name imported from one leads to the module that defines it, so that a change of one router leaves
+the answers of all others valid. The code of a router comes from its class, see `router_code`.
+"""
+
+import ast
+import hashlib
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+
+import phatgoose
+from phatgoose.errors import PhatgooseError
+from phatgoose.routers import Router, Wrapper
+
+# What the answers of evaluation actors, experts and profiles are computed by.
+SCORING = ("harness.answering",)
+TRAINING = ("phatgoose.training", "harness.deepspeed_engine", "harness.training_data")
+PROFILES = ("phatgoose.profiling", "harness.training_data")
+
+# Packages that collect modules, all routers or all sources of tasks; and this module.
+_COLLECTIONS = ("phatgoose", "phatgoose.routers", "harness.tasks", "harness.tasks.sources")
+_NOT_FOLLOWED = (*_COLLECTIONS, __name__)
+_ROOTS = {"phatgoose": Path(phatgoose.__file__).parent, "harness": Path(__file__).parent}
+
+# From a module's name to the hash of its own code.
+Code = dict[str, str]
+
+
+def code_of(modules: Iterable[str]) -> Code:
+    """Return the hash of each of these modules and of all that they import of ours.
+
+    Raises:
+        PhatgooseError: a module has no source file.
+    """
+    found: Code = {}
+    waiting = list(modules)
+    while waiting:
+        module = waiting.pop()
+        if module not in found:
+            found[module] = _hash(module)
+            waiting += [name for name in _imports(module) if _is_ours(name, modules)]
+    return dict(sorted(found.items()))
+
+
+def router_code(router: Router) -> Code:
+    """Return the code of a router: that of its class's module, and of its inner router's."""
+    found = code_of([type(router).__module__])
+    return found | router_code(router.inner) if isinstance(router, Wrapper) else found
+
+
+def digest(code: Mapping[str, str]) -> str:
+    """Return one hash for the code of many modules, 16 hexadecimal digits."""
+    text = "\n".join(f"{module} {code[module]}" for module in sorted(code))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Return the names of modules that differ, with `(new)` or `(gone)` behind those."""
+    names = []
+    for module in sorted({*before, *now}):
+        if module not in before:
+            names.append(f"{module} (new)")
+        elif module not in now:
+            names.append(f"{module} (gone)")
+        elif before[module] != now[module]:
+            names.append(module)
+    return names
+
+
+@cache
+def _tree(module: str) -> ast.Module:
+    file = _file(module)
+    if file is None:
+        raise PhatgooseError(
+            f"module {module} has no source file, and its code is part of what identifies a "
+            "result: put it into a .py file"
+        )
+    return ast.parse(file.read_bytes())
+
+
+@cache
+def _hash(module: str) -> str:
+    tree = ast.parse(ast.unparse(_tree(module)))  # a copy
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0] if node.body else None
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                node.body[0] = ast.Pass()
+    # Text, since dumps of trees differ between versions of Python.
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
+
+
+def _file(module: str) -> Path | None:
+    """The source file of a module; a module of ours is not imported for that."""
+    package, _, rest = module.partition(".")
+    if package in _ROOTS:
+        path = _ROOTS[package].joinpath(*rest.split(".")) if rest else _ROOTS[package]
+        for file in (path.with_suffix(".py"), path / "__init__.py"):
+            if file.is_file():
+                return file
+        return None
+    name = getattr(sys.modules.get(module), "__file__", None)
+    return Path(name) if name and name.endswith(".py") else None
+
+
+def _is_ours(module: str, roots: Iterable[str]) -> bool:
+    """Whether to follow an import: of this project, or of a plugin's own package."""
+    package = module.partition(".")[0]
+    own = {root.partition(".")[0] for root in roots}
+    return module not in _NOT_FOLLOWED and package in {*_ROOTS, *own} and _file(module) is not None
+
+
+def _imports(module: str) -> Iterator[str]:
+    """The modules that a module imports, those for type hints left out."""
+    for node in _walk(_tree(module)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            source = _absolute(node, module)
+            yield source
+            for alias in node.names:
+                yield f"{source}.{alias.name}"  # it may be a module
+                if source in _COLLECTIONS:
+                    yield _defining_module(source, alias.name)
+
+
+def _walk(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes of a tree, without what stands below `if TYPE_CHECKING:`."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)):
+            yield from _walk(child)
+
+
+def _absolute(node: ast.ImportFrom, module: str) -> str:
+    """The module that `from X import ...` names, also where X is relative."""
+    if not node.level:
+        return node.module or ""
+    file = _file(module)
+    parts = module.split(".") + (["__init__"] if file and file.name == "__init__.py" else [])
+    return ".".join([*parts[: -node.level], *([node.module] if node.module else [])])
+
+
+def _defining_module(package: str, name: str) -> str:
+    """The module that a package imports a name from; the package where it defines it itself."""
+    for node in _tree(package).body:
+        if isinstance(node, ast.ImportFrom) and name in {a.asname or a.name for a in node.names}:
+            return _absolute(node, package)
+    return package

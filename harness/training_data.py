@@ -1,0 +1,59 @@
+"""The examples that a job trains on, and those that it is measured on."""
+
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from harness.tasks.records import Record
+from harness.tasks.store import read_records
+from harness.tasks.tokens import tokenise
+from phatgoose.base import Base
+from phatgoose.recipe import Recipe
+from phatgoose.training import Example, Examples
+
+if TYPE_CHECKING:
+    from harness.tasks import TaskData
+
+
+def job_examples(
+    base: Base,
+    data: "Sequence[TaskData]",
+    recipe: Recipe,
+    steps: int,
+    beat: Callable[[], None] = lambda: None,
+) -> tuple[Examples, Examples]:
+    """Return the training and the evaluation examples of a job over these tasks.
+
+    A job that reads each of them once or more has them as token ids from the cache; one that
+    reads a part encodes them as it goes. Of several tasks, each gives its share at most.
+    """
+    evaluation = [read_records(d.evaluation, recipe.evaluation_examples) for d in data]
+    if len(data) > 1:
+        share = max(1, recipe.max_examples // len(data))
+        train = [read_records(d.train, share) for d in data]
+        return _mixed(train, recipe.seed), _in_turn(evaluation)
+    if steps * recipe.batch_size >= data[0].counts["train"]:
+        train_tokens = tokenise(base, data[0], "train", recipe, beat)
+        return train_tokens, _in_turn(evaluation)
+    records = read_records(data[0].train, recipe.max_examples)
+    return list(map(to_example, records)), _in_turn(evaluation)
+
+
+def _mixed(tasks: Sequence[Sequence[Record]], seed: int) -> list[Example]:
+    """The examples of all tasks; of several in a random order, so that every part is a fair one."""
+    examples = [to_example(record) for records in tasks for record in records]
+    if len(tasks) > 1:
+        random.Random(seed).shuffle(examples)
+    return examples
+
+
+def _in_turn(tasks: Sequence[Sequence[Record]]) -> list[Example]:
+    """One example of each task in turn, as long as it has any."""
+    rounds = itertools.zip_longest(*tasks)
+    return [to_example(r) for records in rounds for r in records if r is not None]
+
+
+def to_example(record: Record) -> Example:
+    """Return a record as a training example: its first target counts."""
+    return Example(record.input, record.targets[0], tuple(record.choices))
