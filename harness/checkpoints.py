@@ -4,6 +4,7 @@ import time
 from collections.abc import Collection
 from pathlib import PurePosixPath
 
+from harness.source_code import TRAINING, code_of, digest
 from harness.storage import Folder
 from phatgoose.checkpoint import State, owner_of
 from phatgoose.errors import PhatgooseError
@@ -33,7 +34,9 @@ class FolderCheckpoints:
         writes: bool = True,
     ) -> None:
         self._folder, self._file = folder, f"checkpoints/{job}.safetensors"
-        self._owner = "" if recipe is None else owner_of(job, recipe)
+        # With the code, so that a job is not half of one and half of another.
+        code = digest(code_of(TRAINING))
+        self._owner = "" if recipe is None else owner_of(f"{job} {code}", recipe)
         self._seconds, self._saved = seconds, time.monotonic()
         self._given, self._writes = given, writes
 

@@ -83,7 +83,11 @@ class RunSection:
 
 @dataclass
 class RunConfig:
-    """A whole run, as `conf/config.yaml` and its groups describe it."""
+    """A whole run, as `conf/config.yaml` and its groups describe it.
+
+    `accept_code` stands under `train` there: whether experts and profiles that other source code
+    made are used.
+    """
 
     base: BaseConfig
     pool: dict[str, Any]
@@ -96,6 +100,7 @@ class RunConfig:
     registry: str
     stages: list[str] = field(default_factory=lambda: list(STAGES))
     chunk_characters: int = 4000
+    accept_code: bool = False
     overlap: OverlapConfig = field(default_factory=OverlapConfig)
     ranks: RanksConfig = field(default_factory=RanksConfig)
 

@@ -35,13 +35,13 @@ def _machine() -> str:
     return hashlib.sha256(f"{boot}{numbers}".encode()).hexdigest()[:16]
 
 
-_MACHINE = _machine()
-_NAME = re.compile(rf"\.{_MACHINE}-(\d+)-[^.]+\.tmp")
+MACHINE = _machine()
+_NAME = re.compile(rf"\.{MACHINE}-(\d+)-[^.]+\.tmp")
 
 
 def temporary_name() -> str:
     """A new hidden name for a file or folder that this process is about to finish."""
-    return f".{_MACHINE}-{os.getpid()}-{uuid.uuid4().hex}.tmp"
+    return f".{MACHINE}-{os.getpid()}-{uuid.uuid4().hex}.tmp"
 
 
 def remove_left_over(folder: "Folder") -> int:
@@ -53,7 +53,7 @@ def remove_left_over(folder: "Folder") -> int:
     if inside is None:
         return 0
     count = 0
-    for path in list(inside.parent.rglob(f".{_MACHINE}-*.tmp")):
+    for path in list(inside.parent.rglob(f".{MACHINE}-*.tmp")):
         match = _NAME.fullmatch(path.name)
         if not match or _is_alive(int(match[1])):
             continue

@@ -157,9 +157,12 @@ def _to_dataclass(composed: DictConfig) -> RunConfig:
     if composed.base.dtype not in ("float32", "bfloat16"):
         raise PhatgooseError(f"base.dtype={composed.base.dtype}: it is float32 or bfloat16")
     composed.train.dtype = composed.base.dtype
-    # Both are set under `train`; only the recipe is part of what determines an expert.
+    # All are set under `train`; only the recipe is part of what determines an expert.
     names = [f.name for f in fields(RanksConfig)]
     composed.ranks = {name: composed.train.pop(name) for name in names if name in composed.train}
+    accept_code = composed.train.pop("accept_code", False)
+    if not isinstance(accept_code, bool):
+        raise PhatgooseError(f"train.accept_code={accept_code}: it is true or false")
     stages = composed.stages or []
     return RunConfig(
         base=_typed(BaseConfig, composed, "base"),
@@ -173,6 +176,7 @@ def _to_dataclass(composed: DictConfig) -> RunConfig:
         registry=str(composed.registry),
         stages=[stages] if isinstance(stages, str) else list(stages),
         chunk_characters=composed.chunk_characters,
+        accept_code=accept_code,
         overlap=_typed(OverlapConfig, composed, "overlap"),
         ranks=_typed(RanksConfig, composed, "ranks"),
     )

@@ -21,10 +21,11 @@ from harness.estimate import (
     train_seconds,
     training_tokens,
 )
-from harness.plan_jobs import check_needs, multitask_job, pool_jobs, with_profiles
+from harness.plan_jobs import check_code, check_needs, multitask_job, pool_jobs, with_profiles
 from harness.registry import Registry
 from harness.requests import SuiteRequests
 from harness.results import OVERLAP_FILE, RUN_FILE, read_run
+from harness.source_code import TRAINING
 from harness.storage import Folder
 from harness.tasks import TaskData, TaskSpec, prepare_all, prepare_here
 from harness.tasks.sources import SPLIT_ALREADY
@@ -175,14 +176,22 @@ def make_plan(
     multitask = multitask_job(config, base, pool)
     routers = config.routers([job.card.name for job in jobs])
     evaluates = "evaluate" in config.stages
+    records = registry.records(job.card.job for job in [*jobs, *([multitask] if multitask else [])])
+    made_by = {
+        job.card.name: records[job.card.job].code
+        for job in [*jobs, *([multitask] if multitask else [])]
+        # Experts that a pool takes from the registry by name are taken as they are.
+        if job.card.job in records and job.steps and job.tasks[0].source != "registry"
+    }
+    check_code("expert", made_by, TRAINING, config, registry)
     if "train" in config.stages or (evaluates and needs_profiles(routers.values())):
-        jobs = with_profiles(config, jobs, pool)
+        jobs = with_profiles(config, jobs, pool, registry, records)
     requests = {}
     if evaluates:
         check_needs(routers, jobs, registry, config.train)
         requests = {name: SuiteRequests.build(name, tasks) for name, tasks in suites.items()}
     all_jobs = [*jobs, *([multitask] if multitask else [])]
-    finished = registry.recorded_all(job.card.job for job in all_jobs)
+    finished = {job: record.object for job, record in records.items()}
     tokens = training_tokens(base, all_jobs, pool)
     unfinished = sum(count for job, count in tokens.items() if job not in finished)
     tasks = [data for tasks in suites.values() for data in tasks]

@@ -2,11 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 
 from harness.config import MULTITASK, RunConfig
 from harness.registry import Registry
+from harness.registry_files import Record
+from harness.source_code import PROFILES, changes, code_of, digest
 from harness.tasks import TaskData
 from harness.train_actor import TrainJob, data_fingerprint
 from phatgoose.base import Base
@@ -17,10 +19,10 @@ from phatgoose.recipe import Recipe
 from phatgoose.routers import Router, all_needs
 from phatgoose.routers.interface import NEEDS
 
-# Raise it whenever the same job would train another expert than before.
-_TRAINING_VERSION = 1
-# Raise it whenever the same expert would get another profile than before.
-_PROFILE_VERSION = 1
+# Part of the ids of jobs and profiles since version 0.1.0, whose registries stay usable. The code
+# that makes experts and profiles is recorded beside them, see `check_code`.
+_FORMAT = 1
+_NAMED = 5
 
 
 def pool_jobs(
@@ -57,18 +59,83 @@ def multitask_job(config: RunConfig, base: Base, pool: Sequence[TaskData]) -> Tr
 
 
 def with_profiles(
-    config: RunConfig, jobs: Sequence[TrainJob], pool: Sequence[TaskData]
+    config: RunConfig,
+    jobs: Sequence[TrainJob],
+    pool: Sequence[TaskData],
+    registry: Registry,
+    finished: Mapping[str, Record],
 ) -> list[TrainJob]:
-    """The same jobs, told in which way their profiles are measured; those without data get none."""
+    """Return the same jobs with the id of the profile that each gets; none without data.
+
+    A profile that was measured in the same way by other source code is taken if the configuration
+    accepts that, and always if version 0.1.0 did it, which noted no code.
+
+    Raises:
+        PhatgooseError: there are such profiles, and they are not accepted.
+    """
     encoder = load_encoder(config.profile.encoder)
-    how = [_PROFILE_VERSION, asdict(config.profile), encoder.fingerprint]
+    how = [_FORMAT, asdict(config.profile), encoder.fingerprint]
+    own = digest(code_of(PROFILES))
+    there: dict[tuple[str, str], list[str]] = {}
+    for content, profile_id in registry.profiles():
+        there.setdefault((content, profile_id.partition("-")[0]), []).append(profile_id)
     told = []
+    others: dict[str, str] = {}
     for job, data in zip(jobs, pool, strict=True):
+        if not data.counts["train"]:
+            told.append(replace(job, profile_id=None))
+            continue
         key = json.dumps([*how, data.fingerprint, data.description], sort_keys=True)
-        has_data = data.counts["train"] > 0
-        digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-        told.append(replace(job, profile_id=digest if has_data else None))
+        measured = hashlib.sha256(key.encode()).hexdigest()[:16]
+        profile_id = f"{measured}-{own}"
+        record = finished.get(job.card.job)
+        found = there.get((record.object, measured), []) if record else []
+        if found and profile_id not in found:
+            profile_id = max(found)
+            others[job.card.name] = profile_id.partition("-")[2]
+        told.append(replace(job, profile_id=profile_id))
+    check_code("profile", others, PROFILES, config, registry)
     return told
+
+
+def check_code(
+    what: str,
+    made_by: Mapping[str, str],
+    roots: Sequence[str],
+    config: RunConfig,
+    registry: Registry,
+) -> None:
+    """Refuse experts or profiles that other source code made, unless that is accepted.
+
+    Args:
+        what: `expert` or `profile`.
+        made_by: by the expert's name, a digest of the code that made it; empty if not known.
+        roots: the modules whose code makes it now.
+        config: the run's configuration.
+        registry: where the experts are.
+
+    Raises:
+        PhatgooseError: some were made by other code, and `train.accept_code` is not set.
+    """
+    now = code_of(roots)
+    others = {name: code for name, code in made_by.items() if code not in ("", digest(now))}
+    if not others or config.accept_code:
+        return
+    found = [change for code in others.values() for change in changes(registry.code(code), now)]
+    named, modules = list(others), list(dict.fromkeys(found))
+    again = f"`python -m harness.registry remove {registry.folder} {named[0]}`"
+    if what == "profile":
+        again = f"delete their files in {registry.folder}/profiles"
+    raise PhatgooseError(
+        f"{len(others)} {what}s ({_few(named)}) were made by other source code: {_few(modules)} "
+        "changed since. Set train.accept_code=true to use them as they are; to make one again: "
+        f"{again}."
+    )
+
+
+def _few(names: Sequence[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def check_needs(
@@ -104,7 +171,7 @@ def _card(recipe: Recipe, base: Base, name: str, data: str) -> Card:
     """The card of an expert that is trained."""
     values = asdict(recipe)
     determines = {
-        "version": _TRAINING_VERSION,
+        "version": _FORMAT,
         "name": name,
         "base": base.fingerprint,
         "data": data,
@@ -137,7 +204,7 @@ def _adapter_job(recipe: Recipe, base: Base, data: TaskData) -> TrainJob:
         for other in ("rank", "scale", "init_std", "lora"):
             del ours[other]
         determines = {"adapter": imported.job, "data": data.fingerprint, "recipe": ours}
-        job = _digest({"version": _TRAINING_VERSION, **determines})
+        job = _digest({"version": _FORMAT, **determines})
         card = replace(imported, job=job, recipe={**imported.recipe, **ours})
     card = replace(card, data_fingerprint=data.fingerprint)
     return TrainJob(card, (data.spec,), recipe, imported=imported.job)

@@ -3,6 +3,7 @@
     objects/<hash>.arrow   one expert each, named by the hash of its content
     jobs/<job>.json        which object a finished job made, and under which name
     manifests/<n>.json     name -> hash of the whole pool; the highest number counts
+    code/<digest>.json     the source code that made experts and profiles, as hashes by module
     profiles/<hash>-<id>.safetensors   what routers know of an expert besides its weights, measured
                                        in the way that the id stands for
 
@@ -21,6 +22,7 @@ by its job, and the name in the pool stands for the one that was entered last.
 
 import dataclasses
 import difflib
+import json
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -28,6 +30,7 @@ from pathlib import Path
 from harness.registry_files import (
     Manifest,
     Record,
+    code_file,
     job_file,
     job_files,
     manifest_file,
@@ -41,6 +44,7 @@ from harness.registry_files import (
     read_record,
     read_records,
 )
+from harness.source_code import digest
 from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert, validate_name, with_job
@@ -74,8 +78,17 @@ class Registry:
             )
         return cls(uri, read_manifest(folder, max(numbers)).base_fingerprint)
 
-    def publish(self, expert: Expert, *, replace: bool = True, enter: bool = True) -> str:
+    def publish(
+        self,
+        expert: Expert,
+        *,
+        replace: bool = True,
+        enter: bool = True,
+        code: Mapping[str, str] | None = None,
+    ) -> str:
         """Store an expert under its card's job and name; return its content hash.
+
+        `code` is the source code that trained it, see `harness.source_code`.
 
         The same expert twice makes one object and one manifest. Work may be delivered twice, and
         training may differ in the last bits: the first expert of a job is kept and its hash is
@@ -93,7 +106,7 @@ class Registry:
         if record is None:
             if not replace:
                 self._check_free(self.manifest(), card.name, expert.content_hash())
-            record = self._store(expert)
+            record = self._store(expert, self.put_code(code) if code else "")
         if enter:
             self._enter({card.job: record}, replace)
         return record.object
@@ -112,6 +125,25 @@ class Registry:
         """As `finished`, but changes nothing: for looking before any work."""
         record = self._record(job)
         return None if record is None else record.object
+
+    def records(self, jobs: Iterable[str]) -> dict[str, Record]:
+        """Return the records of the finished ones among these jobs; changes nothing."""
+        return self._records(jobs)
+
+    def put_code(self, code: Mapping[str, str]) -> str:
+        """Keep what source code a digest stands for; return the digest."""
+        name = digest(code)
+        if not self.folder.exists(code_file(name)):
+            self.folder.create(code_file(name), json.dumps(code, sort_keys=True).encode())
+        return name
+
+    def code(self, name: str) -> dict[str, str]:
+        """Return the source code that a digest stands for; nothing if that is not known."""
+        data = self.folder.find(code_file(name))
+        try:
+            return {str(k): str(v) for k, v in json.loads(data or b"{}").items()}
+        except (AttributeError, ValueError):
+            return {}  # damaged: it is only shown to people
 
     def recorded_all(self, jobs: Iterable[str]) -> dict[str, str]:
         """As `enter`, but changes nothing: the hashes of the finished ones among many jobs."""
@@ -244,9 +276,9 @@ class Registry:
                 "--name, or replace it with --replace"
             )
 
-    def _store(self, expert: Expert) -> Record:
+    def _store(self, expert: Expert, code: str = "") -> Record:
         """Write the object, then the job's record; return the record that counts."""
-        record = Record(expert.content_hash(), expert.card.name)
+        record = Record(expert.content_hash(), expert.card.name, code)
         if not self.folder.exists(object_file(record.object)):
             self.folder.write(object_file(record.object), expert.to_bytes())
         file = job_file(expert.card.job)

@@ -1,6 +1,8 @@
 """The registry's small files: their names, what is in them, and reading them.
 
-    jobs/<job>.json        {"object": content hash, "name": expert's name, "sha256": checksum}
+    jobs/<job>.json        {"object": content hash, "name": expert's name, "code": digest of the
+                            source code that trained it, "sha256": checksum}
+    code/<digest>.json     {module: hash of its source code}
     manifests/<n>.json     {"schema": 2, "number": n, "parent": n - 1, "base_fingerprint": hash,
                             "experts": {name: content hash}, "sha256": checksum}
 
@@ -22,6 +24,8 @@ from phatgoose.expert import Expert, validate_name
 from phatgoose.profile import Profile
 
 SCHEMA_VERSION = 2
+# How a profile is measured, and (but for profiles of version 0.1.0) a digest of the code that did.
+_PROFILE_ID = r"[0-9a-f]{8,64}(?:-[0-9a-f]{16})?"
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,14 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Record:
-    """What a finished job made."""
+    """What a finished job made, and a digest of the source code that did it.
+
+    The digest is empty for what was imported, and for experts of version 0.1.0.
+    """
 
     object: str
     name: str
+    code: str = ""
 
     def to_bytes(self) -> bytes:
         """The bytes of its file."""
@@ -60,14 +68,14 @@ def object_file(content_hash: str) -> str:
 def profile_file(content_hash: str, profile_id: str) -> str:
     """The file of an expert's profile; PhatgooseError if one of the two cannot be in a name."""
     object_file(content_hash)
-    if not re.fullmatch(r"[0-9a-f]{8,64}", profile_id):
+    if not re.fullmatch(_PROFILE_ID, profile_id):
         raise PhatgooseError(f"{profile_id!r} is no profile id: use 8 to 64 hexadecimal digits")
     return f"profiles/{content_hash}-{profile_id}.safetensors"
 
 
 def profile_files(folder: Folder) -> list[tuple[str, str, str]]:
     """Of all profiles: the file, the content hash of its expert, the profile's id."""
-    pattern = r"profiles/([0-9a-f]{64})-([0-9a-f]{8,64})\.safetensors"
+    pattern = rf"profiles/([0-9a-f]{{64}})-({_PROFILE_ID})\.safetensors"
     matches = (re.fullmatch(pattern, name) for name in folder.names("profiles/"))
     return [(match[0], match[1], match[2]) for match in matches if match]
 
@@ -77,6 +85,13 @@ def job_file(job: str) -> str:
     if not re.fullmatch(r"[0-9a-f]{8,64}", job):
         raise PhatgooseError(f"{job!r} is no job id: use 8 to 64 hexadecimal digits")
     return f"jobs/{job}.json"
+
+
+def code_file(digest: str) -> str:
+    """The file that says what source code a digest stands for; PhatgooseError if it is none."""
+    if not re.fullmatch(r"[0-9a-f]{16}", digest):
+        raise PhatgooseError(f"{digest!r} is no digest of code: use 16 hexadecimal digits")
+    return f"code/{digest}.json"
 
 
 def manifest_file(number: int) -> str:
@@ -130,6 +145,8 @@ def _to_record(folder: Folder, file: str, data: bytes) -> Record:
         record = Record(**content)
         validate_name(record.name)
         object_file(record.object)
+        if record.code:
+            code_file(record.code)
     except (AttributeError, TypeError, ValueError, PhatgooseError) as error:
         raise _malformed(folder, file, error, "the next run trains it again") from error
     return record

@@ -55,6 +55,7 @@ def run(config: RunConfig) -> None:
     _be_quiet()
     # Imported here, so that a mistyped configuration is refused at once.
     from harness.cluster import Cluster
+    from harness.lease import RunLease
     from harness.leftovers import remove_left_over
     from harness.plan import make_plan, needs_profiles
     from harness.prepare import preparer
@@ -68,13 +69,14 @@ def run(config: RunConfig) -> None:
         )
     started = time.monotonic()
     problems: list[str] = []
-    with Cluster() as cluster:
+    with RunLease(Folder(config.run.dir)) as lease, Cluster() as cluster:
         plan = make_plan(config, preparer(cluster), cluster.device(config.cluster))
         print(plan.describe(), flush=True)
         stages = Stages(plan, cluster)
         to_train = "train" in config.stages and bool(plan.open_jobs)
         if to_train:
             stages.check()
+        lease.take()
         record = _record(config, plan)
         for requests in plan.requests.values():
             requests.check(plan.folder)
@@ -101,15 +103,15 @@ def run(config: RunConfig) -> None:
             stages.close()
             for folder in (plan.folder, Folder(config.registry)):
                 remove_left_over(folder)
-    minutes = _end(plan, record, problems, started)
-    if "report" in config.stages:
-        print("\n" + make_report(plan.folder), end="")
-    print(f"done in {minutes:.1f} min; everything is in {plan.folder}")
-    if problems:
-        raise PhatgooseError(
-            f"{len(problems)} things could not be done ({'; '.join(problems)}): the same command "
-            "tries them again"
-        )
+        minutes = _end(plan, record, problems, started)
+        if "report" in config.stages:
+            print("\n" + make_report(plan.folder), end="")
+        print(f"done in {minutes:.1f} min; everything is in {plan.folder}")
+        if problems:
+            raise PhatgooseError(
+                f"{len(problems)} things could not be done ({'; '.join(problems)}): the same "
+                "command tries them again"
+            )
 
 
 def _end(plan: "Plan", record: dict[str, Any], problems: list[str], started: float) -> float:

@@ -14,6 +14,7 @@ from harness.checkpoints import FolderCheckpoints
 from harness.job_table import JobTable
 from harness.jobs import ATTEMPTS, TICK_SECONDS, Failure, Watch, Workers, last_line
 from harness.progress import Progress
+from harness.source_code import PROFILES, TRAINING, code_of
 from harness.storage import Folder
 from harness.train_actor import TrainJob
 from phatgoose.errors import Diverged, OutOfMemory, PhatgooseError
@@ -51,6 +52,7 @@ class Training(Watch):
     ) -> None:
         self._tokens, self._folder, self._workers, self._keeper = tokens, folder, workers, keeper
         self._table, self._progress = table, progress
+        self._code = code_of(TRAINING)  # the actors have the same, see `harness.actor`
         self._jobs: dict[int, TrainJob] = {}  # by the key of the call
         self._given = list(jobs)
         self._recipes = {job.card.job: job.recipe for job in jobs}
@@ -73,6 +75,8 @@ class Training(Watch):
             PhatgooseError: the registry or the run folder cannot be written to; going on would
                 train experts that nothing keeps.
         """
+        if any(job.profile_id for job in self._given):
+            answer_of(self._keeper.put_code.remote(code_of(PROFILES)))
         for job in self._given:
             self._add(job)
         try:
@@ -153,7 +157,8 @@ class Training(Watch):
             results.write_table(self._folder, file, results.TRAINING, rows)
         try:
             # References are passed on: experts go from actor to actor, not through the driver.
-            content_hash = answer_of(self._keeper.publish.remote(expert, enter=False))
+            publish = self._keeper.publish.remote
+            content_hash = answer_of(publish(expert, enter=False, code=self._code))
         except RayError:
             # The registry's actor may have died after its work, and found the expert gone when Ray
             # repeated the call.
@@ -239,6 +244,7 @@ def measure_profiles(
     Returns:
         What went wrong, by expert.
     """
+    answer_of(keeper.put_code.remote(code_of(PROFILES)))
     failures: dict[str, str] = {}
     calls = [(job, experts[job.card.name], keeper) for job in jobs]
     done = 0

@@ -18,7 +18,6 @@ from phatgoose.curve import Progress
 from phatgoose.errors import PhatgooseError
 from phatgoose.recipe import Recipe
 
-_VERSION = 1
 
 
 @dataclass
@@ -57,14 +56,14 @@ class State:
         """The bytes of the file; `owner` is what only the same job has."""
         plain = {name: getattr(self, name) for name in _PLAIN}
         plain["curve"] = [dataclasses.astuple(row) for row in self.curve]
-        text = json.dumps({"version": _VERSION, "owner": owner, **plain})
+        text = json.dumps({"owner": owner, **plain})
         tensors = dict(self._tensors())
         metadata = {"state": text, "sha256": _digest(text, tensors)}
         return safetensors.torch.save(tensors, metadata)
 
     @classmethod
     def from_bytes(cls, data: bytes, owner: str) -> "State":
-        """Read a file's bytes; PhatgooseError if it is damaged or of another job or version."""
+        """Read a file's bytes; PhatgooseError if it is damaged or of another owner."""
         try:
             length = int.from_bytes(data[:8], "little")
             metadata = json.loads(data[8 : 8 + length])["__metadata__"]
@@ -77,8 +76,8 @@ class State:
             raise PhatgooseError(f"it is damaged ({type(error).__name__}: {reason})") from None
         if not whole:
             raise PhatgooseError("it is damaged (its SHA-256 is another)")
-        if plain.pop("version") != _VERSION or plain.pop("owner") != owner:
-            raise PhatgooseError("it is of another version, job or recipe")
+        if plain.pop("owner") != owner:
+            raise PhatgooseError("it is of another job, recipe or version of the code")
         curve = [Progress(*row) for row in plain.pop("curve")]
         return cls(**plain, curve=curve, **_groups(tensors))
 

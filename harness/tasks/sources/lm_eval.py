@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
 from harness.tasks.files import file_digest, folder_digests
 from harness.tasks.records import Record, Split, check_record
@@ -260,6 +259,8 @@ def lm_eval_seeds() -> Iterator[None]:
 
     Tasks draw when they are loaded and when their requests are built.
     """
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED  # slow to import
+
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)

@@ -1,0 +1,179 @@
+"""What a change of source code makes stale, tried on a copy of both packages."""
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import harness
+import phatgoose
+from harness import source_code
+from harness.source_code import PROFILES, SCORING, TRAINING, changes, code_of, digest, router_code
+from phatgoose.errors import PhatgooseError
+from phatgoose.routers import ROUTERS, Router, make_router
+
+OPTIONS = {"single": {"expert": "e0"}, "genknowsub": {"general": "e0"}}
+Edit = Callable[[str, str, str], None]
+
+
+def forget() -> None:
+    source_code._tree.cache_clear()
+    source_code._hash.cache_clear()
+
+
+@pytest.fixture
+def edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Edit]:
+    """Replaces text in a module of the copy, which is what is hashed."""
+    copies = {}
+    for package in (phatgoose, harness):
+        name = package.__name__
+        copies[name] = tmp_path / name
+        assert package.__file__ is not None
+        source = Path(package.__file__).parent
+        shutil.copytree(source, copies[name], ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(source_code, "_ROOTS", copies)
+    forget()
+
+    def replace(file: str, old: str, new: str) -> None:
+        path = tmp_path / file
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+        forget()
+
+    yield replace
+    forget()
+
+
+def router(name: str) -> Router:
+    return make_router(name, **OPTIONS.get(name, {}))
+
+
+def routers_code() -> dict[str, str]:
+    return {name: digest(router_code(router(name))) for name in ROUTERS}
+
+
+def scoring() -> str:
+    return digest(code_of(SCORING))
+
+
+def test_a_changed_formula_makes_only_its_own_router_s_answers_stale(edit: Edit) -> None:
+    before, scored = routers_code(), scoring()
+    edit("phatgoose/routers/phatgoose.py", "gate_ED,\n", "-gate_ED,\n")
+    after = routers_code()
+    assert {name for name in ROUTERS if before[name] != after[name]} == {"phatgoose"}
+    assert scoring() == scored
+
+
+@pytest.mark.parametrize("name", sorted(ROUTERS))
+def test_no_path_reaches_every_router(name: str) -> None:
+    """A router's code holds no other router's module, but for one that it builds upon."""
+    home = "phatgoose.routers."
+    own = type(router(name)).__module__
+    others = {m for m in router_code(router(name)) if m.startswith(home)} - {own}
+    assert others <= {
+        home + m for m in ("interface", "profiles", "merged", "arrow", "spectr", "retrieval")
+    }
+    assert not [m for m in code_of(SCORING) if m.startswith(home) and m != home + "interface"]
+
+
+def test_a_shared_formula_makes_those_stale_that_use_it(edit: Edit) -> None:
+    before = routers_code()
+    edit("phatgoose/routers/merged.py", "* weight", "* weight * 2")
+    after = routers_code()
+    assert {name for name in ROUTERS if before[name] != after[name]} == {
+        "merged",
+        "task_arithmetic",
+        "random_experts",  # its inner router
+    }
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("phatgoose/ops/mix.py", "weights_TK * scale", "weights_TK"),
+        ("phatgoose/scoring.py", "self.tokens + 1", "self.tokens"),
+        ("phatgoose/routed_linear.py", "return y + added", "return y - added"),
+        ("phatgoose/routers/interface.py", "-torch.inf", "0.0"),
+        ("phatgoose/generation.py", "do_sample=False", "do_sample=True"),
+        ("harness/answering.py", "request.choices_shown", "True"),
+    ],
+)
+def test_the_scoring_path_makes_all_answers_stale(
+    edit: Edit, file: str, old: str, new: str
+) -> None:
+    before = scoring()
+    edit(file, old, new)
+    assert scoring() != before
+
+
+def test_comments_docstrings_and_layout_change_nothing(edit: Edit) -> None:
+    before, scored = routers_code(), scoring()
+    edit("phatgoose/routers/phatgoose.py", '"""Match the input with the gates."""', '"""Other."""')
+    edit("phatgoose/routers/phatgoose.py", "    top_k: int = 2", "    # Two.\n\n    top_k: int = 2")
+    edit("phatgoose/scoring.py", '"""Log-likelihoods of', '"""Likelihoods of')
+    assert routers_code() == before
+    assert scoring() == scored
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "stale"),
+    [
+        ("phatgoose/training_job.py", "4 * self", "8 * self", {"training", "profiles"}),
+        ("harness/deepspeed_engine.py", "zero_stage", "stage_of_zero", {"training"}),
+        ("harness/training_data.py", "// len(data)", "", {"training", "profiles"}),
+        ("phatgoose/profiling.py", "measure_profile", "measure", {"profiles"}),
+        ("harness/cluster.py", "wait_seconds", "patience", set()),
+        ("phatgoose/routers/arrow.py", "temperature", "heat", set()),
+    ],
+)
+def test_training_and_profiles_know_their_own_code(
+    edit: Edit, file: str, old: str, new: str, stale: set[str]
+) -> None:
+    roots = {"training": TRAINING, "profiles": PROFILES}
+    before = {name: digest(code_of(modules)) for name, modules in roots.items()}
+    edit(file, old, new)
+    after = {name: digest(code_of(modules)) for name, modules in roots.items()}
+    assert {name for name in roots if before[name] != after[name]} == stale
+
+
+def test_what_changed_is_named() -> None:
+    before = {"a": "1", "b": "1", "c": "1"}
+    assert changes(before, {"a": "1", "b": "2", "d": "1"}) == ["b", "c (gone)", "d (new)"]
+    assert changes(before, before) == []
+
+
+def test_a_plugin_s_code_is_its_module_and_what_it_imports_of_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "plugin_of_a_user"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "helper.py").write_text("FACTOR = 2\n")
+    (package / "routers.py").write_text(
+        "from phatgoose.routers.uniform import Uniform\n"
+        "from . import helper\n"
+        "class Mine(Uniform):\n    factor = helper.FACTOR\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    from plugin_of_a_user.routers import Mine  # type: ignore[import-not-found]
+
+    forget()
+    before = router_code(Mine())
+    assert {"plugin_of_a_user.helper", "phatgoose.routers.uniform"} <= before.keys()
+    monkeypatch.setattr(sys.modules["plugin_of_a_user.helper"], "FACTOR", 3)
+    assert router_code(Mine()) == before  # the source counts, not what is in memory
+    (package / "helper.py").write_text("FACTOR = 3\n")
+    forget()
+    assert changes(before, router_code(Mine())) == ["plugin_of_a_user.helper"]
+
+
+def test_a_router_without_a_source_file_is_refused() -> None:
+    class Typed(type(make_router("uniform"))):  # type: ignore[misc]
+        pass
+
+    Typed.__module__ = "typed_at_a_prompt"
+    with pytest.raises(PhatgooseError, match="typed_at_a_prompt has no source file"):
+        router_code(Typed())
