@@ -1,3 +1,5 @@
+import dataclasses
+import json
 import math
 import statistics
 from collections.abc import Callable
@@ -5,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import __version__ as transformers_version
 
 from harness import results
 from harness.estimate import evaluation_work
@@ -392,3 +396,125 @@ def test_what_was_answered_before_a_failure_is_kept(run: Run, workers: LocalWork
     workers.worker.answer, workers.calls = answer, 0
     run.evaluation(workers).run("base", make_router("base"))
     assert workers.calls == len(run.folder.names("journal/")) - 3
+
+
+def changed_code(monkeypatch: pytest.MonkeyPatch, router: str) -> None:
+    """Let the source code of one router be another."""
+    from harness import evaluate, source_code
+
+    def other(asked: Router) -> dict[str, str]:
+        code = source_code.router_code(asked)
+        return {**code, f"phatgoose.routers.{router}": "0" * 16} if asked.name() == router else code
+
+    monkeypatch.setattr(evaluate, "router_code", other)
+
+
+def test_an_edited_router_is_asked_again_and_said_to_be(
+    run: Run,
+    workers: LocalWorkers,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    wanted = routers("base", "phatgoose", "merged")
+
+    def evaluate() -> int:
+        before, evaluation = workers.calls, run.evaluation(workers)
+        evaluation.announce(wanted)
+        for name, router in wanted.items():
+            evaluation.run(name, router)
+        return workers.calls - before
+
+    chunks = evaluate() // 3
+    assert capsys.readouterr().err == ""
+    assert evaluate() == 0
+    changed_code(monkeypatch, "phatgoose")
+    assert evaluate() == chunks
+    assert capsys.readouterr().err == (
+        f"phatgoose.routers.phatgoose changed: {chunks} chunks of phatgoose are asked again\n"
+    )
+    assert evaluate() == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "value", "word"),
+    [
+        ("base", "another fingerprint", "base"),
+        ("dtype", "bfloat16", "dtype"),
+        ("device", "cuda", "device"),
+        ("versions", '{"torch": "1.0"}', "versions"),
+        ("code", "0" * 16, ""),
+    ],
+)
+def test_answers_under_other_conditions_are_asked_again(
+    run: Run,
+    workers: LocalWorkers,
+    capsys: pytest.CaptureFixture[str],
+    change: str,
+    value: str,
+    word: str,
+) -> None:
+    wanted = routers("base", "merged")
+    made = setting(run.path, workers, 150)
+    requests = SuiteRequests.build("held", run.tasks)
+    counts = []
+    other = dataclasses.replace(made.conditions, **{change: value})
+    for conditions in (made.conditions, other):
+        before = workers.calls
+        evaluation = Evaluation(
+            dataclasses.replace(made, conditions=conditions), requests, run.members
+        )
+        evaluation.announce(wanted)
+        rows = [row for name, router in wanted.items() for row in evaluation.run(name, router)]
+        counts.append(workers.calls - before)
+        if change != "base":  # rows have its name
+            assert {row[change] for row in rows} == {getattr(conditions, change)}
+    assert counts[0] == counts[1] > 0
+    line = capsys.readouterr().err
+    # Modules are named where code changed; here only its hash was another.
+    assert line == (
+        f"{word} changed: {counts[1]} chunks of base, merged are asked again\n" * bool(word)
+    )
+
+
+@pytest.mark.parametrize("damage", ["cut", "number", "empty"])
+def test_a_damaged_answer_is_asked_again_with_a_line(
+    run: Run, workers: LocalWorkers, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    def evaluate() -> list[dict[str, Any]]:
+        evaluation = run.evaluation(workers)
+        rows = evaluation.run("phatgoose", make_router("phatgoose"))
+        return [{**row, "seconds": 0} for row in rows]
+
+    first, before = evaluate(), workers.calls
+    file = sorted((run.path / "journal").iterdir())[1]
+    data = file.read_bytes()
+    if damage == "number":
+        start = data.index(b"loglikelihood")
+        digits = next(i for i in range(start, len(data)) if data[i : i + 1].isdigit())
+        changed = bytes([ord("1") + (data[digits] == ord("1"))])
+        file.write_bytes(data[:digits] + changed + data[digits + 1 :])
+    else:
+        file.write_bytes(data[: len(data) // 2] if damage == "cut" else b"")
+    assert evaluate() == first
+    assert workers.calls == before + 1
+    error = capsys.readouterr().err
+    assert file.name in error
+    assert error.count("\n") == 1
+    assert "is damaged; it is asked again" in error
+    assert evaluate() == first
+    assert workers.calls == before + 1
+
+
+def test_rows_say_what_computed_them(run: Run, workers: LocalWorkers) -> None:
+    evaluation = run.evaluation(workers)
+    rows = [row for n, r in routers("base", "merged").items() for row in evaluation.run(n, r)]
+    evaluation.write_scores(rows)
+    table = run.table("scores.parquet")
+    assert {row["dtype"] for row in table} == {"float32"}
+    assert {row["device"] for row in table} == {"cpu"}
+    versions = {"torch": torch.__version__.partition("+")[0], "transformers": transformers_version}
+    assert {row["versions"] for row in table} == {json.dumps(versions, sort_keys=True)}
+    assert len({row["code"] for row in table}) == 1
+    by_router = {row["router"]: row["router_code"] for row in table}
+    assert len({*by_router.values()}) == 2
