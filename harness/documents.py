@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.tasks import TaskData
+from harness.tasks.clusters import clusters
 from harness.tasks.lm_eval_tasks import evaluation_table
 from harness.tasks.metrics import (
     NORMALIZED,
@@ -26,17 +27,19 @@ class Documents:
         data: the task.
         rows: the documents' records.
         low: what BIG-bench takes for chance.
+        clusters: the cluster of each document, see `harness.tasks.clusters`.
     """
 
     data: TaskData
     rows: list[dict[str, Any]]
     low: float
+    clusters: list[str]
 
     @staticmethod
     def of(data: TaskData) -> "Documents":
         """The documents that a task's specification asks for."""
         rows = evaluation_table(data).to_pylist()
-        return Documents(data, rows, bigbench_low(rows))
+        return Documents(data, rows, bigbench_low(rows), clusters(rows))
 
     def answered(
         self,
@@ -62,7 +65,12 @@ class Documents:
                     key = metric_name(metric, sample["filter"], len(filters))
                     metrics[key] = float(sample[metric])
         return [
-            self._document(self.rows[doc], shown[doc], logged[doc], scores.get((name, doc), ()))
+            {
+                **self._document(
+                    self.rows[doc], shown[doc], logged[doc], scores.get((name, doc), ())
+                ),
+                "cluster": self.clusters[doc],
+            }
             for doc in sorted(logged)
         ]
 

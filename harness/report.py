@@ -165,16 +165,22 @@ def routers_table(summary: Sequence[dict[str, Any]], suite: str, metric: str) ->
 
 def _mark(row: dict[str, Any]) -> str:
     """What points to a note below the table."""
-    return "*" if not row["zero_shot"] else "+" if row["side_information"] else ""
+    marks = "*" if not row["zero_shot"] else "+" if row["side_information"] else ""
+    return marks + ("!" if row["comparable"] is False else "")
 
 
 def _notes(listed: Sequence[dict[str, Any]], best: dict[str, Any] | None, percent: bool) -> str:
     """What the reader of a routers table must know, a line each."""
     notes = [
-        f"± and [ ]: 95 % intervals, {RESAMPLES:,} resamples of the documents within each task; "
-        "tasks fixed, differences paired"
+        f"± and [ ]: 95 % intervals, {RESAMPLES:,} resamples of the documents within each task "
+        "(those that share a row,\n  passage or template together); tasks fixed, differences paired"
     ]
-    if any(_mark(row) == "*" for row in listed):
+    if any(row["comparable"] is False for row in listed):
+        notes.append(
+            "! measured with another dtype, device, library version or code: not comparable with "
+            "the others;\n  evaluate it again"
+        )
+    if any("*" in _mark(row) for row in listed):
         notes.append(
             "* not zero-shot, chosen on these documents: oracle is the best single expert per\n"
             "  task and metric, an upper bound; best_individual is the best one on average"
@@ -182,7 +188,7 @@ def _notes(listed: Sequence[dict[str, Any]], best: dict[str, Any] | None, percen
     notes += [
         f"+ {row['router']} also uses {row['side_information']}"
         for row in listed
-        if _mark(row) == "+"
+        if "+" in _mark(row)
     ]
     if best and not any(row["router"] == BEST_INDIVIDUAL for row in listed):
         name = best["router"].removeprefix(SINGLE)

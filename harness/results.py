@@ -157,6 +157,14 @@ SUMMARY = pa.schema(
         _column("difference_low", pa.float64(), "lower end of its paired 95 % interval", null="-"),
         _column("difference_high", pa.float64(), "upper end of its paired 95 % interval", null="-"),
         _column("n", pa.int64(), "number of documents"),
+        _column("clusters", pa.int64(), "number of clusters of documents", null=_IN_0_1_0),
+        _column(
+            "comparable",
+            pa.bool_(),
+            "whether it was measured with the dtype, device, versions and code of merged (or, "
+            "without it, of most routers)",
+            null=_IN_0_1_0,
+        ),
     ]
 )
 
@@ -175,6 +183,12 @@ SAMPLES = pa.schema(
             "summed log-likelihood of each choice, in nats; empty for generation",
         ),
         _column("metrics", pa.map_(pa.string(), pa.float64()), "value of each metric, by name"),
+        _column(
+            "cluster",
+            pa.string(),
+            "documents that share a source row, a prompt, a passage or a template have the same",
+            null=_IN_0_1_0,
+        ),
     ]
 )
 

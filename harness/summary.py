@@ -1,8 +1,12 @@
 """From scores and samples to means, confidence intervals and differences between routers.
 
-Every interval is a 95 % percentile bootstrap over documents. The documents of each task are drawn
-anew, with replacement, 10,000 times; the tasks stay as they are. All routers see the same draws, so
+Every interval is a 95 % percentile bootstrap over clusters of documents: what shares a source row,
+a passage or a template is drawn together (Miller, arXiv 2411.00640). The clusters of each task are
+drawn with replacement 10,000 times; the tasks stay as they are. All routers see the same draws, so
 a difference between two routers is paired document by document.
+
+Rows that were measured with another dtype, device, library version or scoring code than `merged`
+(without it, than most routers) are not comparable: they get no difference, and tables mark them.
 
 The oracle is, per task and metric, the single expert with the best score on that very task. It is
 chosen on the data it is then reported on, so it is an upper bound and an optimistic one: no router
@@ -10,13 +14,14 @@ that cannot see the answers should be expected to reach it, and its interval lea
 the choice.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from harness.results import SAMPLES_FOLDER, SCORES_FILE, samples_file
+from harness.results import CONDITIONS, SAMPLES_FOLDER, SCORES_FILE, samples_file
 from phatgoose.errors import PhatgooseError
 
 Row = dict[str, Any]
@@ -103,20 +108,32 @@ def best_individual_rows(scores: pa.Table) -> list[Row]:
     return rows
 
 
-def resampled_means(values_NM: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Means over N documents drawn with replacement, RESAMPLES times: shape (RESAMPLES, M).
+def resampled_means(
+    values_NM: np.ndarray, rng: np.random.Generator, clusters_N: np.ndarray | None = None
+) -> np.ndarray:
+    """Return means over clusters drawn with replacement, RESAMPLES times: shape (RESAMPLES, M).
 
-    A draw picks the same documents for all M columns.
+    A draw picks the same documents for all M columns, and weighs each document alike.
+
+    Args:
+        values_NM: a value per document and column.
+        rng: draws.
+        clusters_N: the place of each document's cluster, from 0; each its own if None.
     """
-    documents = len(values_NM)
+    clusters_N = np.arange(len(values_NM)) if clusters_N is None else clusters_N
+    sizes_C = np.bincount(clusters_N)
+    sums_CM = np.zeros((len(sizes_C), values_NM.shape[1]))
+    np.add.at(sums_CM, clusters_N, values_NM)
+    clusters = len(sizes_C)
     means_BM = np.empty((RESAMPLES, values_NM.shape[1]))
-    step = max(1, _DRAWS_AT_ONCE // documents)
+    step = max(1, _DRAWS_AT_ONCE // clusters)
     for start in range(0, RESAMPLES, step):
         size = min(step, RESAMPLES - start)
-        drawn_BN = rng.integers(documents, size=(size, documents))
-        drawn_BN += documents * np.arange(size)[:, None]
-        counts = np.bincount(drawn_BN.ravel(), minlength=size * documents)
-        means_BM[start : start + size] = counts.reshape(size, documents) @ values_NM / documents
+        drawn_BC = rng.integers(clusters, size=(size, clusters))
+        drawn_BC += clusters * np.arange(size)[:, None]
+        counts = np.bincount(drawn_BC.ravel(), minlength=size * clusters)
+        counts_BC = counts.reshape(size, clusters)
+        means_BM[start : start + size] = counts_BC @ sums_CM / (counts_BC @ sizes_C)[:, None]
     return means_BM
 
 
@@ -132,7 +149,8 @@ class _Task:
 
     name: str
     documents: list[str]  # their ids, in the order of the values below
-    routers: dict[str, Row]  # name -> zero_shot and side_information
+    clusters_N: np.ndarray  # the place of each document's cluster
+    routers: dict[str, Row]  # name -> zero_shot, side_information and comparable
     scores: dict[tuple[str, str], float]  # (metric, router) -> value
     values: dict[str, dict[str, np.ndarray]]  # metric -> router -> one value per document
 
@@ -157,6 +175,7 @@ class _Sum:
 
     tasks: int
     documents: int
+    clusters: int
     value: _Estimate
     difference: _Estimate | None  # to merged; None where merged lacks one of the tasks
 
@@ -167,13 +186,14 @@ class _Sum:
         return _Sum(
             self.tasks + other.tasks,
             self.documents + other.documents,
+            self.clusters + other.clusters,
             self.value + other.value,
             difference,
         )
 
     def columns(self) -> Row:
         """Means over tasks with their intervals, as columns of the summary."""
-        row: Row = {"n": self.documents}
+        row: Row = {"n": self.documents, "clusters": self.clusters}
         names = ("value", "low", "high"), ("difference", "difference_low", "difference_high")
         for keys, estimate in zip(names, (self.value, self.difference), strict=True):
             numbers: tuple[float | None, ...] = (None, None, None)
@@ -225,8 +245,10 @@ def _metric_rows(suite: str, metric: str, tasks: list[_Task]) -> list[Row]:
 
 def _task_sums(task: _Task, metric: str, rng: np.random.Generator) -> dict[str, _Sum]:
     """One task's numbers for every router."""
-    matrix_NM, places = _with_differences(task.values[metric])
-    means_BM = resampled_means(matrix_NM, rng)
+    comparable = {router for router, columns in task.routers.items() if columns["comparable"]}
+    matrix_NM, places = _with_differences(task.values[metric], comparable)
+    means_BM = resampled_means(matrix_NM, rng, task.clusters_N)
+    clusters = int(task.clusters_N.max()) + 1
     sums: dict[str, _Sum] = {}
     for m, router in enumerate(task.values[metric]):
         value = _Estimate(task.scores[metric, router], means_BM[:, m])
@@ -234,11 +256,13 @@ def _task_sums(task: _Task, metric: str, rng: np.random.Generator) -> dict[str, 
         if router in places:
             change = value.value - task.scores[metric, MERGED]
             difference = _Estimate(change, means_BM[:, places[router]])
-        sums[router] = _Sum(1, len(matrix_NM), value, difference)
+        sums[router] = _Sum(1, len(matrix_NM), clusters, value, difference)
     return sums
 
 
-def _with_differences(values: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, int]]:
+def _with_differences(
+    values: dict[str, np.ndarray], comparable: set[str]
+) -> tuple[np.ndarray, dict[str, int]]:
     """The routers' values as columns, then their differences to merged, and where those stand.
 
     Differences are taken before the means: of two routers with equal answers they are exactly 0.
@@ -247,7 +271,7 @@ def _with_differences(values: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[s
     places: dict[str, int] = {}
     if MERGED in values:
         for router in values:
-            if router != MERGED:
+            if router != MERGED and router in comparable:
                 places[router] = len(columns)
                 columns.append(values[router] - values[MERGED])
     return np.stack(columns, axis=1), places
@@ -256,18 +280,25 @@ def _with_differences(values: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[s
 def _collect(scores: pa.Table, samples: pa.Table) -> dict[str, list[_Task]]:
     """Scores and samples put together, per suite; tasks in the order of the scores."""
     answers: dict[tuple[str, str, str], dict[str, dict[str, float]]] = {}
+    clusters: dict[tuple[str, str], dict[str, str]] = {}
     for sample in samples.to_pylist():
         key = (sample["suite"], sample["task"], sample["router"])
         answers.setdefault(key, {})[sample["document"]] = dict(sample["metrics"])
+        together = clusters.setdefault(key[:2], {})
+        together[sample["document"]] = sample["cluster"] or sample["document"]
+    comparable = _comparable(scores)
 
     suites: dict[str, dict[str, _Task]] = {}
     for score in scores.to_pylist():
         suite, name, router, metric = (score[k] for k in ("suite", "task", "router", "metric"))
         source = SINGLE + score["expert"] if router in DERIVED else router
         answered = answers.get((suite, name, source), {})
-        task = suites.setdefault(suite, {}).setdefault(
-            name, _Task(name, sorted(answered), {}, {}, {})
-        )
+        task = suites.setdefault(suite, {}).get(name)
+        if task is None:
+            documents = sorted(answered)
+            together = clusters.get((suite, name), {})
+            places_N = _places([together[document] for document in documents])
+            task = suites[suite][name] = _Task(name, documents, places_N, {}, {}, {})
         if answered.keys() != set(task.documents):
             raise PhatgooseError(
                 f"{samples_file(source)}: task {name} has other documents than another router's "
@@ -275,12 +306,35 @@ def _collect(scores: pa.Table, samples: pa.Table) -> dict[str, list[_Task]]:
             )
         if not any(metric in metrics for metrics in answered.values()):
             continue  # it is no mean over documents
-        task.routers[router] = {key: score[key] for key in ("zero_shot", "side_information")}
+        task.routers[router] = {
+            **{key: score[key] for key in ("zero_shot", "side_information")},
+            "comparable": (suite, router) in comparable,
+        }
         task.scores[metric, router] = score["value"]
         values_N = np.array([answered[document].get(metric, np.nan) for document in task.documents])
         _check(score, values_N, source)
         task.values.setdefault(metric, {})[router] = values_N
     return {suite: list(tasks.values()) for suite, tasks in suites.items()}
+
+
+def _places(clusters: list[str]) -> np.ndarray:
+    """The place of each document's cluster, from 0, in the order in which they first occur."""
+    places = {cluster: place for place, cluster in enumerate(dict.fromkeys(clusters))}
+    return np.array([places[cluster] for cluster in clusters], dtype=np.int64)
+
+
+def _comparable(scores: pa.Table) -> set[tuple[str, str]]:
+    """By suite, the routers that were measured under the conditions of merged, or of most."""
+    found: dict[str, dict[str, set[tuple[str | None, ...]]]] = {}
+    for row in scores.select(["suite", "router", *(f.name for f in CONDITIONS)]).to_pylist():
+        conditions = tuple(row[field.name] for field in CONDITIONS)
+        found.setdefault(row["suite"], {}).setdefault(row["router"], set()).add(conditions)
+    comparable = set()
+    for suite, routers in found.items():
+        counted = Counter(c for conditions in routers.values() for c in conditions)
+        usual = routers.get(MERGED, {counted.most_common(1)[0][0]})
+        comparable |= {(suite, router) for router, c in routers.items() if c == usual}
+    return comparable
 
 
 def _check(score: Row, values_N: np.ndarray, source: str) -> None:

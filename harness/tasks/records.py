@@ -21,6 +21,7 @@ SCHEMA = pa.schema(
         pa.field("correct", pa.list_(pa.int64()), nullable=False),
         pa.field("grades", pa.list_(pa.float64()), nullable=False),
         pa.field("text", pa.string(), nullable=False),
+        pa.field("cluster", pa.string(), nullable=False),
     ]
 )
 
@@ -39,6 +40,8 @@ class Record:
         grades: how much BIG-bench gives for each choice; empty elsewhere.
         text: the example's own words, without what a template puts around them; empty where that
             is all of the input.
+        cluster: what the source says that it shares with other examples, such as the row that it
+            is made of; empty if nothing. See `harness.tasks.clusters`.
     """
 
     task: str
@@ -49,6 +52,7 @@ class Record:
     correct: list[int]
     grades: list[float] = field(default_factory=list)
     text: str = ""
+    cluster: str = ""
 
 
 def split_of(task: str, text: str) -> Split:

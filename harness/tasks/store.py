@@ -32,7 +32,7 @@ _DIGITS = "0123456789abcdef"
 _ROWS_IN_MEMORY = 2**14
 _ROWS_PER_SHARD = 50_000
 # What a record's text is for, and what it is graded by, changes nothing that is trained.
-_NOT_TRAINED = ("grades", "text")
+_NOT_TRAINED = ("grades", "text", "cluster")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -374,3 +375,66 @@ def test_pictures_that_fail_do_not_end_the_run(
     folder = Folder(tmp_path / "run")
     write_run(folder, {"t": {"phatgoose": {"acc": [1.0, 0.0]}}})
     assert "no picture from results/plot_routers.py: no ink" in report.make_report(folder)
+
+
+def test_a_router_measured_otherwise_gets_no_difference_and_a_mark(tmp_path: Path) -> None:
+    values = {"merged": {"acc": [0, 1, 1, 0]}, "phatgoose": {"acc": [1, 1, 1, 0]}}
+    scores, samples = tables({"t": {**values, "old": {"acc": [1, 1, 1, 1]}}})
+    rows = scores.to_pylist()
+    for row in rows:
+        row |= {"dtype": "float32", "device": "cpu", "versions": "1", "code": "a"}
+        if row["router"] == "old":
+            row["code"] = "b"
+    summary = summary_rows(pa.Table.from_pylist(rows, results.SCORES), samples)
+    by_router = {r["router"]: r for r in summary if (r["metric"], r["task"]) == ("acc", None)}
+    assert by_router["old"]["comparable"] is False
+    assert by_router["old"]["difference"] is None
+    assert by_router["old"]["value"] == 1.0
+    assert by_router["phatgoose"]["comparable"] is True
+    assert by_router["phatgoose"]["difference"] == pytest.approx(0.25)
+    text = report.routers_table(summary, "s", "primary")
+    assert re.search(r"^old !", text, re.MULTILINE)
+    assert "not comparable" in text
+    assert not re.search(r"^phatgoose .*!", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("column", ["dtype", "device", "versions", "code"])
+def test_without_merged_most_routers_say_what_is_comparable(column: str) -> None:
+    answers = {name: {"acc": [0.0, 1.0, 1.0]} for name in ("a", "b", "c")}
+    scores, samples = tables({"t": answers, "u": answers})
+    rows = [
+        {**row, **dict.fromkeys(("dtype", "device", "versions", "code"), "x")}
+        for row in scores.to_pylist()
+    ]
+    rows = [{**r, column: "y"} if (r["router"], r["task"]) == ("c", "u") else r for r in rows]
+    summary = summary_rows(pa.Table.from_pylist(rows, results.SCORES), samples)
+    assert {r["router"]: r["comparable"] for r in summary} == {"a": True, "b": True, "c": False}
+
+
+def test_clusters_of_samples_are_resampled_together() -> None:
+    values = {"merged": {"acc": [0.0, 0.0, 1.0, 1.0] * 6}, "base": {"acc": [0.0, 1.0] * 12}}
+    scores, samples = tables({"t": values})
+    alone = summary_rows(scores, samples)
+    together = samples.to_pylist()
+    for i, row in enumerate(together):
+        row["cluster"] = f"c{i % 24 // 12}"
+    joined = summary_rows(scores, pa.Table.from_pylist(together, results.SAMPLES))
+    for before, after in zip(alone, joined, strict=True):
+        assert after["value"] == before["value"]
+        assert (before["clusters"], after["clusters"]) == (24, 2)
+        assert (before["low"], before["high"]) != (after["low"], after["high"])
+
+
+def test_tables_of_version_0_1_0_are_read(tmp_path: Path) -> None:
+    """They lack the columns that say what computed a row, and clusters."""
+    scores, samples = tables({"t": {"merged": {"acc": [0.0, 1.0]}, "base": {"acc": [1.0, 1.0]}}})
+    folder = Folder(tmp_path)
+    new = ("dtype", "device", "versions", "code", "router_code", "cluster", "cut")
+    for name, table in (("scores.parquet", scores), ("samples/base.parquet", samples)):
+        kept = [c for c in table.column_names if c not in new]
+        sink = pa.BufferOutputStream()
+        pq.write_table(table.select(kept), sink)
+        folder.write(name, sink.getvalue().to_pybytes())
+    text = report.make_report(folder)
+    assert "merged" in text
+    assert results.read_table(folder, "scores.parquet", results.SCORES)["code"].null_count == 2

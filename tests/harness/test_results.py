@@ -22,6 +22,11 @@ SCORE: dict[str, Any] = {
     "options": "{}",
     "zero_shot": True,
     "side_information": None,
+    "dtype": "float32",
+    "device": "cpu",
+    "versions": "{}",
+    "code": "c0de",
+    "router_code": None,
     "suite": "held_out",
     "task": "plural",
     "metric": "acc",
@@ -42,6 +47,7 @@ SAMPLE: dict[str, Any] = {
     "prediction": "a",
     "correct": False,
     "choice_scores": [-1.0, -2.0],
+    "cluster": "d0",
     "metrics": {"nll": 2.0, "acc": 0.0},
 }
 

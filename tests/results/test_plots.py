@@ -67,7 +67,10 @@ def write_summary(folder: Folder) -> None:
             value = 0.3 + 0.05 * i
             ends = {"value": value, "low": value - 0.1, "high": value + 0.1}
             names = {"suite": "held_out", "router": router, "metric": metric, "task": task}
-            rows.append({**names, "zero_shot": i < 4, "side_information": None, **ends, "n": 100})
+            known = {"clusters": 100, "comparable": True}
+            rows.append(
+                {**names, "zero_shot": i < 4, "side_information": None, **ends, "n": 100, **known}
+            )
             rows[-1] |= dict.fromkeys(["difference", "difference_low", "difference_high"])
     results.write_table(folder, "summary.parquet", results.SUMMARY, rows)
 

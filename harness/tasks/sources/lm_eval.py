@@ -336,6 +336,6 @@ def _record(spec: TaskSpec, task: Any, number: int, doc: Mapping[str, Any]) -> R
         prompt = "" if task.multiple_input else prompt
     else:
         targets = [str(t) for t in (target if isinstance(target, list) else [target])]
-    text = " ".join(value for value in doc.values() if isinstance(value, str))
+    text = "\n".join(value for value in doc.values() if isinstance(value, str))
     # Documents are named by their number, which is lm-eval's order when they are sorted.
     return Record(spec.name, f"{number:08x}", str(prompt), targets, choices, correct, text=text)

@@ -196,7 +196,14 @@ def _record(
     # The prompts of two rows may be the same; each counts.
     document = document_id(spec.name, f"{number}\n{prompt}")
     record = Record(
-        spec.name, document, prompt, targets, choices, correct, text=" ".join(_texts(row))
+        spec.name,
+        document,
+        prompt,
+        targets,
+        choices,
+        correct,
+        text="\n".join(_texts(row)),
+        cluster=f"{split} row {number}",
     )
     check_record(record, f"data set {_data(spec)}, row {number + 1}, template {template.name}")
     return record

@@ -79,6 +79,12 @@ def test_identity_changes_with_the_copy(tmp_path: Path) -> None:
     assert hub.identity(data, str(tmp_path)) == first
     (file,) = (tmp_path / "owner/quiz").rglob("*.parquet")
     os.utime(file, ns=(1, 1))
+    assert hub.identity(data, str(tmp_path)) == first
+    before = file.stat()
+    changed = bytearray(file.read_bytes())
+    changed[-9] ^= 1
+    file.write_bytes(bytes(changed))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert hub.identity(data, str(tmp_path)) != first
 
 
