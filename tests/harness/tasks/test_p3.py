@@ -5,6 +5,7 @@ these tests are skipped.
 """
 
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,9 @@ def test_evaluation_takes_the_original_templates_and_training_all(tmp_path: Path
     train, evaluation = both(write_rows(tmp_path, spec_of("P3Hswag"), rows))
     assert len(evaluation) == 3 * 4
     assert len({r.document for r in evaluation}) == 12
+    # All prompts of one row are one cluster, and no two rows are.
+    assert sorted(Counter(r.cluster for r in evaluation).values()) == [4, 4, 4]
+    assert {r.cluster for r in evaluation if "swims 1." in r.input} == {"evaluation row 1"}
     assert len(train) > 3 * 4
     assert all(not record.choices for record in train)
 
