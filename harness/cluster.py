@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -58,14 +59,17 @@ class Cluster:
         else:
             # Or Ray takes this machine's outer address for 127.0.0.1, and listens on all of them.
             ray_constants.ENABLE_RAY_CLUSTER = False
-            ray.init(
-                address="local",
-                num_cpus=len(os.sched_getaffinity(0)),
-                include_dashboard=False,
-                object_store_memory=_LOCAL_OBJECT_STORE,
-                _node_ip_address="127.0.0.1",
-                **quiet,
-            )
+            try:
+                ray.init(
+                    address="local",
+                    num_cpus=len(os.sched_getaffinity(0)),
+                    include_dashboard=False,
+                    object_store_memory=_LOCAL_OBJECT_STORE,
+                    _node_ip_address="127.0.0.1",
+                    **quiet,
+                )
+            except OSError as error:
+                raise _cannot_start(error) from error
 
     def device(self, config: ClusterConfig) -> str:
         """Return the kind of device that evaluation actors get, `cpu` or `cuda`.
@@ -88,6 +92,22 @@ class Cluster:
         """Close the connection, and end the Ray that was started for it."""
         if self._ours:
             ray.shutdown()
+
+
+def _cannot_start(error: OSError) -> PhatgooseError:
+    """Why no local Ray could be started, which keeps sockets and logs in a temporary folder."""
+    variable = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
+    where = f"{variable}={os.environ.get(variable, tempfile.gettempdir())}"
+    reason = " ".join(str(error.strerror or error).split())[:200]
+    if "AF_UNIX" in reason:
+        return PhatgooseError(
+            f"{where}: the name is too long for Ray's sockets, whose paths have at most 107 "
+            "characters. Set RAY_TMPDIR to a short folder, such as RAY_TMPDIR=/tmp."
+        )
+    return PhatgooseError(
+        f"{where}: Ray cannot be started there ({reason}). Set RAY_TMPDIR to a folder with space "
+        "that you may write to."
+    )
 
 
 def _running() -> str | None:

@@ -1,13 +1,14 @@
 """What the command lines share: an answer for programs and for people, and text tables."""
 
 import argparse
+import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, refusal
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,25 @@ def answer(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
     """
     args = parser.parse_args(arguments)
     try:
-        made: Answer = args.call(args)
+        with one_line_errors():
+            made: Answer = args.call(args)
     except PhatgooseError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(json.dumps(made.document, indent=1) if args.json else made.text)
     return made.status
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Raise PhatgooseError in place of what the operating system refused: space, permission."""
+    try:
+        yield
+    except OSError as error:
+        line = refusal(error)
+        if line is None:
+            raise
+        raise PhatgooseError(line) from error
 
 
 def count(number: int, noun: str) -> str:

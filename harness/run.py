@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import results
+from harness.command_line import one_line_errors
 from harness.config import RunConfig
 from harness.load_config import CONF, groups, load_config
 from harness.storage import Folder
@@ -35,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(help_text())
         return 0
     try:
-        run(load_config(arguments))
+        with one_line_errors():
+            run(load_config(arguments))
     except PhatgooseError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

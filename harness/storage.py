@@ -4,7 +4,6 @@ A file appears whole or not at all, everywhere. Hidden files are never listed, s
 writer leaves behind on a local disk is never taken for a file; harness/leftovers.py removes it.
 """
 
-import errno
 import os
 import re
 import uuid
@@ -20,16 +19,8 @@ from pyarrow import fs
 
 from harness.object_store import SCHEMES, open_store
 from harness.stores import ArrowStore, Entry, LocalStore, Store
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import FIXES, PhatgooseError
 
-_MENDS = {
-    errno.ENOSPC: "free some space there",
-    errno.EDQUOT: "free some space there",
-    errno.EACCES: "choose a folder that you may write to",
-    errno.EPERM: "choose a folder that you may write to, with hard links",
-    errno.EOPNOTSUPP: "choose a folder whose filesystem has hard links",
-    errno.EROFS: "choose a folder that you may write to",
-}
 # What the stores and the libraries behind them raise.
 _REFUSALS = (OSError, NotImplementedError, pa.ArrowException, obstore.exceptions.BaseError)
 # Requests to an object store at once; each waits for the network most of its time.
@@ -232,7 +223,7 @@ def _mend(error: BaseException) -> str:
         return "keep the registry in a local or network folder, on S3, GCS or Azure"
     kind = type(error).__name__
     if number := getattr(error, "errno", None):
-        return _MENDS.get(number, "check the folder and the name")
+        return FIXES.get(number, "check the folder and the name")
     if kind in ("PermissionDeniedError", "UnauthenticatedError", "PermissionError"):
         return "check the credentials and that they allow this there"
     if kind == "GenericError":

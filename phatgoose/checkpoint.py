@@ -19,7 +19,6 @@ from phatgoose.errors import PhatgooseError
 from phatgoose.recipe import Recipe
 
 
-
 @dataclass
 class State:
     """Where a job is. The order of its examples follows from the recipe and the steps done.

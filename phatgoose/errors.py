@@ -1,8 +1,21 @@
-"""The one exception for mistakes a user can mend."""
+"""The one exception for mistakes that a user can fix."""
+
+import errno
+
+# What an operating system may refuse, and the fix.
+FIXES = {
+    errno.ENOSPC: "free some space there",
+    errno.EDQUOT: "free some space there",
+    errno.EACCES: "choose a folder that you may write to",
+    errno.EPERM: "choose a folder that you may write to, with hard links",
+    errno.EOPNOTSUPP: "choose a folder whose filesystem has hard links",
+    errno.EROFS: "choose a folder that you may write to",
+    errno.ENAMETOOLONG: "choose a shorter folder",
+}
 
 
 class PhatgooseError(Exception):
-    """Something the user can mend; its one line of text says what is wrong, where, and the mend."""
+    """An error the user can fix. The message says in one line what failed, where, and the fix."""
 
 
 class Diverged(PhatgooseError):
@@ -11,3 +24,17 @@ class Diverged(PhatgooseError):
 
 class OutOfMemory(PhatgooseError):
     """Less memory than the work needs."""
+
+
+def refusal(error: OSError) -> str | None:
+    """Return one line for what the operating system refused; None for any other OSError."""
+    fix = FIXES.get(error.errno or 0)
+    if fix is None:
+        return None
+    reason = " ".join(str(error.strerror or error).split())[:200]
+    if error.filename:
+        return f"cannot use {error.filename} ({reason}): {fix}"
+    return (
+        f"a file cannot be written ({reason}): {fix} (temporary files are in TMPDIR, prepared data "
+        "in PHATGOOSE_CACHE)"
+    )
