@@ -61,7 +61,27 @@ def evaluation_table(data: TaskData) -> pa.Table:
         raise PhatgooseError(
             f"task {data.name} has no document to evaluate on: add members to it, or set split: all"
         )
-    return table
+    return _equally_right(table)
+
+
+def _equally_right(table: pa.Table) -> pa.Table:
+    """The table with every choice as right that is the same text as a right one.
+
+    Of equal choices a model always prefers the first, whichever the data calls right.
+    """
+    rows = zip(table["choices"].to_pylist(), table["correct"].to_pylist(), strict=True)
+    correct = [
+        right if len({*choices}) == len(choices) else _all_like(choices, right)
+        for choices, right in rows
+    ]
+    place = table.schema.get_field_index("correct")
+    return table.set_column(place, table.schema.field(place), [correct])
+
+
+def _all_like(choices: list[str], right: list[int]) -> list[int]:
+    """The places of all choices that are the same text as one of the right ones."""
+    texts = {choices[place] for place in right}
+    return [place for place, choice in enumerate(choices) if choice in texts]
 
 
 class _TableTask(ConfigurableTask):

@@ -101,6 +101,12 @@ def check_record(record: Record, where: str) -> None:
     Raises:
         PhatgooseError: an empty answer, no right choice, or one that is no index.
     """
+    for value in (record.input, record.text, *record.targets, *record.choices):
+        if not _is_whole(value):
+            raise PhatgooseError(
+                f"{where}: a text holds half a character (a lone surrogate), which no tokenizer "
+                "reads: fix it or leave the example out"
+            )
     if record.choices and not record.correct:
         raise PhatgooseError(
             f"{where}: none of the choices is right: mend it or leave the example out"
@@ -120,5 +126,16 @@ def check_record(record: Record, where: str) -> None:
         )
 
 
+def _is_whole(text: str) -> bool:
+    """Whether UTF-8 can hold it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _digest(task: str, text: str) -> str:
-    return hashlib.sha256(f"{task}\n{normal(text)}".encode()).hexdigest()
+    # What UTF-8 cannot hold is refused by `check_record`, which names the place.
+    content = f"{task}\n{normal(text)}".encode(errors="surrogatepass")
+    return hashlib.sha256(content).hexdigest()

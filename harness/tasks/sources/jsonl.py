@@ -5,14 +5,17 @@
     {"input": "Is ice warm?", "choices": ["yes", "no"], "correct": 1}
 
 `correct` is an index into the choices, the right choice itself, or a list of either. In CSV, where
-all is text, a list is written as JSON. The prompt is the input as it stands; a target or choice
-follows it, with a space in between where the input does not end with white space.
+all is text, a list is written as JSON; what could mean two things there is refused. The prompt is
+the input as it stands; a target or choice follows it, with a space in between where the input does
+not end with white space. `cluster`, if it is given, joins examples that are not independent, such
+as questions about one passage, see `harness.tasks.clusters`.
 """
 
 import csv
 import difflib
 import glob
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +41,7 @@ class Options:
     """How the files are read.
 
     Attributes:
-        input, target, choices, correct: the columns' names.
+        input, target, choices, correct, cluster: the columns' names.
         evaluation: files or patterns whose examples are the evaluation split; if there are none,
             one fifth of all is.
     """
@@ -47,6 +50,7 @@ class Options:
     target: str = "target"
     choices: str = "choices"
     correct: str = "correct"
+    cluster: str = "cluster"
     evaluation: list[str] | None = None
 
 
@@ -109,7 +113,7 @@ def _records(spec: TaskSpec) -> Iterator[tuple[Split, Record]]:
     for files, given in ((members, "train" if evaluation else None), (evaluation, "evaluation")):
         for file in files:
             empty = True
-            for where, example in _examples(file):
+            for where, example in _examples(file, options):
                 empty = False
                 record = _record(spec.name, example, where, options)
                 check_record(record, where)
@@ -147,7 +151,10 @@ def _files(name: str, patterns: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _examples(file: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _examples(
+    file: str,
+    options: Options = Options(),
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The examples of a file, each with its place."""
     suffix = Path(file).suffix
     try:
@@ -156,9 +163,10 @@ def _examples(file: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         elif suffix == ".jsonl":
             yield from _json_lines(file)
         else:
-            yield from _csv(file, "\t" if suffix == ".tsv" else ",")
+            yield from _csv(file, "\t" if suffix == ".tsv" else ",", options)
     except OSError as error:
-        raise PhatgooseError(f"cannot read {file}: {error.strerror or error}") from error
+        reason = " ".join(str(error.strerror or error).split())[:200]
+        raise PhatgooseError(f"cannot read {file}: {reason}") from error
 
 
 def _json_lines(file: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -166,8 +174,8 @@ def _json_lines(file: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         if not line.strip():
             continue
         try:
-            example = json.loads(line)
-        except ValueError as error:
+            example = json.loads(line, object_pairs_hook=_once_each)
+        except (ValueError, RecursionError) as error:
             raise PhatgooseError(f"{where}: not JSON ({error})") from error
         if not isinstance(example, dict):
             raise PhatgooseError(
@@ -197,26 +205,65 @@ def _lines(file: str) -> Iterator[tuple[str, str]]:
                 ) from error
 
 
-def _csv(file: str, delimiter: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError if a key is there twice, of which JSON would keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"the key {_twice([key for key, _ in pairs])!r} is there twice")
+    return found
+
+
+def _twice(names: Sequence[str]) -> str | None:
+    """The first name that is there twice."""
+    return next((name for name in names if names.count(name) > 1), None)
+
+
+def _csv(file: str, delimiter: str, options: Options) -> Iterator[tuple[str, Mapping[str, Any]]]:
     csv.field_size_limit(_LONGEST_LINE)
     reader = csv.DictReader((line for _, line in _lines(file)), delimiter=delimiter)
     try:
+        header = list(reader.fieldnames or ())
+        if (name := _twice(header)) is not None:
+            raise PhatgooseError(f"{file}, line 1: the column {name!r} is there twice: rename one")
         for row in reader:
             where = f"{file}, line {reader.line_num}"
             if None in row or None in row.values():
-                header = len(reader.fieldnames or ())
-                raise PhatgooseError(f"{where}: it has not {header} fields, as the header has")
-            yield where, {key: _from_text(value) for key, value in row.items() if value != ""}
+                raise PhatgooseError(f"{where}: it has not {len(header)} fields, as the header has")
+            yield where, _from_csv(row, options, where)
     except csv.Error as error:
         raise PhatgooseError(f"{file}, line {reader.line_num}: {error}") from error
 
 
-def _from_text(value: str) -> Any:
-    """A list or an index that CSV holds as text; other text as it is."""
+def _from_csv(row: Mapping[str, str], options: Options, where: str) -> dict[str, Any]:
+    """A row with its lists as lists; PhatgooseError where a field could mean two things."""
+    example: dict[str, Any] = {k: v for k, v in row.items() if v != "" or k == options.input}
+    for name in (options.target, options.choices, options.correct):
+        if name in example:
+            example[name] = _list_of_json(example[name])
+    target = example.get(options.target)
+    if isinstance(target, list) and not all(isinstance(item, str) for item in target):
+        raise PhatgooseError(
+            f"{where}: {options.target} is {_short(row[options.target])}, a text or a list of "
+            'answers? For a list, quote its items, as ["1", "2"]; for a text, use JSON Lines.'
+        )
+    choices, correct = example.get(options.choices), example.get(options.correct)
+    if isinstance(choices, list) and isinstance(correct, str) and correct.strip().isdecimal():
+        texts = [str(choice).strip() for choice in choices]
+        index, itself = int(correct), correct.strip()
+        if itself in texts and not (index < len(texts) and texts[index] == itself):
+            raise PhatgooseError(
+                f"{where}: {options.correct} is {itself}, an index or the choice {itself!r}? For "
+                f'the choice, write ["{itself}"]; for an index, write [{itself}].'
+            )
+    return example
+
+
+def _list_of_json(value: str) -> Any:
+    """A list that CSV holds as JSON; other text as it is."""
     if re.fullmatch(r"\s*\[.*\]\s*", value, re.DOTALL):
         try:
             return json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return value
     return value
 
@@ -225,29 +272,44 @@ def _parquet(file: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     number = 0
     try:
         with pq.ParquetFile(file) as opened:
+            if (name := _twice(opened.schema_arrow.names)) is not None:
+                raise PhatgooseError(f"{file}: the column {name!r} is there twice: rename one")
             for batch in opened.iter_batches(1000):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{file}, row {number}", {k: v for k, v in row.items() if v is not None}
     except pa.ArrowException as error:
-        raise PhatgooseError(f"{file} is no parquet file: {error}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise PhatgooseError(f"{file} is no parquet file: {reason}") from error
+    # What Arrow's values raise where Python has none like them, such as a year of 20,000.
+    except (ValueError, OverflowError, TypeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise PhatgooseError(f"{file}, after row {number}: it cannot be read ({reason})") from error
 
 
 def _record(task: str, example: Mapping[str, Any], where: str, options: Options) -> Record:
     text = _column(example, options.input, "input", where)
     if not isinstance(text, str):
-        raise PhatgooseError(f"{where}: {options.input} is {text!r}, not text")
-    prompt = with_space(text)
+        raise PhatgooseError(f"{where}: {options.input} is {_short(text)}, not text")
+    prompt = _whole(with_space(text), where)
+    cluster = example.get(options.cluster, "")
+    if not isinstance(cluster, str | int):
+        raise PhatgooseError(f"{where}: {options.cluster} is {_short(cluster)}, not a name")
+    cluster = _whole(str(cluster), where)
     if options.choices not in example:
         target = _column(example, options.target, "target", where)
-        return named(Record(task, "", prompt, _texts(target, where), [], []))
+        return named(Record(task, "", prompt, _texts(target, where), [], [], cluster=cluster))
     choices = _texts(example[options.choices], where)
     right = _column(example, options.correct, "correct", where)
     correct = [
         _index(one, choices, where) for one in (right if isinstance(right, list) else [right])
     ]
+    if len(set(choices)) < 2 and all(choices):
+        raise PhatgooseError(
+            f"{where}: there is only one choice: give at least two, or a target without choices"
+        )
     targets = [choices[i] for i in correct]
-    return named(Record(task, "", prompt, targets, choices, correct))
+    return named(Record(task, "", prompt, targets, choices, correct, cluster=cluster))
 
 
 def _column(example: Mapping[str, Any], name: str, option: str, where: str) -> Any:
@@ -266,19 +328,37 @@ def _index(right: Any, choices: list[str], where: str) -> int:
     if isinstance(right, str):
         if right.strip() in choices:
             return choices.index(right.strip())
-        right = int(right) if right.strip().isdigit() else right
+        right = int(right) if re.fullmatch(r"\s*[0-9]{1,9}\s*", right) else right
     if type(right) is int and 0 <= right < len(choices):
         return right
     raise PhatgooseError(
-        f"{where}: the right choice is {right!r}, neither an index into the {len(choices)} choices "
-        "nor one of them"
+        f"{where}: the right choice is {_short(right)}, neither an index into the {len(choices)} "
+        "choices nor one of them"
     )
 
 
 def _texts(value: Any, where: str) -> list[str]:
     texts = value if isinstance(value, list) else [value]
-    if not all(
-        isinstance(text, str | int | float) and not isinstance(text, bool) for text in texts
-    ):
-        raise PhatgooseError(f"{where}: an answer is {value!r}, not text")
-    return [str(text).strip() for text in texts]
+    for text in texts:
+        is_number = isinstance(text, int | float) and not isinstance(text, bool)
+        if not (isinstance(text, str) or (is_number and math.isfinite(text))):
+            raise PhatgooseError(f"{where}: an answer is {_short(value)}, not text")
+    return [_whole(str(text).strip(), where) for text in texts]
+
+
+def _whole(text: str, where: str) -> str:
+    """The text, if UTF-8 can hold it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        raise PhatgooseError(
+            f"{where}: {half} is half a character (a lone surrogate), which no tokenizer reads: "
+            "remove it, or write the whole character"
+        ) from error
+    return text
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else text[:100] + "..."

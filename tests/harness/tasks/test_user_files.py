@@ -1,6 +1,7 @@
 """A user's own files: what they become, and one clear error for each way to be broken."""
 
 import csv
+import io
 import json
 import tracemalloc
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from harness.tasks import TaskSpec, prepare, task_specs
+from harness.tasks.lm_eval_tasks import evaluation_table
 from harness.tasks.records import Record
 from harness.tasks.sources import jsonl
 from harness.tasks.store import read_records
@@ -172,6 +174,64 @@ GOOD = '{"input": "a", "target": "b"}\n'
         ("a.csv", "input,target\nx,y\nx,y,z\n", r"a\.csv, line 3: it has not 2 fields"),
         ("a.csv", "input,target\nx,\n", r"a\.csv, line 2: it has no target"),
         ("a.parquet", "no", r"a\.parquet is no parquet file"),
+        ("a.jsonl", GOOD + '{"input": "a", "target": NaN}', "line 2: an answer is nan, not text"),
+        ("a.jsonl", GOOD + '{"input": "a", "target": -Infinity}', "line 2: an answer is -inf, not"),
+        ("a.jsonl", GOOD + '{"input": "a", "target": 1e999}', "line 2: an answer is inf, not text"),
+        ("a.jsonl", GOOD + '{"input": NaN, "target": "b"}', "line 2: input is nan, not text"),
+        (
+            "a.jsonl",
+            '{"input": "a", "choices": ["x", NaN], "correct": 0}',
+            r"line 1: an answer is \['x', nan\], not text",
+        ),
+        (
+            "a.jsonl",
+            GOOD + '{"input": "half \\ud83d", "target": "b"}',
+            r"line 2: '\\ud83d' is half a character",
+        ),
+        ("a.jsonl", GOOD + '{"input": "a", "target": "\\udc00"}', "line 2: .* half a character"),
+        (
+            "a.jsonl",
+            '{"input": "a", "choices": ["x", "\\ud83d"], "correct": 0}',
+            "line 1: .* half a character",
+        ),
+        ("a.jsonl", GOOD + "[" * 100_000, "line 2: not JSON"),
+        ("a.jsonl", GOOD + '{"input": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 2: not JSON"),
+        ("a.jsonl", '{"input": "a", "target": 1' + "0" * 5000 + "}", "line 1: not JSON"),
+        (
+            "a.jsonl",
+            GOOD + '{"input": "a", "target": "b", "target": "c"}',
+            r"line 2: not JSON \(the key 'target' is there twice\)",
+        ),
+        (
+            "a.jsonl",
+            '{"input": "a", "choices": ["x"], "correct": 0}',
+            "line 1: there is only one choice",
+        ),
+        (
+            "a.jsonl",
+            '{"input": "a", "choices": ["x", " x "], "correct": 0}',
+            "line 1: there is only one choice",
+        ),
+        (
+            "a.jsonl",
+            '{"input": "a", "target": "b", "cluster": []}',
+            r"line 1: cluster is \[\], not",
+        ),
+        (
+            "a.csv",
+            "input,target,input\nx,y,z\n",
+            r"a\.csv, line 1: the column 'input' is there twi",
+        ),
+        (
+            "a.csv",
+            'input,target\nsort 3 1 2,"[1, 2, 3]"\n',
+            r"a\.csv, line 2: target is .*a text or a list of answers\?",
+        ),
+        (
+            "a.csv",
+            'input,choices,correct\nhow many,"[1, 2, 3]",1\n',
+            r"a\.csv, line 2: correct is 1, an index or the choice '1'\?",
+        ),
         ("a.txt", "no", r"a\.txt does not end in \.jsonl, \.csv, \.tsv, \.parquet"),
     ],
 )
@@ -251,3 +311,161 @@ def test_adapters_become_one_expert_each(tmp_path: Path) -> None:
         task_specs({**pool, "adapters": ["owner/name"]})
     with pytest.raises(PhatgooseError, match="two adapters have the same name"):
         task_specs({**pool, "adapters": [folders[0], str(tmp_path / "b" / ".." / "a")]})
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv"])
+def test_lists_of_numbers_mean_the_same_in_every_format(tmp_path: Path, suffix: str) -> None:
+    examples: list[dict[str, Any]] = [
+        {"input": "how many", "choices": [1, 2, 3], "correct": [1]},
+        {"input": "which", "choices": ["a", "b"], "correct": 1},
+        {"input": "these", "choices": [7, 8, 9], "correct": [0, 2]},
+        {"input": "[1, 2]", "choices": [7, 8], "correct": ["8"]},
+        {"input": "same", "choices": [0, 1], "correct": 1},
+    ]
+    found = {r.input: r.targets for r in records(write(tmp_path / f"a{suffix}", examples))}
+    assert found == {
+        "how many ": ["2"],
+        "which ": ["b"],
+        "these ": ["7", "9"],
+        "[1, 2] ": ["8"],
+        "same ": ["1"],  # index and choice agree
+    }
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_none_in_parquet_is_refused(tmp_path: Path, value: float) -> None:
+    pq.write_table(pa.table({"input": ["a", "b"], "target": [1.5, value]}), tmp_path / "a.parquet")
+    with pytest.raises(
+        PhatgooseError, match=r"a\.parquet, row 2: an answer is (nan|inf), not text"
+    ):
+        records(tmp_path / "a.parquet")
+
+
+def test_columns_that_are_there_twice_in_parquet_are_refused(tmp_path: Path) -> None:
+    columns = [pa.array(["a"]), pa.array(["b"]), pa.array(["c"])]
+    pq.write_table(pa.table(columns, ["input", "target", "target"]), tmp_path / "a.parquet")
+    with pytest.raises(PhatgooseError, match="the column 'target' is there twice"):
+        records(tmp_path / "a.parquet")
+
+
+def test_equal_choices_are_equally_right(tmp_path: Path) -> None:
+    examples = [{"input": f"q{i}", "choices": ["x", "y", "x"], "correct": 2} for i in range(3)]
+    spec = TaskSpec("mine", (str(write(tmp_path / "a.jsonl", examples)),), "jsonl", split="all")
+    assert evaluation_table(prepare(spec))["correct"].to_pylist() == [[0, 2]] * 3
+
+
+def test_a_column_joins_examples_into_clusters(tmp_path: Path) -> None:
+    examples = [
+        {**EXAMPLES[1], "input": f"say {w}", "cluster": c}
+        for w, c in zip("abc", (1, 1, "z"), strict=True)
+    ]
+    found = {r.input: r.cluster for r in records(write(tmp_path / "a.jsonl", examples))}
+    assert found == {"say a ": "1", "say b ": "1", "say c ": "z"}
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(st.characters(codec=None), max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
+    ),
+    max_leaves=6,
+)
+KEYS = st.sampled_from(["input", "target", "choices", "correct", "cluster", "other", ""])
+LINES = st.lists(
+    st.dictionaries(KEYS, JSON, max_size=5).map(json.dumps)
+    | JSON.map(json.dumps)
+    | st.text(max_size=30).map(lambda text: text.replace("\ud800", ""))
+    | st.sampled_from([GOOD.strip(), '{"input": "a", "input": "b"}', "[" * 50_000, "\ufeff{}"]),
+    max_size=4,
+)
+
+
+def ends_in_records_or_one_error(path: Path) -> None:
+    """Nothing but PhatgooseError leaves a reader, and it is one line that names the file."""
+    spec, line = TaskSpec("mine", (str(path),), "jsonl"), None
+    try:
+        for _, record in jsonl._records(spec):
+            assert record.targets
+            assert all(target.encode() for target in record.targets)
+            assert record.input.encode()
+            assert not record.choices or len({*record.choices}) > 1
+    except PhatgooseError as error:
+        line = str(error)
+    if line is not None:
+        assert path.name in line
+        assert "\n" not in line
+
+
+@settings(deadline=None, max_examples=300)
+@given(LINES, st.binary(max_size=12))
+def test_any_json_lines_end_in_records_or_one_error(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[str], tail: bytes
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzz.jsonl"
+    path.write_bytes("\n".join(lines).encode(errors="surrogatepass") + b"\n" + tail)
+    ends_in_records_or_one_error(path)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.lists(KEYS, min_size=1, max_size=4),
+    st.lists(st.lists(JSON.map(json.dumps) | st.text(max_size=8), max_size=4), max_size=4),
+    st.sampled_from([",", "\t"]),
+    st.binary(max_size=8),
+)
+def test_any_csv_ends_in_records_or_one_error(
+    tmp_path_factory: pytest.TempPathFactory,
+    header: list[str],
+    rows: list[list[str]],
+    delimiter: str,
+    tail: bytes,
+) -> None:
+    path = tmp_path_factory.getbasetemp() / ("fuzz.csv" if delimiter == "," else "fuzz.tsv")
+    file = io.StringIO()
+    csv.writer(file, delimiter=delimiter).writerows([header, *rows])
+    path.write_bytes(file.getvalue().encode(errors="surrogatepass") + tail)
+    ends_in_records_or_one_error(path)
+
+
+ARROW = st.sampled_from(
+    [
+        (pa.string(), st.text(max_size=5)),
+        (pa.float64(), st.floats()),
+        (pa.int64(), st.integers(-(2**63), 2**63 - 1)),
+        (pa.bool_(), st.booleans()),
+        (pa.binary(), st.binary(max_size=4)),
+        (pa.date32(), st.dates()),
+        (pa.timestamp("us"), st.integers(-(2**63), 2**63 - 1)),
+        (pa.duration("s"), st.integers(-(2**62), 2**62)),
+        (pa.decimal128(9, 2), st.decimals(0, 99, places=2)),
+        (pa.list_(pa.string()), st.lists(st.text(max_size=3) | st.none(), max_size=3)),
+        (pa.list_(pa.float64()), st.lists(st.floats(), max_size=3)),
+        (pa.struct([("a", pa.int64())]), st.fixed_dictionaries({"a": st.integers(0, 9)})),
+        (pa.map_(pa.string(), pa.int64()), st.just([("a", 1)])),
+    ]
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_any_parquet_ends_in_records_or_one_error(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzz.parquet"
+    names = data.draw(st.lists(KEYS, min_size=1, max_size=4))
+    columns = []
+    for _ in names:
+        kind, values = data.draw(ARROW)
+        columns.append(
+            pa.array(data.draw(st.lists(values | st.none(), min_size=2, max_size=2)), kind)
+        )
+    pq.write_table(pa.table(columns, names), path)
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(0, 2))):
+        content[data.draw(st.integers(0, len(content) - 1))] ^= 0xFF
+    path.write_bytes(bytes(content))
+    ends_in_records_or_one_error(path)
