@@ -14,13 +14,20 @@ import math
 import re
 import statistics
 import uuid
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, TaskType
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import (
+    CONFIG_NAME,
+    INCLUDE_LINEAR_LAYERS_SHORTHAND,
+    SAFETENSORS_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+)
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
@@ -63,6 +70,7 @@ _REFUSED = {
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 # Those that change them in a way that PEFT can undo when it saves the adapter.
 _MENDABLE_INITS = ("pissa", "corda", "olora", "lora_ga")
+_NAMED = 5
 _KEY = re.compile(r"(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")
 
 
@@ -89,8 +97,9 @@ def from_peft(folder: str | Path, *, base: Base | None = None, name: str | None 
         name: of the expert; the folder's if None.
 
     Raises:
-        PhatgooseError: there is no adapter, its base cannot be had, it does not fit the base, or it
-            is more than plain LoRA factors on linears.
+        PhatgooseError: there is no adapter, its base cannot be had, it does not fit the base, its
+            factors are not those of the linears that its configuration names, or it is more than
+            plain LoRA factors on linears.
     """
     folder = Path(folder)
     name = validate_name(folder.resolve().name if name is None else name)
@@ -99,6 +108,7 @@ def from_peft(folder: str | Path, *, base: Base | None = None, name: str | None 
     target = _find_base(folder, config) if base is None else base
     for linear, (A_RD, B_OR) in factors.items():
         check_fits(f"adapter {folder}", linear, A_RD, B_OR, target)
+    _check_complete(folder, config, factors, target)
     scales = {linear: _scale(folder, config, linear, A_RD) for linear, (A_RD, _) in factors.items()}
     scale = statistics.mode(scales.values())
     card = Card(
@@ -263,6 +273,27 @@ def _read_factors(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     if not found:
         raise PhatgooseError(f"adapter {folder} holds no factors: save it again")
     return {linear: (letters["A"], letters["B"]) for linear, letters in found.items()}
+
+
+def _check_complete(
+    folder: Path, config: LoraConfig, factors: Container[str], base: Base | _Target
+) -> None:
+    """Compare the factors in the file with the linears that the configuration says were adapted."""
+    targets = config.target_modules
+    if targets is None:
+        return  # PEFT chose them by the kind of model
+    everything = isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+    wanted = {n for n in base.linears if everything or check_target_module_exists(config, n)}
+    missing = [name for name in base.linears if name in wanted and name not in factors]
+    extra = [name for name in base.linears if name not in wanted and name in factors]
+    for names, what in ((missing, "lacks the factors of"), (extra, "also has factors of")):
+        if names:
+            shown = ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+            raise PhatgooseError(
+                f"adapter {folder}: its file {what} {len(names)} linears ({shown}), compared with "
+                "target_modules, exclude_modules and layers_to_transform of its configuration. "
+                "Save it again, or correct these."
+            )
 
 
 def _find_base(folder: Path, config: LoraConfig) -> _Target:

@@ -184,3 +184,62 @@ def test_pissa_is_taken_once_peft_has_made_it_plain(llama: Base, tmp_path: Path)
     expert = from_peft(tmp_path / "plain")
     assert expert.linears[Q["llama"]].lora_A_RD.shape == (8, 32)
     torch.testing.assert_close(merged_logits(llama, expert), expected, rtol=1e-4, atol=1e-4)
+
+
+def without(folder: Path, *linears: str) -> None:
+    """Take the factors of these linears out of an adapter's file."""
+    keys = [f"base_model.model.{n}.lora_{letter}.weight" for n in linears for letter in "AB"]
+    edit_tensors(folder, **dict.fromkeys(keys))
+
+
+def test_factors_that_the_file_lacks_are_named(base: Base, tmp_path: Path) -> None:
+    save_adapter(base, tmp_path / "a")
+    without(tmp_path / "a", *base.linears[1:3])
+    refuse(
+        tmp_path / "a",
+        rf"lacks the factors of 2 linears \({base.linears[1]}, {base.linears[2]}\)",
+        base=base,
+    )
+    without(tmp_path / "a", *base.linears[3:])
+    count = len(base.linears) - 1
+    refuse(tmp_path / "a", rf"lacks the factors of {count} linears \(.*, \.\.\.\)", base=base)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["q_proj", "down_proj"]},
+        {"target_modules": r".*\.(q_proj|down_proj)"},
+        {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]},
+        {
+            "target_modules": ["q_proj", "k_proj"],
+            "layers_to_transform": 0,
+            "layers_pattern": "layers",
+        },
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["v_proj"]},
+    ],
+    ids=["names", "pattern", "layers", "one layer", "all", "excluded"],
+)
+def test_what_peft_adapted_is_what_is_wanted(
+    llama: Base, tmp_path: Path, config: dict[str, Any]
+) -> None:
+    """PEFT saves an adapter; whole it is taken, with one linear less it is refused."""
+    folder = tmp_path / "a"
+    save_adapter(llama, folder, **config)
+    expert = from_peft(folder, name="e", base=llama)
+    last = list(expert.linears)[-1]
+    without(folder, last)
+    refuse(folder, rf"lacks the factors of 1 linears \({last}\)", base=llama)
+
+
+def test_factors_that_the_configuration_does_not_name_are_refused(
+    llama: Base, tmp_path: Path
+) -> None:
+    """PEFT would leave them out."""
+    folder = tmp_path / "a"
+    save_adapter(llama, folder, target_modules=["q_proj", "v_proj"])
+    edit_config(folder, target_modules=["q_proj"])
+    refuse(
+        folder, r"also has factors of 2 linears \(model\.layers\.0\.self_attn\.v_proj", base=llama
+    )
