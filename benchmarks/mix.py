@@ -1,6 +1,6 @@
 """What routing costs: one adapted linear, routed among E experts, over the frozen linear alone.
 
-    python benchmarks/mix.py [--threads 1]
+    python -m benchmarks.mix [--threads 1] [--device cuda]
 
 Prints, for each shape, the frozen linear's time, the floor that the operations set, and the ratio
 (frozen + routed) / frozen of PHATGOOSE's routing with each way of mixing, all in one process:
@@ -30,7 +30,10 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
-    torch.set_num_threads(parser.parse_args().threads)
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.set_default_device(arguments.device)
     print("   in x out     E   K    T   frozen us  floor   loop  grouped  dense  chosen")
     for width, out in ((576, 576), (576, 1536), (2048, 2048)):
         for experts, top_k in ((8, 2), (8, 8), (36, 2), (166, 2)):
@@ -64,6 +67,8 @@ def _line(width: int, out: int, experts: int, top_k: int, tokens: int) -> str:
             MIX._way = decides
             started = time.perf_counter()
             way()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             times[name].append(time.perf_counter() - started)
     MIX._way = chosen
     median = {name: statistics.median(values[1:]) for name, values in times.items()}
