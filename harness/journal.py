@@ -67,6 +67,7 @@ class Answer:
         seconds: time it took.
         routing: per linear, the summed routing weight of each expert, float64 [E].
         routed: per linear, how many tokens were routed.
+        cut: places of the requests whose prompt was cut to the base's positions.
     """
 
     scores: list[list[Score]] = field(default_factory=list)
@@ -75,6 +76,7 @@ class Answer:
     seconds: float = 0.0
     routing: dict[str, Tensor] = field(default_factory=dict)
     routed: dict[str, int] = field(default_factory=dict)
+    cut: list[int] = field(default_factory=list)
 
 
 class Journal:
@@ -139,6 +141,7 @@ def _to_bytes(answer: Answer) -> bytes:
         "seconds": answer.seconds,
         "linears": linears,
         "routed": [answer.routed[linear] for linear in linears],
+        "cut": answer.cut,
     }
     weights = [answer.routing[linear] for linear in linears]
     weights_LE = torch.stack(weights) if weights else torch.zeros(0, 0, dtype=torch.float64)
@@ -157,4 +160,5 @@ def _from_bytes(data: bytes) -> Answer:
         seconds=content["seconds"],
         routing=dict(zip(linears, load(data)["routing"], strict=True)),
         routed=dict(zip(linears, content["routed"], strict=True)),
+        cut=content["cut"],
     )

@@ -21,6 +21,7 @@ from harness.estimate import (
     training_tokens,
 )
 from harness.plan_jobs import check_needs, multitask_job, pool_jobs, with_profiles
+from harness.plan_suites import check_suite
 from harness.registry import Registry
 from harness.results import OVERLAP_FILE, RUN_FILE, read_run
 from harness.storage import Folder
@@ -155,6 +156,8 @@ def make_plan(config: RunConfig, prepare: Callable[[list[TaskSpec]], None] = pre
     data = iter(prepare_all(all_specs, prepare))
     pool = list(itertools.islice(data, len(pool_specs)))
     suites = {name: list(itertools.islice(data, len(specs))) for name, specs in suite_specs.items()}
+    for suite in config.suites:
+        check_suite(base, suite, suites[suite["name"]])
     overlaps = {name: find_overlaps(pool, tasks) for name, tasks in suites.items()}
     for suite in config.suites:
         _check_overlaps(suite, config.overlap.limit, overlaps[suite["name"]])

@@ -2,14 +2,15 @@
 
     <cache>/tokens/<key>.arrow    columns context, target: lists of int32; a row per example
 
-The key is the hash of the examples, the tokenizer, and the lengths they are cut to.
+The key is the hash of the examples, the tokenizer, and the lengths they are cut to: the recipe's
+and the base's.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from typing import overload
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, overload
 
 import pyarrow as pa
 
@@ -18,12 +19,13 @@ from harness.tasks.records import Split
 from harness.tasks.store import read_batches
 from phatgoose.base import Base
 from phatgoose.cache import cache_dir
-from phatgoose.encoding import encode_pairs
+from phatgoose.errors import PhatgooseError
 from phatgoose.recipe import Recipe
 from phatgoose.scoring import Question
+from phatgoose.tokenization import encode_pairs, max_length
 
 # Raise it whenever the same examples give other tokens than before.
-_VERSION = 1
+_VERSION = 2
 _SCHEMA = pa.schema([(name, pa.list_(pa.int32())) for name in ("context", "target")])
 
 
@@ -66,9 +68,13 @@ def tokenise(
 
     Each counts with its first target, which is the one trained on. The texts are read a few
     thousand at a time, and `beat` is called after each time.
+
+    Raises:
+        PhatgooseError: a target has no token besides the end.
     """
     limits = recipe.max_input_tokens, recipe.max_target_tokens
-    made_from = [_VERSION, data.fingerprint, split, _tokenizer(base), limits]
+    lengths = [*limits, max_length(base)]
+    made_from = [_VERSION, data.fingerprint, split, _tokenizer(base), lengths]
     key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
     path = cache_dir() / "tokens" / f"{key}.arrow"
     if not path.exists():
@@ -89,11 +95,27 @@ def _encoded(
     base: Base, data: TaskData, split: Split, max_input: int | None, max_target: int | None
 ) -> Iterator[pa.RecordBatch]:
     folder = data.train if split == "train" else data.evaluation
-    for batch in read_batches(folder, ["input", "targets"]):
-        pairs = [(row["input"], row["targets"][0]) for row in batch.to_pylist()]
-        encoded = encode_pairs(base, pairs, max_input, max_target)
+    for batch in read_batches(folder, ["document", "input", "targets"]):
+        rows = batch.to_pylist()
+        pairs = [(row["input"], row["targets"][0]) for row in rows]
+        try:
+            encoded = encode_pairs(base, pairs, max_input, max_target)
+        except PhatgooseError as error:
+            raise _named(base, data, rows, error) from error
         columns = [pa.array(ids, pa.list_(pa.int32())) for ids in zip(*encoded, strict=True)]
         yield pa.record_batch(columns, schema=_SCHEMA)
+
+
+def _named(
+    base: Base, data: TaskData, rows: Sequence[Mapping[str, Any]], error: PhatgooseError
+) -> PhatgooseError:
+    """Return the error of a batch with the example that it is about."""
+    for row in rows:
+        try:
+            encode_pairs(base, [(row["input"], row["targets"][0])])
+        except PhatgooseError as own:
+            return PhatgooseError(f"task {data.name}, document {row['document']}: {own}")
+    return error
 
 
 def _tokenizer(base: Base) -> str:

@@ -16,9 +16,9 @@ from harness.tasks import TaskData, TaskSpec
 from harness.tasks.records import Record
 from harness.tasks.store import read_records
 from phatgoose.base import Base
-from phatgoose.encoding import encode_pair
 from phatgoose.errors import PhatgooseError
 from phatgoose.routers import Router, make_router
+from phatgoose.tokenization import encode_pair
 from tests.plain import plain_score
 from tests.tiny import make_experts
 from tests.toy import LocalWorkers, local_actor, members_of, prepare_toys, setting

@@ -12,9 +12,9 @@ from harness.eval_actor import EvalActor
 from harness.journal import Answer, Chunk
 from harness.lm import Ask, ShardedLM
 from phatgoose.base import Base
-from phatgoose.encoding import encode_pair
 from phatgoose.errors import PhatgooseError
 from phatgoose.routers import make_router
+from phatgoose.tokenization import encode_pair
 from tests.plain import plain_score
 from tests.tiny import make_experts
 from tests.toy import local_actor, members_of

@@ -18,6 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from harness.tasks.generation_options import generation_options
 from harness.tasks.records import Record, Split, check_record
 from harness.tasks.sources import hub
 from harness.tasks.sources.hub import HubData
@@ -143,6 +144,8 @@ def _load(name: str, load_opts: str) -> Any:
             f"task {name} of lm-eval asks for {task.OUTPUT_TYPE}, which routed inference does not "
             "offer: leave it out of the suite"
         )
+    if task.OUTPUT_TYPE == "generate_until":
+        generation_options(f"{name} of lm-eval", task.config.generation_kwargs)
     return task
 
 

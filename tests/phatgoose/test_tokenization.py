@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lm_eval.api.model import TemplateLM
 
 from phatgoose.base import Base
-from phatgoose.encoding import encode_context, encode_pair
+from phatgoose.tokenization import encode_context, encode_pair
 from tests.tiny import llama_tokenizer
 
 
