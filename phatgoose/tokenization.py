@@ -166,8 +166,7 @@ def _training_pair(
     """
     context, target = pair
     length = max_length(base)
-    most = length + 1 if base.is_encoder_decoder else length
-    most = most if max_target is None else min(most, max_target)
+    most = length if max_target is None else min(length, max_target)
     if most < 2:
         raise PhatgooseError(
             f"max_target_tokens={max_target}: a target needs a token besides the end. Give at "

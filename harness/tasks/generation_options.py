@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lm_eval.models.utils import normalize_gen_kwargs
-
 from phatgoose.errors import PhatgooseError
 
 _OBEYED = ("until", "do_sample")
@@ -72,6 +70,8 @@ def generation_options(task: str, given: Mapping[str, Any]) -> GenerationOptions
     Raises:
         PhatgooseError: an option that would change greedy decoding, or a value that cannot be.
     """
+    from lm_eval.models.utils import normalize_gen_kwargs  # it takes seconds
+
     options = {key: value for key, value in given.items() if value is not None}
     for key, value in options.items():
         _check(task, key, value)

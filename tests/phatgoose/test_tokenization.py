@@ -6,9 +6,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import resolve_max_length
 
 from phatgoose.base import Base
-from phatgoose.tokenization import encode_context, encode_pair
+from phatgoose.errors import PhatgooseError
+from phatgoose.tokenization import cut_context, encode_context, encode_pair, max_length
 from tests.tiny import llama_tokenizer
 
 
@@ -36,9 +38,10 @@ PAIRS = [
     ("Is the lake deep?  ", "no"),
     ("Answer:\n", "the goose"),
     ("Answer: \n ", "the goose"),
-    ("the goo", "se"),
-    ("the", ""),
     (" leading", " spaces "),
+    ("Is the lake deep?<|end|>", " yes"),
+    ("Is the lake deep?<|end|>\n", "yes<|end|>"),
+    ("Is the lake deep?</s>", "yes"),
 ]
 
 
@@ -55,14 +58,32 @@ def test_a_pair_is_cut_as_lm_eval_cuts_it(
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(context=st.text("the goose?\n ", min_size=1), target=st.text("yes no\n"))
-def test_any_pair_of_a_decoder_is_cut_as_lm_eval_cuts_it(
+@given(context=st.text("the goose?\n ", min_size=1), target=st.text("these goose\n", min_size=1))
+def test_any_pair_of_a_decoder_is_cut_as_lm_eval_cuts_it_or_by_the_rule(
     llama: Base, context: str, target: str
 ) -> None:
-    expected = encode_as_lm_eval(llama, context, target)
+    tokenizer = llama.tokenizer
+    before, after = encode_as_lm_eval(llama, context, target)
+    bare = context.rstrip()
+    moved = context[len(bare) :] + target
+    if tokenizer.encode(bare + moved) != before + after or not after:
+        after = tokenizer.encode(moved)
     context_ids, target_ids = encode_pair(llama, context, target)
-    assert context_ids == (expected[0] or [llama.tokenizer.bos_token_id])
-    assert target_ids == [*expected[1], llama.tokenizer.eos_token_id]
+    assert context_ids == (before or [tokenizer.bos_token_id])
+    assert target_ids == [*after, tokenizer.eos_token_id]
+    assert tokenizer.decode(target_ids[:-1]) == moved
+
+
+def test_a_target_that_joins_its_prompt_is_encoded_on_its_own(
+    llama: Base, t5: Base, starting_llama: Base
+) -> None:
+    goose = llama.tokenizer.encode(" goose")
+    assert len(goose) == 1  # so that " goo" does not begin it
+    for base in (llama, starting_llama, t5):
+        own = base.tokenizer.encode("se", add_special_tokens=False)
+        context_ids, target_ids = encode_pair(base, "the goo", "se")
+        assert context_ids == encode_context(base, "the goo")
+        assert target_ids == [*own, base.tokenizer.eos_token_id]
 
 
 @pytest.mark.parametrize("context", ["", "  "])
@@ -98,6 +119,60 @@ def test_long_contexts_lose_their_end_in_an_encoder_and_their_start_in_a_decoder
     assert encode_context(llama, context, len(whole)) == whole
 
 
+def test_a_context_that_is_cut_keeps_its_start_token(starting_llama: Base) -> None:
+    context = "Question: which bird flies in the flock?"
+    for text in (context, f"<s>{context}"):
+        whole = encode_context(starting_llama, text)
+        start = starting_llama.tokenizer.bos_token_id
+        assert whole.count(start) == 1
+        assert encode_context(starting_llama, text, 4) == [start, *whole[-3:]]
+        assert encode_pair(starting_llama, text, " the goose", 4)[0] == [start, *whole[-3:]]
+        assert cut_context(starting_llama, whole, 4) == [start, *whole[-3:]]
+        assert cut_context(starting_llama, whole, 1) == [start]
+
+
+def test_an_example_for_training_is_cut_to_the_base(llama: Base, t5: Base) -> None:
+    """Its last token is not read, so a row of context and target may be one token longer."""
+    for base in (llama, t5):
+        context, target = "the grey goose " * 9, " the swan swims " * 5
+        whole = encode_pair(base, context, target)
+        assert encode_pair(base, context, target, 10**6) == whole
+        length = len(whole[1]) + 5
+        base.model.config.n_positions = length
+        cut = encode_pair(base, context, target, 10**6)
+        assert cut[1] == whole[1]
+        if base.is_encoder_decoder:
+            assert cut[0] == [*whole[0][: length - 1], whole[0][-1]]
+        else:
+            assert cut[0] == whole[0][-6:]
+        base.model.config.n_positions = 7
+        cut = encode_pair(base, context, target, 10**6)
+        assert cut[1] == [*whole[1][:6], whole[1][-1]]
+        assert len(cut[0]) == (7 if base.is_encoder_decoder else 1)
+        assert encode_pair(base, context, target) == whole  # scoring cuts by itself
+
+
+@pytest.mark.parametrize(
+    ("config", "tokenizer", "length"),
+    [
+        ({"n_positions": 7, "max_position_embeddings": 8, "n_ctx": 9}, 10, 7),
+        ({"max_position_embeddings": 8, "n_ctx": 9}, 10, 8),
+        ({"n_ctx": 9}, 10, 9),
+        ({}, 10, 10),
+        ({}, int(1e30), 2048),
+        ({"text_config": SimpleNamespace(n_ctx=5), "n_positions": 7}, 10, 5),
+    ],
+)
+def test_the_longest_row_is_that_of_lm_eval(
+    llama: Base, config: dict[str, Any], tokenizer: int, length: int
+) -> None:
+    llama.tokenizer.model_max_length = tokenizer
+    model = SimpleNamespace(config=SimpleNamespace(**config))
+    base = dataclasses.replace(llama, model=model)
+    assert max_length(base) == length
+    assert resolve_max_length(model.config, llama.tokenizer) == length
+
+
 def test_long_targets_keep_their_start_and_the_end_of_sequence(base: Base) -> None:
     eos = base.tokenizer.eos_token_id
     _, whole = encode_pair(base, "Answer:", " the grey goose flies")
@@ -106,7 +181,8 @@ def test_long_targets_keep_their_start_and_the_end_of_sequence(base: Base) -> No
         *whole[:2],
         eos,
     ]
-    assert encode_pair(base, "Answer:", " the grey goose flies", max_target=1)[1] == [eos]
+    with pytest.raises(PhatgooseError, match="max_target_tokens=1: a target needs a token besides"):
+        encode_pair(base, "Answer:", " the grey goose flies", max_target=1)
     context_ids, target_ids = encode_pair(base, "Is the lake deep?", " yes", 3, len(whole))
     assert len(context_ids) == 3
     assert target_ids == encode_pair(base, "Is the lake deep?", " yes")[1]
