@@ -134,7 +134,7 @@ def test_a_context_that_is_cut_keeps_its_start_token(starting_llama: Base) -> No
 def test_an_example_for_training_is_cut_to_the_base(llama: Base, t5: Base) -> None:
     """Its last token is not read, so a row of context and target may be one token longer."""
     for base in (llama, t5):
-        context, target = "the grey goose " * 9, " the swan swims " * 5
+        context, target = "the grey goose " * 40, " the swan swims " * 5
         whole = encode_pair(base, context, target)
         assert encode_pair(base, context, target, 10**6) == whole
         length = len(whole[1]) + 5
