@@ -231,7 +231,9 @@ class _Ending:
     def __init__(self, base: Base, stops: Sequence[str], spaces: Sequence[int]) -> None:
         self._tokenizer, self._spaces = base.tokenizer, spaces
         self.stops = [stop for stop in stops if stop]
-        special = base.tokenizer.all_special_tokens
+        # More than `all_special_tokens`, which are those that have a role.
+        added = base.tokenizer.added_tokens_decoder.values()
+        special = {token.content for token in added if token.special}
         self._special = [stop for stop in self.stops if any(name in stop for name in special)]
         own = base.model.generation_config.eos_token_id
         others = own if isinstance(own, list) else [own]
