@@ -71,7 +71,8 @@ def _tokens_per_example(base: Base, data: TaskData, recipe: Recipe) -> float:
         return 0.0
     pairs = [(record.input, record.targets[0]) for record in records]
     limits = recipe.max_input_tokens, recipe.max_target_tokens
-    encoded = encode_pairs(base, pairs, *limits)
+    names = [f"task {data.name}, document {record.document}" for record in records]
+    encoded = encode_pairs(base, pairs, *limits, names=names)
     return statistics.fmean(len(context) + len(target) for context, target in encoded)
 
 

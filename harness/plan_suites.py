@@ -83,13 +83,14 @@ def _check_answers(base: Base, data: TaskData) -> None:
     """Check that each answer to score has a token, and that the base reads all its tokens."""
     rows = evaluation_table(data).to_pylist()
     answers = {a: row for row in rows for a in row["choices"] or row["targets"][:1]}
-    encoded = encode_pairs(base, [("", answer) for answer in answers])
+    names = [f"document {row['document']}" for row in answers.values()]
+    encoded = encode_pairs(base, [("", answer) for answer in answers], names=names)
     room = max_length(base)
     for (answer, row), (_, ids) in zip(answers.items(), encoded, strict=True):
         if len(ids) - 1 > room:
             raise PhatgooseError(
                 f"document {row['document']}: the answer {answer[:40]!r}... has {len(ids) - 1} "
-                f"tokens, and base {base.name} reads {room}. Leave the document out."
+                f"tokens, and base {base.name} reads {room}. Leave the task out."
             )
 
 

@@ -103,8 +103,12 @@ def encode_pairs(
     pairs: Sequence[tuple[str, str]],
     max_context: int | None = None,
     max_target: int | None = None,
+    names: Sequence[str] = (),
 ) -> list[tuple[list[int], list[int]]]:
-    """Return `encode_pair` of many pairs at once, which tokenizers do in parallel."""
+    """Return `encode_pair` of many pairs at once, which tokenizers do in parallel.
+
+    `names` are what errors call the pairs.
+    """
     # 1. Move white space to the target.
     stripped = [context.rstrip() for context, _ in pairs]
     targets = [
@@ -124,10 +128,11 @@ def encode_pairs(
     own = _encode_bare(base, [targets[place] for place in alone])
     for place, ids in zip(alone, own, strict=True):
         if not ids:
+            name = f"{names[place]}: " if names else ""
             raise PhatgooseError(
-                f"target={targets[place]!r}: the tokenizer of base {base.name} makes no token of "
-                f"it (after a prompt that ends with {stripped[place][-40:]!r}). Give the target a "
-                "text or leave the example out."
+                f"{name}target={targets[place]!r}: the tokenizer of base {base.name} makes no token "
+                f"of it (after a prompt that ends with {stripped[place][-40:]!r}). Give the target "
+                "a text or leave the example out."
             )
         found[place] = ids
     # 3. A target after no prompt may bring the start token itself.

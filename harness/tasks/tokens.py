@@ -9,8 +9,8 @@ and the base's.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, overload
+from collections.abc import Callable, Iterator, Sequence
+from typing import overload
 
 import pyarrow as pa
 
@@ -19,7 +19,6 @@ from harness.tasks.records import Split
 from harness.tasks.store import read_batches
 from phatgoose.base import Base
 from phatgoose.cache import cache_dir
-from phatgoose.errors import PhatgooseError
 from phatgoose.recipe import Recipe
 from phatgoose.scoring import Question
 from phatgoose.tokenization import encode_pairs, max_length
@@ -98,24 +97,10 @@ def _encoded(
     for batch in read_batches(folder, ["document", "input", "targets"]):
         rows = batch.to_pylist()
         pairs = [(row["input"], row["targets"][0]) for row in rows]
-        try:
-            encoded = encode_pairs(base, pairs, max_input, max_target)
-        except PhatgooseError as error:
-            raise _named(base, data, rows, error) from error
+        names = [f"task {data.name}, document {row['document']}" for row in rows]
+        encoded = encode_pairs(base, pairs, max_input, max_target, names)
         columns = [pa.array(ids, pa.list_(pa.int32())) for ids in zip(*encoded, strict=True)]
         yield pa.record_batch(columns, schema=_SCHEMA)
-
-
-def _named(
-    base: Base, data: TaskData, rows: Sequence[Mapping[str, Any]], error: PhatgooseError
-) -> PhatgooseError:
-    """Return the error of a batch with the example that it is about."""
-    for row in rows:
-        try:
-            encode_pairs(base, [(row["input"], row["targets"][0])])
-        except PhatgooseError as own:
-            return PhatgooseError(f"task {data.name}, document {row['document']}: {own}")
-    return error
 
 
 def _tokenizer(base: Base) -> str:

@@ -173,6 +173,23 @@ def test_rows_say_what_they_are_of(run: Run, workers: LocalWorkers) -> None:
         assert row["seconds"] > 0
 
 
+def test_documents_whose_prompt_is_cut_are_counted(
+    run: Run, workers: LocalWorkers, llama: Base, tasks: list[TaskData]
+) -> None:
+    """The last token of a choice is read by nothing, so a row may be longer by one."""
+    known, needed = documents(tasks[0]), []
+    for document in sorted(known)[:9]:  # those that are asked
+        pairs = [encode_pair(llama, known[document].input, c) for c in known[document].choices]
+        needed.append(max(len(context) + len(choice) - 2 for context, choice in pairs))
+    room = max(needed) - 1
+    llama.model.config.max_position_embeddings = room
+    rows = run.evaluation(workers).run("base", make_router("base"))
+    cut = [length > room for length in needed]
+    counts = {row["task"]: row["cut"] for row in rows}
+    assert counts == {"swans": sum(cut), "sums": 0}
+    assert 0 < sum(cut) < len(cut)
+
+
 def test_routing_is_recorded_for_routers_that_choose(
     run: Run, workers: LocalWorkers, llama: Base
 ) -> None:
