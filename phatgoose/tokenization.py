@@ -130,9 +130,9 @@ def encode_pairs(
         if not ids:
             name = f"{names[place]}: " if names else ""
             raise PhatgooseError(
-                f"{name}target={targets[place]!r}: the tokenizer of base {base.name} makes no token "
-                f"of it (after a prompt that ends with {stripped[place][-40:]!r}). Give the target "
-                "a text or leave the example out."
+                f"{name}target={targets[place]!r}: the tokenizer of base {base.name} makes no "
+                f"token of it (after a prompt that ends with {stripped[place][-40:]!r}). Give the "
+                "target a text or leave the example out."
             )
         found[place] = ids
     # 3. A target after no prompt may bring the start token itself.
