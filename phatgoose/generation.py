@@ -249,12 +249,12 @@ class _Ending:
         ids = ids[:-1] if ids and ids[-1] in self.tokens else ids
         rest = ""
         for stop in self._special:  # these are not in the text any more
-            whole = self._decode(ids)
-            before, found, _ = whole.partition(stop)
-            if found:
-                while len(self._decode(ids)) > len(before):
+            raw = self._decode(ids)
+            at = raw.find(stop, len(raw) - len(self._own(row, raw)))
+            if at >= 0:
+                while len(self._decode(ids)) > at:
                     ids = ids[:-1]
-                rest = before[len(self._decode(ids)) :]  # the beginning of a token
+                rest = raw[len(self._decode(ids)) : at]  # the beginning of a token
         text = self._own(row, self._decode(ids, special=False) + rest)
         # As lm-evaluation-harness, one after the other; the end may be written in letters.
         for stop in [*self.stops, self._tokenizer.eos_token]:

@@ -101,6 +101,7 @@ def test_any_text_ends_where_lm_eval_ends_it(llama: Base, text: str, stops: list
         (" goose flies", 0, [" "], ""),
         (" goose", 1, [" goose"], "goose"),
         ("\n goose", 1, ["\n"], ""),
+        (" <s>goose <s>flies", 1, [" <s>"], "goose"),
     ],
 )
 def test_the_spaces_of_a_prompt_belong_to_no_text_and_no_stop_string(
