@@ -10,7 +10,13 @@ from lm_eval.models.utils import resolve_max_length
 
 from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
-from phatgoose.tokenization import cut_context, encode_context, encode_pair, max_length
+from phatgoose.tokenization import (
+    cut_context,
+    encode_context,
+    encode_pair,
+    max_length,
+    spaces_moved,
+)
 from tests.tiny import llama_tokenizer
 
 
@@ -93,6 +99,29 @@ def test_an_empty_context_is_the_start_token_once(starting_llama: Base, context:
     assert context_ids == encode_context(starting_llama, context) == [tokenizer.bos_token_id]
     text = tokenizer.encode(context + "the goose", add_special_tokens=False)
     assert target_ids == [*text, tokenizer.eos_token_id]
+
+
+def test_a_target_may_bring_the_start_token_where_there_is_no_context(
+    llama: Base, t5: Base
+) -> None:
+    """As in lm-eval; a T5-like base has none, and keeps what is written."""
+    end, a = llama.tokenizer.encode("<|end|>a")
+    assert encode_pair(llama, "", "<|end|>a") == ([end], [a, end])
+    assert encode_pair(llama, "", "<|end|><|end|>a") == ([end], [end, a, end])
+    assert encode_pair(llama, "the", "<|end|>a")[1] == [end, a, end]
+    end = t5.tokenizer.eos_token_id
+    written = t5.tokenizer.encode("</s>a", add_special_tokens=False)
+    assert written[0] == end
+    assert encode_pair(t5, "", "</s>a") == ([end], [*written, end])
+
+
+def test_only_spaces_leave_a_prompt_to_generate_from(base: Base) -> None:
+    ids = base.tokenizer.encode("Is the lake deep?\n")
+    assert encode_context(base, "Is the lake deep?\n  ") == ids
+    assert ids != base.tokenizer.encode("Is the lake deep?")
+    assert [spaces_moved(text) for text in ("a\n  ", "a ", "a", " a", " ", "a \n")] == [
+        *(2, 1, 0, 0, 1, 0)
+    ]
 
 
 def test_an_empty_context_without_start_token(llama: Base, t5: Base) -> None:
