@@ -178,6 +178,7 @@ def test_an_example_for_training_is_cut_to_the_base(llama: Base, t5: Base) -> No
         cut = encode_pair(base, context, target, 10**6)
         assert cut[1] == [*whole[1][:6], whole[1][-1]]
         assert len(cut[0]) == (7 if base.is_encoder_decoder else 1)
+        assert encode_pair(base, context, target, 10**6, 10**6) == cut
         assert encode_pair(base, context, target) == whole  # scoring cuts by itself
 
 
