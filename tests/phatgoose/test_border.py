@@ -19,7 +19,7 @@ from phatgoose.errors import PhatgooseError
 from phatgoose.generation import generate
 from phatgoose.scoring import Question, score
 from phatgoose.tokenization import encode_context, encode_pair
-from tests.plain import plain_score
+from tests.plain import plain_generate, plain_score
 from tests.tiny import llama_tokenizer, t5_tokenizer, with_tokenizer
 
 # The user's cache, looked up on import: the tests have one of their own.
@@ -301,6 +301,12 @@ def test_the_end_of_a_row_that_is_full_is_scored_within_the_positions(llama: Bas
         expected = plain_score(llama, row, target[-1:])
         assert found.eos_loglikelihood == pytest.approx(expected.eos_loglikelihood, abs=1e-4)
         assert found.ends_greedy == expected.ends_greedy
+    end = llama.tokenizer.eos_token_id
+    greedy = plain_generate(llama, question.context[-(41 - 3) :], 3)
+    assert end not in greedy
+    ((found,),) = score(llama, [Question(question.context, [[*greedy, end]])])
+    assert found.is_greedy
+    assert not found.ends_greedy
     (target,) = question.choices[:1]
     llama.model.config.max_position_embeddings = len(question.context) + len(target) - 1
     one = Question(question.context, [target])
@@ -330,9 +336,32 @@ def test_a_prompt_to_generate_from_is_cut_as_lm_eval_cuts_it(kind: Base) -> None
     assert whole != [""] or len(kind.tokenizer) < 100  # most ids of that base are no words of it
 
 
+def test_the_longest_choice_says_how_much_context_an_example_keeps(llama: Base) -> None:
+    """With a recipe's lengths the choices share one context, as an expert's profile reads it."""
+    llama.model.config.max_position_embeddings = 40
+    context, choices = texts(llama)
+    question = Question.encode(llama, context, choices, 10**6, 10**6)
+    longest = max(len(choice) for choice in question.choices)
+    assert len(question.choices[0]) < longest
+    assert question.context == encode_context(llama, context)[-(40 - longest + 1) :]
+    assert question.parts(llama) == [question]
+
+
+def test_an_encoders_input_is_cut_beyond_its_length(t5: Base) -> None:
+    question = Question.encode(t5, "the grey goose flies over the lake", [" yes"])
+    t5.model.config.n_positions = len(question.context)
+    assert not question.is_cut(t5)
+    assert question.parts(t5) == [question]
+    t5.model.config.n_positions -= 1
+    assert question.is_cut(t5)
+    assert question.parts(t5)[0].context == question.context[1:]
+
+
 def test_a_choice_that_is_too_long_alone_is_refused(kind: Base) -> None:
-    kind.model.config.n_positions = 8
     question = Question.encode(kind, "the", [" lake" * 20])
+    kind.model.config.n_positions = len(question.choices[0]) - 1
+    score(kind, [question])
+    kind.model.config.n_positions = 8
     with pytest.raises(PhatgooseError, match="reads 8 at most"):
         score(kind, [question])
 

@@ -160,6 +160,15 @@ def test_a_context_that_is_cut_keeps_its_start_token(starting_llama: Base) -> No
         assert cut_context(starting_llama, whole, 1) == [start]
 
 
+def test_a_start_token_that_only_the_text_brings_stays_too(llama: Base) -> None:
+    whole = encode_context(llama, "<|end|>the goose flies")
+    start = llama.tokenizer.bos_token_id
+    assert whole[0] == start
+    assert cut_context(llama, whole, 3) == [start, *whole[-2:]]
+    later = encode_context(llama, "the<|end|> goose flies")
+    assert cut_context(llama, later, 3) == later[-3:]
+
+
 def test_an_example_for_training_is_cut_to_the_base(llama: Base, t5: Base) -> None:
     """Its last token is not read, so a row of context and target may be one token longer."""
     for base in (llama, t5):
