@@ -182,6 +182,11 @@ def test_options_of_lm_evals_tasks_are_refused_while_planning(
     assert not (tmp_path / "run").exists()
 
 
+def test_the_check_of_tasks_says_which_options_are_refused(own_task: Any) -> None:
+    (spec,) = task_specs(own_task(generation_kwargs={"until": ["\n"], "num_beams": 4}))
+    assert "generation_kwargs.num_beams=4" in str(lm_eval.missing(spec))
+
+
 def test_every_way_to_say_a_limit_and_every_stop_string_is_planned(
     llama: Base, own_task: Any
 ) -> None:
