@@ -119,6 +119,21 @@ def test_a_row_ends_by_itself(llama: Base) -> None:
     assert len(steps) == len(rows[2])
 
 
+def test_padding_behind_the_end_of_a_row_is_no_text(
+    llama: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is no special token, which decoding would leave out."""
+    (z,) = ids_of(llama, "z")
+    monkeypatch.setattr(type(llama.tokenizer), "pad_token_id", z, raising=False)
+    rows = [ids_of(llama, text) for text in ("a\n", "the goose flies<|end|>", "b<|end|>")]
+    contexts = [ids_of(llama, prompt) for prompt in PROMPTS]
+    with writing(llama, *rows):
+        texts = generate(llama, contexts, 30, stops=["\n", "z"])
+    assert texts == ["a", "the goose flies", "b"]
+    with writing(llama, *rows):
+        assert generate(llama, contexts, 30)[2] == "b"
+
+
 def test_a_routed_model_writes_no_space_of_a_prompt_again(base: Base) -> None:
     routed = RoutedModel(base, Pool.from_experts(make_experts(base, 2)))
     whole = routed.generate(PROMPTS, 8)
@@ -176,3 +191,13 @@ def test_a_question_that_is_too_long_is_not_answered_in_one_pass(base: Base) -> 
     assert not fits(base, question, 8)
     with pytest.raises(PhatgooseError, match="too long for the base"):
         answer(base, [question], 8)
+
+
+def test_an_answer_that_needs_more_room_than_is_generated_does_not_fit(llama: Base) -> None:
+    question = Question.encode(llama, "the goose flies", [" over the lake"])
+    answer_tokens = len(question.choices[0]) - 1
+    llama.model.config.max_position_embeddings = len(question.context) + answer_tokens
+    assert fits(llama, question, 1)
+    llama.model.config.max_position_embeddings -= 1
+    assert answer_tokens > 2
+    assert not fits(llama, question, 1)
