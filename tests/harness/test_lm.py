@@ -328,3 +328,30 @@ def test_a_query_router_answers_for_what_is_left_of_a_prompt(base: Base) -> None
     ]
     assert [value for value, _ in found[2:]] == pytest.approx([v for v, _ in alone], abs=1e-4)
     assert lm.cut == {("choices", 0)}
+
+
+def test_a_prompt_that_is_cut_only_for_its_answer_is_counted(llama: Base) -> None:
+    right = {"generation": [" the grey goose flies over"]}
+    context, target = encode_pair(llama, LONG, right["generation"][0])
+    assert len(target) > 4
+    llama.model.config.max_position_embeddings = len(context) + 1
+    lm = ShardedLM(ask(pool_actor(llama), "base"), 10**6, right)
+    lm.generate_until(generation_requests([LONG], max_gen_toks=1))
+    assert lm.cut == {("generation", 0)}
+
+
+def test_no_pass_of_any_router_reads_more_than_the_base_has_positions(base: Base) -> None:
+    base.model.config.n_positions = 64
+    longest = 0
+
+    def measure(_: Any, __: Any, kwargs: dict[str, Any]) -> None:
+        nonlocal longest
+        longest = max(longest, kwargs["input_ids"].shape[1])
+
+    inner = base.model.get_encoder() if base.is_encoder_decoder else base.model.base_model
+    inner.register_forward_pre_hook(measure, with_kwargs=True)
+    lm = ShardedLM(ask(pool_actor(base), "logo"), 10**6)  # it probes the base before each batch
+    lm.generate_until(generation_requests([LONG], max_gen_toks=4))
+    assert 32 < longest <= 64
+    lm.loglikelihood([Instance("loglikelihood", {}, (LONG, " yes"), 0, ("choices", 0, 1))])
+    assert longest == 64
