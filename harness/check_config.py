@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.config import MULTITASK, OF_POOL, OF_POOL_TOO, STAGES, RunConfig
+from harness.config import MULTITASK, OF_POOL, OF_POOL_TOO, STAGES, TOO_LONG, RunConfig
 from harness.multitask import Multitask
 from phatgoose.errors import PhatgooseError
 from phatgoose.routers import all_needs
@@ -33,9 +33,12 @@ def check_values(config: RunConfig) -> None:
             raise PhatgooseError(f"{key}.name={name}: use letters, digits, _, . and -")
         if not isinstance(tasks, dict):
             raise PhatgooseError(f"{key}.tasks={tasks}: name tasks as `name: {{members: [...]}}`")
-    for key in ("limit", "split", "max_new_tokens"):
+    for key in ("limit", "split", "max_new_tokens", "too_long"):
         if key in config.pool:
             raise PhatgooseError(f"pool.{key}: it says how to evaluate, and belongs to a suite")
+    for suite in config.suites:
+        too_long = str(suite.get("too_long", TOO_LONG[0]))
+        known(too_long, TOO_LONG, f"suite.too_long={too_long}: no such choice")
     names = [suite["name"] for suite in config.suites]
     if len({*names}) < len(names):
         raise PhatgooseError(f"suite=[{', '.join(names)}]: each needs a name of its own")

@@ -61,6 +61,7 @@ class Answer:
         seconds: time it took.
         routing: per linear, the summed routing weight of each expert, float64 [E].
         routed: per linear, how many tokens were routed.
+        cut: places of the requests whose prompt was cut to the base's positions.
     """
 
     scores: list[list[Score]] = field(default_factory=list)
@@ -69,6 +70,7 @@ class Answer:
     seconds: float = 0.0
     routing: dict[str, Tensor] = field(default_factory=dict)
     routed: dict[str, int] = field(default_factory=dict)
+    cut: list[int] = field(default_factory=list)
 
 
 def cut(

@@ -18,7 +18,9 @@ MULTITASK = "multitask"
 # Entries of `router` that stand for single experts.
 _OF_SINGLES = ("single", *DERIVED)
 # Keys of a suite that takes the pool's tasks, and what else it may say of them.
-OF_POOL = ("name", "of_pool")
+OF_POOL = ("name", "of_pool", "too_long")
+# What to do with a prompt that is longer than the base's positions: `suite.too_long`.
+TOO_LONG = ("cut", "refuse")
 OF_POOL_TOO = ("limit", "max_new_tokens", "metric", "style")
 
 

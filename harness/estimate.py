@@ -13,8 +13,8 @@ from harness.tasks.lm_eval_tasks import evaluation_table
 from harness.tasks.store import read_records
 from harness.train_actor import TrainJob
 from phatgoose.base import Base
-from phatgoose.encoding import encode_pairs
 from phatgoose.recipe import Recipe
+from phatgoose.tokenization import encode_pairs
 
 # Of what a processor does in a large product, what short texts get.
 _EFFICIENCY = 0.5
@@ -71,7 +71,8 @@ def _tokens_per_example(base: Base, data: TaskData, recipe: Recipe) -> float:
         return 0.0
     pairs = [(record.input, record.targets[0]) for record in records]
     limits = recipe.max_input_tokens, recipe.max_target_tokens
-    encoded = encode_pairs(base, pairs, *limits)
+    names = [f"task {data.name}, document {record.document}" for record in records]
+    encoded = encode_pairs(base, pairs, *limits, names=names)
     return statistics.fmean(len(context) + len(target) for context, target in encoded)
 
 

@@ -151,6 +151,7 @@ class Evaluation:
                 "side_information": side_information(router),
                 "documents": asked.fingerprint,
                 "n": len(documents),
+                "cut": sum(task == full_name for task, _ in lm.cut),
                 "seconds": lm.usage[full_name].seconds,
                 "tokens": lm.usage[full_name].tokens,
                 "expert": None,

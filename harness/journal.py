@@ -61,6 +61,7 @@ def _to_bytes(answer: Answer) -> bytes:
         "seconds": answer.seconds,
         "linears": linears,
         "routed": [answer.routed[linear] for linear in linears],
+        "cut": answer.cut,
     }
     weights = [answer.routing[linear] for linear in linears]
     weights_LE = torch.stack(weights) if weights else torch.zeros(0, 0, dtype=torch.float64)
@@ -90,4 +91,5 @@ def _from_bytes(data: bytes) -> Answer:
         seconds=content["seconds"],
         routing=dict(zip(linears, weights_LE, strict=True)),
         routed=dict(zip(linears, content["routed"], strict=True)),
+        cut=content["cut"],
     )

@@ -11,6 +11,7 @@ from lm_eval.api.model import LM
 from torch import Tensor
 
 from harness.chunks import Answer, Chunk, Request, cut
+from harness.tasks.generation_options import generation_options
 from phatgoose.errors import PhatgooseError
 from phatgoose.scoring import Score
 
@@ -55,6 +56,7 @@ class ShardedLM(LM):
         self._characters = chunk_characters
         self.scores: dict[tuple[str, int], list[Score]] = {}
         self.usage: dict[str, Usage] = {}
+        self.cut: set[tuple[str, int]] = set()  # documents with a prompt that was cut
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Summed log-likelihood, end-of-sequence left out, and whether greedy decoding gives it.
@@ -73,9 +75,12 @@ class ShardedLM(LM):
             shown = len(choices) > 1
             questions.append((task, Request(context, choices, choices_shown=shown)))
         found: list[Score | None] = [None] * len(requests)
-        for places, scores in zip(groups.values(), self._scores(questions), strict=True):
-            for place, score in zip(places, scores, strict=True):
+        answers = self._answers("score", questions)
+        for (group, places), (answer, i) in zip(groups.items(), answers, strict=True):
+            for place, score in zip(places, answer.scores[i], strict=True):
                 found[place] = score
+            if i in answer.cut:
+                self.cut.add(group[:2])
         results = []
         for instance, known in zip(requests, found, strict=True):
             assert known is not None
@@ -90,23 +95,23 @@ class ShardedLM(LM):
         """
         questions = []
         for instance in requests:
-            context, options = instance.args
-            if options.get("do_sample") or options.get("temperature"):
-                raise PhatgooseError(f"task {instance.task_name} samples: only greedy is supported")
-            until = options.get("until") or ()
-            stops = (until,) if isinstance(until, str) else tuple(until)
-            limit = int(options.get("max_gen_toks", 256))
+            context, given = instance.args
+            options = generation_options(str(instance.task_name), given)
             task, document = _origin(instance)
             right = (self._right[task][document],) if task in self._right else ()
-            request = Request(context, right, limit, stops, choices_shown=False)
+            request = Request(
+                context, right, options.max_new_tokens, options.until, choices_shown=False
+            )
             questions.append((task, request))
         texts = []
         for instance, (answer, i) in zip(
             requests, self._answers("generate", questions), strict=True
         ):
             texts.append(answer.texts[i])
-            if answer.scores:
+            if answer.scores[i]:
                 self.scores[_origin(instance)] = answer.scores[i]
+            if i in answer.cut:
+                self.cut.add(_origin(instance))
         return texts
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
@@ -115,9 +120,6 @@ class ShardedLM(LM):
             f"task {requests[0].task_name} asks for rolling log-likelihoods, which routed "
             "inference does not offer: leave it out of the suite"
         )
-
-    def _scores(self, questions: Sequence[tuple[str, Request]]) -> list[list[Score]]:
-        return [answer.scores[i] for answer, i in self._answers("score", questions)]
 
     def _answers(
         self, kind: Any, questions: Sequence[tuple[str, Request]]

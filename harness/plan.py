@@ -22,6 +22,7 @@ from harness.estimate import (
     training_tokens,
 )
 from harness.plan_jobs import check_code, check_needs, multitask_job, pool_jobs, with_profiles
+from harness.plan_suites import check_lengths, check_suite
 from harness.registry import Registry
 from harness.requests import SuiteRequests
 from harness.results import OVERLAP_FILE, RUN_FILE, read_run
@@ -168,6 +169,8 @@ def make_plan(
     data = iter(prepare_all(all_specs, prepare))
     pool = list(itertools.islice(data, len(pool_specs)))
     suites = {name: list(itertools.islice(data, len(specs))) for name, specs in suite_specs.items()}
+    for suite in config.suites:
+        check_suite(base, suite, suites[suite["name"]])
     overlaps = {name: find_overlaps(pool, tasks) for name, tasks in suites.items()}
     for suite in config.suites:
         _check_overlaps(suite, config.overlap.limit, overlaps[suite["name"]])
@@ -190,6 +193,9 @@ def make_plan(
     if evaluates:
         check_needs(routers, jobs, registry, config.train)
         requests = {name: SuiteRequests.build(name, tasks) for name, tasks in suites.items()}
+    for suite in config.suites:
+        if evaluates and suite.get("too_long") == "refuse":
+            check_lengths(base, requests[suite["name"]].chunks(1))
     all_jobs = [*jobs, *([multitask] if multitask else [])]
     finished = {job: record.object for job, record in records.items()}
     tokens = training_tokens(base, all_jobs, pool)

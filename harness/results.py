@@ -108,6 +108,12 @@ SCORES = pa.schema(
             "hash of the requests and the right answers; rows with equal ones can be compared",
         ),
         _column("n", pa.int64(), "number of documents"),
+        _column(
+            "cut",
+            pa.int64(),
+            "number of documents whose prompt was cut to the base's positions",
+            null=_IN_0_1_0,
+        ),
         _column("seconds", pa.float64(), "time the actors spent on this router and task"),
         _column(
             "tokens", pa.int64(), "tokens run through the model, generated ones by their limit"

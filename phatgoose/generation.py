@@ -9,18 +9,21 @@ tokens are predicted, V vocabulary.
                  └─ cut back to the prompt ──► the target's tokens, all at once
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutput
 
 from phatgoose.base import Base
 from phatgoose.batch import Batch
+from phatgoose.errors import PhatgooseError
 from phatgoose.scoring import Question, Score, logits_at, pad_rows, to_scores
+from phatgoose.tokenization import cut_context, prompt_room
 
 
 @torch.inference_mode()
@@ -30,18 +33,28 @@ def generate(
     max_new_tokens: int,
     *,
     stops: Sequence[str] = (),
+    spaces: Sequence[int] = (),
     batch: Batch | None = None,
 ) -> list[str]:
-    """Greedy continuations of a batch of contexts, as text, end-of-sequence left out.
+    """Return greedy continuations of a batch of contexts, as text without special tokens.
 
     Args:
         base: the base, with experts attached or not.
-        contexts: token ids, see `encode_context`.
+        contexts: token ids, see `encode_context`. What is too long loses its beginning.
         max_new_tokens: the most tokens to write for each.
-        stops: a text ends before the first of them that it holds.
+        stops: a text ends before the first of them that it holds. An empty one is left out; one
+            may hold special tokens.
+        spaces: of each context, how many spaces its prompt ends with, see `spaces_moved`. So many
+            that the model writes first belong to the prompt, not to the text.
         batch: told what each pass reads.
+
+    Raises:
+        PhatgooseError: `max_new_tokens` is less than 1 or leaves no room for a prompt.
     """
-    return _write(base, contexts, max_new_tokens, stops, batch or Batch(), counted=True).texts
+    room = prompt_room(base, max_new_tokens)
+    contexts = [cut_context(base, ids, room) for ids in contexts]
+    ending = _Ending(base, stops, spaces or [0] * len(contexts))
+    return _write(base, contexts, max_new_tokens, ending, batch or Batch(), counted=True).texts
 
 
 @torch.inference_mode()
@@ -51,20 +64,27 @@ def answer(
     max_new_tokens: int,
     *,
     stops: Sequence[str] = (),
+    spaces: Sequence[int] = (),
     batch: Batch | None = None,
 ) -> tuple[list[str], list[Score]]:
-    """What `generate` writes after each question's context, and the score of its first choice.
+    """Return what `generate` writes after each question's context, and its first choice's score.
 
     The contexts are read once for both. What is routed is counted for the context and the choice,
     as in scoring, and not for what is written.
 
     Args:
-        base, max_new_tokens, stops, batch: as for `generate`.
+        base, max_new_tokens, stops, spaces, batch: as for `generate`.
         questions: the batch; a context must be what `encode_context` gives.
+
+    Raises:
+        PhatgooseError: as `generate`, or a question is too long, which `fits` finds out.
     """
+    if not all(fits(base, question, max_new_tokens) for question in questions):
+        raise PhatgooseError("a question is too long for the base. Generate and score it apart.")
     batch = batch or Batch()
     contexts = [question.context for question in questions]
-    written = _write(base, contexts, max_new_tokens, stops, batch, counted=False)
+    ending = _Ending(base, stops, spaces or [0] * len(contexts))
+    written = _write(base, contexts, max_new_tokens, ending, batch, counted=False)
     targets = [question.choices[0] for question in questions]
     rest_PV = _after_the_prompt(base, written, [target[:-1] for target in targets], batch)
     # A target's first token is predicted where its prompt ends.
@@ -76,6 +96,12 @@ def answer(
     first_choices = [Question(q.context, q.choices[:1]) for q in questions]
     scores = to_scores(logits_PV, places, [t for target in targets for t in target], first_choices)
     return written.texts, [score for (score,) in scores]
+
+
+def fits(base: Base, question: Question, max_new_tokens: int) -> bool:
+    """Return whether neither scoring a question nor generating after its context cuts it."""
+    room = prompt_room(base, max_new_tokens)
+    return len(question.context) <= room and question.parts(base) == [question]
 
 
 @dataclass
@@ -93,13 +119,13 @@ def _write(
     base: Base,
     contexts: Sequence[list[int]],
     max_new_tokens: int,
-    stops: Sequence[str],
+    ending: "_Ending",
     batch: Batch,
     *,
     counted: bool,
 ) -> _Written:
     pad, device = base.tokenizer.pad_token_id, base.device
-    # A decoder goes on where its row ends, so its rows are filled up on the left.
+    # A decoder continues where its row ends, so its rows are filled up on the left.
     ids_BL, mask_BL = pad_rows(contexts, pad, left=not base.is_encoder_decoder)
     ids_BL, mask_BL = ids_BL.to(device), mask_BL.to(device)
     prompt: dict[str, Any] = {"input_ids": ids_BL, "attention_mask": mask_BL}
@@ -111,39 +137,51 @@ def _write(
         batch.enter("decoder", torch.ones_like(mask_BL[:, :1], dtype=torch.bool))
     else:
         batch.enter("decoder", mask_BL.bool())
-    ends = _end_tokens(base)
     first: list[Tensor] = []
 
     def keep_first(_: nn.Module, __: Any, output: Any) -> None:
         if not first:
             first.append(output.logits[:, -1])
 
+    stopping = _Stopping(ending, start, batch, counted=counted)
     handle = base.model.register_forward_hook(keep_first)
     try:
-        written = base.model.generate(  # type: ignore[operator]  # a mixin hides its type
-            **prompt,
-            max_new_tokens=max_new_tokens,
-            # Greedy, whatever the base's own generation configuration asks for.
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
-            pad_token_id=pad,
-            eos_token_id=ends,
-            return_dict_in_generate=True,
-            stopping_criteria=StoppingCriteriaList(
-                [_Ends(base, start, ends, stops, batch, counted=counted)]
-            ),
-        )
+        with _greedy(base, ending.tokens, max_new_tokens):
+            written = base.model.generate(  # type: ignore[operator]  # a mixin hides its type
+                **prompt, stopping_criteria=StoppingCriteriaList([stopping])
+            )
     finally:
         handle.remove()
-    texts = base.tokenizer.batch_decode(written.sequences[:, start:], skip_special_tokens=True)
+    rows = written.sequences[:, start:].tolist()
     return _Written(
-        texts=[_before(stops, text) for text in texts],
+        texts=[ending.text(row, ids[: stopping.length(row)]) for row, ids in enumerate(rows)],
         first_BV=first[0],
         cache=written.past_key_values,
         mask_BL=mask_BL,
         encoded=encoded,
     )
+
+
+@contextmanager
+def _greedy(base: Base, ends: list[int], max_new_tokens: int) -> Iterator[None]:
+    """Within it, the base generates greedily, whatever its own configuration says.
+
+    `generate` fills a configuration that is passed to it with the values of the model's own, so the
+    model's own is replaced.
+    """
+    own = base.model.generation_config
+    base.model.generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=base.tokenizer.pad_token_id,
+        eos_token_id=ends,
+        decoder_start_token_id=getattr(base.model.config, "decoder_start_token_id", None),
+        return_dict_in_generate=True,
+    )
+    try:
+        yield
+    finally:
+        base.model.generation_config = own
 
 
 def _after_the_prompt(
@@ -181,50 +219,86 @@ def _after_the_prompt(
     return rest_PV
 
 
-class _Ends(StoppingCriteria):
-    """Ends a row at an end token or a stop string; tells the batch which rows go on.
+class _Ending:
+    """Where generated rows end, and the text of what was written before.
+
+    Args:
+        base: its end tokens are the one that experts are taught, and those it has besides.
+        stops: as for `generate`.
+        spaces: of each row, as for `generate`.
+    """
+
+    def __init__(self, base: Base, stops: Sequence[str], spaces: Sequence[int]) -> None:
+        self._tokenizer, self._spaces = base.tokenizer, spaces
+        self.stops = [stop for stop in stops if stop]
+        # More than `all_special_tokens`, which are those that have a role.
+        added = base.tokenizer.added_tokens_decoder.values()
+        special = {token.content for token in added if token.special}
+        self._special = [stop for stop in self.stops if any(name in stop for name in special)]
+        own = base.model.generation_config.eos_token_id
+        others = own if isinstance(own, list) else [own]
+        self.tokens = sorted({base.tokenizer.eos_token_id, *others} - {None})
+
+    def is_reached(self, row: int, ids: list[int]) -> bool:
+        """Return whether a stop string stands in what a row wrote."""
+        text = self._own(row, self._decode(ids))
+        return any(stop in text for stop in self.stops)
+
+    def text(self, row: int, ids: list[int]) -> str:
+        """Return what a row wrote before its first stop string, without special tokens."""
+        ids = ids[:-1] if ids and ids[-1] in self.tokens else ids
+        rest = ""
+        for stop in self._special:  # these are not in the text any more
+            raw = self._decode(ids)
+            at = raw.find(stop, len(raw) - len(self._own(row, raw)))
+            if at >= 0:
+                while len(self._decode(ids)) > at:
+                    ids = ids[:-1]
+                rest = raw[len(self._decode(ids)) : at]  # the beginning of a token
+        text = self._own(row, self._decode(ids, special=False) + rest)
+        # As lm-evaluation-harness, one after the other; the end may be written in letters.
+        for stop in [*self.stops, self._tokenizer.eos_token]:
+            text = text.split(stop)[0]
+        return text
+
+    def _decode(self, ids: list[int], *, special: bool = True) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=not special))
+
+    def _own(self, row: int, text: str) -> str:
+        """Return a text without the spaces that its prompt ends with."""
+        written = len(text) - len(text.lstrip(" "))
+        return text[min(written, self._spaces[row]) :]
+
+
+class _Stopping(StoppingCriteria):
+    """Ends a row at an end token or a stop string; tells the batch which rows continue.
 
     Where what is written is not to be counted, the batch is told that it is padding.
     """
 
-    def __init__(
-        self,
-        base: Base,
-        start: int,
-        ends: Sequence[int],
-        stops: Sequence[str],
-        batch: Batch,
-        *,
-        counted: bool,
-    ) -> None:
-        self._tokenizer, self._start, self._stops = base.tokenizer, start, stops
-        self._ends, self._batch = torch.tensor(ends, device=base.device), batch
+    def __init__(self, ending: _Ending, start: int, batch: Batch, *, counted: bool) -> None:
+        self._ending, self._start, self._batch = ending, start, batch
         self._counted = counted
         self._done_B: Tensor | None = None
+        self._lengths: dict[int, int] = {}
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        """Which rows have ended, bool [B], after each new token."""
-        done_B = torch.isin(input_ids[:, -1], self._ends)
+        """Return which rows have ended, bool [B], after each new token."""
+        ends = torch.tensor(self._ending.tokens, device=input_ids.device)
+        done_B = torch.isin(input_ids[:, -1], ends)
         if self._done_B is not None:
             done_B |= self._done_B
-        if self._stops:
+        if self._ending.stops:
             for row in (~done_B).nonzero().flatten().tolist():
-                text = self._tokenizer.decode(input_ids[row, self._start :])
-                done_B[row] = any(stop in text for stop in self._stops)
+                ids = input_ids[row, self._start :].tolist()
+                done_B[row] = self._ending.is_reached(row, ids)
+        for row in done_B.nonzero().flatten().tolist():
+            self._lengths.setdefault(row, input_ids.shape[1] - self._start)
         self._done_B = done_B
         counts_B = ~done_B if self._counted else torch.zeros_like(done_B)
         self._batch.enter("decoder", counts_B.unsqueeze(-1))
         return done_B
 
-
-def _before(stops: Sequence[str], text: str) -> str:
-    for stop in stops:
-        text = text.split(stop)[0]
-    return text
-
-
-def _end_tokens(base: Base) -> list[int]:
-    """The end-of-sequence token that experts are taught, and those that the base has besides."""
-    own = base.model.generation_config.eos_token_id
-    others = own if isinstance(own, list) else [own]
-    return sorted({base.tokenizer.eos_token_id, *others} - {None})
+    def length(self, row: int) -> int | None:
+        """Return how many tokens a row has written until its end; None if it has not ended."""
+        return self._lengths.get(row)

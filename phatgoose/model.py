@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from phatgoose.base import Base, last_query_projection
 from phatgoose.batch import Batch
-from phatgoose.encoding import encode_context
 from phatgoose.errors import PhatgooseError
 from phatgoose.gated_lora import find_linear, replace_module
 from phatgoose.generation import answer, generate
@@ -22,7 +21,8 @@ from phatgoose.query import Query
 from phatgoose.routed_linear import RoutedLinear, RoutingLog
 from phatgoose.routers import Merge, QueryRouter, Router, TokenRouter, Wrapper, make_router
 from phatgoose.routers.interface import Probe
-from phatgoose.scoring import Question, Score, pad_rows, score
+from phatgoose.scoring import Question, Score, pad_rows, score, score_parts
+from phatgoose.tokenization import cut_context, encode_context, prompt_room, spaces_moved
 
 LogOrNone = TypeVar("LogOrNone", bound=RoutingLog | None)
 
@@ -109,24 +109,43 @@ class RoutedModel:
 
     def score(self, questions: Sequence[Question]) -> list[list[Score]]:
         """Score every choice of every question in one batch; see `phatgoose.scoring.score`."""
+        return score_parts(self.base, questions, self._score)
+
+    def _score(self, questions: Sequence[Question]) -> list[list[Score]]:
         with self._decided([q.query for q in questions], [q.context for q in questions]):
             return score(self.base, questions, self.batch)
 
     def generate(
         self, prompts: Sequence[Query | str], max_new_tokens: int, *, stops: Sequence[str] = ()
     ) -> list[str]:
-        """Greedy continuations of a batch of prompts; see `phatgoose.generation.generate`."""
+        """Greedy continuations of a batch of prompts; see `phatgoose.generation.generate`.
+
+        A prompt that is too long loses its beginning. Spaces at its end are not written again.
+        """
         queries = [Query(p) if isinstance(p, str) else p for p in prompts]
-        contexts = [encode_context(self.base, query.text) for query in queries]
+        room = prompt_room(self.base, max_new_tokens)
+        contexts = [
+            cut_context(self.base, encode_context(self.base, query.text), room) for query in queries
+        ]
+        spaces = [spaces_moved(query.text) for query in queries]
         with self._decided(queries, contexts):
-            return generate(self.base, contexts, max_new_tokens, stops=stops, batch=self.batch)
+            return generate(
+                self.base, contexts, max_new_tokens, stops=stops, spaces=spaces, batch=self.batch
+            )
 
     def answer(
-        self, questions: Sequence[Question], max_new_tokens: int, *, stops: Sequence[str] = ()
+        self,
+        questions: Sequence[Question],
+        max_new_tokens: int,
+        *,
+        stops: Sequence[str] = (),
+        spaces: Sequence[int] = (),
     ) -> tuple[list[str], list[Score]]:
         """`generate` and `score` over one pass; see `phatgoose.generation.answer`."""
         with self._decided([q.query for q in questions], [q.context for q in questions]):
-            return answer(self.base, questions, max_new_tokens, stops=stops, batch=self.batch)
+            return answer(
+                self.base, questions, max_new_tokens, stops=stops, spaces=spaces, batch=self.batch
+            )
 
     def record(self, log: RoutingLog | None) -> None:
         """Count what is routed into `log` from now on; stop counting if it is None."""

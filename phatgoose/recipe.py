@@ -47,7 +47,7 @@ class Recipe:
         batch_size: sequences per optimiser step.
         micro_batch_size: sequences per forward pass; divides `batch_size`.
         clip: the largest norm of a step's gradient.
-        max_input_tokens: inputs are cut to it.
+        max_input_tokens: inputs are cut to it, and to what the base's positions leave.
         max_target_tokens: targets are cut to it, keeping the end-of-sequence token.
         max_examples: at most so many training examples are used.
         evaluation_examples: examples of the task's evaluation split to report on.
@@ -86,6 +86,11 @@ class Recipe:
                 raise PhatgooseError(
                     f"train.{name} is {getattr(self, name)}: it must be at least 1"
                 )
+        if self.max_target_tokens < 2:
+            raise PhatgooseError(
+                f"train.max_target_tokens={self.max_target_tokens}: a target needs a token besides "
+                "the end. Give at least 2."
+            )
         if self.batch_size % self.micro_batch_size:
             raise PhatgooseError(
                 f"train.micro_batch_size={self.micro_batch_size} does not divide "

@@ -13,18 +13,18 @@ An encoder-decoder base encodes a context once, computes the cross-attention's k
 and copies that cache for each choice.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from phatgoose.base import Base
 from phatgoose.batch import Batch
-from phatgoose.encoding import encode_pair
 from phatgoose.errors import PhatgooseError
 from phatgoose.query import Query
+from phatgoose.tokenization import cut_context, encode_pairs, max_length
 
 _NO_QUERY = Query("")
 # Rows of logits that fit a cache: what is done to many at once goes through memory several times.
@@ -75,19 +75,88 @@ class Question:
         max_target: int | None = None,
         query: Query | None = None,
     ) -> "Question":
-        """Tokenize; lengths are cut as `encode_pair` does.
+        """Tokenize a context and what may follow it, by the rules of `phatgoose.tokenization`.
 
         The query is the context with the choices, unless another one is given: where the only
-        choice is the right answer, routers must not see it.
+        choice is the right answer, routers must not see it. Lengths are those of `encode_pair`;
+        without them nothing is cut here, and scoring cuts what is too long for the base.
         """
-        pairs = [encode_pair(base, context, choice, max_context, max_target) for choice in choices]
+        pairs = [(context, choice) for choice in choices]
+        encoded = encode_pairs(base, pairs, max_context, max_target)
+        # The longest choice leaves the least room for the context.
+        shortest = min((ids for ids, _ in encoded), key=len)
         query = query or Query(context, tuple(choices))
-        return Question(pairs[0][0], [target for _, target in pairs], query)
+        return Question(shortest, [target for _, target in encoded], query)
 
     @property
     def length(self) -> int:
         """Tokens that scoring it reads."""
         return len(self.context) + sum(len(choice) for choice in self.choices)
+
+    def is_cut(self, base: Base) -> bool:
+        """Return whether scoring leaves out a part of the context, which is too long."""
+        if base.is_encoder_decoder:
+            return len(self.context) > max_length(base)
+        longest = max(len(choice) for choice in self.choices) - 1
+        return len(self.context) + longest > max_length(base) + 1
+
+    def parts(self, base: Base) -> list["Question"]:
+        """Return what is scored in its place: itself, or questions that the base has room for.
+
+        A decoder's context is cut for each choice on its own, as lm-evaluation-harness cuts it: the
+        last token of a choice is predicted there and not read. The end behind it takes a position
+        more, so it is scored after a context that is one token shorter.
+
+        Raises:
+            PhatgooseError: a choice alone is too long.
+        """
+        room = max_length(base)
+        longest = max(len(choice) for choice in self.choices) - 1
+        if longest > room:
+            raise PhatgooseError(
+                f"a choice of {longest} tokens: base {base.name} reads {room} at most. Shorten it "
+                "or leave the example out."
+            )
+        if base.is_encoder_decoder:
+            return [replace(self, context=cut_context(base, self.context, room))]
+        if len(self.context) + longest <= room:
+            return [self]
+        parts = []
+        for choice in self.choices:
+            target, end = choice[:-1], choice[-1:]
+            context = cut_context(base, self.context, room + 1 - len(target))
+            parts.append(replace(self, context=context, choices=[target]))
+            row = cut_context(base, [*self.context, *target], room)
+            parts.append(replace(self, context=row, choices=[end]))
+        return parts
+
+
+def score_parts(
+    base: Base,
+    questions: Sequence[Question],
+    ask: Callable[[list[Question]], list[list[Score]]],
+) -> list[list[Score]]:
+    """Score questions of any length with `ask`, which scores those that the base has room for."""
+    parts = [question.parts(base) for question in questions]
+    found = iter(ask([part for several in parts for part in several]))
+    return [_join([next(found) for _ in several]) for several in parts]
+
+
+def _join(parts: list[list[Score]]) -> list[Score]:
+    """Return the scores of a question's choices from those of `Question.parts`."""
+    if len(parts) == 1:
+        return parts[0]
+    return [
+        Score(
+            # The last token of the choice stands where the end does otherwise.
+            loglikelihood=target.loglikelihood + target.eos_loglikelihood,
+            eos_loglikelihood=end.eos_loglikelihood,
+            tokens=target.tokens + 1,
+            is_greedy=target.is_greedy and target.ends_greedy,
+            ends_greedy=end.ends_greedy,
+        )
+        for (target,), (end,) in zip(parts[::2], parts[1::2], strict=True)
+    ]
 
 
 @contextmanager
@@ -125,13 +194,13 @@ def score(
     Raises:
         PhatgooseError: a sequence is longer than the base's sliding window, if it has one.
     """
-    return score_as_is(base, questions, batch)
+    return score_parts(base, questions, lambda parts: score_as_is(base, parts, batch))
 
 
 def score_as_is(
     base: Base, questions: Sequence[Question], batch: Batch | None = None
 ) -> list[list[Score]]:
-    """`score` in the mode that torch is in.
+    """`score` in the mode that torch is in, of questions that the base has room for.
 
     Weights that are gathered in inference mode can never be trained with, so where they are
     gathered as they are needed, `torch.no_grad` has to do.

@@ -23,6 +23,7 @@ from phatgoose.model import RoutedModel
 from phatgoose.query import Query
 from phatgoose.routed_linear import TokenLog
 from phatgoose.scoring import Question
+from phatgoose.tokenization import encode_context, max_length
 
 # Red, green and blue of each colour: far apart, and light enough for black letters on them.
 COLOURS = (
@@ -106,7 +107,7 @@ def token_routes(
         PhatgooseError: no expert adapts this linear, or the router treats all tokens alike.
     """
     _check_linear(model, linear)
-    question = Question.encode(model.base, text, [answer], query=Query(text, task=task))
+    question = _question(model.base, text, answer, Query(text, task=task))
     log = TokenLog(linear=linear)
     with model.recording(log):
         model.score([question])
@@ -118,6 +119,20 @@ def token_routes(
     tokens = _strings(model.base, _ids_read(model.base, question, linear))
     weights_TE = torch.cat(log.routed).tolist()
     return [TokenRoute(t, tuple(w)) for t, w in zip(tokens, weights_TE, strict=True)]
+
+
+def _question(base: Base, text: str, answer: str, query: Query) -> Question:
+    """Return what is read; without an answer, the text alone and its end."""
+    if answer:
+        question = Question.encode(base, text, [answer], query=query)
+    else:
+        question = Question(encode_context(base, text), [[base.tokenizer.eos_token_id]], query)
+    if question.parts(base) != [question]:
+        raise PhatgooseError(
+            f"text of {question.length} tokens: base {base.name} reads {max_length(base)} at most. "
+            "Shorten it."
+        )
+    return question
 
 
 def to_terminal(routes: Sequence[TokenRoute], experts: Sequence[str]) -> str:

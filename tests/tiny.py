@@ -113,8 +113,11 @@ def llama_tokenizer(*, start: bool = False) -> PreTrainedTokenizerFast:
     )
 
 
-def t5_tokenizer() -> PreTrainedTokenizerFast:
-    """Unigram over words and letters as sentencepiece's: a word starts with its space."""
+def t5_tokenizer(*, end: bool = True) -> PreTrainedTokenizerFast:
+    """Unigram over words and letters as sentencepiece's: a word starts with its space.
+
+    `end`: puts </s> last, as T5's does and a decoder's does not.
+    """
     text = " ".join(SENTENCES)
     words = sorted({"▁" + word for word in text.split()})
     letters = sorted(set("▁" + text.replace(" ", "")) - set(words))
@@ -123,9 +126,10 @@ def t5_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.Unigram([*specials, *scores], unk_id=2))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", 1)]
-    )
+    if end:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A </s>", special_tokens=[("</s>", 1)]
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     )

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 # Keys of a pool or suite that are not the defaults of its tasks, whatever their source.
-_OF_THE_GROUP = ("name", "tasks", "lists", "only", "general")
+_OF_THE_GROUP = ("name", "tasks", "lists", "only", "general", "too_long")
 # So many tasks that cannot be had are all reported with the reason.
 _FEW = 4
 _LISTS = Path(__file__).parent / "lists"
@@ -82,6 +82,7 @@ def task_specs(group: Mapping[str, Any]) -> list[TaskSpec]:
             `tasks`: task name -> fields of TaskSpec, in addition or to change a list's;
             `only`: the names of the tasks to take, all if it is left out;
             `general`: of a pool, the expert that some routers treat apart;
+            `too_long`: of a suite, what to do with prompts that the base is too short for;
             keys that a source makes tasks of, such as `files`, see `GROUP_KEYS`;
             any other field of TaskSpec as the default for all its tasks.
 

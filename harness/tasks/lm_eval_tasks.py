@@ -75,7 +75,8 @@ def _equally_right(table: pa.Table) -> pa.Table:
         for choices, right in rows
     ]
     place = table.schema.get_field_index("correct")
-    return table.set_column(place, table.schema.field(place), [correct])
+    field = table.schema.field(place)
+    return table.set_column(place, field, pa.array(correct, field.type))
 
 
 def _all_like(choices: list[str], right: list[int]) -> list[int]:

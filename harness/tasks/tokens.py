@@ -2,8 +2,8 @@
 
     <cache>/tokens/<key>.arrow    columns context, target: lists of int32; a row per example
 
-The key is the hash of the examples, the tokenizer, the lengths they are cut to, and the code that
-makes them.
+The key is the hash of the examples, the tokenizer, the lengths they are cut to (the recipe's and
+the base's), and the code that makes them.
 """
 
 import hashlib
@@ -19,9 +19,9 @@ from harness.tasks.records import Split
 from harness.tasks.store import read_batches
 from phatgoose.base import Base
 from phatgoose.cache import cache_dir
-from phatgoose.encoding import encode_pairs
 from phatgoose.recipe import Recipe
 from phatgoose.scoring import Question
+from phatgoose.tokenization import encode_pairs, max_length
 
 if TYPE_CHECKING:
     from harness.tasks import TaskData
@@ -68,9 +68,14 @@ def tokenise(
 
     Each counts with its first target, which is the one trained on. The texts are read a few
     thousand at a time, and `beat` is called after each time.
+
+    Raises:
+        PhatgooseError: a target has no token besides the end.
     """
     limits = recipe.max_input_tokens, recipe.max_target_tokens
-    made_from = [digest(code_of([__name__])), data.fingerprint, split, _tokenizer(base), limits]
+    lengths = [*limits, max_length(base)]
+    code = digest(code_of([__name__]))
+    made_from = [code, data.fingerprint, split, _tokenizer(base), lengths]
     key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
     path = cache_dir() / "tokens" / f"{key}.arrow"
     if not path.exists():
@@ -91,9 +96,11 @@ def _encoded(
     base: Base, data: "TaskData", split: Split, max_input: int | None, max_target: int | None
 ) -> Iterator[pa.RecordBatch]:
     folder = data.train if split == "train" else data.evaluation
-    for batch in read_batches(folder, ["input", "targets"]):
-        pairs = [(row["input"], row["targets"][0]) for row in batch.to_pylist()]
-        encoded = encode_pairs(base, pairs, max_input, max_target)
+    for batch in read_batches(folder, ["document", "input", "targets"]):
+        rows = batch.to_pylist()
+        pairs = [(row["input"], row["targets"][0]) for row in rows]
+        names = [f"task {data.name}, document {row['document']}" for row in rows]
+        encoded = encode_pairs(base, pairs, max_input, max_target, names)
         columns = [pa.array(ids, pa.list_(pa.int32())) for ids in zip(*encoded, strict=True)]
         yield pa.record_batch(columns, schema=_SCHEMA)
 

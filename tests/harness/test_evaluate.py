@@ -21,9 +21,9 @@ from harness.tasks import TaskData, TaskSpec
 from harness.tasks.records import Record
 from harness.tasks.store import read_records
 from phatgoose.base import Base
-from phatgoose.encoding import encode_pair
 from phatgoose.errors import PhatgooseError
 from phatgoose.routers import Router, make_router
+from phatgoose.tokenization import encode_pair
 from tests.plain import plain_score
 from tests.tiny import make_experts
 from tests.toy import LocalWorkers, local_actor, members_of, prepare_toys, setting
@@ -177,6 +177,23 @@ def test_rows_say_what_they_are_of(run: Run, workers: LocalWorkers) -> None:
         assert row["top_k"] == (2 if row["router"] == "phatgoose" else None)
         assert row["tokens"] > 0
         assert row["seconds"] > 0
+
+
+def test_documents_whose_prompt_is_cut_are_counted(
+    run: Run, workers: LocalWorkers, llama: Base, tasks: list[TaskData]
+) -> None:
+    """The last token of a choice is read by nothing, so a row may be longer by one."""
+    known, needed = documents(tasks[0]), []
+    for document in sorted(known)[:9]:  # those that are asked
+        pairs = [encode_pair(llama, known[document].input, c) for c in known[document].choices]
+        needed.append(max(len(context) + len(choice) - 2 for context, choice in pairs))
+    room = max(needed) - 1
+    llama.model.config.max_position_embeddings = room
+    rows = run.evaluation(workers).run("base", make_router("base"))
+    cut = [length > room for length in needed]
+    counts = {row["task"]: row["cut"] for row in rows}
+    assert counts == {"swans": sum(cut), "sums": 0}
+    assert 0 < sum(cut) < len(cut)
 
 
 def test_routing_is_recorded_for_routers_that_choose(

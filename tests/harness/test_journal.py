@@ -98,6 +98,7 @@ def answer() -> Answer:
             "model.layers.0.up": torch.tensor([1.0, 0.0, 5e8], dtype=torch.float64),
         },
         routed={"model.layers.1.up": 5, "model.layers.0.up": 7},
+        cut=[0, 2],
     )
 
 

@@ -12,10 +12,11 @@ from harness.chunks import Answer, Chunk
 from harness.eval_actor import EvalActor
 from harness.lm import Ask, ShardedLM
 from phatgoose.base import Base
-from phatgoose.encoding import encode_pair
 from phatgoose.errors import PhatgooseError
 from phatgoose.routers import make_router
+from phatgoose.tokenization import encode_pair
 from tests.plain import plain_score
+from tests.scripted import writing
 from tests.tiny import make_experts
 from tests.toy import local_actor, members_of
 
@@ -221,3 +222,136 @@ def test_what_is_not_offered_is_refused(llama: Base) -> None:
     for options in ({"do_sample": True}, {"temperature": 0.7}):
         with pytest.raises(PhatgooseError, match="only greedy"):
             lm.generate_until(generation_requests(CONTEXTS, **options))
+
+
+@pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens", "max_tokens"])
+def test_every_name_of_the_limit_is_obeyed_as_in_lm_eval(
+    llama: Base, reference: HFLM, name: str
+) -> None:
+    lm = ShardedLM(ask(pool_actor(llama), "base"), 100)
+    options = {"until": ["zzz"], name: 3, "do_sample": False}
+    expected = reference.generate_until(generation_requests(CONTEXTS, **options), disable_tqdm=True)
+    assert lm.generate_until(generation_requests(CONTEXTS, **options)) == expected
+    longer = {**options, name: 9}
+    assert lm.generate_until(generation_requests(CONTEXTS, **longer)) != expected
+
+
+def test_an_empty_stop_string_ends_nothing(base: Base) -> None:
+    lm = ShardedLM(ask(pool_actor(base), "base"), 100)
+    whole = lm.generate_until(generation_requests(CONTEXTS, until=[], max_gen_toks=8))
+    for until in ("", [""], None):
+        requests = generation_requests(CONTEXTS, until=until, max_gen_toks=8)
+        assert lm.generate_until(requests) == whole
+    assert any(whole)
+
+
+@pytest.mark.parametrize("right", [{}, {"generation": [" nine"]}], ids=["alone", "scored"])
+def test_a_stop_string_of_a_space_ends_the_second_word(
+    llama: Base, right: dict[str, list[str]]
+) -> None:
+    """The space behind the prompt is the prompt's, as in lm-eval, which leaves it there."""
+    lm = ShardedLM(ask(pool_actor(llama), "base"), 10**6, right)
+    options: dict[str, Any] = {"max_gen_toks": 6, "until": [" "]}
+    with writing(llama, llama.tokenizer.encode(" goose flies")):
+        assert lm.generate_until(generation_requests(["the "], **options)) == ["goose"]
+    with writing(llama, llama.tokenizer.encode(" goose flies")):
+        assert lm.generate_until(generation_requests(["the"], **options)) == [""]
+
+
+def test_requests_of_one_chunk_end_each_in_its_own_way(base: Base) -> None:
+    """They may differ where a task makes its requests itself."""
+    lm = ShardedLM(ask(pool_actor(base), "base"), 10**6)
+    options = [{"max_gen_toks": 2}, {"max_gen_toks": 9}, {"max_gen_toks": 9, "until": "e"}, {}]
+    each = [
+        lm.generate_until(generation_requests([context], **o))
+        for context, o in zip(CONTEXTS, options, strict=True)
+    ]
+    together = [
+        Instance("generate_until", {}, (context, o), 0, ("generation", document, 1))
+        for document, (context, o) in enumerate(zip(CONTEXTS, options, strict=True))
+    ]
+    assert lm.generate_until(together) == [text for (text,) in each]
+
+
+LONG = "the grey goose flies over the lake, and the swan swims. " * 40 + "Is the lake deep?"
+
+
+def test_a_prompt_that_is_too_long_is_cut_as_lm_eval_cuts_it_and_counted(
+    llama: Base, reference: HFLM
+) -> None:
+    assert len(encode_pair(llama, LONG, "x")[0]) > 512
+    lm = ShardedLM(ask(pool_actor(llama), "base"), 10**6)
+    choices = [
+        Instance("loglikelihood", {}, (context, choice), i, ("choices", document, 1))
+        for document, context in enumerate(["the", LONG, "Is the lake deep?"])
+        for i, choice in enumerate((" yes", " it is not deep", " no"))
+    ]
+    expected = reference.loglikelihood(choices, disable_tqdm=True)
+    for (value, greedy), (known, known_greedy) in zip(
+        lm.loglikelihood(choices), expected, strict=True
+    ):
+        assert value == pytest.approx(known, abs=1e-4)
+        assert greedy == known_greedy
+    options = {"until": ["zzz"], "max_gen_toks": 8, "do_sample": False}
+    generation = generation_requests(["the", LONG], **options)
+    written = [reference.generate_until([request], disable_tqdm=True)[0] for request in generation]
+    assert lm.generate_until(generation) == written
+    assert lm.cut == {("choices", 1), ("generation", 1)}
+
+
+def test_the_answer_after_a_prompt_that_is_too_long_is_scored(base: Base) -> None:
+    right = {"generation": [" yes", " yes"]}
+    lm = ShardedLM(ask(pool_actor(base), "phatgoose"), 10**6, right)
+    base.model.config.n_positions = 64
+    lm.generate_until(generation_requests([LONG, "the"], max_gen_toks=4))
+    assert lm.cut == {("generation", 0)}
+    for document, context in enumerate((LONG, "the")):
+        request = Instance("loglikelihood", {}, (context, " yes"), 0, ("alone", document, 1))
+        lm.loglikelihood([request])
+        (expected,) = lm.scores["alone", document]
+        (found,) = lm.scores["generation", document]
+        assert found.mean == pytest.approx(expected.mean, abs=1e-4)
+
+
+def test_a_query_router_answers_for_what_is_left_of_a_prompt(base: Base) -> None:
+    base.model.config.n_positions = 64
+    actor = pool_actor(base)
+    lm = ShardedLM(ask(actor, "logo"), 10**6)
+    requests = [
+        Instance("loglikelihood", {}, (context, choice), i, ("choices", document, 1))
+        for document, context in enumerate([LONG, "the"])
+        for i, choice in enumerate((" yes", " it is not"))
+    ]
+    found = lm.loglikelihood(requests)
+    alone = [
+        ShardedLM(ask(actor, "logo"), 1).loglikelihood([request])[0] for request in requests[2:]
+    ]
+    assert [value for value, _ in found[2:]] == pytest.approx([v for v, _ in alone], abs=1e-4)
+    assert lm.cut == {("choices", 0)}
+
+
+def test_a_prompt_that_is_cut_only_for_its_answer_is_counted(llama: Base) -> None:
+    right = {"generation": [" the grey goose flies over"]}
+    context, target = encode_pair(llama, LONG, right["generation"][0])
+    assert len(target) > 4
+    llama.model.config.max_position_embeddings = len(context) + 1
+    lm = ShardedLM(ask(pool_actor(llama), "base"), 10**6, right)
+    lm.generate_until(generation_requests([LONG], max_gen_toks=1))
+    assert lm.cut == {("generation", 0)}
+
+
+def test_no_pass_of_any_router_reads_more_than_the_base_has_positions(base: Base) -> None:
+    base.model.config.n_positions = 64
+    longest = 0
+
+    def measure(_: Any, __: Any, kwargs: dict[str, Any]) -> None:
+        nonlocal longest
+        longest = max(longest, kwargs["input_ids"].shape[1])
+
+    inner = base.model.get_encoder() if base.is_encoder_decoder else base.model.base_model
+    inner.register_forward_pre_hook(measure, with_kwargs=True)
+    lm = ShardedLM(ask(pool_actor(base), "logo"), 10**6)  # it probes the base before each batch
+    lm.generate_until(generation_requests([LONG], max_gen_toks=4))
+    assert 32 < longest <= 64
+    lm.loglikelihood([Instance("loglikelihood", {}, (LONG, " yes"), 0, ("choices", 0, 1))])
+    assert longest == 64

@@ -62,6 +62,7 @@ def score(task: str, router: str, metric: str, value: float, n: int) -> dict[str
             "stderr": None,
             "documents": "0",
             "n": n,
+            "cut": 0,
             "seconds": 1.0,
         },
         **{"tokens": 10, "expert": None},

@@ -34,6 +34,7 @@ SCORE: dict[str, Any] = {
     "stderr": None,
     "documents": "0123",
     "n": 4,
+    "cut": 0,
     "seconds": 1.5,
     "tokens": 100,
     "expert": None,

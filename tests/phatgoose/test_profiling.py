@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from phatgoose.base import Base
 from phatgoose.encoder import load_encoder
-from phatgoose.encoding import encode_pair
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
 from phatgoose.profile import ProfileConfig
 from phatgoose.profiling import measure_profile
+from phatgoose.tokenization import encode_pair
 from phatgoose.training import Example
 from tests.plain import plain_logits
 from tests.tiny import make_experts, state

@@ -1,9 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from phatgoose.base import ADAPTED_LINEARS, Base, adapted_linears, load_base
-from phatgoose.encoding import encode_context
 from phatgoose.errors import PhatgooseError
 from phatgoose.generation import generate
 from phatgoose.model import RoutedModel
@@ -12,6 +13,7 @@ from phatgoose.query import Query
 from phatgoose.routed_linear import RoutingLog
 from phatgoose.routers import make_router
 from phatgoose.scoring import Question, Score, logits_at, score
+from phatgoose.tokenization import encode_context
 from tests.plain import plain_generate, plain_score
 from tests.tiny import build, decoder_sizes, llama_tokenizer, make_experts
 
@@ -27,7 +29,14 @@ CONTEXTS = ["the", "Is the lake deep?", "Question: which bird flies in the flock
 
 
 def encode(base: Base) -> list[Question]:
-    return [Question.encode(base, context, choices) for context, choices in QUESTIONS]
+    """The questions; no text has no token, so an empty choice is made of the end alone."""
+    end = [base.tokenizer.eos_token_id]
+    questions = []
+    for context, choices in QUESTIONS:
+        question = Question.encode(base, context, [choice or "x" for choice in choices])
+        ids = [i if c else end for i, c in zip(question.choices, choices, strict=True)]
+        questions.append(replace(question, choices=ids))
+    return questions
 
 
 def route(base: Base, router: str) -> RoutedModel:
@@ -237,9 +246,10 @@ def test_answering_is_generating_and_scoring(base: Base, router: str | None, lim
     answers = [" yes", "", " the swan swims. five and four"]
     routed = RoutedModel(base, Pool.from_experts(make_experts(base, 4)), router or "base")
     questions = [
-        Question.encode(base, text, [answer], query=Query(text))
+        Question.encode(base, text, [answer or "x"], query=Query(text))
         for text, answer in zip(texts, answers, strict=True)
     ]
+    questions[1] = replace(questions[1], choices=[[base.tokenizer.eos_token_id]])
     assert [q.context for q in questions] == [encode_context(base, text) for text in texts]
     with routed.recording(RoutingLog()) as log:
         written, scores = routed.answer(questions, limit, stops=["e f"])

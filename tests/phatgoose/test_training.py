@@ -15,8 +15,9 @@ from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
 from phatgoose.recipe import Recipe, Stage
 from phatgoose.scoring import Question
+from phatgoose.tokenization import encode_context
 from phatgoose.training import Example, Progress, train_expert
-from tests.plain import plain_logits, plain_score
+from tests.plain import plain_generate, plain_logits, plain_score
 from tests.tiny import make_card, state
 
 EXAMPLES = [
@@ -27,7 +28,7 @@ EXAMPLES = [
     Example("Is the lake dry?", " no"),
     Example("five and four is", " nine"),
     Example("the swan", " swims."),
-    Example("Answer:", ""),
+    Example("Answer:", " no"),
 ]
 EVALUATION = [Example("Is the goose grey?", " yes"), Example("two and two is", " four")]
 RECIPE = Recipe(
@@ -240,9 +241,11 @@ def test_the_curve_is_complete(base: Base, spies: list[Spy]) -> None:
 
 
 def test_the_first_evaluation_is_of_the_bare_base(base: Base, spies: list[Spy]) -> None:
-    evaluation = [*EVALUATION, Example("Answer:", "")]  # right but for its end
-    encoded = [Question.encode(base, e.input, [e.target]) for e in evaluation]
-    expected = [plain_score(base, q.context, q.choices[0]) for q in encoded]
+    context = encode_context(base, "Answer:")
+    right_but_for_its_end = [*plain_generate(base, context, 1), base.tokenizer.eos_token_id]
+    evaluation = [Question.encode(base, e.input, [e.target]) for e in EVALUATION]
+    evaluation.append(Question(context, [right_but_for_its_end]))
+    expected = [plain_score(base, q.context, q.choices[0]) for q in evaluation]
     assert any(s.is_greedy and not s.ends_greedy for s in expected)
     trained, rows = train(base, evaluation=evaluation, micro_batch_size=1)
     assert trained.card.metrics["nll_base"] == pytest.approx(
@@ -300,6 +303,16 @@ def test_batches_larger_than_the_data_go_round(llama: Base, spies: list[Spy]) ->
 def test_only_so_many_examples_are_used(llama: Base, spies: list[Spy]) -> None:
     train(llama, max_examples=2)
     assert len(set(order(spies[0]))) == 2
+
+
+@pytest.mark.usefixtures("spies")
+@pytest.mark.parametrize("at", [0, 5])
+def test_a_target_of_no_token_is_not_trained_on(base: Base, at: int) -> None:
+    """Only the end would be."""
+    examples = [*EXAMPLES]
+    examples[at] = Example("Is the lake deep?", "")
+    with pytest.raises(PhatgooseError, match=r"target='': .*Is the lake deep\?'\)\. Give the"):
+        train(base, examples=examples)
 
 
 def test_lengths_are_cut(base: Base, spies: list[Spy]) -> None:

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from phatgoose.base import Base
-from phatgoose.encoding import encode_pair
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
 from phatgoose.model import RoutedModel
@@ -19,6 +18,7 @@ from phatgoose.query import Query
 from phatgoose.routers import QueryRouter, Router
 from phatgoose.routers.interface import Probe
 from phatgoose.routers.logo import Logo
+from phatgoose.tokenization import encode_pair
 from phatgoose.view import (
     COLOURS,
     TokenRoute,

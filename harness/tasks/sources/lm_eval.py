@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from harness.tasks.files import file_digest, folder_digests
+from harness.tasks.generation_options import generation_options
 from harness.tasks.records import Record, Split, check_record
 from harness.tasks.sources import hub
 from harness.tasks.sources.hub import HubData
@@ -211,6 +212,8 @@ def _load(name: str, load_opts: str, determined_by: str) -> Any:
             f"task {name} of lm-eval asks for {task.OUTPUT_TYPE}, which routed inference does not "
             "offer: leave it out of the suite"
         )
+    if task.OUTPUT_TYPE == "generate_until":
+        generation_options(f"{name} of lm-eval", task.config.generation_kwargs)
     return _with_fixed_documents(task)
 
 

@@ -174,6 +174,36 @@ def test_values_are_lm_evals_own_with_a_reference_model(
     assert all("nll" in metrics for metrics in by_task["own_filters"])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": 3, "until": ["zzz"]},
+        {"max_tokens": 3, "until": "zzz", "do_sample": False, "temperature": 0.9},
+        {"max_gen_toks": 6, "until": ["e", "a", "o"]},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_texts_are_lm_evals_own_whatever_the_limit_is_called(
+    own_tasks: Path, tmp_path: Path, llama: Base, options: dict[str, Any]
+) -> None:
+    definition = yaml.safe_load((own_tasks / "own_filters.yaml").read_text())
+    definition |= {"task": "own_limit", "generation_kwargs": options, "filter_list": None}
+    (own_tasks / "own_limit.yaml").write_text(yaml.safe_dump(definition))
+    data = prepare_all(task_specs(suite(own_tasks, "own_limit")))
+    folder = Folder(tmp_path / "run")
+    evaluate(folder, "own", data, llama).run("base", make_router("base"))
+    samples = read_table(folder, "samples/base.parquet", SAMPLES).to_pylist()
+
+    model = HFLM(pretrained=llama.model, tokenizer=llama.tokenizer, batch_size=1)
+    manager = lm_eval._manager(str(own_tasks))
+    known = simple_evaluate(
+        model, tasks=["own_limit"], task_manager=manager, bootstrap_iters=10, log_samples=True
+    )["samples"]["own_limit"]
+    expected = [sample["filtered_resps"][0] for sample in known]
+    assert [sample["prediction"] for sample in samples] == expected
+    assert any(expected)
+
+
 def test_a_summary_is_made_of_them(own_tasks: Path, tmp_path: Path, llama: Base) -> None:
     from harness.report import make_report
 

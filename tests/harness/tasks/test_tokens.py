@@ -1,12 +1,15 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tokenizers import normalizers
 
 from harness.tasks import TaskData, TaskSpec
 from harness.tasks.records import Record, Split, document_id
 from harness.tasks.store import read_records, read_task, write_task
 from harness.tasks.tokens import tokenise
 from phatgoose.base import Base, load_base
+from phatgoose.errors import PhatgooseError
 from phatgoose.recipe import Recipe
 from phatgoose.scoring import Question
 from phatgoose.training import Example, train_expert
@@ -86,3 +89,38 @@ def test_an_expert_comes_out_the_same_from_texts_and_from_tokens(
         expert = train_expert(base, make_card("toy", base), examples, evaluation, recipe)
         hashes.append(expert.content_hash())
     assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize("which", ["llama", "t5"])
+def test_a_target_of_no_token_is_refused_with_its_example(
+    request: pytest.FixtureRequest, which: str, tmp_path: Path
+) -> None:
+    base: Base = request.getfixturevalue(which)
+    base.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("~", "")
+    records = [record(text) for text in INPUTS]
+    # The only text that this tokenizer drops, with no space in front that would be a token.
+    records[7] = replace(record(INPUTS[7].strip()), targets=["~"])
+    folder = tmp_path / "faulty"
+    write_task(folder, "faulty", (("train", one) for one in records))
+    file = read_task(folder)
+    faulty = TaskData(
+        TaskSpec("faulty", ("faulty",)),
+        folder / "train",
+        folder / "evaluation",
+        file.fingerprint,
+        file.counts,
+        file.kind,
+    )
+    line = f"task faulty, document {records[7].document}: target='~': .* makes no token of it"
+    with pytest.raises(PhatgooseError, match=line):
+        tokenise(base, faulty, "train", Recipe())
+
+
+def test_examples_fit_the_base(llama: Base, data: TaskData) -> None:
+    whole = tokenise(llama, data, "train", Recipe())
+    llama.model.config.max_position_embeddings = 9
+    found = tokenise(llama, data, "train", Recipe())
+    assert len(found) == len(whole)
+    for cut, example in zip(found, whole, strict=True):
+        assert cut.choices == example.choices
+        assert cut.context == example.context[-(9 - len(cut.choices[0]) + 1) :]

@@ -1,0 +1,203 @@
+"""What ends a generated text, and that nothing but greedy decoding writes it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from lm_eval.models.utils import postprocess_generated_text
+
+from phatgoose.base import Base
+from phatgoose.errors import PhatgooseError
+from phatgoose.generation import answer, fits, generate
+from phatgoose.model import RoutedModel
+from phatgoose.pool import Pool
+from phatgoose.scoring import Question
+from phatgoose.tokenization import encode_context
+from tests.scripted import writing
+from tests.tiny import make_experts
+
+PROMPTS = ["the", "Is the lake deep?", "Question: which bird flies in the flock?\nAnswer:"]
+
+
+def ids_of(base: Base, text: str) -> list[int]:
+    return list(base.tokenizer.encode(text, add_special_tokens=False))
+
+
+def write(base: Base, text: str, spaces: int = 0, *, stops: Sequence[str] = ()) -> str:
+    """What `generate` gives if the base writes this text."""
+    ids = ids_of(base, text)
+    with writing(base, ids):
+        (found,) = generate(
+            base, [ids_of(base, "the")], len(ids), stops=stops, spaces=[spaces] if spaces else ()
+        )
+    return found
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "expected"),
+    [
+        ("the goose flies", ["\n"], "the goose flies"),
+        ("the goose\nflies", ["\n"], "the goose"),
+        ("the goose flies", ["oos"], "the g"),  # inside a token
+        ("the goose flies", ["e g"], "th"),  # across two
+        ("the goose flies", ["the goose flies"], ""),
+        ("the goose", ["", "s"], "the goo"),  # an empty one ends nothing
+        ("the goose", [""], "the goose"),
+        ("xabcy", ["bc", "ab"], "x"),  # the first that is complete ends the generation
+        ("xthe goose", [" goose", "the"], "x"),
+        ("été ☃ snow", ["☃"], "été "),  # several tokens for one character
+        ("the<|end|>goose", [], "the"),
+        ("the<s>goose", ["<s>"], "the"),  # special tokens are not part of the text
+        ("the<s>goose", ["goose"], "the"),
+        ("the lake<s>\nis", ["lake<s>"], "the "),
+        ("the lake<s>\nis<s>", ["\nis<s>"], "the lake"),
+        ("the goose<s>\nis", ["e<s>\n"], "the goos"),  # begins inside a token
+        ("the goose", ["<s>"], "the goose"),
+    ],
+)
+def test_a_text_ends_before_its_stop_string(
+    llama: Base, text: str, stops: list[str], expected: str
+) -> None:
+    assert write(llama, text, stops=stops) == expected
+
+
+def test_the_end_token_written_in_letters_ends_a_text_as_in_lm_eval(llama: Base) -> None:
+    letters = [i for letter in "the<|end|>goose" for i in ids_of(llama, letter)]
+    with writing(llama, letters):
+        assert generate(llama, [ids_of(llama, "the")], len(letters)) == ["the"]
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    text=st.text("ab é\n", min_size=1, max_size=12),
+    stops=st.lists(st.text("ab é\n", max_size=3), max_size=3),
+)
+def test_any_text_ends_where_lm_eval_ends_it(llama: Base, text: str, stops: list[str]) -> None:
+    # What a whole text gives is what its shortest beginning with a stop string in it gives.
+    ids = ids_of(llama, text)
+    ends = [
+        n
+        for n in range(1, len(ids) + 1)
+        if any(stop and stop in llama.tokenizer.decode(ids[:n]) for stop in stops)
+    ]
+    written = llama.tokenizer.decode(ids[: ends[0]] if ends else ids)
+    assert write(llama, text, stops=stops) == postprocess_generated_text(written, stops, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "spaces", "stops", "expected"),
+    [
+        (" goose", 0, [], " goose"),
+        (" goose", 1, [], "goose"),
+        ("goose", 1, [], "goose"),  # the model need not write it
+        ("  goose", 1, [], " goose"),
+        ("  goose", 2, [], "goose"),
+        (" goose", 2, [], "goose"),
+        (" goose flies", 1, [" "], "goose"),  # the moved space is no stop
+        ("  goose flies", 2, [" "], "goose"),
+        ("  goose flies", 1, [" "], ""),
+        (" goose flies", 0, [" "], ""),
+        (" goose", 1, [" goose"], "goose"),
+        ("\n goose", 1, ["\n"], ""),
+        (" <s>goose <s>flies", 1, [" <s>"], "goose"),
+    ],
+)
+def test_the_spaces_of_a_prompt_belong_to_no_text_and_no_stop_string(
+    llama: Base, text: str, spaces: int, stops: list[str], expected: str
+) -> None:
+    assert write(llama, text, spaces, stops=stops) == expected
+
+
+def test_a_row_ends_by_itself(llama: Base) -> None:
+    """What other rows still write changes nothing, and generation ends with the last of them."""
+    rows = [ids_of(llama, text) for text in ("a\nthe goose flies", "bcd<|end|>the lake", "efgh\n")]
+    contexts = [ids_of(llama, prompt) for prompt in PROMPTS]
+    with writing(llama, *rows) as steps:
+        assert generate(llama, contexts, 30, stops=["\n"]) == ["a", "bcd", "efgh"]
+    assert len(steps) == len(rows[2])
+
+
+def test_padding_behind_the_end_of_a_row_is_no_text(
+    llama: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is no special token, which decoding would leave out."""
+    (z,) = ids_of(llama, "z")
+    monkeypatch.setattr(type(llama.tokenizer), "pad_token_id", z, raising=False)
+    rows = [ids_of(llama, text) for text in ("a\n", "the goose flies<|end|>", "b<|end|>")]
+    contexts = [ids_of(llama, prompt) for prompt in PROMPTS]
+    with writing(llama, *rows):
+        texts = generate(llama, contexts, 30, stops=["\n", "z"])
+    assert texts == ["a", "the goose flies", "b"]
+    with writing(llama, *rows):
+        assert generate(llama, contexts, 30)[2] == "b"
+
+
+def test_a_routed_model_writes_no_space_of_a_prompt_again(base: Base) -> None:
+    routed = RoutedModel(base, Pool.from_experts(make_experts(base, 2)))
+    whole = routed.generate(PROMPTS, 8)
+    for spaces in (1, 2):
+        prompts = [prompt + " " * spaces for prompt in PROMPTS]
+        expected = [text[min(spaces, len(text) - len(text.lstrip(" "))) :] for text in whole]
+        assert routed.generate(prompts, 8) == expected
+        questions = [Question.encode(base, prompt, [" yes"]) for prompt in PROMPTS]
+        assert routed.answer(questions, 8, spaces=[spaces] * len(PROMPTS))[0] == expected
+
+
+WISHES: list[dict[str, Any]] = [
+    {"do_sample": True, "temperature": 3.0, "top_k": 5, "top_p": 0.5},
+    {"num_beams": 4, "length_penalty": 2.0},
+    {"repetition_penalty": 9.0},
+    {"no_repeat_ngram_size": 1},
+    {"encoder_repetition_penalty": 9.0},
+    {"min_new_tokens": 30, "min_length": 200},
+    {"forced_eos_token_id": 3, "forced_bos_token_id": 4},
+    {"exponential_decay_length_penalty": (0, 9.0)},
+    {"max_length": 3, "max_new_tokens": 2},
+    {"max_time": 1e-9},
+    {"guidance_scale": 9.0},
+    {"stop_strings": ["e", "a", "o"]},
+    {"num_return_sequences": 1, "output_scores": True, "output_logits": True},
+    {"use_cache": False},
+    {"decoder_start_token_id": 5},
+]
+
+
+@pytest.mark.parametrize("wish", WISHES, ids=lambda wish: next(iter(wish)))
+def test_generation_is_greedy_whatever_the_configuration_says(
+    base: Base, wish: dict[str, Any]
+) -> None:
+    contexts = [encode_context(base, prompt) for prompt in PROMPTS]
+    expected = generate(base, contexts, 8)
+    own = base.model.generation_config
+    first = ids_of(base, expected[0])[0]
+    for key, value in {**wish, "suppress_tokens": [first], "bad_words_ids": [[first]]}.items():
+        setattr(own, key, value)
+    assert generate(base, contexts, 8) == expected
+    assert base.model.generation_config is own
+    with pytest.raises(PhatgooseError):
+        generate(base, contexts, 0)
+    assert base.model.generation_config is own
+
+
+def test_a_question_that_is_too_long_is_not_answered_in_one_pass(base: Base) -> None:
+    question = Question.encode(base, "the goose flies", [" yes"])
+    longest = len(question.context) + (0 if base.is_encoder_decoder else 8)
+    base.model.config.n_positions = longest
+    assert fits(base, question, 8)
+    answer(base, [question], 8)
+    base.model.config.n_positions = longest - 1
+    assert not fits(base, question, 8)
+    with pytest.raises(PhatgooseError, match="too long for the base"):
+        answer(base, [question], 8)
+
+
+def test_an_answer_that_needs_more_room_than_is_generated_does_not_fit(llama: Base) -> None:
+    question = Question.encode(llama, "the goose flies", [" over the lake"])
+    answer_tokens = len(question.choices[0]) - 1
+    llama.model.config.max_position_embeddings = len(question.context) + answer_tokens
+    assert fits(llama, question, 1)
+    llama.model.config.max_position_embeddings -= 1
+    assert answer_tokens > 2
+    assert not fits(llama, question, 1)
