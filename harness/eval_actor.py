@@ -141,7 +141,7 @@ class EvalActor(Actor):
         # the answer, to which that space belongs.
         together = [question.context for question in questions] == contexts
         with model.recording(RoutingLog()) as log:
-            if together and getattr(base.model.config, "sliding_window", None) is None:
+            if together:
                 written, first = model.answer(questions, limit, stops=stops)
                 scores = [[score] for score in first]
             else:

@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from phatgoose.architecture import linear_sizes
 from phatgoose.base import Base, last_query_projection
 from phatgoose.batch import Batch
 from phatgoose.encoding import encode_context
@@ -22,7 +23,8 @@ from phatgoose.query import Query
 from phatgoose.routed_linear import RoutedLinear, RoutingLog
 from phatgoose.routers import Merge, QueryRouter, Router, TokenRouter, Wrapper, make_router
 from phatgoose.routers.interface import Probe
-from phatgoose.scoring import Question, Score, pad_rows, score
+from phatgoose.rows import pad_rows
+from phatgoose.scoring import Question, Score, score
 
 LogOrNone = TypeVar("LogOrNone", bound=RoutingLog | None)
 
@@ -55,8 +57,11 @@ class RoutedModel:
         self.base = base
         self._given, self.pool = pool, _fit(base, pool)
         self.batch = Batch()
+        record = base.architecture
         self._linears = {
-            name: RoutedLinear(find_linear(base.model, name), name, self.batch)
+            name: RoutedLinear(
+                find_linear(base.model, name), name, record.side_of(name), self.batch
+            )
             for name in self.pool.linears
         }
         for name, linear in self._linears.items():
@@ -231,7 +236,7 @@ def _fit(base: Base, pool: Pool) -> Pool:
     linears = {}
     for name, factors in pool.linears.items():
         linear = find_linear(base.model, name)
-        expected = (linear.in_features, linear.out_features)
+        expected = linear_sizes(linear)
         found = (factors.lora_A_ERD.shape[2], factors.lora_B_EOR.shape[1])
         if expected != found:
             raise PhatgooseError(f"the pool maps {found} on {name}, the base {expected}")

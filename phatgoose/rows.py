@@ -1,0 +1,205 @@
+"""Rows of token ids in which a decoder-only base reads questions.
+
+Shape suffixes: B rows, L positions, P places of target tokens, V vocabulary, D features.
+
+Where a base can share a context, one row holds it with all its choices. Each choice sees the
+context and itself, at the positions it would have alone, so the numbers are those of separate rows:
+
+    row        c0 c1 c2 | a0 a1 | b0 b1 b2          positions  0 1 2 | 3 4 | 3 4 5
+    a0 is predicted at c2, a1 at a0, ...            b0 is predicted at c2 too
+
+A sliding window of 3 hides from b1, at position 4, what is before position 2. Any other base reads
+a row for each choice, under its own masks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from phatgoose.architecture import architecture_of
+
+# A context, and its choices, which end with end-of-sequence.
+Ids = tuple[list[int], list[list[int]]]
+
+
+@dataclass
+class Rows:
+    """What one pass reads.
+
+    Attributes:
+        inputs: arguments of the model.
+        counted_BL: True where a token stands that no other row counts, bool [B, L].
+        queries_B: which question each row belongs to, int64 [B].
+        places: the row and column where each target token is predicted, by question, choice and
+            token.
+    """
+
+    inputs: dict[str, Any]
+    counted_BL: Tensor
+    queries_B: Tensor
+    places: list[tuple[int, int]] = field(default_factory=list)
+
+
+def shared_rows(model: PreTrainedModel, pad: int, questions: Sequence[Ids]) -> Rows:
+    """Return one row for each question."""
+    shape = (len(questions), max(map(_shared_length, questions)))
+    ids_BL = torch.full(shape, pad)
+    positions_BL = torch.zeros(shape, dtype=torch.long)
+    sees_BLL = torch.zeros(*shape, shape[1], dtype=torch.bool)
+    tokens_BL = torch.zeros(shape, dtype=torch.bool)
+    places: list[tuple[int, int]] = []
+    for row, (context_ids, choices) in enumerate(questions):
+        context = len(context_ids)
+        ids_BL[row, :context] = torch.tensor(context_ids)
+        positions_BL[row, :context] = torch.arange(context)
+        sees_BLL[row, :context, :context] = torch.ones(context, context).tril().bool()
+        start = context
+        for choice in choices:
+            inputs = len(choice) - 1
+            end = start + inputs
+            ids_BL[row, start:end] = torch.tensor(choice[:-1], dtype=torch.long)
+            positions_BL[row, start:end] = context + torch.arange(inputs)
+            sees_BLL[row, start:end, :context] = True
+            sees_BLL[row, start:end, start:end] = torch.ones(inputs, inputs).tril().bool()
+            places += [(row, context - 1), *((row, column) for column in range(start, end))]
+            start = end
+        tokens_BL[row, :start] = True
+    device = model.device
+    record = architecture_of(model.config)
+    masks = {
+        kind: _bias(sees_BLL if window is None else sees_BLL & _near(positions_BL, window), model)
+        for kind, window in record.windows(model.config).items()
+    }
+    return Rows(
+        inputs={
+            "input_ids": ids_BL.to(device),
+            "attention_mask": masks if record.window == "layer_types" else masks.popitem()[1],
+            "position_ids": positions_BL.to(device),
+        },
+        counted_BL=tokens_BL.to(device),
+        queries_B=torch.arange(len(questions), device=device),
+        places=places,
+    )
+
+
+def separate_rows(model: PreTrainedModel, pad: int, questions: Sequence[Ids]) -> list[Rows]:
+    """Return passes with one row for each choice, none of more tokens than `shared_rows` has.
+
+    A context is counted in the row of its first choice only.
+    """
+    rows = [
+        (query, index, context, choice)
+        for query, (context, choices) in enumerate(questions)
+        for index, choice in enumerate(choices)
+    ]
+    longest = max(len(context) + len(choice) - 1 for _, _, context, choice in rows)
+    most = max(1, len(questions) * max(map(_shared_length, questions)) // longest)
+    return [
+        _separate_pass(model, pad, rows[start : start + most])
+        for start in range(0, len(rows), most)
+    ]
+
+
+def _separate_pass(
+    model: PreTrainedModel, pad: int, rows: Sequence[tuple[int, int, list[int], list[int]]]
+) -> Rows:
+    ids_BL, mask_BL = pad_rows([context + choice[:-1] for _, _, context, choice in rows], pad)
+    counted_BL = mask_BL.bool()
+    places: list[tuple[int, int]] = []
+    for row, (_, index, context, choice) in enumerate(rows):
+        if index > 0:
+            counted_BL[row, : len(context)] = False
+        first = len(context) - 1
+        places += [(row, column) for column in range(first, first + len(choice))]
+    device = model.device
+    return Rows(
+        inputs={"input_ids": ids_BL.to(device), "attention_mask": mask_BL.to(device)},
+        counted_BL=counted_BL.to(device),
+        queries_B=torch.tensor([query for query, *_ in rows], device=device),
+        places=places,
+    )
+
+
+def why_not_shared(model: PreTrainedModel) -> str | None:
+    """Return why choices cannot share a context in this model; None if they can.
+
+    A model whose record does not say so is tested: the logits of choices that share a context are
+    compared with those of each choice alone. What batching alone changes is rounding.
+    """
+    record, config = architecture_of(model.config), model.config
+    if record.shares_context:
+        kinds = ", ".join(record.windows(config))
+        return None if record.masks(config) else f"its layers are of the kinds {kinds}"
+    if getattr(config, "sliding_window", None) is not None:
+        return "its record does not say that its sliding windows were tested"
+    generator = torch.Generator().manual_seed(0)
+    weight_VD: Tensor = model.get_input_embeddings().get_parameter("weight")
+
+    def random(length: int) -> list[int]:
+        return torch.randint(len(weight_VD), (length,), generator=generator).tolist()
+
+    questions = [(random(9), [random(5), random(7)]), (random(6), [random(4), random(3)])]
+    pairs = [(context, [choice]) for context, choices in questions for choice in choices]
+    try:
+        together = _logits(model, [shared_rows(model, 0, questions)])
+    # A model without positions or masks of its own choice may raise anything.
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {reason[0] if reason else 'no message'}"
+    alone = _logits(model, [rows for pair in pairs for rows in separate_rows(model, 0, [pair])])
+    rounding = _difference(_logits(model, separate_rows(model, 0, questions)), alone)
+    difference = _difference(together, alone)
+    if difference <= 4 * rounding + max(1e-5, torch.finfo(model.dtype).eps):
+        return None
+    return f"their logits differ by {difference:.2%} from those of separate rows"
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, passes: Sequence[Rows]) -> Tensor:
+    """Return the logits at all places, minus their means, float32 [places, vocabulary]."""
+    found = []
+    for rows in passes:
+        rows_P, columns_P = torch.tensor(rows.places, device=model.device).T
+        found.append(model(**rows.inputs, use_cache=False).logits[rows_P, columns_P].float())
+    logits = torch.cat(found)
+    return logits - logits.mean(dim=-1, keepdim=True)
+
+
+def _difference(logits: Tensor, expected: Tensor) -> float:
+    """Return the largest relative difference of any place."""
+    return float(((logits - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
+
+
+def _shared_length(question: Ids) -> int:
+    context, choices = question
+    return len(context) + sum(len(choice) - 1 for choice in choices)
+
+
+def _near(positions_BL: Tensor, window: int) -> Tensor:
+    """Return which positions are within the window before each position, bool [B, L, L]."""
+    return positions_BL.unsqueeze(2) - positions_BL.unsqueeze(1) < window
+
+
+def _bias(sees_BLL: Tensor, model: PreTrainedModel) -> Tensor:
+    """Return what is added to the attention's scores, [B, 1, L, L]."""
+    bias_BLL = torch.zeros(sees_BLL.shape, dtype=model.dtype, device=model.device)
+    bias_BLL.masked_fill_(~sees_BLL.to(model.device), torch.finfo(model.dtype).min)
+    return bias_BLL.unsqueeze(1)
+
+
+def pad_rows(
+    rows: Sequence[Sequence[int]], pad: int, *, left: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Token ids [B, L] filled up with `pad`, and the attention mask [B, L] of ones and zeros."""
+    length = max(1, max(len(row) for row in rows))
+    ids_BL = torch.full((len(rows), length), pad)
+    mask_BL = torch.zeros(len(rows), length, dtype=torch.long)
+    for index, row in enumerate(rows):
+        place = slice(length - len(row), length) if left else slice(0, len(row))
+        ids_BL[index, place] = torch.tensor(row, dtype=torch.long)
+        mask_BL[index, place] = 1
+    return ids_BL, mask_BL
