@@ -132,6 +132,7 @@ def _write(
         written = base.model.generate(  # type: ignore[operator]  # a mixin hides its type
             **prompt,
             max_new_tokens=max_new_tokens,
+            use_cache=True,  # MPT's configuration asks for none, and would read all tokens again
             # Greedy, whatever the base's own generation configuration asks for.
             do_sample=False,
             num_beams=1,
