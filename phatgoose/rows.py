@@ -12,9 +12,10 @@ A sliding window of 3 hides from b1, at position 4, what is before position 2. A
 a row for each choice, under its own masks.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class Rows:
     inputs: dict[str, Any]
     counted_BL: Tensor
     queries_B: Tensor
-    places: list[tuple[int, int]] = field(default_factory=list)
+    places: list[tuple[int, int]]
 
 
 def shared_rows(model: PreTrainedModel, pad: int, questions: Sequence[Ids]) -> Rows:
@@ -73,10 +74,7 @@ def shared_rows(model: PreTrainedModel, pad: int, questions: Sequence[Ids]) -> R
         tokens_BL[row, :start] = True
     device = model.device
     record = architecture_of(model.config)
-    masks = {
-        kind: _bias(sees_BLL if window is None else sees_BLL & _near(positions_BL, window), model)
-        for kind, window in record.windows(model.config).items()
-    }
+    masks = _masks(model, record.windows(model.config), sees_BLL, positions_BL)
     return Rows(
         inputs={
             "input_ids": ids_BL.to(device),
@@ -137,8 +135,10 @@ def why_not_shared(model: PreTrainedModel) -> str | None:
     if record.shares_context:
         kinds = ", ".join(record.windows(config))
         return None if record.masks(config) else f"its layers are of the kinds {kinds}"
-    if getattr(config, "sliding_window", None) is not None:
-        return "its record does not say that its sliding windows were tested"
+    # Short texts do not show what a window, or attention in chunks, hides.
+    limits = [k for k, v in config.to_dict().items() if re.search("window|chunk", k) and v]
+    if limits:
+        return f"its configuration has {', '.join(limits)}, which its record does not say is tested"
     generator = torch.Generator().manual_seed(0)
     weight_VD: Tensor = model.get_input_embeddings().get_parameter("weight")
 
@@ -190,9 +190,27 @@ def _shared_length(question: Ids) -> int:
     return len(context) + sum(len(choice) - 1 for choice in choices)
 
 
-def _near(positions_BL: Tensor, window: int) -> Tensor:
-    """Return which positions are within the window before each position, bool [B, L, L]."""
-    return positions_BL.unsqueeze(2) - positions_BL.unsqueeze(1) < window
+def _masks(
+    model: PreTrainedModel,
+    windows: dict[str, int | None],
+    sees_BLL: Tensor,
+    positions_BL: Tensor,
+) -> dict[str, Tensor]:
+    """Return the mask of each kind of layer, [B, 1, L, L]; equal ones are one tensor."""
+    longest = int(positions_BL.max())
+    made: dict[int | None, Tensor] = {}
+    masks = {}
+    for kind, window in windows.items():
+        if window is not None and window > longest:
+            window = None  # it reaches everything
+        if window not in made:
+            near_BLL = sees_BLL
+            if window is not None:
+                distances_BLL = positions_BL.int().unsqueeze(2) - positions_BL.int().unsqueeze(1)
+                near_BLL = sees_BLL & (distances_BLL < window)
+            made[window] = _bias(near_BLL, model)
+        masks[kind] = made[window]
+    return masks
 
 
 def _bias(sees_BLL: Tensor, model: PreTrainedModel) -> Tensor:

@@ -23,12 +23,22 @@ from phatgoose.generation import answer, generate
 from phatgoose.model import RoutedModel
 from phatgoose.pool import Pool
 from phatgoose.query import Query
+from phatgoose.recipe import Recipe, Stage
 from phatgoose.routed_linear import RoutingLog
 from phatgoose.scoring import Question, Score, score
+from phatgoose.training import Example, Progress, train_expert
 from tests.plain import plain_generate, plain_logits, plain_score
 from tests.pools import FakeEncoder, make_pool
 from tests.textbook import RULES, base_plus, base_with, facts_of
-from tests.tiny import build, decoder_sizes, make_decoder, make_experts, make_t5
+from tests.tiny import (
+    build,
+    decoder_sizes,
+    make_card,
+    make_decoder,
+    make_experts,
+    make_t5,
+    state,
+)
 
 # Each decoder-only record, and the variants of an architecture that are built in another way.
 DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -145,6 +155,36 @@ def test_experts_reach_every_linear(folders: Folders, name: str) -> None:
     trained = {n for n, p in base.model.named_parameters() if p.grad is not None}
     assert len(trained) == 2 * len(base.linears)
     detach_lora(base.model, layers)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "phi", "falcon", "mpt", "lfm2", "mixtral"])
+def test_an_expert_and_its_gates_are_trained(folders: Folders, name: str) -> None:
+    base = folders.load(*DECODERS[name])
+    before = state(base)
+    words = ["goose", "swan", "lake", "bird", "flock", "two"]
+    train = [Example(f"the grey {word} is", f" {word}") for word in words]
+    recipe = Recipe(
+        rank=2,
+        scale=1.0,
+        init_std=0.1,
+        lora=Stage(steps=12, lr=3e-2),
+        gates=Stage(steps=4, lr=1e-1),
+        batch_size=6,
+        micro_batch_size=3,
+        evaluation_examples=2,
+        dtype="float32",
+    )
+    rows: list[Progress] = []
+    expert = train_expert(base, make_card("e", base), train, train[:2], recipe, report=rows.append)
+    losses = [row.loss for row in rows if (row.stage, row.split) == ("lora", "train")]
+    assert losses[-1] < 0.9 * losses[0]
+    assert expert.linears.keys() == set(base.linears)
+    for linear, factors in expert.linears.items():
+        assert factors.gate_D is not None
+        assert factors.gate_D.shape == factors.lora_A_RD.shape[1:]
+        assert float(factors.gate_D.abs().max()) > 0, linear
+    after = base.model.state_dict()
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -367,21 +407,71 @@ def test_a_record_that_says_nothing_is_tested(
     assert "share a context" not in caplog.text
 
 
-def test_untested_windows_and_other_layers_are_read_apart(
+@pytest.mark.parametrize(
+    ("kind", "changes", "record"),
+    [
+        # A record that forgets the window, one that was not tested, and a window of another name.
+        ("mistral", {"sliding_window": 3}, Architecture(r"self_attn\..*|mlp\..*", "q_proj")),
+        (
+            "mixtral",
+            {"sliding_window": 3},
+            dataclasses.replace(ARCHITECTURES["mixtral"], shares_context=False),
+        ),
+        (
+            "gpt_neo",
+            {"attention_types": [[["global", "local"], 1]], "window_size": 3},
+            Architecture(
+                linears=r"attention\.([qkv]|out)_proj|mlp\.c_(fc|proj)", query=r"attention\.q_proj"
+            ),
+        ),
+    ],
+)
+def test_windows_that_no_test_covers_are_read_apart(
+    folders: Folders,
+    kind: str,
+    changes: dict[str, Any],
+    record: Architecture,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setitem(ARCHITECTURES, kind, record)
+    with caplog.at_level(logging.WARNING):
+        base = folders.load(kind, changes)
+    assert not base.shares_context
+    assert re.search(r"its configuration has .*window.*, which", caplog.text)
+    assert_plain(base, score(base, QUESTIONS))
+    assert_answers_plainly(base, 5)
+
+
+def test_layers_whose_masks_are_unknown_are_read_apart(
     folders: Folders, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for kind, record in (
-        # A record that forgets the window, and one that cannot know what a layer does.
-        ("mistral", Architecture(ARCHITECTURES["mistral"].linears, r"self_attn\.q_proj")),
-        ("mixtral", dataclasses.replace(ARCHITECTURES["mixtral"], shares_context=False)),
-    ):
-        with monkeypatch.context() as context, caplog.at_level(logging.WARNING):
-            context.setitem(ARCHITECTURES, kind, record)
-            base = folders.load(kind, {"sliding_window": 3})
-            assert not base.shares_context
-            assert "sliding windows" in caplog.text
-            assert_plain(base, score(base, QUESTIONS))
-            assert_answers_plainly(base, 5)
+    """Also under a record that says that sharing is exact."""
+    record = dataclasses.replace(ARCHITECTURES["lfm2"], window="layer_types", shares_context=True)
+    monkeypatch.setitem(ARCHITECTURES, "lfm2", record)
+    with caplog.at_level(logging.WARNING):
+        base = folders.load("lfm2", {})
+    assert "its layers are of the kinds conv, full_attention" in caplog.text
+    assert_plain(base, score(base, QUESTIONS))
+
+
+@pytest.mark.parametrize("router", ["logo", "phatgoose"])
+@pytest.mark.parametrize(
+    ("kind", "changes"), [("lfm2", {}), ("mpt", {}), ("mistral", {"sliding_window": 5})]
+)
+def test_routers_decide_the_same_where_a_prompt_is_read_twice(
+    folders: Folders, kind: str, changes: dict[str, Any], router: str
+) -> None:
+    base = folders.load(kind, changes)
+    routed = RoutedModel(base, Pool.from_experts(make_experts(base, 4)), router)
+    texts = ["Is the lake deep?", "the goose", "The grey goose flies over the lake, and"]
+    questions = [
+        Question.encode(base, text, [" yes, the swan"], query=Query(text)) for text in texts
+    ]
+    written, scores = routed.answer(questions, 6)
+    assert written == routed.generate(texts, 6)
+    for one, (other,) in zip(scores, routed.score(questions), strict=True):
+        assert_same(one, other)
 
 
 def test_a_base_built_by_hand_is_read_apart(folders: Folders) -> None:
