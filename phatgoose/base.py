@@ -135,6 +135,10 @@ def load_base(
     model: PreTrainedModel = _family(config).from_pretrained(
         folder, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
     )
+    record = architecture_of(config)
+    if record.shares_context and record.window == "none" and hasattr(config, "sliding_window"):
+        # Such a model does not read it, but transformers would shorten the caches of generation.
+        model.config.sliding_window = None
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -7,11 +7,13 @@ import dataclasses
 import json
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from phatgoose.architecture import ARCHITECTURES, Architecture, adapted_linears
@@ -106,15 +108,17 @@ def assert_plain(base: Base, scores: list[list[Score]]) -> None:
             assert_same(actual, plain_score(base, question.context, choice))
 
 
-def assert_answers_plainly(base: Base, limit: int) -> None:
+def assert_answers_plainly(
+    base: Base, limit: int, questions: Sequence[Question] = QUESTIONS
+) -> None:
     """`generate` and `answer`, in a batch, are greedy decoding and scoring of each alone."""
-    contexts = [question.context for question in QUESTIONS]
+    contexts = [question.context for question in questions]
     expected = [plain_generate(base, context, limit) for context in contexts]
     texts = base.tokenizer.batch_decode(expected, skip_special_tokens=True)
     assert generate(base, contexts, limit) == texts
-    written, scores = answer(base, QUESTIONS, limit)
+    written, scores = answer(base, questions, limit)
     assert written == texts
-    for question, actual in zip(QUESTIONS, scores, strict=True):
+    for question, actual in zip(questions, scores, strict=True):
         assert_same(actual, plain_score(base, question.context, question.choices[0]))
 
 
@@ -277,13 +281,31 @@ def test_a_sliding_window_is_masked(folders: Folders, name: str, window: int) ->
     assert_answers_plainly(base, 7)
 
 
+def test_a_window_that_a_model_does_not_read_is_ignored(folders: Folders) -> None:
+    base = folders.load("llama", {"sliding_window": 3})
+    assert base.shares_context
+    assert_plain(base, score(base, QUESTIONS))
+    assert_answers_plainly(base, 5)
+
+
+@pytest.mark.parametrize("window", [10, 11, 12, 13])
+def test_a_window_at_the_length_of_a_row(folders: Folders, window: int) -> None:
+    """The last position that is read is 11."""
+    base = folders.load("mistral", {"sliding_window": window})
+    assert_plain(base, score(base, QUESTIONS))
+
+
 @pytest.mark.parametrize("name", ["mistral", "gemma2"])
 @pytest.mark.parametrize("limit", [1, 2, 3, 4, 5, 7])
-def test_answers_at_the_edge_of_a_window(folders: Folders, name: str, limit: int) -> None:
-    """Prompts of at most 8 tokens, and what follows, just below, at and above a window of 12."""
+@pytest.mark.parametrize("window", [12, 13])
+def test_answers_at_the_edge_of_a_window(
+    folders: Folders, name: str, window: int, limit: int
+) -> None:
+    """Prompts of at most 8 tokens, targets of 3, and what is written."""
     kind, changes = WINDOWED[name]
-    base = folders.load(kind, {**changes, "sliding_window": 12})
-    assert_answers_plainly(base, limit)
+    base = folders.load(kind, {**changes, "sliding_window": window})
+    questions = [Question(q.context, [[30, 7, 0]]) for q in QUESTIONS]
+    assert_answers_plainly(base, limit, questions)
 
 
 def test_a_prompt_within_the_window_is_read_once(
@@ -388,6 +410,11 @@ def test_a_base_that_leaks_is_found_and_says_so(
     assert lines[0].startswith(f"base={base.name}: choices cannot share a context")
     assert "a row of its own" in lines[0]
     assert "\n" not in lines[0]
+    stored = load_file(Path(base.name) / "model.safetensors")  # and its weights are as they were
+    weights = dict(base.model.named_parameters())
+    assert {weight.dtype for weight in weights.values()} == {getattr(torch, dtype)}
+    for key, weight in stored.items():
+        assert torch.equal(weights[key], weight.to(getattr(torch, dtype)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
