@@ -74,7 +74,7 @@ def _generate_alike(
     together = [question.context for question in questions.values()] == prompts and all(
         fits(base, question, limit) for question in questions.values()
     )
-    if together and getattr(base.model.config, "sliding_window", None) is None:
+    if together:
         spaces = [spaces_moved(request.context) for request in requests]
         asked = list(questions.values())
         texts, first = model.answer(asked, limit, stops=stops, spaces=spaces)

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from harness.conditions import Conditions
 from harness.config import RunConfig
@@ -31,7 +30,8 @@ from harness.storage import Folder
 from harness.tasks import TaskData, TaskSpec, prepare_all, prepare_here
 from harness.tasks.sources import SPLIT_ALREADY
 from harness.train_actor import TrainJob
-from phatgoose.base import Base, adapted_linears, fingerprint, locate_base
+from phatgoose.architecture import linear_sizes
+from phatgoose.base import Base, bare_model, fingerprint, locate_base
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import validate_name
 from phatgoose.routers import Router, all_needs
@@ -270,20 +270,16 @@ def _check_overlaps(suite: Mapping[str, Any], limit: float, overlaps: Sequence[O
 
 def _bare_base(location: Path, config: RunConfig) -> Base:
     """The base without its weights, to know what fits it."""
-    settings = AutoConfig.from_pretrained(location, trust_remote_code=config.base.trust_remote_code)
-    family = AutoModelForSeq2SeqLM if settings.is_encoder_decoder else AutoModelForCausalLM
-    with torch.device("meta"):
-        model = family.from_config(settings, trust_remote_code=config.base.trust_remote_code)
-    tokenizer = AutoTokenizer.from_pretrained(
-        location, trust_remote_code=config.base.trust_remote_code
-    )
-    return Base(config.base.name, fingerprint(location), model, tokenizer, adapted_linears(model))
+    name, trust = config.base.name, config.base.trust_remote_code
+    model, linears = bare_model(name, location, trust_remote_code=trust)
+    tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust)
+    return Base(name, fingerprint(location), model, tokenizer, linears)
 
 
 def _expert_bytes(base: Base, rank: int) -> int:
     """The size of an expert of this rank with its gates."""
-    shapes = [base.model.get_parameter(f"{name}.weight").shape for name in base.linears]
-    return sum(4 * (rank * (d + o) + d) for o, d in shapes)
+    sizes = [linear_sizes(base.model.get_submodule(name)) for name in base.linears]
+    return sum(4 * (rank * (inputs + outputs) + inputs) for inputs, outputs in sizes)
 
 
 def _check_same_run(plan: Plan) -> None:

@@ -1,4 +1,4 @@
-"""Load a base: the frozen language model, its tokenizer, its fingerprint, and which linears adapt.
+"""Load a base: the frozen language model, its tokenizer, its fingerprint, and the adapted linears.
 
 A base is named by a packaged model's name, a local directory, or a Hugging Face id. Whatever the
 name, it becomes a local directory of safetensors first, which every process on a machine maps from
@@ -7,46 +7,42 @@ the same file: eight actors cost one base.
 
 import hashlib
 import json
+import logging
 import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
 
+from phatgoose.architecture import (
+    Architecture,
+    adapted_linears,
+    architecture_of,
+    warn_of_unadapted,
+)
 from phatgoose.cache import cache_dir, fetch_distribution
 from phatgoose.errors import PhatgooseError
+from phatgoose.rows import why_not_shared
 
-_DECODER = r"self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj"
+_LOG = logging.getLogger(__name__)
 
-# The projection that makes queries, alone or fused with those of keys and values.
-_QUERY_PROJECTION = re.compile(r".*(SelfAttention\.q|q_proj|qkv_proj|query_key_value)")
-
-# Which linears an expert adapts: every one of the attention and feed-forward blocks (PHATGOOSE,
-# section 5.1), by the model type in the base's configuration.
-ADAPTED_LINEARS = {
-    "t5": r"(SelfAttention|EncDecAttention)\.[qkvo]|DenseReluDense\.(wi|wi_0|wi_1|wo)",
-    "mt5": r"(SelfAttention|EncDecAttention)\.[qkvo]|DenseReluDense\.(wi|wi_0|wi_1|wo)",
-    "gpt_neox": r"attention\.(query_key_value|dense)|mlp\.(dense_h_to_4h|dense_4h_to_h)",
-    "phi3": r"self_attn\.(qkv|o)_proj|mlp\.(gate_up|down)_proj",
-    **dict.fromkeys(
-        ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo", "olmo2", "granite"), _DECODER
-    ),
-    **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), _DECODER),
-}
+_Checked = TypeVar("_Checked")
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -83,6 +79,8 @@ class Base:
         model: in evaluation mode, no parameter trainable.
         tokenizer: always has a padding token.
         linears: names of the adapted linears, in the order of the model.
+        shares_context: whether all choices of a question may be read in one row. Without it, each
+            has a row of its own, which is right for every model.
     """
 
     name: str
@@ -90,6 +88,12 @@ class Base:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     linears: tuple[str, ...]
+    shares_context: bool = False
+
+    @property
+    def architecture(self) -> Architecture:
+        """The record of the model's architecture."""
+        return architecture_of(self.model.config)
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -120,30 +124,96 @@ def load_base(
         trust_remote_code: run code that a model brings along.
 
     Raises:
-        PhatgooseError: the base cannot be found, or its architecture is not in `ADAPTED_LINEARS`.
+        PhatgooseError: the base cannot be found, its architecture has no record in
+            `phatgoose.architecture`, or its weights are quantized.
     """
     if dtype not in ("float32", "bfloat16", "float16"):
         raise PhatgooseError(f"base {name}: dtype is {dtype!r}: float32, bfloat16 or float16")
     folder = locate_base(name, revision=revision)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    _pattern_of(config.model_type)  # before weights are read
-    family = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    config = _read_config(name, folder, trust_remote_code)
     transformers_logging.disable_progress_bar()
-    model = family.from_pretrained(
+    model: PreTrainedModel = _family(config).from_pretrained(
         folder, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
     )
+    record = architecture_of(config)
+    if record.shares_context and record.window == "none" and hasattr(config, "sliding_window"):
+        # Such a model does not read it, but transformers would shorten the caches of generation.
+        model.config.sliding_window = None
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.to(torch.device(device))  # type: ignore[arg-type]  # its decorator hides the signature
     model.requires_grad_(False).eval()
+    linears = _named(name, adapted_linears, model)
+    warn_of_unadapted(name, model, linears)
     return Base(
         name=name,
         fingerprint=fingerprint(folder),
         model=model,
         tokenizer=tokenizer,
-        linears=adapted_linears(model),
+        linears=linears,
+        shares_context=_shares_context(name, model),
     )
+
+
+def bare_model(
+    name: str, folder: Path, *, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """Return a base's model without its weights, and its adapted linears.
+
+    Args:
+        name: of the base, for errors and warnings.
+        folder: from `locate_base`.
+        trust_remote_code: run code that a model brings along.
+
+    Raises:
+        PhatgooseError: as `load_base`.
+    """
+    config = _read_config(name, folder, trust_remote_code)
+    with torch.device("meta"):
+        model = _family(config).from_config(config, trust_remote_code=trust_remote_code)
+    linears = _named(name, adapted_linears, model)
+    warn_of_unadapted(name, model, linears)
+    return model, linears
+
+
+def _read_config(name: str, folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    """Return the configuration of a base that can be used."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise PhatgooseError(
+            f"base={name}: transformers cannot read its config.json ({reason}). Give the folder "
+            "of a model that this version of transformers knows."
+        ) from error
+    _named(name, architecture_of, config)
+    return config
+
+
+def _family(config: PreTrainedConfig) -> Any:
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def _named(name: str, check: Callable[[_Checked], _Found], what: _Checked) -> _Found:
+    """Check something of a base; an error begins with the base's name."""
+    try:
+        return check(what)
+    except PhatgooseError as error:
+        raise PhatgooseError(f"base={name}: {error}") from error
+
+
+def _shares_context(name: str, model: PreTrainedModel) -> bool:
+    """Return whether choices may share a context, and log a warning if they may not."""
+    if model.config.is_encoder_decoder:
+        return True  # each choice has a decoder's row of its own
+    reason = why_not_shared(model)
+    if reason is not None:
+        _LOG.warning(
+            f"base={name}: choices cannot share a context in one row ({reason}). Each choice is "
+            "scored in a row of its own, which gives the right scores and takes longer."
+        )
+    return reason is None
 
 
 def locate_base(name: str, *, revision: str | None = None) -> Path:
@@ -164,42 +234,13 @@ def locate_base(name: str, *, revision: str | None = None) -> Path:
     return _download(name, revision)
 
 
-def adapted_linears(model: PreTrainedModel) -> tuple[str, ...]:
-    """Names of the linears that an expert of this model adapts, in the model's order.
-
-    Raises:
-        PhatgooseError: the architecture is unknown, or the table matches not all of its linears.
-    """
-    kind = model.config.model_type
-    pattern = _pattern_of(kind)
-    head = model.get_output_embeddings()
-    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
-    missed = [name for name in linears if not pattern.fullmatch(name)]
-    if missed or not linears:
-        example = missed[0] if missed else "it has none"
-        raise PhatgooseError(
-            f"{len(missed)} linears of this {kind!r} model are not adapted (first: {example}): "
-            "mend phatgoose.base.ADAPTED_LINEARS"
-        )
-    return tuple(linears)
-
-
 def last_query_projection(base: Base, adapted: Container[str]) -> str | None:
-    """The last query projection among these linears, of the encoder if there is one."""
-    side = "encoder." if base.is_encoder_decoder else ""
-    names = [name for name in base.linears if name.startswith(side) and name in adapted]
-    return next((name for name in reversed(names) if _QUERY_PROJECTION.fullmatch(name)), None)
-
-
-def _pattern_of(kind: str) -> re.Pattern[str]:
-    """What the names of the adapted linears of an architecture look like."""
-    if kind not in ADAPTED_LINEARS:
-        known = ", ".join(sorted(ADAPTED_LINEARS))
-        raise PhatgooseError(
-            f"it is not known which linears of a {kind!r} model to adapt (known: {known}): "
-            "add it to phatgoose.base.ADAPTED_LINEARS"
-        )
-    return re.compile(rf".*\.({ADAPTED_LINEARS[kind]})")
+    """Return the last query projection among these linears, of the encoder if there is one."""
+    record = base.architecture
+    side = "encoder" if base.is_encoder_decoder else "decoder"
+    names = [name for name in base.linears if record.side_of(name) == side and name in adapted]
+    is_query = re.compile(rf".*\.({record.query})").fullmatch
+    return next((name for name in reversed(names) if is_query(name)), None)
 
 
 def fingerprint(folder: Path) -> str:

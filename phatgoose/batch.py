@@ -5,7 +5,6 @@ Shape suffixes: B rows, L positions, T = B * L, Q queries, E experts, K experts 
 A side is `encoder` or `decoder`. Cross-attention's keys and values read the encoder's tokens.
 """
 
-import re
 from dataclasses import dataclass, field
 
 import torch
@@ -45,9 +44,3 @@ class Batch:
         """The query that each of a pass's tokens, row after row, belongs to."""
         queries_B = self.queries[side]
         return queries_B.repeat_interleave(tokens // len(queries_B))
-
-
-def side_of(linear: str) -> str:
-    """Whose tokens a linear reads."""
-    encoder = re.match(r"encoder\.|.*EncDecAttention\.[kv]$", linear)
-    return "encoder" if encoder else "decoder"

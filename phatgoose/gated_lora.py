@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from phatgoose.architecture import Linear, linear_sizes
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert, LoraFactors
 
@@ -27,7 +28,7 @@ class GatedLora(nn.Module):
         scale: what `B A x` is multiplied by.
     """
 
-    def __init__(self, base: nn.Linear, lora_A_RD: Tensor, lora_B_OR: Tensor, scale: float) -> None:
+    def __init__(self, base: Linear, lora_A_RD: Tensor, lora_B_OR: Tensor, scale: float) -> None:
         super().__init__()
         self.base = base
         self.scale = scale
@@ -81,8 +82,9 @@ def attach_lora(
     layers = {}
     for name in linears:
         linear = find_linear(model, name)
-        start_RD = torch.randn(rank, linear.in_features, generator=generator) * init_std
-        start_OR = torch.zeros(linear.out_features, rank)
+        inputs, outputs = linear_sizes(linear)
+        start_RD = torch.randn(rank, inputs, generator=generator) * init_std
+        start_OR = torch.zeros(outputs, rank)
         layers[name] = GatedLora(linear, start_RD, start_OR, scale)
     return _put_in(model, layers)
 
@@ -99,7 +101,7 @@ def attach_expert(model: nn.Module, expert: Expert) -> dict[str, GatedLora]:
     layers = {}
     for name, factors in expert.linears.items():
         linear = find_linear(model, name)
-        expected = (linear.in_features, linear.out_features)
+        expected = linear_sizes(linear)
         found = (factors.lora_A_RD.shape[1], factors.lora_B_OR.shape[0])
         if expected != found:
             raise PhatgooseError(
@@ -140,7 +142,7 @@ def read_factors(layers: dict[str, GatedLora]) -> dict[str, LoraFactors]:
     }
 
 
-def find_linear(model: nn.Module, name: str) -> nn.Linear:
+def find_linear(model: nn.Module, name: str) -> Linear:
     """The linear called `name` in `model`; PhatgooseError if there is none, or it is adapted."""
     try:
         module = model.get_submodule(name)
@@ -148,7 +150,7 @@ def find_linear(model: nn.Module, name: str) -> nn.Linear:
         raise PhatgooseError(
             f"the base has no module {name}: was this made for another base?"
         ) from None
-    if not isinstance(module, nn.Linear):
+    if not isinstance(module, Linear):
         raise PhatgooseError(
             f"{name} is a {type(module).__name__}, not a plain linear: is the base adapted "
             "already? detach what is attached to it first"

@@ -7,12 +7,15 @@ tokens are predicted, V vocabulary.
 
     prompt ──► cache ──► greedy tokens, one after the other
                  └─ cut back to the prompt ──► the target's tokens, all at once
+
+A cache that has lost or mixed tokens, under a sliding window or in a recurrent layer, cannot be cut
+back. Such a base reads the prompt twice.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +25,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from phatgoose.base import Base
 from phatgoose.batch import Batch
 from phatgoose.errors import PhatgooseError
-from phatgoose.scoring import Question, Score, logits_at, pad_rows, to_scores
+from phatgoose.rows import pad_rows
+from phatgoose.scoring import Question, Score, logits_at, score, to_scores
 from phatgoose.tokenization import cut_context, prompt_room
 
 
@@ -54,7 +58,7 @@ def generate(
     room = prompt_room(base, max_new_tokens)
     contexts = [cut_context(base, ids, room) for ids in contexts]
     ending = _Ending(base, stops, spaces or [0] * len(contexts))
-    return _write(base, contexts, max_new_tokens, ending, batch or Batch(), counted=True).texts
+    return _write(base, contexts, max_new_tokens, ending, batch or Batch(), counted="all").texts
 
 
 @torch.inference_mode()
@@ -69,8 +73,8 @@ def answer(
 ) -> tuple[list[str], list[Score]]:
     """Return what `generate` writes after each question's context, and its first choice's score.
 
-    The contexts are read once for both. What is routed is counted for the context and the choice,
-    as in scoring, and not for what is written.
+    The contexts are read once for both, where the base allows it. What is routed is counted for the
+    context and the choice, as in scoring, and not for what is written.
 
     Args:
         base, max_new_tokens, stops, spaces, batch: as for `generate`.
@@ -84,8 +88,13 @@ def answer(
     batch = batch or Batch()
     contexts = [question.context for question in questions]
     ending = _Ending(base, stops, spaces or [0] * len(contexts))
-    written = _write(base, contexts, max_new_tokens, ending, batch, counted=False)
     targets = [question.choices[0] for question in questions]
+    first_choices = [Question(q.context, q.choices[:1]) for q in questions]
+    if not _can_cut_back(base, contexts, targets, max_new_tokens):
+        scores = score(base, first_choices, batch)
+        written = _write(base, contexts, max_new_tokens, ending, batch, counted="nothing")
+        return written.texts, [one for (one,) in scores]
+    written = _write(base, contexts, max_new_tokens, ending, batch, counted="prompt")
     rest_PV = _after_the_prompt(base, written, [target[:-1] for target in targets], batch)
     # A target's first token is predicted where its prompt ends.
     index, places = len(targets), []
@@ -93,9 +102,8 @@ def answer(
         places += [row, *range(index, index + len(target) - 1)]
         index += len(target) - 1
     logits_PV = torch.cat([written.first_BV, rest_PV])
-    first_choices = [Question(q.context, q.choices[:1]) for q in questions]
     scores = to_scores(logits_PV, places, [t for target in targets for t in target], first_choices)
-    return written.texts, [score for (score,) in scores]
+    return written.texts, [one for (one,) in scores]
 
 
 def fits(base: Base, question: Question, max_new_tokens: int) -> bool:
@@ -122,28 +130,29 @@ def _write(
     ending: "_Ending",
     batch: Batch,
     *,
-    counted: bool,
+    counted: Literal["all", "prompt", "nothing"],
 ) -> _Written:
     pad, device = base.tokenizer.pad_token_id, base.device
     # A decoder continues where its row ends, so its rows are filled up on the left.
     ids_BL, mask_BL = pad_rows(contexts, pad, left=not base.is_encoder_decoder)
     ids_BL, mask_BL = ids_BL.to(device), mask_BL.to(device)
+    counted_BL = mask_BL.bool() & (counted != "nothing")
     prompt: dict[str, Any] = {"input_ids": ids_BL, "attention_mask": mask_BL}
     encoded, start = None, ids_BL.shape[1]
     if base.is_encoder_decoder:
-        batch.enter("encoder", mask_BL.bool())
+        batch.enter("encoder", counted_BL)
         encoded = base.model.get_encoder()(**prompt)
         prompt["encoder_outputs"], start = encoded, 1
         batch.enter("decoder", torch.ones_like(mask_BL[:, :1], dtype=torch.bool))
     else:
-        batch.enter("decoder", mask_BL.bool())
+        batch.enter("decoder", counted_BL)
     first: list[Tensor] = []
 
     def keep_first(_: nn.Module, __: Any, output: Any) -> None:
         if not first:
             first.append(output.logits[:, -1])
 
-    stopping = _Stopping(ending, start, batch, counted=counted)
+    stopping = _Stopping(ending, start, batch, counted=counted == "all")
     handle = base.model.register_forward_hook(keep_first)
     try:
         with _greedy(base, ending.tokens, max_new_tokens):
@@ -177,11 +186,28 @@ def _greedy(base: Base, ends: list[int], max_new_tokens: int) -> Iterator[None]:
         eos_token_id=ends,
         decoder_start_token_id=getattr(base.model.config, "decoder_start_token_id", None),
         return_dict_in_generate=True,
+        use_cache=True,  # MPT's configuration asks for none, and would read all tokens again
     )
     try:
         yield
     finally:
         base.model.generation_config = own
+
+
+def _can_cut_back(
+    base: Base,
+    contexts: Sequence[list[int]],
+    targets: Sequence[list[int]],
+    max_new_tokens: int,
+) -> bool:
+    """Return whether a cache still holds all of a prompt after tokens were written."""
+    if base.is_encoder_decoder:
+        return True  # the decoder's own cache holds a start token, and T5 has no windows
+    # transformers limits the cache of any base whose configuration has a window.
+    window = getattr(base.model.config, "sliding_window", None)
+    after = max(max_new_tokens, *map(len, targets))
+    within = window is None or max(map(len, contexts)) + after < window
+    return base.shares_context and within
 
 
 def _after_the_prompt(

@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from phatgoose.architecture import linear_sizes
 from phatgoose.base import Base, last_query_projection
 from phatgoose.batch import Batch
 from phatgoose.errors import PhatgooseError
@@ -21,7 +22,8 @@ from phatgoose.query import Query
 from phatgoose.routed_linear import RoutedLinear, RoutingLog
 from phatgoose.routers import Merge, QueryRouter, Router, TokenRouter, Wrapper, make_router
 from phatgoose.routers.interface import Probe
-from phatgoose.scoring import Question, Score, pad_rows, score, score_parts
+from phatgoose.rows import pad_rows
+from phatgoose.scoring import Question, Score, score, score_parts
 from phatgoose.tokenization import cut_context, encode_context, prompt_room, spaces_moved
 
 LogOrNone = TypeVar("LogOrNone", bound=RoutingLog | None)
@@ -55,8 +57,11 @@ class RoutedModel:
         self.base = base
         self._given, self.pool = pool, _fit(base, pool)
         self.batch = Batch()
+        record = base.architecture
         self._linears = {
-            name: RoutedLinear(find_linear(base.model, name), name, self.batch)
+            name: RoutedLinear(
+                find_linear(base.model, name), name, record.side_of(name), self.batch
+            )
             for name in self.pool.linears
         }
         for name, linear in self._linears.items():
@@ -190,11 +195,22 @@ class RoutedModel:
             replace_module(self.base.model, name, linear.base)
 
     @contextmanager
-    def _decided(self, queries: Sequence[Query], contexts: Sequence[list[int]]) -> Iterator[None]:
+    def _decided(
+        self, asked: Sequence[Query | None], contexts: Sequence[list[int]]
+    ) -> Iterator[None]:
         """Let a router that looks at whole queries decide about those of the next batch."""
         if not self._attached:
             raise PhatgooseError("this model was detached from its base: make a new RoutedModel")
         acting, pool = self._acting, self._acting_pool
+        queries = [query for query in asked if query is not None]
+        looks = isinstance(acting, QueryRouter) or (
+            isinstance(acting, TokenRouter) and acting.biased
+        )
+        if looks and len(queries) < len(asked):
+            raise PhatgooseError(
+                f"router {acting.name()} decides by queries, and a question has none: make it with "
+                "Question.encode, or give Question(query=Query(text))"
+            )
         like = next(iter(self.pool.linears.values())).lora_A_ERD
         try:
             with torch.inference_mode():
@@ -250,7 +266,7 @@ def _fit(base: Base, pool: Pool) -> Pool:
     linears = {}
     for name, factors in pool.linears.items():
         linear = find_linear(base.model, name)
-        expected = (linear.in_features, linear.out_features)
+        expected = linear_sizes(linear)
         found = (factors.lora_A_ERD.shape[2], factors.lora_B_EOR.shape[1])
         if expected != found:
             raise PhatgooseError(f"the pool maps {found} on {name}, the base {expected}")

@@ -32,14 +32,11 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from phatgoose.base import Base, adapted_linears, fingerprint, locate_base
+from phatgoose.architecture import linear_sizes
+from phatgoose.base import Base, bare_model, fingerprint, locate_base
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Card, Expert, LoraFactors, validate_name, with_job
 
@@ -181,8 +178,7 @@ def check_fits(
             f"{where}: {linear!r} is no linear that experts of {base.name} adapt (such as "
             f"{base.linears[0]}): was it made for another base?"
         )
-    # Not through nn.Linear's sizes, so that it also holds while a pool is attached.
-    outputs, inputs = base.model.get_parameter(f"{linear}.weight").shape
+    inputs, outputs = linear_sizes(base.model.get_submodule(linear))
     A, B = list(lora_A_RD.shape), list(lora_B_OR.shape)
     if len(A) != 2 or 0 in A or (A[1], B) != (inputs, [outputs, A[0]]):
         raise PhatgooseError(
@@ -304,16 +300,13 @@ def _find_base(folder: Path, config: LoraConfig) -> _Target:
         raise PhatgooseError(f"adapter {folder} does not name its base: {mend}")
     try:
         local = locate_base(name, revision=config.revision)
-        shape = AutoConfig.from_pretrained(local, trust_remote_code=False)
-        family = AutoModelForSeq2SeqLM if shape.is_encoder_decoder else AutoModelForCausalLM
-        with torch.device("meta"):
-            model = family.from_config(shape)
+        model, linears = bare_model(name, local)
     except (PhatgooseError, OSError, ValueError) as error:
         raise PhatgooseError(
             f"adapter {folder} was trained on {name}, which cannot be opened "
             f"({' '.join(str(error).split())}): {mend}"
         ) from error
-    return _Target(name, fingerprint(local), model, adapted_linears(model))
+    return _Target(name, fingerprint(local), model, linears)
 
 
 def _scale(folder: Path, config: LoraConfig, linear: str, lora_A_RD: Tensor) -> float:
@@ -389,11 +382,18 @@ def _peft_config(expert: Expert, base: Base | None) -> LoraConfig:
         lora_alpha=alphas[rank],  # type: ignore[arg-type]  # declared, not enforced, as integer
         rank_pattern=others,
         alpha_pattern={key: alphas[own] for key, own in others.items()},
+        fan_in_fan_out=base is not None and _stored_transposed(base),
         inference_mode=True,
     )
     # Set afterwards: the constructor makes a set of it, whose order changes from run to run.
     config.target_modules = sorted(expert.linears)
     return config
+
+
+def _stored_transposed(base: Base) -> bool:
+    """Return whether the adapted weights are stored as [inputs, outputs], as GPT-2's are."""
+    linear = base.model.get_submodule(base.linears[0])
+    return isinstance(getattr(linear, "base", linear), Conv1D)
 
 
 def _alpha(scale: float, rank: int) -> float:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from phatgoose.architecture import Architecture
 from phatgoose.base import Base
-from phatgoose.batch import Batch, side_of
+from phatgoose.batch import Batch
 from phatgoose.encoder import load_encoder
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
@@ -83,7 +84,7 @@ def _listen(
     limits = config.max_input_tokens, config.max_target_tokens
     questions = [Question.encode(model.base, e.input, [e.target], *limits) for e in examples]
     questions.sort(key=lambda question: question.length)
-    statistics = _Statistics(model.batch, expert)
+    statistics = _Statistics(model.batch, model.base.architecture, expert)
     with model.listening(statistics.hear):
         for start in range(0, len(questions), config.batch_size):
             model.score(questions[start : start + config.batch_size])
@@ -95,8 +96,8 @@ def _listen(
 class _Statistics:
     """Sums over the tokens that each linear has read, padding left out."""
 
-    def __init__(self, batch: Batch, expert: Expert) -> None:
-        self._batch = batch
+    def __init__(self, batch: Batch, architecture: Architecture, expert: Expert) -> None:
+        self._batch, self._architecture = batch, architecture
         self._projections = {
             name: output_projection(f.lora_A_RD[None], f.lora_B_OR[None] * expert.card.scale)[0]
             for name, f in expert.linears.items()
@@ -109,11 +110,11 @@ class _Statistics:
         self._examples = 0
 
     def hear(self, linear: str, x: Tensor) -> None:
-        """Count the tokens of one call of a linear, whose input is [B, L, D]."""
-        side = side_of(linear)
+        """Count the tokens of one call of a linear, whose input is [B, L, D] or [B * L, D]."""
+        side = self._architecture.side_of(linear)
         mask_BL, queries_B = self._batch.masks[side], self._batch.queries[side]
         query_T = queries_B.unsqueeze(1).expand_as(mask_BL)[mask_BL]
-        x_TD = x[mask_BL].float()
+        x_TD = x.reshape(*mask_BL.shape, -1)[mask_BL].float()
         questions = int(self._batch.queries[side].max()) + 1
         sum_QD = self._sums.setdefault(linear, x_TD.new_zeros(questions, x_TD.shape[1]))
         sum_QD.index_add_(0, query_T, x_TD)

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from phatgoose.batch import Batch, side_of
+from phatgoose.architecture import Linear
+from phatgoose.batch import Batch
 from phatgoose.errors import PhatgooseError
 from phatgoose.ops import mix, mix_factors
 from phatgoose.pool import PoolLinear
@@ -68,14 +69,15 @@ class RoutedLinear(nn.Module):
     Args:
         base: the frozen linear.
         name: its name in the base.
+        side: whose tokens it reads, `encoder` or `decoder`.
         batch: what the rows of the pass under way are; shared by all linears of a model.
     """
 
-    def __init__(self, base: nn.Linear, name: str, batch: Batch) -> None:
+    def __init__(self, base: Linear, name: str, side: str, batch: Batch) -> None:
         super().__init__()
         self.base = base
         self.name = name
-        self.side = side_of(name)
+        self.side = side
         self.log: RoutingLog | None = None
         self.clear()
         # Not a submodule, and shared: `batch` is told about each pass from outside.

@@ -3,11 +3,8 @@
 Shape suffixes: B rows, L positions, C choices, N target tokens, P distinct places where target
 tokens are predicted (the first tokens of a question's choices share one), V vocabulary.
 
-A decoder-only base reads a context and all its choices in one row; each choice sees the context and
-itself, at the positions it would have alone, so the numbers are those of separate rows:
-
-    row        c0 c1 c2 | a0 a1 | b0 b1 b2          positions  0 1 2 | 3 4 | 3 4 5
-    a0 is predicted at c2, a1 at a0, ...            b0 is predicted at c2 too
+A decoder-only base reads a context and all its choices in one row, if that gives the numbers of
+separate rows (`phatgoose.rows`).
 
 An encoder-decoder base encodes a context once, computes the cross-attention's keys and values once,
 and copies that cache for each choice.
@@ -24,9 +21,9 @@ from phatgoose.base import Base
 from phatgoose.batch import Batch
 from phatgoose.errors import PhatgooseError
 from phatgoose.query import Query
+from phatgoose.rows import pad_rows, separate_rows, shared_rows
 from phatgoose.tokenization import cut_context, encode_pairs, max_length
 
-_NO_QUERY = Query("")
 # Rows of logits that fit a cache: what is done to many at once goes through memory several times.
 _ROWS = 16
 
@@ -59,12 +56,12 @@ class Score:
 class Question:
     """Token ids of one context and of its targets, each ending with end-of-sequence.
 
-    `query` is the same as text, for routers that look at it.
+    `query` is the same as text. Routers that look at text need it; others do without.
     """
 
     context: list[int]
     choices: list[list[int]]
-    query: Query = _NO_QUERY
+    query: Query | None = None
 
     @staticmethod
     def encode(
@@ -77,15 +74,16 @@ class Question:
     ) -> "Question":
         """Tokenize a context and what may follow it, by the rules of `phatgoose.tokenization`.
 
-        The query is the context with the choices, unless another one is given: where the only
-        choice is the right answer, routers must not see it. Lengths are those of `encode_pair`;
-        without them nothing is cut here, and scoring cuts what is too long for the base.
+        The query is the context, with the choices if there are several to choose from, unless
+        another one is given. A single choice is the right answer, which routers must not see.
+        Lengths are those of `encode_pair`; without them nothing is cut here, and scoring cuts what
+        is too long for the base.
         """
         pairs = [(context, choice) for choice in choices]
         encoded = encode_pairs(base, pairs, max_context, max_target)
         # The longest choice leaves the least room for the context.
         shortest = min((ids for ids, _ in encoded), key=len)
-        query = query or Query(context, tuple(choices))
+        query = query or Query(context, tuple(choices) if len(choices) > 1 else ())
         return Question(shortest, [target for _, target in encoded], query)
 
     @property
@@ -190,9 +188,6 @@ def score(
 
     Returns:
         For each question, a Score per choice.
-
-    Raises:
-        PhatgooseError: a sequence is longer than the base's sliding window, if it has one.
     """
     return score_parts(base, questions, lambda parts: score_as_is(base, parts, batch))
 
@@ -243,63 +238,27 @@ def _score_decoder(
     base: Base, questions: Sequence[Question], batch: Batch
 ) -> tuple[Tensor, list[int], list[int]]:
     """Logits [P, V]; the place and the token of each target, by question, choice and token."""
-    _check_window(base, questions)
-    length = max(_row_length(question) for question in questions)
-    shape = (len(questions), length)
-    ids_BL = torch.full(shape, base.tokenizer.pad_token_id)
-    positions_BL = torch.zeros(shape, dtype=torch.long)
-    sees_BLL = torch.zeros(*shape, length, dtype=torch.bool)
-    tokens_BL = torch.zeros(shape, dtype=torch.bool)
-    places: list[tuple[int, int]] = []
-    targets: list[int] = []
-    for row, question in enumerate(questions):
-        context = len(question.context)
-        ids_BL[row, :context] = torch.tensor(question.context)
-        positions_BL[row, :context] = torch.arange(context)
-        sees_BLL[row, :context, :context] = torch.ones(context, context).tril().bool()
-        start = context
-        for choice in question.choices:
-            inputs = len(choice) - 1
-            end = start + inputs
-            ids_BL[row, start:end] = torch.tensor(choice[:-1], dtype=torch.long)
-            positions_BL[row, start:end] = context + torch.arange(inputs)
-            sees_BLL[row, start:end, :context] = True
-            sees_BLL[row, start:end, start:end] = torch.ones(inputs, inputs).tril().bool()
-            places += [(row, context - 1), *((row, column) for column in range(start, end))]
-            targets += choice
-            start = end
-        tokens_BL[row, :start] = True
-    device, dtype = base.device, base.model.dtype
-    bias_BLL = torch.zeros(*shape, length, dtype=dtype, device=device)
-    bias_BLL.masked_fill_(~sees_BLL.to(device), torch.finfo(dtype).min)
-    batch.enter("decoder", tokens_BL.to(device))
-    # The choices of a question share the place that predicts their first token: project it once.
-    unique = list(dict.fromkeys(places))
-    index_of = {place: index for index, place in enumerate(unique)}
-    rows_N, columns_N = torch.tensor(unique, device=device).T
-    with logits_at(base, rows_N, columns_N):
-        logits = base.model(
-            input_ids=ids_BL.to(device),
-            attention_mask=bias_BLL.unsqueeze(1),
-            position_ids=positions_BL.to(device),
-            use_cache=False,
-        ).logits
-    return logits[0], [index_of[place] for place in places], targets
-
-
-def _row_length(question: Question) -> int:
-    return len(question.context) + sum(len(choice) - 1 for choice in question.choices)
-
-
-def _check_window(base: Base, questions: Sequence[Question]) -> None:
-    """Refuse sequences that a sliding window cuts: the mask of `_score_decoder` has no window."""
-    window = getattr(base.model.config, "sliding_window", None)
-    longest = max(len(q.context) + max(map(len, q.choices)) - 1 for q in questions)
-    if window and longest > window:
-        raise PhatgooseError(
-            f"base {base.name}: a sequence of {longest} tokens is longer than the sliding window "
-            f"of {window}, which cannot be scored: leave out or shorten the task's longest prompts"
-        )
+    pad, ids = base.tokenizer.pad_token_id, [(q.context, q.choices) for q in questions]
+    if base.shares_context:
+        passes = [shared_rows(base.model, pad, ids)]
+    else:
+        passes = separate_rows(base.model, pad, ids)
+    parts: list[Tensor] = []
+    places: list[int] = []
+    for rows in passes:
+        batch.enter("decoder", rows.counted_BL, rows.queries_B)
+        # The choices of a question share the place that predicts their first token: project it
+        # once.
+        unique = list(dict.fromkeys(rows.places))
+        before = sum(map(len, parts))
+        index_of = {place: before + index for index, place in enumerate(unique)}
+        rows_N, columns_N = torch.tensor(unique, device=base.device).T
+        with logits_at(base, rows_N, columns_N):
+            logits = base.model(**rows.inputs, use_cache=False).logits
+        parts.append(logits[0])
+        places += [index_of[place] for place in rows.places]
+    targets = [token for _, choices in ids for choice in choices for token in choice]
+    return torch.cat(parts) if len(parts) > 1 else parts[0], places, targets
 
 
 def _score_encoder_decoder(
@@ -345,17 +304,3 @@ def _score_encoder_decoder(
         for column in range(-1, len(choice) - 1)
     ]
     return logits_PV, found, [token for choice in choices for token in choice]
-
-
-def pad_rows(
-    rows: Sequence[Sequence[int]], pad: int, *, left: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Token ids [B, L] filled up with `pad`, and the attention mask [B, L] of ones and zeros."""
-    length = max(1, max(len(row) for row in rows))
-    ids_BL = torch.full((len(rows), length), pad)
-    mask_BL = torch.zeros(len(rows), length, dtype=torch.long)
-    for index, row in enumerate(rows):
-        place = slice(length - len(row), length) if left else slice(0, len(row))
-        ids_BL[index, place] = torch.tensor(row, dtype=torch.long)
-        mask_BL[index, place] = 1
-    return ids_BL, mask_BL

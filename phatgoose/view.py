@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 
 from phatgoose.base import Base
-from phatgoose.batch import side_of
 from phatgoose.errors import PhatgooseError
 from phatgoose.model import RoutedModel
 from phatgoose.query import Query
@@ -200,7 +199,7 @@ def _ids_read(base: Base, question: Question, linear: str) -> list[int]:
     answer = question.choices[0][:-1]
     if not base.is_encoder_decoder:
         return [*question.context, *answer]
-    if side_of(linear) == "encoder":
+    if base.architecture.side_of(linear) == "encoder":
         return question.context
     return [base.model.config.decoder_start_token_id, *answer]
 

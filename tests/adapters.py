@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from phatgoose.base import Base, load_base
 from phatgoose.expert import Expert
 from tests.plain import plain_logits
+from tests.tiny import add_to_weight
 
 CONTEXT, TARGET = [5, 9, 11, 20, 33, 8], [12, 30, 7]
 Q = {"llama": "model.layers.0.self_attn.q_proj", "t5": "encoder.block.0.layer.0.SelfAttention.q"}
@@ -66,5 +67,6 @@ def merged_logits(base: Base, expert: Expert) -> Tensor:
     other = load_base(base.name)
     for linear, factors in expert.linears.items():
         product = factors.lora_B_OR.double() @ factors.lora_A_RD.double()
-        other.model.get_submodule(linear).weight.data += (expert.card.scale * product).float()
+        delta_OD = (expert.card.scale * product).float()
+        add_to_weight(other.model.get_submodule(linear), delta_OD)
     return logits(other)

@@ -17,6 +17,7 @@ from phatgoose.base import Base, load_base
 from phatgoose.expert import Expert
 from phatgoose.gated_lora import replace_module
 from phatgoose.profile import Profile
+from tests.tiny import add_to_weight
 
 # The weights of all experts, for one token.
 Weights = list[float]
@@ -214,13 +215,13 @@ def mixed_factors(x_D: Tensor, facts: Facts, weights: Weights) -> Tensor:
 class _Added(nn.Module):
     """A linear, plus what a function adds to each token."""
 
-    def __init__(self, linear: nn.Linear, added: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, linear: nn.Module, added: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.linear, self.added = linear, added
 
     @property
     def weight(self) -> Tensor:
-        return self.linear.weight
+        return self.linear.get_parameter("weight")
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x)
@@ -233,7 +234,6 @@ def base_with(base: Base, added: Callable[[str, Tensor], Tensor]) -> Base:
     other = load_base(base.name)
     for name in other.linears:
         linear = other.model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
         replace_module(other.model, name, _Added(linear, lambda x_D, n=name: added(n, x_D)))
     return other
 
@@ -242,5 +242,5 @@ def base_plus(base: Base, deltas: dict[str, Tensor]) -> Base:
     """The base anew, with a matrix [O, D] added to the weight of each of these linears."""
     other = load_base(base.name)
     for name, delta_OD in deltas.items():
-        other.model.get_submodule(name).weight.data += delta_OD.float()
+        add_to_weight(other.model.get_submodule(name), delta_OD.float())
     return other

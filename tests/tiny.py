@@ -2,8 +2,9 @@
 
     make_llama(folder)   decoder only, grouped-query attention, byte-level BPE without padding token
     make_t5(folder)      encoder and decoder, gated GELU, a Unigram tokenizer that ends with </s>
+    make_decoder(folder, kind)    any decoder-only architecture, with the tokenizer of the first
 
-Both are the same bits for the same arguments, in every process.
+All are the same bits for the same arguments, in every process.
 """
 
 import dataclasses
@@ -24,7 +25,9 @@ from transformers import (
     PreTrainedTokenizerFast,
     T5Config,
 )
+from transformers.pytorch_utils import Conv1D
 
+from phatgoose.architecture import linear_sizes
 from phatgoose.base import Base
 from phatgoose.expert import Card, Expert, LoraFactors
 
@@ -85,11 +88,40 @@ def build(kind: str, **sizes: Any) -> PreTrainedModel:
     return model
 
 
-def decoder_sizes(kind: str) -> dict[str, int]:
-    """Tiny sizes, by the names that every decoder of `ADAPTED_LINEARS` has for them."""
-    sizes = {"vocab_size": 340, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 2, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
-    return sizes if kind == "gpt_neox" else {**sizes, "num_key_value_heads": 1, "head_dim": 8}
+# Sizes that are not called as in Llama's configuration.
+_SIZES: dict[str, dict[str, Any]] = {
+    "mpt": {"d_model": 16, "n_heads": 2, "n_layers": 2, "max_seq_len": 128},
+    "bloom": {"hidden_size": 16, "n_head": 2, "n_layer": 2},
+    "gpt2": {"n_embd": 16, "n_head": 2, "n_layer": 2, "n_positions": 128},
+    "opt": {"ffn_dim": 24, "word_embed_proj_dim": 16},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "mixtral": {"num_local_experts": 3, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 3, "moe_intermediate_size": 8, "num_experts_per_tok": 2},
+}
+_WITHOUT_GROUPS = ("gpt_neox", "opt", "phi", "falcon")
+
+
+def decoder_sizes(kind: str) -> dict[str, Any]:
+    """Tiny sizes of a decoder-only architecture."""
+    # Some tokenizers add a padding token of their own when they are read.
+    sizes: dict[str, Any] = {"vocab_size": 344, "pad_token_id": 0, "bos_token_id": 0}
+    sizes |= {"eos_token_id": 0, **_SIZES.get(kind, {})}
+    if kind in ("mpt", "bloom", "gpt2"):
+        return sizes
+    sizes |= {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2}
+    if kind in _WITHOUT_GROUPS:
+        return sizes
+    return {**sizes, "num_key_value_heads": 1, "head_dim": 8}
+
+
+def make_decoder(folder: Path, kind: str, **changes: Any) -> Path:
+    """Write a tiny base of a decoder-only architecture into `folder`, and return it."""
+    model = build(kind, **{**decoder_sizes(kind), **changes})
+    _randomize(dict(model.named_parameters()), seed=0)
+    model.save_pretrained(folder)
+    llama_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def llama_tokenizer(*, start: bool = False) -> PreTrainedTokenizerFast:
@@ -148,8 +180,7 @@ def make_experts(
     for index in range(count):
         linears = {}
         for name in base.linears:
-            linear = base.model.get_submodule(name)
-            outputs, inputs = linear.weight.shape
+            inputs, outputs = linear_sizes(base.model.get_submodule(name))
             linears[name] = LoraFactors(
                 lora_A_RD=random(rank, inputs) / inputs**0.5,
                 lora_B_OR=random(outputs, rank),
@@ -174,6 +205,12 @@ def make_card(name: str, base: Base, *, scale: float = 1 / 16) -> Card:
     )
 
 
+def add_to_weight(linear: nn.Module, delta_OD: Tensor) -> None:
+    """Add a matrix to a linear's weight, which GPT-2 stores as [D, O]."""
+    assert isinstance(linear, nn.Linear | Conv1D)
+    linear.weight.data += delta_OD.T if isinstance(linear, Conv1D) else delta_OD
+
+
 def state(base: Base) -> dict[str, Tensor]:
     """A copy of a base's weights, to compare bit by bit later."""
     return {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
@@ -195,12 +232,8 @@ def _save(
     if not tied:  # transformers makes every T5 tied, but reads one whose file has both matrices
         head = model.get_output_embeddings()
         head.weight = nn.Parameter(head.weight.detach().clone())
-    generator = torch.Generator().manual_seed(seed)
     weights = dict(sorted(model.named_parameters()))
-    for name, weight in weights.items():
-        # Larger than a start for training, so that what the base says depends on what it reads.
-        centre, spread = (1.0, 0.1) if "norm" in name else (0.0, weight.shape[-1] ** -0.5)
-        weight.data = centre + spread * torch.randn(weight.shape, generator=generator)
+    _randomize(weights, seed)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = {**model.config.to_dict(), "tie_word_embeddings": tied}
@@ -208,3 +241,12 @@ def _save(
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def _randomize(weights: dict[str, nn.Parameter], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in weights.items():
+        # Larger than a start for training, so that what the base says depends on what it reads.
+        is_norm = "norm" in name or ".ln_" in name
+        centre, spread = (1.0, 0.1) if is_norm else (0.0, weight.shape[-1] ** -0.5)
+        weight.data = centre + spread * torch.randn(weight.shape, generator=generator)

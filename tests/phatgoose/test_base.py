@@ -10,79 +10,25 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants as hub_constants
-from torch import nn
 
 from phatgoose import base as base_module
+from phatgoose.architecture import adapted_linears
 from phatgoose.base import (
     PACKAGED_MODELS,
     PackagedModel,
-    adapted_linears,
     fingerprint,
     load_base,
     locate_base,
 )
 from phatgoose.errors import PhatgooseError
 from phatgoose.scoring import Question, score
-from tests.tiny import build, decoder_sizes, llama_tokenizer, make_llama, make_t5
-
-T5_SIZES = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
-DECODER_LINEARS = {
-    *(f"self_attn.{name}_proj" for name in "qkvo"),
-    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
-}
+from tests.tiny import llama_tokenizer, make_llama, make_t5
 
 
 @pytest.fixture
 def copied(llama_folder: Path, tmp_path: Path) -> Path:
     """A copy of the tiny base that a test may change."""
     return Path(shutil.copytree(llama_folder, tmp_path / "copied"))
-
-
-@pytest.mark.parametrize(
-    "kind", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "smollm3", "olmo2"]
-)
-def test_every_linear_of_a_decoder_but_the_head_is_adapted(kind: str) -> None:
-    linears = adapted_linears(build(kind, **decoder_sizes(kind)))
-    assert {name.removeprefix("model.layers.0.") for name in linears[:7]} == DECODER_LINEARS
-    assert len(linears) == 14
-    assert all(name.startswith("model.layers.") for name in linears)
-
-
-def test_linears_of_gpt_neox() -> None:
-    model = build("gpt_neox", **decoder_sizes("gpt_neox"))
-    linears = adapted_linears(model)
-    assert len(linears) == 8
-    assert linears[:4] == (
-        "gpt_neox.layers.0.attention.query_key_value",
-        "gpt_neox.layers.0.attention.dense",
-        "gpt_neox.layers.0.mlp.dense_h_to_4h",
-        "gpt_neox.layers.0.mlp.dense_4h_to_h",
-    )
-
-
-@pytest.mark.parametrize("kind", ["t5", "mt5"])
-@pytest.mark.parametrize(("form", "feed_forward"), [("gated-gelu", 3), ("relu", 2)])
-def test_linears_of_t5(kind: str, form: str, feed_forward: int) -> None:
-    linears = adapted_linears(build(kind, **T5_SIZES, feed_forward_proj=form))
-    # Two layers each: self-attention (4), in the decoder cross-attention (4), feed-forward.
-    assert len(linears) == 2 * (4 + feed_forward) + 2 * (8 + feed_forward)
-    assert not any("lm_head" in name or "relative" in name for name in linears)
-
-
-def test_an_unknown_architecture_says_which_are_known() -> None:
-    model = build("phi", **decoder_sizes("phi"))
-    with pytest.raises(PhatgooseError, match=r"'phi' model to adapt \(known: gemma, .*ADAPTED_LIN"):
-        adapted_linears(model)
-
-
-def test_a_linear_that_the_table_misses_is_an_error() -> None:
-    model = build("llama", **decoder_sizes("llama"))
-    model.model.layers[1].mlp.extra = nn.Linear(4, 4)
-    with pytest.raises(PhatgooseError, match=r"1 linears .*first: model\.layers\.1\.mlp\.extra"):
-        adapted_linears(model)
-    del model.model.layers
-    with pytest.raises(PhatgooseError, match="it has none"):
-        adapted_linears(model)
 
 
 def test_a_directory_loads_frozen_and_whole(

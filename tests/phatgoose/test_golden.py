@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from phatgoose.base import Base, adapted_linears
+from phatgoose.architecture import adapted_linears
+from phatgoose.base import Base
 from phatgoose.gated_lora import GatedLora
 from phatgoose.model import RoutedModel
 from phatgoose.ops import mix, mix_reference, route, top_k_softmax

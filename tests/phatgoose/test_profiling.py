@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from phatgoose.base import Base
+from phatgoose.base import Base, load_base
 from phatgoose.encoder import load_encoder
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
@@ -16,7 +16,7 @@ from phatgoose.profiling import measure_profile
 from phatgoose.tokenization import encode_pair
 from phatgoose.training import Example
 from tests.plain import plain_logits
-from tests.tiny import make_experts, state
+from tests.tiny import add_to_weight, make_decoder, make_experts, state
 from tests.tiny_encoder import make_encoder
 
 EXAMPLES = [
@@ -41,12 +41,11 @@ def inputs_of_linears(base: Base, expert: Expert, example: Example) -> dict[str,
     handles, weights = [], {}
     for name, factors in expert.linears.items():
         linear = base.model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        weights[name] = linear.weight.detach().clone()
-        linear.weight.data += expert.card.scale * factors.lora_B_OR @ factors.lora_A_RD
+        weights[name] = linear.get_parameter("weight").detach().clone()
+        add_to_weight(linear, expert.card.scale * factors.lora_B_OR @ factors.lora_A_RD)
 
         def hear(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-            heard[name].append(args[0][0])
+            heard[name].append(args[0].flatten(0, -2))  # OPT's feed-forward reads [B * L, D]
 
         handles.append(linear.register_forward_pre_hook(hear))
     with torch.no_grad():
@@ -56,6 +55,15 @@ def inputs_of_linears(base: Base, expert: Expert, example: Example) -> dict[str,
     for name, weight in weights.items():
         base.model.get_parameter(f"{name}.weight").data.copy_(weight)
     return {name: torch.cat(parts) for name, parts in heard.items()}
+
+
+@pytest.fixture(params=["llama", "t5", "opt", "gpt2", "lfm2"])
+def base(request: pytest.FixtureRequest, tmp_path: Path) -> Base:
+    """The tiny bases of both families, and others that hand their linears something else."""
+    if request.param in ("llama", "t5"):
+        loaded: Base = request.getfixturevalue(request.param)
+        return loaded
+    return load_base(str(make_decoder(tmp_path / "base", request.param)))
 
 
 def test_a_profile_is_what_the_plain_computation_gives(base: Base, config: ProfileConfig) -> None:

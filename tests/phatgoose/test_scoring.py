@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from phatgoose.base import ADAPTED_LINEARS, Base, adapted_linears, load_base
-from phatgoose.errors import PhatgooseError
+from phatgoose.base import Base, load_base
 from phatgoose.generation import generate
 from phatgoose.model import RoutedModel
 from phatgoose.pool import Pool
@@ -15,7 +14,7 @@ from phatgoose.routers import make_router
 from phatgoose.scoring import Question, Score, logits_at, score
 from phatgoose.tokenization import encode_context
 from tests.plain import plain_generate, plain_score
-from tests.tiny import build, decoder_sizes, llama_tokenizer, make_experts
+from tests.tiny import make_experts
 
 ROUTERS = ["base", "phatgoose", "random", "merged", "single:e1"]
 QUESTIONS = [
@@ -91,40 +90,6 @@ def test_scores_of_a_base_in_bfloat16_are_near(base: Base) -> None:
     for full, rounded in zip(score(base, questions), score(half, questions), strict=True):
         for a, b in zip(full, rounded, strict=True):
             assert b.mean == pytest.approx(a.mean, abs=0.15)
-
-
-def build_base(kind: str, **sizes: int) -> Base:
-    """A tiny random base of any decoder's architecture, that says something."""
-    model = build(kind, **decoder_sizes(kind), **sizes).eval()
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data += torch.randn(parameter.shape, generator=generator) / 8
-    tokenizer = llama_tokenizer()
-    tokenizer.pad_token = tokenizer.eos_token
-    return Base(kind, kind, model, tokenizer, adapted_linears(model))
-
-
-@pytest.mark.parametrize("kind", sorted(ADAPTED_LINEARS.keys() - {"t5", "mt5", "llama"}))
-def test_every_decoder_reads_a_context_once_for_all_choices(kind: str) -> None:
-    base = build_base(kind)
-    questions = encode(base)
-    for question, scores in zip(questions, score(base, questions), strict=True):
-        for choice, actual in zip(question.choices, scores, strict=True):
-            assert_same(actual, plain_score(base, question.context, choice))
-    contexts = [question.context for question in questions]
-    expected = [plain_generate(base, context, 4) for context in contexts]
-    texts = base.tokenizer.batch_decode(expected, skip_special_tokens=True)
-    assert generate(base, contexts, 4) == texts
-
-
-@pytest.mark.parametrize("kind", ["mistral", "gemma2"])
-def test_what_a_sliding_window_would_cut_is_refused(kind: str) -> None:
-    context, choice = [5, 6, 7, 8, 9], [10, 11, 0]
-    question = Question(context, [[0], choice])
-    (_, scored) = score(build_base(kind, sliding_window=7), [question])[0]
-    assert_same(scored, plain_score(build_base(kind, sliding_window=7), context, choice))
-    with pytest.raises(PhatgooseError, match="7 tokens is longer than the sliding window of 6"):
-        score(build_base(kind, sliding_window=6), [question])
 
 
 def test_the_mean_counts_the_end_of_sequence() -> None:

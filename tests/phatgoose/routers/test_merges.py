@@ -19,7 +19,7 @@ from tests.tiny import make_experts
 Formula = Callable[[Facts], Tensor]
 
 QUESTIONS = [
-    ("Question: which bird flies in the flock?\nAnswer:", (" the goose", " swan", "")),
+    ("Question: which bird flies in the flock?\nAnswer:", (" the goose", " swan", " a")),
     ("Is the lake deep?", (" yes", " no")),
     ("", ("the",)),
 ]

@@ -33,7 +33,7 @@ from tests.pools import (
 from tests.textbook import base_with, facts_of, mixed
 
 QUERIES = [
-    Query("Question: which bird flies in the flock?\nAnswer:", (" the goose", " swan", "")),
+    Query("Question: which bird flies in the flock?\nAnswer:", (" the goose", " swan", " a")),
     Query("Is the lake deep?", (" yes", " no")),
     Query("two and three is", (" five", " four and four")),
     Query("", ("the",)),
@@ -42,7 +42,7 @@ QUERIES = [
 ]
 # What is embedded of them.
 TEXTS = [
-    "Answer Choices: the goose, swan, , "
+    "Answer Choices: the goose, swan, a, "
     "Instance: Question: which bird flies in the flock?\nAnswer:",
     "Answer Choices: yes, no, Instance: Is the lake deep?",
     "Answer Choices: five, four and four, Instance: two and three is",
@@ -353,3 +353,23 @@ def test_a_pass_that_nobody_announced_is_refused(base: Base) -> None:
     RoutedModel(base, pool_of(make_uneven_experts(base)), "logo")
     with pytest.raises(PhatgooseError, match=r"looks at whole queries, .* routed model's"):
         plain_logits(base, [5, 9, 11], [12])
+
+
+@pytest.mark.parametrize("router", ["retrieval", "lorauter", "ariadne", "logo", "glider"])
+def test_a_question_without_a_query_is_an_error(
+    llama: Base, encoder: FakeEncoder, router: str
+) -> None:
+    model = RoutedModel(llama, pool_of(make_uneven_experts(llama)), make_router(router))
+    asked = Question.encode(llama, "Is the lake deep?", [" yes", " no"], query=Query("q", task="t"))
+    assert len(model.score([asked])[0]) == 2
+    with pytest.raises(PhatgooseError, match=f"router {router} decides by queries, and a question"):
+        model.score([asked, dataclasses.replace(asked, query=None)])
+    model.set_router("phatgoose")
+    assert len(model.score([dataclasses.replace(asked, query=None)])[0]) == 2
+
+
+def test_the_right_answer_alone_is_no_part_of_a_query(llama: Base) -> None:
+    context = "Is the lake deep?"
+    assert Question.encode(llama, context, [" yes"]).query == Query(context)
+    both = Question.encode(llama, context, [" yes", " no"]).query
+    assert both == Query(context, (" yes", " no"))

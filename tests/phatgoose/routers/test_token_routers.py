@@ -211,7 +211,7 @@ def test_random_gates_are_drawn_as_they_should_be() -> None:
 
 def encode(base: Base) -> list[Question]:
     texts = [
-        ("Question: which bird flies in the flock?\nAnswer:", (" the goose", " swan", "")),
+        ("Question: which bird flies in the flock?\nAnswer:", (" the goose", " swan", " a")),
         ("Is the lake deep?", (" yes", " no")),
         ("", ("the",)),
     ]

@@ -1,0 +1,296 @@
+"""Rows in which contexts and choices are read: shared, under windows, and apart."""
+
+import dataclasses
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from phatgoose.architecture import ARCHITECTURES, Architecture
+from phatgoose.base import Base
+from phatgoose.generation import answer
+from phatgoose.model import RoutedModel
+from phatgoose.pool import Pool
+from phatgoose.query import Query
+from phatgoose.routed_linear import RoutingLog
+from phatgoose.scoring import Question, score
+from tests.architectures import (
+    APART,
+    DECODERS,
+    QUESTIONS,
+    WINDOWED,
+    Folders,
+    assert_answers_plainly,
+    assert_plain,
+    assert_same,
+)
+from tests.plain import plain_logits
+from tests.pools import FakeEncoder, make_pool
+from tests.tiny import (
+    make_experts,
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> "Folders":
+    return Folders(tmp_path_factory.mktemp("architectures"))
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_choices_score_together_as_alone(folders: Folders, name: str) -> None:
+    base = folders.load(*DECODERS[name])
+    assert base.shares_context == (name not in APART)
+    assert_plain(base, score(base, QUESTIONS))
+    assert_answers_plainly(base, 4)
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.parametrize("window", [2, 3, 6])
+def test_a_sliding_window_is_masked(folders: Folders, name: str, window: int) -> None:
+    """Shorter than prompts, choices and what is written, alone and with routed experts."""
+    kind, changes = WINDOWED[name]
+    base = folders.load(kind, {**changes, "sliding_window": window})
+    assert base.model.config.sliding_window == window
+    assert base.shares_context
+    wide = folders.load(kind, {**changes, "sliding_window": 50})
+    narrow_says, wide_says = (
+        plain_logits(b, QUESTIONS[0].context, QUESTIONS[0].choices[0]) for b in (base, wide)
+    )
+    assert not torch.allclose(narrow_says, wide_says, atol=1e-2)  # the window matters
+    assert_plain(base, score(base, QUESTIONS))
+    assert_answers_plainly(base, 7)
+    RoutedModel(base, Pool.from_experts(make_experts(base)), "phatgoose")
+    assert_plain(base, score(base, QUESTIONS))
+    assert_answers_plainly(base, 7)
+
+
+def test_a_window_that_a_model_does_not_read_is_ignored(folders: Folders) -> None:
+    base = folders.load("llama", {"sliding_window": 3})
+    assert base.shares_context
+    assert_plain(base, score(base, QUESTIONS))
+    assert_answers_plainly(base, 5)
+
+
+@pytest.mark.parametrize("window", [10, 11, 12, 13])
+def test_a_window_at_the_length_of_a_row(folders: Folders, window: int) -> None:
+    """The last position that is read is 11."""
+    base = folders.load("mistral", {"sliding_window": window})
+    assert_plain(base, score(base, QUESTIONS))
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2"])
+@pytest.mark.parametrize("limit", [1, 2, 3, 4, 5, 7])
+@pytest.mark.parametrize("window", [12, 13])
+def test_answers_at_the_edge_of_a_window(
+    folders: Folders, name: str, window: int, limit: int
+) -> None:
+    """Prompts of at most 8 tokens, targets of 3, and what is written."""
+    kind, changes = WINDOWED[name]
+    base = folders.load(kind, {**changes, "sliding_window": window})
+    questions = [Question(q.context, [[30, 7, 0]]) for q in QUESTIONS]
+    assert_answers_plainly(base, limit, questions)
+
+
+def test_a_prompt_within_the_window_is_read_once(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(window: int) -> int:
+        base = folders.load("mistral", {"sliding_window": window})
+        counted = [0]
+
+        def count(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            counted[0] += args[0].shape[1]
+
+        base.model.get_input_embeddings().register_forward_pre_hook(count)
+        answer(base, QUESTIONS, 3)
+        return counted[0]
+
+    longest = max(len(question.context) for question in QUESTIONS)
+    assert read(100) < read(6)
+    assert read(100) <= longest + 3 + max(len(q.choices[0]) for q in QUESTIONS)
+
+
+@pytest.mark.parametrize("limit", [1, 5])
+@pytest.mark.parametrize("kind", ["lfm2", "mpt", "llama", "mistral"])
+def test_rows_of_their_own_are_counted_as_shared_ones(
+    folders: Folders, kind: str, limit: int
+) -> None:
+    """Each context once, each choice once; what is written is not counted by `answer`."""
+    base = folders.load(kind, {"sliding_window": 5} if kind == "mistral" else {})
+    routed = RoutedModel(base, Pool.from_experts(make_experts(base, 4)), "phatgoose")
+    with routed.recording(RoutingLog()) as log:
+        scores = routed.score(QUESTIONS)
+    tokens = sum(len(q.context) + sum(len(choice) - 1 for choice in q.choices) for q in QUESTIONS)
+    assert set(log.tokens) == set(base.linears)
+    assert set(log.tokens.values()) == {tokens}
+    assert all(w.sum() == pytest.approx(tokens, rel=1e-4) for w in log.weights.values())
+    with routed.recording(RoutingLog()) as log:
+        _, first = routed.answer(QUESTIONS, limit)
+    assert set(log.tokens.values()) == {
+        sum(len(q.context) + len(q.choices[0]) - 1 for q in QUESTIONS)
+    }
+    for one, (other, *_) in zip(first, scores, strict=True):
+        assert_same(one, other)
+
+
+def test_separate_rows_give_what_shared_ones_give(
+    llama: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For routers that decide by token, by query, and by a bias for each query."""
+    monkeypatch.setattr("phatgoose.encoder.load_encoder", lambda _: FakeEncoder())
+    monkeypatch.setattr("phatgoose.routers.profiles._embedded", {})
+    pool = make_pool(llama)
+    apart = dataclasses.replace(llama, shares_context=False)
+    questions = [
+        dataclasses.replace(question, query=Query(f"query {index}", task=f"task {index}"))
+        for index, question in enumerate(QUESTIONS)
+    ]
+    for router in ("base", "phatgoose", "retrieval", "glider", "merged"):
+        found = []
+        for base in (llama, apart):
+            routed = RoutedModel(base, pool, router)
+            with routed.recording(RoutingLog()) as log:
+                found.append((routed.score(questions), log))
+            routed.detach()
+        (shared, shared_log), (separate, separate_log) = found
+        for one, other in zip(shared, separate, strict=True):
+            for a, b in zip(one, other, strict=True):
+                assert_same(a, b)
+        assert shared_log.tokens == separate_log.tokens
+        for name, weights_E in shared_log.weights.items():
+            torch.testing.assert_close(separate_log.weights[name], weights_E, rtol=1e-4, atol=1e-4)
+
+
+def test_separate_rows_need_no_more_memory(llama: Base) -> None:
+    """No pass has more tokens, padding included, than the shared rows of the batch."""
+    many = [
+        Question([5] * 30, [[7] * n + [0] for n in range(12)]),
+        Question([6] * 3, [[8, 0], [9, 0]]),
+    ]
+    sizes: list[int] = []
+    embeddings = llama.model.get_input_embeddings()
+    handle = embeddings.register_forward_pre_hook(lambda _, args: sizes.append(args[0].numel()))
+    expected = score(llama, many)
+    found = score(dataclasses.replace(llama, shares_context=False), many)
+    handle.remove()
+    shared, *separate = sizes
+    assert len(separate) > 1
+    assert max(separate) <= shared
+    for one, other in zip(expected, found, strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert_same(a, b)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", sorted(APART))
+def test_a_base_that_leaks_is_found_and_says_so(
+    folders: Folders, name: str, dtype: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        base = folders.load(*DECODERS[name], dtype=dtype)
+    lines = [r.getMessage() for r in caplog.records if "share a context" in r.getMessage()]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"base={base.name}: choices cannot share a context")
+    assert "a row of its own" in lines[0]
+    assert "\n" not in lines[0]
+    stored = load_file(Path(base.name) / "model.safetensors")  # and its weights are as they were
+    weights = dict(base.model.named_parameters())
+    assert {weight.dtype for weight in weights.values()} == {getattr(torch, dtype)}
+    for key, weight in stored.items():
+        assert torch.equal(weights[key], weight.to(getattr(torch, dtype)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "falcon with groups", "mixtral"])
+def test_a_record_that_says_nothing_is_tested(
+    folders: Folders,
+    name: str,
+    dtype: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    kind, changes = DECODERS[name]
+    silent = dataclasses.replace(ARCHITECTURES[kind], shares_context=False)
+    monkeypatch.setitem(ARCHITECTURES, kind, silent)
+    with caplog.at_level(logging.WARNING):
+        assert folders.load(kind, changes, dtype=dtype).shares_context
+    assert "share a context" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "record"),
+    [
+        # A record that forgets the window, one that was not tested, and a window of another name.
+        ("mistral", {"sliding_window": 3}, Architecture(r"self_attn\..*|mlp\..*", "q_proj")),
+        (
+            "mixtral",
+            {"sliding_window": 3},
+            dataclasses.replace(ARCHITECTURES["mixtral"], shares_context=False),
+        ),
+        (
+            "gpt_neo",
+            {"attention_types": [[["global", "local"], 1]], "window_size": 3},
+            Architecture(
+                linears=r"attention\.([qkv]|out)_proj|mlp\.c_(fc|proj)", query=r"attention\.q_proj"
+            ),
+        ),
+    ],
+)
+def test_windows_that_no_test_covers_are_read_apart(
+    folders: Folders,
+    kind: str,
+    changes: dict[str, Any],
+    record: Architecture,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setitem(ARCHITECTURES, kind, record)
+    with caplog.at_level(logging.WARNING):
+        base = folders.load(kind, changes)
+    assert not base.shares_context
+    assert re.search(r"its configuration has .*window.*, which", caplog.text)
+    assert_plain(base, score(base, QUESTIONS))
+    assert_answers_plainly(base, 5)
+
+
+def test_layers_whose_masks_are_unknown_are_read_apart(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also under a record that says that sharing is exact."""
+    record = dataclasses.replace(ARCHITECTURES["lfm2"], window="layer_types", shares_context=True)
+    monkeypatch.setitem(ARCHITECTURES, "lfm2", record)
+    with caplog.at_level(logging.WARNING):
+        base = folders.load("lfm2", {})
+    assert "its layers are of the kinds conv, full_attention" in caplog.text
+    assert_plain(base, score(base, QUESTIONS))
+
+
+@pytest.mark.parametrize("router", ["logo", "phatgoose"])
+@pytest.mark.parametrize(
+    ("kind", "changes"), [("lfm2", {}), ("mpt", {}), ("mistral", {"sliding_window": 5})]
+)
+def test_routers_decide_the_same_where_a_prompt_is_read_twice(
+    folders: Folders, kind: str, changes: dict[str, Any], router: str
+) -> None:
+    base = folders.load(kind, changes)
+    routed = RoutedModel(base, Pool.from_experts(make_experts(base, 4)), router)
+    texts = ["Is the lake deep?", "the goose", "The grey goose flies over the lake, and"]
+    questions = [
+        Question.encode(base, text, [" yes, the swan"], query=Query(text)) for text in texts
+    ]
+    written, scores = routed.answer(questions, 6)
+    assert written == routed.generate(texts, 6)
+    for one, (other,) in zip(scores, routed.score(questions), strict=True):
+        assert_same(one, other)
+
+
+def test_a_base_built_by_hand_is_read_apart(folders: Folders) -> None:
+    loaded = folders.load("lfm2", {})
+    base = Base("a", "b", loaded.model, loaded.tokenizer, loaded.linears)
+    assert not base.shares_context
+    assert_plain(base, score(base, QUESTIONS))
