@@ -11,8 +11,9 @@ demo: setup  ## train the demo pool, evaluate every router, end with a table and
 routers: setup  ## every router there is, on the pool of the demo (trained first if need be)
 	$(BIN)/python -m harness.run pool=demo "run.dir='$(RUN_DIR)'" 'router=[all]' router.multitask.steps=48
 
-test: setup  ## all tests
-	$(BIN)/python -m pytest
+test: setup  ## all tests: the fast ones side by side, then those that start clusters
+	$(BIN)/python -m pytest -m "not slow" -n 2
+	$(BIN)/python -m pytest -m slow
 
 chaos: setup  ## runs whose processes are killed again and again end as one that is left alone
 	$(BIN)/python -m tests.chaos
