@@ -264,7 +264,11 @@ def _weights_digest(folder: Path) -> str:
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not weights:
         raise PhatgooseError(f"base {folder}: no safetensors or pytorch_model files in it")
-    stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in weights]
+    stats = [
+        (str(f.resolve()), s.st_size, s.st_mtime_ns, s.st_ctime_ns)
+        for f in weights
+        for s in [f.stat()]
+    ]
     key = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
     cached = cache_dir() / "fingerprints" / key
     if cached.exists():
