@@ -1,9 +1,11 @@
 """The actor that answers evaluation requests: one base and pool, any router."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import ray
+from torch import Tensor
 
 from harness.actor import Actor
 from harness.cluster import log_to_run_folder
@@ -122,7 +124,7 @@ class EvalActor(Actor):
         return Answer(
             scores=scores,
             tokens=sum(question.length for question in questions),
-            routing=log.weights,
+            routing=_on_cpu(log.weights),
             routed=log.tokens,
         )
 
@@ -153,9 +155,14 @@ class EvalActor(Actor):
             scores=scores,
             texts=[_cut_text(r, text) for r, text in zip(requests, written, strict=True)],
             tokens=read + sum(request.max_new_tokens for request in requests),
-            routing=log.weights,
+            routing=_on_cpu(log.weights),
             routed=log.tokens,
         )
+
+
+def _on_cpu(routing: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors for a driver whose machine need not have a GPU."""
+    return {linear: weights_E.cpu() for linear, weights_E in routing.items()}
 
 
 def _query(request: Request, description: str) -> Query:
