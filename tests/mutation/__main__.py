@@ -84,7 +84,10 @@ def main() -> int:
         print(f"the tests fail without any mutant: {found and found['failed']}")
         return 2
     covered: Covered = read(found)
-    print(f"{len(covered.seconds)} tests without a mutant: {time.monotonic() - started:.0f} s")
+    print(
+        f"{len(covered.seconds)} tests without a mutant: {time.monotonic() - started:.0f} s",
+        flush=True,
+    )
 
     files = [Mutants(path) for path in sources if options.only in path]
     population = [(file, index) for file in files for index in range(len(file))]
