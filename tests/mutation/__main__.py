@@ -12,6 +12,7 @@ long counts as noticed: a mutant that never ends is.
 """
 
 import argparse
+import gc
 import importlib
 import os
 import random
@@ -153,6 +154,10 @@ def _import_libraries() -> None:
     import torch
 
     torch.set_num_threads(1)
+    # The first run compiles the tests, the others read that.
+    sys.dont_write_bytecode, sys.pycache_prefix = False, str(FOLDER.resolve() / "pycache")
+    gc.collect()
+    gc.freeze()  # runs share these objects, and need not look at them
     ours = [name for name in sys.modules if name.split(".")[0] in ("phatgoose", "harness")]
     assert not ours, f"{ours} would be imported without the mutant"
 

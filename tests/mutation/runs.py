@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+_NO_PLUGINS = ("cacheprovider", "faulthandler", "unraisableexception", "threadexception")
 _MEMORY = 16 * 2**30  # of one run: a changed size must not take the whole machine
 # What no mutant can need more than once, and what is slow to import.
 LIBRARIES = (
@@ -89,6 +90,7 @@ def start(what: Any, work: Callable[[Path], int], folder: Path, seconds: float) 
 
 def run_tests(tests: Sequence[str], folder: Path, plugin: object, *options: str) -> int:
     """Run tests with pytest in this process; returns its exit status."""
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     from hypothesis import HealthCheck, Phase, settings
 
     settings.register_profile(
@@ -103,8 +105,9 @@ def run_tests(tests: Sequence[str], folder: Path, plugin: object, *options: str)
     return int(
         pytest.main(
             [
-                *("-q", "-p", "no:cacheprovider", "-p", "no:faulthandler", "--tb=no"),
-                *("--no-header", "--durations=0", "-m", "not slow", f"--basetemp={folder / 'tmp'}"),
+                *("-q", "--no-header", "--tb=no", "-m", "not slow", f"--basetemp={folder / 'tmp'}"),
+                # They collect garbage, or write, or belong to libraries.
+                *(part for name in _NO_PLUGINS for part in ("-p", f"no:{name}")),
                 *options,
                 *tests,
             ],
