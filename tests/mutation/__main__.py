@@ -18,11 +18,29 @@ import os
 import random
 import sys
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tests.mutation.runs import (
+    LIBRARIES,
+    FirstFailure,
+    Killed,
+    Run,
+    install,
+    run_tests,
+    start,
+)
+
+if TYPE_CHECKING:  # it is imported after the libraries
+    from tests.mutation.covered import Covered
+    from tests.mutation.mutants import Mutant
 
 MOST_SURVIVORS = 0.15
+# Runs without a mutant, which must pass: or else every mutant would seem to be noticed.
+CONTROLS = 3
 FOLDER = Path("build/mutants")
 # What is mutated: routing and mixing, scoring, generation, tokenization, training, statistics.
 SOURCES = (
@@ -70,76 +88,103 @@ def main() -> int:
     options = parser.parse_args()
     started = time.monotonic()
     _import_libraries()
-
-    from tests.mutation.covered import Covered, measure, read
-    from tests.mutation.mutants import Mutant, Mutants
-    from tests.mutation.runs import FirstFailure, Killed, Run, install, run_tests, start
+    from tests.mutation.mutants import Mutants
 
     sources = [path for pattern in SOURCES for path in _files(pattern)]
+    questions = Questions(_measure(sources), options.workers)
+    print(f"All tests without a mutant: {time.monotonic() - started:.0f} s", flush=True)
+
+    files = [Mutants(path) for path in sources if options.only in path]
+    population = [(file, index) for file in files for index in range(len(file))]
+    count = min(options.count, len(population))
+    sample = random.Random(options.seed).sample(population, count)
+    controls = (file[index].undone() for file, index in sample[:CONTROLS])
+    if any(outcome.what != "survived" for outcome in questions.ask(controls)):
+        raise SystemExit("Tests that pass together fail alone without any mutant: run them alone.")
+
+    print(f"{count} of {len(population)} mutants, seed {options.seed}", flush=True)
+    outcomes: list[Outcome] = []
+    for outcome in questions.ask(file[index] for file, index in sample):
+        outcomes.append(outcome)
+        if len(outcomes) % 20 == 0:
+            _, _, last = _write(outcomes, options.seed, time.monotonic() - started)
+            print(f"{len(outcomes)} mutants. {last}", flush=True)
+    share, table, last = _write(outcomes, options.seed, time.monotonic() - started)
+    print("\n".join([*table, "", last, f"The survivors: {FOLDER / 'report.md'}"]))
+    return int(share > MOST_SURVIVORS)
+
+
+def _measure(sources: list[str]) -> "Covered":
+    """Run all tests once."""
+    from tests.mutation.covered import measure, read
+
     tests = [path for path in TESTS if Path(path).exists()]
     run = start("", lambda folder: measure(tests, sources, folder), FOLDER / "all", 1800)
     while (status := run.status()) is None:
         time.sleep(0.1)
     found = run.result()
     if status or found is None:
-        print(f"the tests fail without any mutant: {found and found['failed']}")
-        return 2
-    covered: Covered = read(found)
-    print(
-        f"{len(covered.seconds)} tests without a mutant: {time.monotonic() - started:.0f} s",
-        flush=True,
-    )
+        raise SystemExit(f"Tests fail without any mutant: {found and found['failed']}. Fix them.")
+    return read(found)
 
-    files = [Mutants(path) for path in sources if options.only in path]
-    population = [(file, index) for file in files for index in range(len(file))]
-    count = min(options.count, len(population))
-    sample = random.Random(options.seed).sample(population, count)
-    print(f"{count} of {len(population)} mutants, seed {options.seed}", flush=True)
 
-    killers: dict[tuple[str, range | None], list[str]] = defaultdict(list)
-    outcomes: list[Outcome] = []
-    waiting = deque(sample)
-    running: list[Run] = []
-    places = {f"w{i}" for i in range(options.workers)}
+class Questions:
+    """Asks tests about mutants, some at a time.
 
-    def finish(mutant: Mutant, what: str, by: str | None = None) -> None:
-        outcomes.append(Outcome(mutant.name, mutant.path, what, by, mutant.diff()))
-        if by:
-            killers[mutant.path, mutant.function].append(by)
-        if len(outcomes) % 20 == 0:
-            survived = sum(outcome.what == "survived" for outcome in outcomes)
-            passed = time.monotonic() - started
-            print(f"{len(outcomes)} mutants, {survived} survived, {passed:.0f} s", flush=True)
+    Args:
+        covered: which tests run which lines.
+        workers: how many mutants at a time.
+    """
 
-    while waiting or running:
-        while waiting and len(running) < options.workers:
-            file, index = waiting.popleft()
-            mutant = file[index]
-            chosen = covered.tests_of(mutant, killers[mutant.path, mutant.function])
+    def __init__(self, covered: "Covered", workers: int) -> None:
+        self._covered, self._workers = covered, workers
+        # By function: tests that have noticed a mutant are likely to notice the next.
+        self._killers: dict[tuple[str, range | None], list[str]] = defaultdict(list)
+
+    def ask(self, mutants: Iterable["Mutant"]) -> Iterator[Outcome]:
+        """Return what becomes of each mutant, in the order in which that is known."""
+        waiting = iter(mutants)
+        running: list[Run] = []
+        while True:
+            places = {f"w{i}" for i in range(self._workers)} - {run.folder.name for run in running}
+            for place, mutant in zip(sorted(places), waiting):  # noqa: B905 (what is left waits)
+                running.append(self._start(mutant, FOLDER / place))
+            if not running:
+                return
+            time.sleep(0.02)
+            for run in list(running):
+                outcome = self._outcome(run)
+                if outcome is not None:
+                    running.remove(run)
+                    yield outcome
+
+    def _start(self, mutant: "Mutant", folder: Path) -> Run:
+        chosen = self._covered.tests_of(mutant, self._killers[mutant.path, mutant.function])
+
+        def work(folder: Path) -> int:
             if not chosen:
-                finish(mutant, "survived")
-                continue
+                return 0
+            install({str(Path(mutant.path).resolve()): mutant.source})
+            return run_tests(chosen, folder, FirstFailure(folder), "-x")
 
-            def work(folder: Path, mutant: Mutant = mutant, chosen: list[str] = chosen) -> int:
-                install({str(Path(mutant.path).resolve()): mutant.source})
-                return run_tests(chosen, folder, FirstFailure(folder), "-x")
+        seconds = 20 + 4 * sum(self._covered.seconds[test] for test in chosen)
+        return start(mutant, work, folder, seconds)
 
-            (place, *_) = places - {run.folder.name for run in running}
-            seconds = 20 + 4 * sum(covered.seconds[test] for test in chosen)
-            running.append(start(mutant, work, FOLDER / place, seconds))
-        time.sleep(0.02)
-        for run in list(running):
-            try:
-                status = run.status()
-            except Killed:
-                finish(run.what, "timeout")
-            else:
-                if status is None:
-                    continue
-                by = run.result()
-                finish(run.what, "survived" if status == 0 else "killed", by)
-            running.remove(run)
-    return _report(outcomes, options.seed, time.monotonic() - started)
+    def _outcome(self, run: Run) -> Outcome | None:
+        """Return what became of a mutant; None while its tests run."""
+        mutant, by, what = run.what, None, "timeout"
+        try:
+            status = run.status()
+        except Killed:
+            pass
+        else:
+            if status is None:
+                return None
+            by = run.result()
+            what = "survived" if status == 0 else "killed"
+        if by:
+            self._killers[mutant.path, mutant.function].append(by)
+        return Outcome(mutant.name, mutant.path, what, by, mutant.diff())
 
 
 def _import_libraries() -> None:
@@ -147,8 +192,6 @@ def _import_libraries() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ["HF_HUB_OFFLINE"] = "1"
-    from tests.mutation.runs import LIBRARIES
-
     for library in LIBRARIES:
         importlib.import_module(library)
     import torch
@@ -170,29 +213,27 @@ def _files(pattern: str) -> list[str]:
     return found
 
 
-def _report(outcomes: list[Outcome], seed: int, seconds: float) -> int:
-    """Print the table, write it with the survivors, and return the exit status."""
+def _write(outcomes: list[Outcome], seed: int, seconds: float) -> tuple[float, list[str], str]:
+    """Write the reports; returns the share that survived, the table, and a sentence."""
     kinds = ("killed", "survived", "timeout")
     counts: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(kinds, 0))
     for outcome in outcomes:
         counts[outcome.path][outcome.what] += 1
         counts["all"][outcome.what] += 1
-    lines = ["| module | mutants | killed | survived | timeouts |", "|---|---|---|---|---|"]
+    table = ["| module | mutants | killed | survived | timeouts |", "|---|---|---|---|---|"]
     for path in [*sorted(counts.keys() - {"all"}), "all"]:
         numbers = [sum(counts[path].values()), *(counts[path][kind] for kind in kinds)]
-        lines.append(f"| {path} | {' | '.join(map(str, numbers))} |")
+        table.append(f"| {path} | {' | '.join(map(str, numbers))} |")
     share = counts["all"]["survived"] / len(outcomes)
-    lines += ["", f"Seed {seed}: {share:.1%} survived, in {seconds / 60:.0f} minutes."]
-    print("\n".join(lines))
+    last = f"Seed {seed}: {share:.1%} survived, in {seconds / 60:.0f} minutes."
+    lines = [*table, "", last]
     survivors = [outcome for outcome in outcomes if outcome.what == "survived"]
     for outcome in sorted(survivors, key=lambda outcome: outcome.name):
         lines += ["", f"## {outcome.name}", "", "```diff", outcome.diff.rstrip("\n"), "```"]
-    FOLDER.mkdir(parents=True, exist_ok=True)
     (FOLDER / "report.md").write_text("\n".join(lines) + "\n")
     noticed = [f"{o.name}\t{o.what}\t{o.by or ''}" for o in outcomes]
     (FOLDER / "mutants.tsv").write_text("\n".join(noticed) + "\n")
-    print(f"the survivors: {FOLDER / 'report.md'}")
-    return int(share > MOST_SURVIVORS)
+    return share, table, last
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ words of error messages.
 
 import difflib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import libcst as cst
@@ -42,6 +42,10 @@ class Mutant:
     def name(self) -> str:
         """Return the mutant's name in reports."""
         return f"{self.path}:{self.lines.start}#{self.index}"
+
+    def undone(self) -> "Mutant":
+        """Return the mutant without its change, as a control."""
+        return replace(self, source=Path(self.path).read_text())
 
     def diff(self) -> str:
         """Return what is changed, as a unified diff."""

@@ -1,0 +1,122 @@
+"""Options that cannot be are refused with the router, the option, the value and what may be."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from phatgoose.errors import PhatgooseError
+from phatgoose.routers import ROUTERS, make_router
+
+COUNT = "a whole number of at least 1"
+NUMBER = "a number"
+INF, NAN = float("inf"), float("nan")
+# Option -> what may be, values that cannot be, and values at the border that can.
+OPTIONS: dict[str, tuple[str, list[Any], list[Any]]] = {
+    "top_k": (COUNT, [0, -1, 1.5, "2", [2]], [1, 10**6]),
+    "candidates": (COUNT, [0, -1, 2.0, "2"], [1, 10**6]),
+    "centroids": (COUNT, [0, -3, 0.5, "8"], [1, 10**6]),
+    "examples": (COUNT, [0, -3, 0.5, "8"], [1, 10**6]),
+    "temperature": ("a positive number", [0, -1, INF, NAN, "warm"], [1e-6, 1, 1e6]),
+    "gamma": (NUMBER, [INF, -INF, NAN, "much"], [0, -3, 1e6]),
+    "weight": (NUMBER, [INF, -INF, NAN, "much"], [0, -0.5, 1e6]),
+    "density": ("above 0 and at most 1", [0, -0.1, 1.01, NAN, "0.2"], [1e-6, 1]),
+    "drop": ("at least 0 and below 1", [1, -0.1, 1.5, NAN, "0.9"], [0, 0.999]),
+    "mix": ("outputs or factors", ["product", "", 1], ["outputs", "factors"]),
+    "weights": ("softmax or equal", ["sum", "", 1], ["softmax", "equal"]),
+}
+BY = {
+    "lag": ("projection or spectral", ["norm", "", 1], ["projection", "spectral"]),
+    "logo": ("norm or entropy", ["spectral", "", 1], ["norm", "entropy"]),
+}
+FIELDS = {
+    name: {field.name for field in dataclasses.fields(router)}  # type: ignore[arg-type]
+    for name, router in ROUTERS.items()
+}
+HAVING = [(n, o) for n in FIELDS for o in sorted(FIELDS[n]) if o in OPTIONS or o == "by"]
+
+
+def allowed(name: str, option: str) -> tuple[str, list[Any], list[Any]]:
+    return BY[name] if option == "by" else OPTIONS[option]
+
+
+def make(name: str, option: str, value: Any) -> Any:
+    needed = {"genknowsub": {"general": "e0"}, "single": {"expert": "e0"}}.get(name, {})
+    return make_router(name, **{**needed, option: value})
+
+
+def test_every_kind_of_option_is_here() -> None:
+    known = {*OPTIONS, "by", "seed", "expert", "general", "router", "divide_by_sqrt_d"}
+    known |= {"standardise_input", "standardise_gates"}
+    for name, fields in FIELDS.items():
+        assert fields <= known, name
+    assert {option for _, option in HAVING} == {*OPTIONS, "by"}
+
+
+@pytest.mark.parametrize(("name", "option"), HAVING)
+def test_values_that_cannot_be_are_refused(name: str, option: str) -> None:
+    words, wrong, _ = allowed(name, option)
+    for value in wrong:
+        with pytest.raises(PhatgooseError) as caught:
+            make(name, option, value)
+        assert str(caught.value) == f"router {name}: {option} is {value!r}: it must be {words}"
+
+
+@pytest.mark.parametrize(("name", "option"), HAVING)
+def test_values_at_the_border_are_taken(name: str, option: str) -> None:
+    for value in allowed(name, option)[2]:
+        assert getattr(make(name, option, value), option) == value
+
+
+def test_a_weight_need_not_be_given() -> None:
+    assert make_router("dare", weight=None) == make_router("dare")
+
+
+@pytest.mark.parametrize("name", ["genknowsub", "random_experts"])
+def test_a_wrapper_checks_its_inner_router(name: str) -> None:
+    with pytest.raises(PhatgooseError, match="no router 'arow': did you mean 'arrow'"):
+        make(name, "router", "arow")
+
+
+def test_genknowsub_wants_a_router_of_tokens() -> None:
+    for inner in ("merged", "retrieval", "base"):
+        with pytest.raises(PhatgooseError, match=f"genknowsub: {inner} does not route tokens"):
+            make("genknowsub", "router", inner)
+
+
+def test_defaults_are_the_papers() -> None:
+    """As docs/routers.md and the papers have them; an unnoticed change would be another method."""
+    expected = {
+        "ariadne": {"centroids": 8},
+        "arrow": {"top_k": 4, "temperature": 1.0, "divide_by_sqrt_d": False, "mix": "factors"},
+        "average_activation": {"top_k": 2},
+        "base": {},
+        "dare": {"drop": 0.9, "weight": None, "seed": 0},
+        "genknowsub": {"general": "e0", "router": "arrow"},
+        "glider": {"top_k": 2, "gamma": 3.0},
+        "lag": {"candidates": 20, "by": "projection"},
+        "logo": {"top_k": 20, "by": "norm"},
+        "lorauter": {"top_k": 3, "temperature": 0.2, "examples": 200},
+        "merged": {},
+        "merged_factors": {},
+        "phatgoose": {
+            **{"top_k": 2, "temperature": 1.0},
+            **{"standardise_input": True, "standardise_gates": True},
+        },
+        "random": {"top_k": 2, "seed": 0},
+        "random_experts": {"router": "merged", "seed": 0},
+        "retrieval": {},
+        "seqr": {},
+        "single": {"expert": "e0"},
+        "spectr": {"top_k": 4, "weights": "equal", "mix": "factors"},
+        "task_arithmetic": {"weight": 0.3},
+        "ties": {"density": 0.2, "weight": 1.0},
+        "uniform": {},
+    }
+    assert expected.keys() == ROUTERS.keys()
+    for name, options in expected.items():
+        given = {"genknowsub": {"general": "e0"}, "single": {"expert": "e0"}}.get(name, {})
+        router = make_router(name, **given)
+        assert vars(router) == options, name
+    for name in ("lag", "seqr"):  # not an option: one expert a token
+        assert getattr(make_router(name), "top_k") == 1  # noqa: B009
