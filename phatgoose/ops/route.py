@@ -26,13 +26,13 @@ def top_k_softmax(scores_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     fewer than `top_k` experts keeps them all.
 
     Returns:
-        `weights_TK` (non-negative, the dtype of the scores) and `indices_TK` (int64, best first).
+        `weights_TK` (non-negative, float32) and `indices_TK` (int64, best first).
     """
     kept_TK, indices_TK = scores_TE.topk(min(top_k, scores_TE.shape[-1]), dim=-1)
     total_T1 = scores_TE.float().logsumexp(dim=-1, keepdim=True)
     share_TK = (kept_TK.float() - total_T1).exp()
     weights_TK = share_TK / (share_TK.sum(dim=-1, keepdim=True) + RENORMALISE_EPS)
-    return weights_TK.to(scores_TE.dtype), indices_TK
+    return weights_TK, indices_TK
 
 
 def route(x_TD: Tensor, gates_ED: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

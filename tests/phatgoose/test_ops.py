@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -192,3 +193,26 @@ def test_standardise_by_hand() -> None:
     rows = torch.tensor([[1.0, 3.0]])
     expected = 1 / math.sqrt(1 + 1e-5)
     torch.testing.assert_close(standardise(rows), torch.tensor([[-expected, expected]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("mixer", [mix, mix_factors])
+@pytest.mark.parametrize("experts", [4, 40])  # dense, and sorted
+def test_weights_of_any_dtype_are_taken(
+    mixer: Callable[..., Tensor], dtype: torch.dtype, experts: int
+) -> None:
+    x_TD, A_ERD, B_EOR, indices_TK, weights_TK = make_case(
+        tokens=16, experts=experts, top_k=2, rank=4, inputs=16, outputs=8, seed=0
+    )
+    y_TO = mixer(x_TD, A_ERD, B_EOR, indices_TK, weights_TK.to(dtype))
+    assert y_TO.dtype == torch.float32
+    expected_TO = mixer(x_TD, A_ERD, B_EOR, indices_TK, weights_TK.to(dtype).float())
+    assert torch.equal(y_TO, expected_TO)
+
+
+def test_weights_are_float32_whatever_the_scores_are() -> None:
+    scores_TE = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weights_TK, indices_TK = top_k_softmax(scores_TE, 3)
+    assert weights_TK.dtype == torch.float32
+    expected_TK = scores_TE.double().gather(1, indices_TK).softmax(dim=1)
+    torch.testing.assert_close(weights_TK.double(), expected_TK, rtol=0, atol=1e-5)

@@ -377,3 +377,29 @@ def test_a_factor_that_moves_with_the_gates_is_named(llama: Base) -> None:
     card = make_card("wanderer", llama, scale=RECIPE.scale)
     with pytest.raises(PhatgooseError, match="expert wanderer: a LoRA factor moved while gates"):
         train_expert(llama, card, EXAMPLES, EVALUATION, RECIPE, engine=Moving)
+
+
+def with_gates_at_zero(count: int) -> type[PlainEngine]:
+    class Still(PlainEngine):
+        def weights(self) -> list[Tensor]:
+            found = super().weights()
+            if self._stage == RECIPE.gates:
+                for gate_D in found[:count]:
+                    gate_D.zero_()
+            return found
+
+    return Still
+
+
+def test_a_gate_may_stay_at_zero_but_not_all(llama: Base) -> None:
+    card = make_card("task", llama, scale=RECIPE.scale)
+    recipe = dataclasses.replace(RECIPE, validate_every=0)
+    first, *rest = llama.linears
+    engine = with_gates_at_zero(1)
+    expert = train_expert(llama, card, EXAMPLES, EVALUATION, recipe, engine=engine)
+    gates = {name: factors.gate_D for name, factors in expert.linears.items()}
+    assert not gates[first].any()  # type: ignore[union-attr]
+    assert all(gates[name].any() for name in rest)  # type: ignore[union-attr]
+    engine = with_gates_at_zero(len(llama.linears))
+    with pytest.raises(PhatgooseError, match=r"expert task: no gate moved: train\.gates needs"):
+        train_expert(llama, card, EXAMPLES, EVALUATION, recipe, engine=engine)

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from phatgoose.errors import PhatgooseError
-from phatgoose.routers import ROUTERS, make_router
+from phatgoose.routers import ROUTERS, all_needs, make_router
+from phatgoose.routers.interface import side_information
 
 COUNT = "a whole number of at least 1"
 NUMBER = "a number"
@@ -120,3 +121,29 @@ def test_defaults_are_the_papers() -> None:
         assert vars(router) == options, name
     for name in ("lag", "seqr"):  # not an option: one expert a token
         assert getattr(make_router(name), "top_k") == 1  # noqa: B009
+
+
+def test_what_each_router_is_said_to_need_and_to_know() -> None:
+    def of(name: str) -> Any:
+        given = {"genknowsub": {"general": "e0"}, "single": {"expert": "e0"}}.get(name, {})
+        return make_router(name, **given)
+
+    needs = {name: all_needs(of(name)) for name in ROUTERS}
+    assert {name: need for name, need in needs.items() if need} == {
+        "ariadne": ("embeddings",),
+        "average_activation": ("activations",),
+        "glider": ("gates", "descriptions"),
+        "lorauter": ("embeddings",),
+        "phatgoose": ("gates",),
+        "retrieval": ("embeddings",),
+        "seqr": ("activations",),
+    }
+    told = {name: side_information(of(name)) for name in ROUTERS}
+    assert {name: text for name, text in told.items() if text} == {
+        "glider": "a description of the evaluation task"
+    }
+    assert all(router.zero_shot for router in ROUTERS.values())
+    for inner in ("glider", "phatgoose"):  # a wrapper needs and knows what its inner router does
+        wrapped = make_router("random_experts", router=inner)
+        assert all_needs(wrapped) == needs[inner]
+        assert side_information(wrapped) == told[inner]
