@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
+
 from tests.mutation.runs import (
     LIBRARIES,
     FirstFailure,
@@ -96,6 +98,8 @@ def main() -> int:
 
     files = [Mutants(path) for path in sources if options.only in path]
     population = [(file, index) for file in files for index in range(len(file))]
+    if not population:
+        raise SystemExit(f"--only={options.only}: no file to mutate. Give a part of one's path.")
     count = min(options.count, len(population))
     sample = random.Random(options.seed).sample(population, count)
     controls = (file[index].undone() for file, index in sample[:CONTROLS])
@@ -181,7 +185,8 @@ class Questions:
             if status is None:
                 return None
             by = run.result()
-            what = "survived" if status == 0 else "killed"
+            unnoticed = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+            what = "survived" if status in unnoticed else "killed"
         if by:
             self._killers[mutant.path, mutant.function].append(by)
         return Outcome(mutant.name, mutant.path, what, by, mutant.diff())
