@@ -147,3 +147,37 @@ def test_what_each_router_is_said_to_need_and_to_know() -> None:
         wrapped = make_router("random_experts", router=inner)
         assert all_needs(wrapped) == needs[inner]
         assert side_information(wrapped) == told[inner]
+
+
+@pytest.mark.parametrize(("name", "options"), [("single", {}), ("single", {"expert": ""}),
+                                               ("single:", {})])  # fmt: skip
+def test_single_wants_an_expert(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(PhatgooseError) as caught:
+        make_router(name, **options)
+    assert str(caught.value) == "router single needs an expert: call it single:<expert>"
+    assert make_router("single:e1") == make_router("single", expert="e1")
+
+
+@pytest.mark.parametrize("name", ["oracle", "best_individual", "multitask"])
+def test_routers_of_the_harness_are_named(name: str) -> None:
+    with pytest.raises(PhatgooseError) as caught:
+        make_router(name)
+    words = f"router {name} exists in the harness only: it needs a whole evaluation"
+    assert str(caught.value) == words
+
+
+def test_an_unknown_router_or_option_is_answered_with_what_there_is() -> None:
+    all_names = ", ".join(sorted(ROUTERS))
+    with pytest.raises(PhatgooseError) as caught:
+        make_router("phatgose")
+    words = f"no router 'phatgose': did you mean 'phatgoose'? there are {all_names}"
+    assert str(caught.value) == words
+    for name in ("xyzzy", "merged:e1"):
+        with pytest.raises(PhatgooseError, match=f"no router {name!r}: "):
+            make_router(name)
+    with pytest.raises(PhatgooseError) as caught:
+        make_router("arrow", topk=2)
+    assert str(caught.value) == (
+        "router arrow has no option 'topk'; it has "
+        "['top_k', 'temperature', 'divide_by_sqrt_d', 'mix']"
+    )
