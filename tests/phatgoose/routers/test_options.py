@@ -4,10 +4,15 @@ import dataclasses
 from typing import Any
 
 import pytest
+import torch
 
+from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
-from phatgoose.routers import ROUTERS, all_needs, make_router
+from phatgoose.pool import Pool
+from phatgoose.routers import ROUTERS, all_needs, make_router, profiles
 from phatgoose.routers.interface import side_information
+from tests.pools import FakeEncoder, fake_embedding, pool_of
+from tests.tiny import make_experts
 
 COUNT = "a whole number of at least 1"
 NUMBER = "a number"
@@ -181,3 +186,26 @@ def test_an_unknown_router_or_option_is_answered_with_what_there_is() -> None:
         "router arrow has no option 'topk'; it has "
         "['top_k', 'temperature', 'divide_by_sqrt_d', 'mix']"
     )
+
+
+def test_gates_on_some_linears_are_not_enough(llama: Base) -> None:
+    pool = Pool.from_experts(make_experts(llama, 3))
+    router = make_router("phatgoose")
+    router.check(pool)
+    for linear in (llama.linears[0], llama.linears[-1]):
+        bare = dataclasses.replace(pool.linears[linear], gate_ED=None)
+        lacking = dataclasses.replace(pool, linears={**pool.linears, linear: bare})
+        with pytest.raises(PhatgooseError, match="router phatgoose needs gates, and not every"):
+            router.check(lacking)
+
+
+def test_embedded_texts_do_not_pile_up(
+    llama: Base, encoder: FakeEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phatgoose.routers.profiles._MOST_EMBEDDED", 3)
+    pool = pool_of(make_experts(llama, 2))
+    for place in range(20):
+        rows_QS = profiles.embed(pool, [f"text {place}", "again"])
+        assert torch.equal(rows_QS[1], fake_embedding("again"))
+        assert len(profiles._embedded[encoder.fingerprint]) <= 5
+    assert encoder.asked.count("again") < 20
