@@ -2,8 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN_DIR ?= $(CURDIR)/runs/demo
+SEED ?= 1
+COUNT ?= 600
+WORKERS ?= 2
 
-.PHONY: demo routers test chaos lint setup clean
+.PHONY: demo routers test chaos mutants lint setup clean
 
 demo: setup  ## train the demo pool, evaluate every router, end with a table and two pictures
 	$(BIN)/python -m harness.run pool=demo "run.dir='$(RUN_DIR)'"
@@ -17,6 +20,9 @@ test: setup  ## all tests: the fast ones side by side, then those that start clu
 
 chaos: setup  ## runs whose processes are killed again and again end as one that is left alone
 	$(BIN)/python -m tests.chaos
+
+mutants: setup  ## small changes of the code that computes numbers: at most 15 % may go unnoticed
+	$(BIN)/python -m tests.mutation --seed $(SEED) --count $(COUNT) --workers $(WORKERS)
 
 lint: setup  ## formatting, lint, types
 	$(BIN)/ruff format --check .

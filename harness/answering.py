@@ -1,6 +1,8 @@
 """Answer a chunk of requests with a routed model: what an evaluation actor computes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
 
 from harness.chunks import Answer, Chunk, Request
 from phatgoose.base import Base
@@ -28,7 +30,7 @@ def _score(base: Base, model: RoutedModel, chunk: Chunk, description: str) -> An
     return Answer(
         scores=scores,
         tokens=sum(part.length for question in questions for part in question.parts(base)),
-        routing=log.weights,
+        routing=_on_cpu(log.weights),
         routed=log.tokens,
         cut=[place for place, question in enumerate(questions) if question.is_cut(base)],
     )
@@ -46,7 +48,7 @@ def _generate(base: Base, model: RoutedModel, chunk: Chunk, description: str) ->
         for places in groups.values():
             _generate_alike(base, model, chunk, places, description, answer)
     answer.cut.sort()
-    answer.routing, answer.routed = log.weights, log.tokens
+    answer.routing, answer.routed = _on_cpu(log.weights), log.tokens
     return answer
 
 
@@ -93,6 +95,11 @@ def _generate_alike(
             answer.cut.append(place)
         answer.tokens += min(len(prompt), room) + limit
         answer.tokens += len(question.choices[0]) if question is not None else 0
+
+
+def _on_cpu(routing: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors for a driver whose machine need not have a GPU."""
+    return {linear: weights_E.cpu() for linear, weights_E in routing.items()}
 
 
 def _query(request: Request, description: str) -> Query:

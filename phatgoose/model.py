@@ -40,7 +40,7 @@ class RoutedModel:
         router: the first router, or its name.
 
     Attributes:
-        pool: the pool in the base's dtype and on its device.
+        pool: the pool on the base's device; factors in the base's dtype, gates in float32.
         router: the router.
         batch: what the rows and positions of the pass under way are.
 
@@ -88,8 +88,8 @@ class RoutedModel:
         while isinstance(acting, Wrapper):
             wrappers.append(acting)
             acting = acting.inner
-        # A merge is rounded to the base's dtype once, at its end.
-        pool = self._given if isinstance(acting, Merge) else self.pool
+        # Merges, and what routers score by, are made of unrounded factors.
+        pool = self._given
         for wrapper in wrappers:
             pool = wrapper.change(pool)
         install = [self._prepare(acting, pool, name) for name in self._linears]
@@ -99,18 +99,25 @@ class RoutedModel:
 
     def _prepare(self, router: Router, pool: Pool, name: str) -> Callable[[], None]:
         """All that one linear needs for a router, and the call that puts it there."""
-        linear, factors = self._linears[name], pool.linears[name]
-        if isinstance(router, TokenRouter):
-            rule, mixes_factors = router.rule(pool, name), router.mix == "factors"
-            return lambda: linear.set_token_rule(factors, rule, mixes_factors=mixes_factors)
+        linear, device = self._linears[name], self.base.device
         if isinstance(router, QueryRouter):
+            factors = self._mixed(pool, name)
             return lambda: linear.set_query_mixture(factors)
-        if isinstance(router, Merge):
-            moved = _moved(factors, self.base.device)
-            matrices = router.merge(replace(pool, linears={name: moved}), name)
-            static = linear.as_static(matrices)
-            return lambda: linear.set_static(static)
+        if isinstance(router, TokenRouter | Merge):
+            own = replace(pool, linears={name: _moved(pool.linears[name], device)})
+            if isinstance(router, Merge):
+                static = linear.as_static(router.merge(own, name))
+                return lambda: linear.set_static(static)
+            factors, rule = self._mixed(pool, name), router.rule(own, name)
+            mixes_factors = router.mix == "factors"
+            return lambda: linear.set_token_rule(factors, rule, mixes_factors=mixes_factors)
         return linear.clear
+
+    def _mixed(self, pool: Pool, name: str) -> PoolLinear:
+        """Return the factors of one linear as they are mixed, on the base's device."""
+        if pool is self._given:
+            return self.pool.linears[name]
+        return _rounded(_moved(pool.linears[name], self.base.device), self._linears[name].weight)
 
     def score(self, questions: Sequence[Question]) -> list[list[Score]]:
         """Score every choice of every question in one batch; see `phatgoose.scoring.score`."""
@@ -211,16 +218,16 @@ class RoutedModel:
                 f"router {acting.name()} decides by queries, and a question has none: make it with "
                 "Question.encode, or give Question(query=Query(text))"
             )
-        like = next(iter(self.pool.linears.values())).lora_A_ERD
+        device = next(iter(self.pool.linears.values())).lora_A_ERD.device
         try:
             with torch.inference_mode():
                 if isinstance(acting, QueryRouter):
                     probe = Probe(self._probe_linear(), lambda: self._probe(contexts))
                     weights_QK, indices_QK = acting.mixture(pool, queries, probe)
-                    self.batch.mixture = weights_QK.to(like), indices_QK.to(like.device)
+                    # Not in the base's dtype: weights are float32 until the sum over experts.
+                    self.batch.mixture = weights_QK.to(device), indices_QK.to(device)
                 elif isinstance(acting, TokenRouter) and acting.biased:
-                    # Not in the base's dtype: a large bias would drown the scores.
-                    self.batch.bias_QE = acting.bias(pool, queries).to(like.device)
+                    self.batch.bias_QE = acting.bias(pool, queries).to(device)
             yield
         finally:
             self.batch.clear()
@@ -252,17 +259,29 @@ class RoutedModel:
 
 
 def _moved(factors: PoolLinear, device: torch.device) -> PoolLinear:
-    """The same factors on another device; gates play no part in a merge."""
-    return replace(
-        factors,
+    """Return the same factors and gates on another device."""
+    gate_ED, absent_E = factors.gate_ED, factors.absent_E
+    return PoolLinear(
         lora_A_ERD=factors.lora_A_ERD.to(device),
         lora_B_EOR=factors.lora_B_EOR.to(device),
-        gate_ED=None,
+        gate_ED=None if gate_ED is None else gate_ED.to(device),
+        absent_E=None if absent_E is None else absent_E.to(device),
+    )
+
+
+def _rounded(factors: PoolLinear, weight: Tensor) -> PoolLinear:
+    """Return factors in the dtype of a base's weight, for mixing, and gates in float32."""
+    dtype, gate_ED = weight.dtype, factors.gate_ED
+    return replace(
+        factors,
+        lora_A_ERD=factors.lora_A_ERD.to(dtype),
+        lora_B_EOR=factors.lora_B_EOR.to(dtype),
+        gate_ED=None if gate_ED is None else gate_ED.float(),
     )
 
 
 def _fit(base: Base, pool: Pool) -> Pool:
-    """The pool in the base's dtype and on its device, after checking that it fits."""
+    """Return the pool on the base's device, rounded for mixing, after checking that it fits."""
     linears = {}
     for name, factors in pool.linears.items():
         linear = find_linear(base.model, name)
@@ -270,14 +289,7 @@ def _fit(base: Base, pool: Pool) -> Pool:
         found = (factors.lora_A_ERD.shape[2], factors.lora_B_EOR.shape[1])
         if expected != found:
             raise PhatgooseError(f"the pool maps {found} on {name}, the base {expected}")
-        dtype, device = linear.weight.dtype, linear.weight.device
-        gate_ED, absent_E = factors.gate_ED, factors.absent_E
-        linears[name] = PoolLinear(
-            lora_A_ERD=factors.lora_A_ERD.to(device, dtype),
-            lora_B_EOR=factors.lora_B_EOR.to(device, dtype),
-            gate_ED=None if gate_ED is None else gate_ED.to(device, dtype),
-            absent_E=None if absent_E is None else absent_E.to(device),
-        )
+        linears[name] = _rounded(_moved(factors, linear.weight.device), linear.weight)
     if not linears:
         raise PhatgooseError("the pool adapts no linear")
     return Pool(pool.base_fingerprint, pool.experts, linears, pool.profiles)

@@ -9,6 +9,9 @@ token, R LoRA rank, N = T * K pairs of a token and an expert, sorted by expert.
 
 Where a token's choice is a good part of the pool, sorting does not pay: all experts' A at once,
 then each expert's B, with a weight of zero for those that were not chosen.
+
+In half precision the operands of a matrix product are rounded. Weights, and all sums over experts,
+are in float32.
 """
 
 from collections.abc import Callable
@@ -38,23 +41,24 @@ def mix(
         lora_A_ERD: every expert's A.
         lora_B_EOR: every expert's B.
         indices_TK: chosen experts, int64.
-        weights_TK: their weights.
+        weights_TK: their weights, in float32 whatever the dtype of `x_TD`.
         scale: the experts' common LoRA scale.
 
     Returns:
         `y_TO` in the dtype of `x_TD`: what is added to the frozen linear's output.
     """
     top_k, way = indices_TK.shape[1], _way(lora_A_ERD, lora_B_EOR, indices_TK)
-    weights_TK = weights_TK.to(x_TD.dtype)
+    weights_TK = weights_TK.to(_sum_dtype(x_TD.dtype))
     if way == "dense":
-        weights_TE1 = _dense_weights(x_TD, lora_A_ERD, indices_TK, weights_TK * scale)
+        weights_TE1 = _dense_weights(weights_TK * scale, indices_TK, len(lora_A_ERD))
         h_TER = F.linear(x_TD, lora_A_ERD.flatten(0, 1)).unflatten(1, lora_A_ERD.shape[:2])
         return _sum_experts(h_TER * weights_TE1, lora_B_EOR)
     order_N, counts_E = _sort(indices_TK, len(lora_A_ERD))
     product = _PRODUCTS[way]
     weights_N = weights_TK.flatten()[order_N] * scale
     h_NR = product(x_TD[order_N // top_k], lora_A_ERD, counts_E) * weights_N.unsqueeze(-1)
-    return _sum_pairs(product(h_NR, lora_B_EOR, counts_E), order_N, top_k)
+    y_NO = product(h_NR.to(x_TD.dtype), lora_B_EOR, counts_E)
+    return _sum_pairs(y_NO, order_N, top_k)
 
 
 @torch.compiler.disable
@@ -73,9 +77,9 @@ def mix_factors(
     Arguments and result are those of `mix`.
     """
     top_k, way = indices_TK.shape[1], _way(lora_A_ERD, lora_B_EOR, indices_TK)
-    weights_TK = weights_TK.to(x_TD.dtype)
+    weights_TK = weights_TK.to(_sum_dtype(x_TD.dtype))
     if way == "dense":
-        weights_TE1 = _dense_weights(x_TD, lora_A_ERD, indices_TK, weights_TK)
+        weights_TE1 = _dense_weights(weights_TK, indices_TK, len(lora_A_ERD))
         h_TER = F.linear(x_TD, lora_A_ERD.flatten(0, 1)).unflatten(1, lora_A_ERD.shape[:2])
         h_TR = (h_TER * weights_TE1).sum(dim=1)
         return _sum_experts(h_TR.unsqueeze(1) * (weights_TE1 * scale), lora_B_EOR)
@@ -84,8 +88,8 @@ def mix_factors(
     weights_N1 = weights_TK.flatten()[order_N].unsqueeze(-1)
     h_NR = product(x_TD[order_N // top_k], lora_A_ERD, counts_E) * weights_N1
     h_TR = _sum_pairs(h_NR, order_N, top_k)
-    y_NO = product(h_TR[order_N // top_k] * (weights_N1 * scale), lora_B_EOR, counts_E)
-    return _sum_pairs(y_NO, order_N, top_k)
+    h_NR = (h_TR[order_N // top_k] * (weights_N1 * scale)).to(x_TD.dtype)
+    return _sum_pairs(product(h_NR, lora_B_EOR, counts_E), order_N, top_k)
 
 
 def mix_reference(
@@ -98,7 +102,7 @@ def mix_reference(
 ) -> Tensor:
     """The plain meaning of `mix`, for tests: every expert for every token, then the sum."""
     weights_TE = x_TD.new_zeros(x_TD.shape[0], lora_A_ERD.shape[0])
-    weights_TE.scatter_add_(1, indices_TK, weights_TK)
+    weights_TE.scatter_add_(1, indices_TK, weights_TK.to(x_TD.dtype))
     y_TEO = torch.einsum("td,erd,eor->teo", x_TD, lora_A_ERD, lora_B_EOR)
     return scale * torch.einsum("te,teo->to", weights_TE, y_TEO)
 
@@ -121,17 +125,24 @@ def _way(lora_A_ERD: Tensor, lora_B_EOR: Tensor, indices_TK: Tensor) -> str:
     return "grouped" if all(width * size % 16 == 0 for width in widths) else "loop"
 
 
-def _dense_weights(
-    x_TD: Tensor, lora_A_ERD: Tensor, indices_TK: Tensor, weights_TK: Tensor
-) -> Tensor:
-    """The weight of every expert for every token, [T, E, 1]."""
-    weights_TE = x_TD.new_zeros(len(x_TD), len(lora_A_ERD))
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of weights and of sums over experts: float32 for half precision."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _dense_weights(weights_TK: Tensor, indices_TK: Tensor, experts: int) -> Tensor:
+    """Return the weight of every expert for every token, [T, E, 1]."""
+    weights_TE = weights_TK.new_zeros(len(weights_TK), experts)
     return weights_TE.scatter_add_(1, indices_TK, weights_TK).unsqueeze(-1)
 
 
 def _sum_experts(h_TER: Tensor, lora_B_EOR: Tensor) -> Tensor:
-    """sum_e B_e h_e for every token, without a copy of the B's."""
-    y_TO = h_TER.new_zeros(len(h_TER), lora_B_EOR.shape[1])
+    """Return sum_e B_e h_e for every token, in the dtype of the B's."""
+    if h_TER.dtype != lora_B_EOR.dtype:
+        # One product over experts and ranks: adding expert by expert would round each sum.
+        lora_B_ON = lora_B_EOR.transpose(0, 1).flatten(1)
+        return F.linear(h_TER.flatten(1).to(lora_B_EOR.dtype), lora_B_ON)
+    y_TO = h_TER.new_zeros(len(h_TER), lora_B_EOR.shape[1])  # no copy of the B's
     for h_TR, lora_B_OR in zip(h_TER.unbind(1), lora_B_EOR, strict=True):
         y_TO.addmm_(h_TR, lora_B_OR.T)
     return y_TO
@@ -144,7 +155,10 @@ def _sort(indices_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
 
 
 def _sum_pairs(y_NO: Tensor, order_N: Tensor, top_k: int) -> Tensor:
-    """Put the pairs back in their tokens' order, and sum over each token's experts."""
+    """Put the pairs back in their tokens' order, and sum over each token's experts.
+
+    Sums of half precision are rounded once: `torch.sum` takes them in float32.
+    """
     y_TKO = torch.empty_like(y_NO).index_copy_(0, order_N, y_NO).unflatten(0, (-1, top_k))
     return y_TKO.sum(dim=1)
 

@@ -26,19 +26,21 @@ def top_k_softmax(scores_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     fewer than `top_k` experts keeps them all.
 
     Returns:
-        `weights_TK` (non-negative, the dtype of the scores) and `indices_TK` (int64, best first).
+        `weights_TK` (non-negative, float32) and `indices_TK` (int64, best first).
     """
     kept_TK, indices_TK = scores_TE.topk(min(top_k, scores_TE.shape[-1]), dim=-1)
     total_T1 = scores_TE.float().logsumexp(dim=-1, keepdim=True)
     share_TK = (kept_TK.float() - total_T1).exp()
     weights_TK = share_TK / (share_TK.sum(dim=-1, keepdim=True) + RENORMALISE_EPS)
-    return weights_TK.to(scores_TE.dtype), indices_TK
+    return weights_TK, indices_TK
 
 
 def route(x_TD: Tensor, gates_ED: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Route tokens by PHATGOOSE's rule (arXiv 2402.05859, section 4).
 
         score_TE = standardise(x_TD) . standardise(gates_ED) / sqrt(D)
+
+    Scores and weights are float32 whatever the dtype of the arguments.
 
     Args:
         x_TD: the linear's own input, one row a token.
@@ -54,7 +56,7 @@ def route(x_TD: Tensor, gates_ED: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 def gate_scorer(
     gates_ED: Tensor, temperature: float = 1.0, *, of_input: bool = True, of_gates: bool = True
 ) -> Callable[[Tensor], Tensor]:
-    """What scores tokens against gates, from `x_TD` to `scores_TE`, as `route` does.
+    """Return what scores tokens against gates in float32, from `x_TD` to `scores_TE`.
 
     Args:
         gates_ED: one gate vector per expert.
@@ -62,11 +64,11 @@ def gate_scorer(
         of_input: whether to standardise the input.
         of_gates: whether to standardise the gates, which is done once.
     """
-    if of_gates:
-        gates_ED = standardise(gates_ED)
+    gates_ED = standardise(gates_ED.float()) if of_gates else gates_ED.float()
     divisor = math.sqrt(gates_ED.shape[1]) * temperature
 
     def score(x_TD: Tensor) -> Tensor:
+        x_TD = x_TD.float()
         return (standardise(x_TD) if of_input else x_TD) @ gates_ED.T / divisor
 
     return score

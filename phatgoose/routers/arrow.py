@@ -31,9 +31,7 @@ class Arrow(TokenRouter):
         """Take the strongest direction of each expert."""
         factors = pool.linears[linear]
         _, v_ERD = thin_svd(factors.lora_A_ERD, factors.lora_B_EOR)
-        return arrow_scorer(
-            v_ERD[:, 0].clone().to(factors.lora_A_ERD), self.temperature, self.divide_by_sqrt_d
-        )
+        return arrow_scorer(v_ERD[:, 0].clone(), self.temperature, self.divide_by_sqrt_d)
 
 
 def arrow_scorer(prototype_ED: Tensor, temperature: float, divide_by_sqrt_d: bool) -> Scorer:

@@ -25,7 +25,7 @@ from phatgoose.ops.route import top_k_softmax
 from phatgoose.pool import Pool
 from phatgoose.query import Query
 
-# From the inputs of a linear, `x_TD`, to each expert's score, `scores_TE`.
+# From the inputs of a linear, `x_TD` in float32, to each expert's score, `scores_TE` in float32.
 Scorer = Callable[[Tensor], Tensor]
 # From them, and what is added to the scores (`bias_TE`), to `weights_TK` and `indices_TK`.
 TokenRule = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
@@ -129,6 +129,9 @@ class TokenRouter(Router, ABC):
     Their weights are the softmax over the kept scores, or all `equal`. `mix` says what they are
     applied to: the experts' `outputs`, `sum_k w_k B_k A_k x`, or their `factors`,
     `(sum_k w_k B_k) (sum_k w_k A_k) x`. Where `biased` is True, `bias` is added to the scores.
+
+    Scores and weights are float32 whatever the dtype of the base: in bfloat16 close scores become
+    equal, and other experts are chosen.
     """
 
     top_k: int = 1
@@ -142,7 +145,10 @@ class TokenRouter(Router, ABC):
 
     @abstractmethod
     def scorer(self, pool: Pool, linear: str) -> Scorer:
-        """How one linear scores experts, with whatever can be computed once already computed."""
+        """Return how one linear scores experts, with what can be computed once computed.
+
+        The pool's factors and gates are as they were trained, on the device of the base.
+        """
 
     def bias(self, pool: Pool, queries: Sequence[Query]) -> Tensor:
         """What is added to every score of a query's tokens, `bias_QE`, if `biased`."""
@@ -153,7 +159,7 @@ class TokenRouter(Router, ABC):
         score, absent_E = self.scorer(pool, linear), pool.linears[linear].absent_E
 
         def rule(x_TD: Tensor, bias_TE: Tensor | None) -> tuple[Tensor, Tensor]:
-            scores_TE = score(x_TD)
+            scores_TE = score(x_TD.float())
             if self.biased:
                 if bias_TE is None:
                     raise PhatgooseError(UNANNOUNCED)
@@ -168,7 +174,7 @@ class TokenRouter(Router, ABC):
             if absent_E is not None:
                 # Where every expert is absent the softmax is over nothing, and is not a number.
                 weights_TK = weights_TK.masked_fill(absent_E[indices_TK], 0.0)
-            return weights_TK.to(x_TD.dtype), indices_TK
+            return weights_TK, indices_TK
 
         return rule
 

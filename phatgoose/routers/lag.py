@@ -34,18 +34,18 @@ class Lag(TokenRouter):
     def scorer(self, pool: Pool, linear: str) -> Scorer:
         """Decompose each expert once."""
         factors = pool.linears[linear]
+        absent_E = factors.absent_E
         s_ER, v_ERD = thin_svd(factors.lora_A_ERD, factors.lora_B_EOR)
         # A lower rank leaves directions without strength, which belong to no expert.
         strength_ER = s_ER if self.by == "spectral" else (s_ER > 1e-6 * s_ER[:, :1]).float()
-        v_ND = v_ERD.to(factors.lora_A_ERD).flatten(0, 1)
-        strength_ER = strength_ER.to(factors.lora_A_ERD)
+        v_ND = v_ERD.flatten(0, 1)
         candidates = min(self.candidates, len(s_ER))
 
         def score(x_TD: Tensor) -> Tensor:
             along_TER = (x_TD @ v_ND.T).unflatten(1, strength_ER.shape)
             first_TE = along_TER[:, :, 0].abs()
-            if factors.absent_E is not None:
-                first_TE = first_TE.masked_fill(factors.absent_E, -torch.inf)
+            if absent_E is not None:
+                first_TE = first_TE.masked_fill(absent_E, -torch.inf)
             fit_TE = torch.linalg.vector_norm(along_TER * strength_ER, dim=-1)
             kept_TC = first_TE.topk(candidates, dim=-1).indices
             rest_TE = torch.full_like(fit_TE, -torch.inf)

@@ -36,14 +36,14 @@ class Logo(QueryRouter):
         """Weights proportional to the scores of the probe's outputs."""
         h_QD = probe.run().float()
         factors = pool.linears[probe.linear]
-        a_QER = torch.einsum("qd,erd->qer", h_QD, factors.lora_A_ERD.float())
-        out_QEO = torch.einsum("qer,eor->qeo", a_QER, factors.lora_B_EOR.float())
+        a_QER = torch.einsum("qd,erd->qer", h_QD, factors.lora_A_ERD.to(h_QD))
+        out_QEO = torch.einsum("qer,eor->qeo", a_QER, factors.lora_B_EOR.to(h_QD))
         if self.by == "norm":
             score_QE = out_QEO.norm(dim=-1)
         else:
             log_QEO = out_QEO.log_softmax(dim=-1)
             score_QE = 1 / (-(log_QEO.exp() * log_QEO).sum(dim=-1) + 1e-6)
         if factors.absent_E is not None:
-            score_QE = score_QE.masked_fill(factors.absent_E, 0.0)
+            score_QE = score_QE.masked_fill(factors.absent_E.to(h_QD.device), 0.0)
         kept_QK, indices_QK = score_QE.topk(min(self.top_k, score_QE.shape[1]), dim=-1)
         return kept_QK / kept_QK.sum(dim=-1, keepdim=True).clamp(min=1e-12), indices_QK

@@ -18,11 +18,11 @@ _MOST_EMBEDDED = 100_000
 
 
 def mean_activations(pool: Pool, linear: str) -> Tensor:
-    """Each expert's mean input of one linear, like the pool's factors, [E, D]."""
+    """Return each expert's mean input of one linear, float32 [E, D], on the pool's device."""
     like = pool.linears[linear].lora_A_ERD
     nothing_D = torch.zeros(like.shape[2])  # of an expert that does not adapt this linear
     means = [p.mean_activation.get(linear, nothing_D) for p in _profiles(pool)]
-    return torch.stack(means).to(like)
+    return torch.stack(means).to(like.device)
 
 
 def norms(pool: Pool, linear: str) -> tuple[Tensor, Tensor]:

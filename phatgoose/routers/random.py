@@ -25,4 +25,4 @@ class Random(TokenRouter):
         like = pool.linears[linear].lora_A_ERD
         experts, _, features = like.shape
         gates_ED = torch.randn(experts, features, generator=generator_for(self.seed, linear))
-        return gate_scorer(gates_ED.to(like))
+        return gate_scorer(gates_ED.to(like.device))

@@ -34,7 +34,7 @@ class Spectr(TokenRouter):
 def norm_scorer(pool: Pool, linear: str) -> Scorer:
     """What scores tokens by the norm of what each expert adds: 2 E R D operations a token."""
     factors = pool.linears[linear]
-    m_ERD = output_projection(factors.lora_A_ERD, factors.lora_B_EOR).to(factors.lora_A_ERD)
+    m_ERD = output_projection(factors.lora_A_ERD, factors.lora_B_EOR)
     m_ND = m_ERD.flatten(0, 1)
 
     def score(x_TD: Tensor) -> Tensor:

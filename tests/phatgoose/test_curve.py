@@ -55,3 +55,29 @@ def test_ordinary_losses_are_not_refused(losses: list[float]) -> None:
 
 def test_stages_are_looked_at_apart() -> None:
     check_curve(curve([1.0] * 10) + curve([40.0] * 30, "gates"), VOCABULARY)
+
+
+def test_only_a_batch_of_training_can_explode() -> None:
+    """An evaluation is looked at only for being a number: its rows are no batches."""
+    rows = curve([2.0] * 8 + [10.0] * 5)
+    for split in ("evaluation", "validation"):
+        check_curve([*rows, Progress("lora", split, 13, 50.0, 0.0, None, 13, 0.0)], VOCABULARY)
+
+
+def test_the_limit_is_the_larger_of_the_two() -> None:
+    guess = math.log(VOCABULARY) + 2.0
+    assert first_refused([2.0] * 5 + [guess - 0.01] * 5) is None
+    assert first_refused([2.0] * 5 + [guess + 0.01] * 5) == 9
+    assert first_refused([4.0] * 5 + [11.99] * 5) is None
+    assert first_refused([4.0] * 5 + [12.01] * 5) == 9
+    assert first_refused([4.0] * 4 + [100.0] * 5) is None  # too few to tell
+
+
+def test_what_is_no_number_is_called_by_its_split() -> None:
+    for split, what in (("train", "loss"), ("evaluation", "evaluation loss")):
+        with pytest.raises(Diverged) as caught:
+            check_curve(curve([math.inf], "gates", split), VOCABULARY)
+        assert str(caught.value) == (
+            f"the {what} became inf at step 0 of stage gates: lower train.gates.lr, or set "
+            "train.retry_lr"
+        )

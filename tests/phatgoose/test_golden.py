@@ -1,11 +1,10 @@
 """Against numbers of others: a textbook in numpy (tests/golden), and the authors' modules.
 
-The authors' cases are looked for in the folder PHATGOOSE_GOLDEN, or in ../shared/golden.
+tests/golden/authors/README.md describes the authors' cases.
 """
 
 import importlib.util
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,8 @@ from phatgoose.routers.retrieval import nearest_example
 from tests.tiny import llama_tokenizer
 
 OWN = Path(__file__).parents[1] / "golden"
-AUTHORS = Path(os.environ.get("PHATGOOSE_GOLDEN", Path(__file__).parents[3] / "shared" / "golden"))
+AUTHORS = OWN / "authors"
 TOLERANCE = 1e-5
-
-authors = pytest.mark.skipif(
-    not (AUTHORS / "cases.json").exists(), reason="the authors' cases are not here"
-)
 
 
 def assert_near(actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
@@ -115,7 +110,6 @@ def test_textbook_gate_training() -> None:
     assert layer.lora_B_OR.grad is None
 
 
-@authors
 @pytest.mark.parametrize("name", ["small", "top1", "top5", "166", "one_expert"])
 def test_authors_tokenwise(name: str) -> None:
     sizes = json.loads((AUTHORS / "cases.json").read_text())[f"tokenwise_{name}"]
@@ -136,7 +130,6 @@ def test_authors_tokenwise(name: str) -> None:
         assert_near(y_TO, case["lora_output"].flatten(0, 1))
 
 
-@authors
 def test_authors_arrow() -> None:
     """Arrow as PHATGOOSE's authors compare with it: divided by sqrt(D), outputs mixed."""
     sizes = json.loads((AUTHORS / "cases.json").read_text())["arrow_scores"]
@@ -152,14 +145,12 @@ def test_authors_arrow() -> None:
         assert_near(y_TO, case["lora_output"].flatten(0, 1))
 
 
-@authors
 def test_authors_retrieval() -> None:
     case = load_file(AUTHORS / "retrieval.safetensors")
     chosen_Q = nearest_example(case["query"], list(case["library"]))
     assert torch.equal(chosen_Q, case["chosen_expert"].long())
 
 
-@authors
 def test_authors_gate_training() -> None:
     case = load_file(AUTHORS / "gate_training.safetensors")
     layer = gated_lora(case["lora_A"], case["lora_B"], case["gate"])
@@ -171,7 +162,6 @@ def test_authors_gate_training() -> None:
     assert_near(layer.gate_D.grad, case["gate_grad_of_sum_squares"])
 
 
-@authors
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_authors_full_model(kind: str) -> None:
     folder = AUTHORS / "full_model" / kind

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -146,14 +147,11 @@ def test_routing_weights_sum_to_one_and_fall(
     gates_ED = torch.randn(experts, 16, generator=generator).to(dtype)
     weights_TK, indices_TK = route(x_TD, gates_ED, top_k)
     assert weights_TK.shape == indices_TK.shape == (5, min(top_k, experts))
-    assert weights_TK.dtype == dtype
+    assert weights_TK.dtype == torch.float32
     assert (weights_TK >= 0).all()
     assert (weights_TK.diff(dim=1) <= 0).all()
     assert all(len(set(row)) == len(row) for row in indices_TK.tolist())
-    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(
-        weights_TK.float().sum(dim=1), torch.ones(5), rtol=tolerance, atol=tolerance
-    )
+    torch.testing.assert_close(weights_TK.sum(dim=1), torch.ones(5), rtol=1e-4, atol=1e-4)
 
 
 def test_tied_experts_share_and_are_kept_once() -> None:
@@ -195,3 +193,26 @@ def test_standardise_by_hand() -> None:
     rows = torch.tensor([[1.0, 3.0]])
     expected = 1 / math.sqrt(1 + 1e-5)
     torch.testing.assert_close(standardise(rows), torch.tensor([[-expected, expected]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("mixer", [mix, mix_factors])
+@pytest.mark.parametrize("experts", [4, 40])  # dense, and sorted
+def test_weights_of_any_dtype_are_taken(
+    mixer: Callable[..., Tensor], dtype: torch.dtype, experts: int
+) -> None:
+    x_TD, A_ERD, B_EOR, indices_TK, weights_TK = make_case(
+        tokens=16, experts=experts, top_k=2, rank=4, inputs=16, outputs=8, seed=0
+    )
+    y_TO = mixer(x_TD, A_ERD, B_EOR, indices_TK, weights_TK.to(dtype))
+    assert y_TO.dtype == torch.float32
+    expected_TO = mixer(x_TD, A_ERD, B_EOR, indices_TK, weights_TK.to(dtype).float())
+    assert torch.equal(y_TO, expected_TO)
+
+
+def test_weights_are_float32_whatever_the_scores_are() -> None:
+    scores_TE = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weights_TK, indices_TK = top_k_softmax(scores_TE, 3)
+    assert weights_TK.dtype == torch.float32
+    expected_TK = scores_TE.double().gather(1, indices_TK).softmax(dim=1)
+    torch.testing.assert_close(weights_TK.double(), expected_TK, rtol=0, atol=1e-5)
