@@ -109,7 +109,7 @@ def draw_panel(axis: Axes, metric: str, panel: list[Row]) -> None:
         )
         if row["router"] == "merged":
             axis.axvline(value, color=GREY, linestyle="--", lw=1, zorder=1)
-    axis.set_yticks(range(len(panel)), [label(row["router"]) for row in panel])
+    axis.set_yticks(range(len(panel)), [label(row) for row in panel])
     axis.set_ylim(-0.6, len(panel) - 0.4)
     unit = "nats per token, lower is better" if metric == "nll" else "%, higher is better"
     axis.set_xlabel(unit)
@@ -119,11 +119,12 @@ def draw_panel(axis: Axes, metric: str, panel: list[Row]) -> None:
     axis.tick_params(axis="y", length=0)
 
 
-def label(router: str) -> str:
-    """A router's name as read on the axis."""
-    if router.startswith("single:"):
-        return f"best single\n{router.removeprefix('single:')}"
-    return router
+def label(row: Row) -> str:
+    """Return a router's name as read on the axis, marked where it cannot be compared."""
+    name = str(row["router"])
+    if name.startswith("single:"):
+        name = f"best single\n{name.removeprefix('single:')}"
+    return name if row["comparable"] is not False else f"{name}\n(measured otherwise)"
 
 
 if __name__ == "__main__":

@@ -121,3 +121,12 @@ def test_routers_picture_names_what_is_missing(tmp_path: Path) -> None:
     done = run("plot_routers.py", tmp_path, "--metric", "f1")
     assert done.returncode != 0
     assert done.stderr == "no metric f1 in this run; there are: primary, nll, acc\n"
+
+
+def test_a_router_that_cannot_be_compared_is_marked() -> None:
+    label = importlib.import_module("results.plot_routers").label
+    row = {"router": "phatgoose", "comparable": True}
+    assert label(row) == "phatgoose"
+    assert label({**row, "comparable": None}) == "phatgoose"  # of version 0.1.0
+    assert label({**row, "comparable": False}) == "phatgoose\n(measured otherwise)"
+    assert label({"router": "single:a", "comparable": True}) == "best single\na"
