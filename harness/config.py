@@ -75,6 +75,13 @@ class OverlapConfig:
 
     limit: float = 0.05
 
+    def __post_init__(self) -> None:
+        """Refuse a limit that is not a share."""
+        if not 0 <= self.limit <= 1:
+            raise PhatgooseError(
+                f"overlap.limit={self.limit}: it is a share of the documents. Give one from 0 to 1."
+            )
+
 
 @dataclass
 class RunSection:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 
@@ -23,6 +24,7 @@ from phatgoose.routers.interface import NEEDS
 # that makes experts and profiles is recorded beside them, see `check_code`.
 _FORMAT = 1
 _NAMED = 5
+_LOG = logging.getLogger(__name__)
 
 
 def pool_jobs(
@@ -105,7 +107,7 @@ def check_code(
     config: RunConfig,
     registry: Registry,
 ) -> None:
-    """Refuse experts or profiles that other source code made, unless that is accepted.
+    """Refuse experts or profiles that other source code made, or warn that they are accepted.
 
     Args:
         what: `expert` or `profile`.
@@ -119,17 +121,22 @@ def check_code(
     """
     now = code_of(roots)
     others = {name: code for name, code in made_by.items() if code not in ("", digest(now))}
-    if not others or config.accept_code:
+    if not others:
         return
     found = [change for code in others.values() for change in changes(registry.code(code), now)]
     named, modules = list(others), list(dict.fromkeys(found))
     again = f"`python -m harness.registry remove {registry.folder} {named[0]}`"
     if what == "profile":
         again = f"delete their files in {registry.folder}/profiles"
-    raise PhatgooseError(
+    made = (
         f"{len(others)} {what}s ({_few(named)}) were made by other source code: {_few(modules)} "
-        "changed since. Set train.accept_code=true to use them as they are; to make one again: "
-        f"{again}."
+        "changed since."
+    )
+    if config.accept_code:
+        _LOG.warning("%s train.accept_code=true uses them as they are.", made)
+        return
+    raise PhatgooseError(
+        f"{made} Set train.accept_code=true to use them as they are; to make one again: {again}."
     )
 
 

@@ -45,7 +45,9 @@ def test_experts_of_this_code_need_no_training(config: RunConfig) -> None:
     assert len(make_plan(config).open_jobs) == 1
 
 
-def test_experts_of_other_code_stop_the_run_and_are_not_trained_again(config: RunConfig) -> None:
+def test_experts_of_other_code_stop_the_run_and_are_not_trained_again(
+    config: RunConfig, caplog: pytest.LogCaptureFixture
+) -> None:
     plan = make_plan(config)
     publish(plan, OLD, "birds", "lakes")
     with pytest.raises(PhatgooseError) as caught:
@@ -57,6 +59,10 @@ def test_experts_of_other_code_stop_the_run_and_are_not_trained_again(config: Ru
     assert "\n" not in line
     accepted = make_plan(dataclasses.replace(config, accept_code=True))
     assert [job.card.name for job in accepted.open_jobs] == ["numbers"]
+    # What is accepted is reported, with the changed module.
+    [record] = caplog.records
+    assert "2 experts (birds, lakes) were made by other source code" in record.getMessage()
+    assert "phatgoose.training_job changed since" in record.getMessage()
     # By choice, one is trained again.
     registry = Registry(config.registry, plan.base_fingerprint)
     registry.remove("birds")

@@ -155,6 +155,8 @@ def test_a_mistyped_name_is_refused_with_the_near_names(argument: str, expected:
         ("cluster.max_actors=two", "max_actors: Value 'two'"),
         ("cluster.max_actors=0", "cluster.max_actors=0"),
         ("chunk_characters=0", "chunk_characters=0"),
+        ("overlap.limit=5", "overlap.limit=5.0: it is a share"),
+        ("overlap.limit=-0.1", "overlap.limit=-0.1: it is a share"),
         ("chunk_characters=many", "chunk_characters=many"),
         ("run.dir=relative/run", "run.dir=relative/run is relative"),
         ("registry=relative", "registry=relative is relative"),
