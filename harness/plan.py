@@ -291,11 +291,14 @@ def _check_same_run(plan: Plan) -> None:
         return
     what = "base"
     if before and before["base"] == plan.base_fingerprint:
-        same = before["experts"].keys() == plan.identity["experts"].keys()
-        what = "training recipe or data" if same else "pool"
+        old, new = before["experts"], plan.identity["experts"]
+        changed = [name for name in new if name in old and old[name] != new[name]]
+        same = old.keys() == new.keys()
+        what = f"training recipe or data for {', '.join(changed[:_SHOWN])}" if same else "pool"
     raise PhatgooseError(
-        f"run.dir={plan.folder} holds a run with another {what}: choose another run.dir, or give "
-        "the configuration that its run.json has"
+        f"run.dir={plan.folder} holds a run with another {what}. Choose another run.dir (with "
+        f"registry={plan.config.registry} what is the same is not trained again), or give the "
+        "configuration and data that its run.json has."
     )
 
 

@@ -125,7 +125,7 @@ def check_code(
         return
     found = [change for code in others.values() for change in changes(registry.code(code), now)]
     named, modules = list(others), list(dict.fromkeys(found))
-    again = f"`python -m harness.registry remove {registry.folder} {named[0]}`"
+    again = f"`python -m harness.registry remove {registry.folder} {named[0]}`, and so on"
     if what == "profile":
         again = f"delete their files in {registry.folder}/profiles"
     made = (
@@ -136,7 +136,7 @@ def check_code(
         _LOG.warning("%s train.accept_code=true uses them as they are.", made)
         return
     raise PhatgooseError(
-        f"{made} Set train.accept_code=true to use them as they are; to make one again: {again}."
+        f"{made} Set train.accept_code=true to use them as they are; to make them again: {again}."
     )
 
 

@@ -168,7 +168,7 @@ def test_the_same_run_may_go_on(config: RunConfig) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"train": "seed"}, "another training recipe or data"),
+        ({"train": "seed"}, "another training recipe or data for birds, lakes, numbers"),
         ({"pool": "fewer"}, "another pool"),
         ({"base": "other"}, "another base"),
     ],
