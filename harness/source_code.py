@@ -51,8 +51,9 @@ def code_of(modules: Iterable[str]) -> Code:
 
 
 def router_code(router: Router) -> Code:
-    """Return the code of a router: that of its class's module, and of its inner router's."""
-    found = code_of([type(router).__module__])
+    """Return the code of a router: that of its classes' modules, and of its inner router's."""
+    classes = [one for one in type(router).__mro__ if issubclass(one, Router)]
+    found = code_of(dict.fromkeys(one.__module__ for one in classes))
     return found | router_code(router.inner) if isinstance(router, Wrapper) else found
 
 
@@ -93,7 +94,7 @@ def _hash(module: str) -> str:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             first = node.body[0] if node.body else None
             if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-                node.body[0] = ast.Pass()
+                node.body = node.body[1:] or [ast.Pass()]
     # Text, since dumps of trees differ between versions of Python.
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
 
