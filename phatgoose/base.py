@@ -264,7 +264,12 @@ def _weights_digest(folder: Path) -> str:
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not weights:
         raise PhatgooseError(f"base {folder}: no safetensors or pytorch_model files in it")
-    stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in weights]
+    stats = []
+    for file in weights:
+        state = file.stat()
+        # The time of the inode's last change cannot be set by a user, unlike the file's time.
+        times = (state.st_mtime_ns, state.st_ctime_ns)
+        stats.append((str(file.resolve()), state.st_ino, state.st_size, *times))
     key = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
     cached = cache_dir() / "fingerprints" / key
     if cached.exists():
