@@ -180,12 +180,15 @@ def test_a_plugin_s_code_holds_the_classes_that_it_extends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "router_by_attribute.py").write_text(
-        "import phatgoose.routers\nclass Mine(phatgoose.routers.Uniform):\n    pass\n"
+        "import json\nimport phatgoose.routers\nfrom helper_beside import FACTOR\nclass Mine(phatgoose.routers.Uniform):\n    pass\n"
     )
+    (tmp_path / "helper_beside.py").write_text("FACTOR = 2\n")
     monkeypatch.syspath_prepend(tmp_path)
     from router_by_attribute import Mine  # type: ignore[import-not-found]
 
-    assert "phatgoose.routers.uniform" in router_code(Mine())
+    code = router_code(Mine())
+    assert {"phatgoose.routers.uniform", "helper_beside"} <= code.keys()
+    assert "json" not in code
 
 
 def test_a_router_without_a_source_file_is_refused() -> None:
