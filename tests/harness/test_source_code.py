@@ -180,7 +180,8 @@ def test_a_plugin_s_code_holds_the_classes_that_it_extends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "router_by_attribute.py").write_text(
-        "import json\nimport phatgoose.routers\nfrom helper_beside import FACTOR\nclass Mine(phatgoose.routers.Uniform):\n    pass\n"
+        "import json\nimport phatgoose.routers\nfrom helper_beside import FACTOR\n"
+        "class Mine(phatgoose.routers.Uniform):\n    pass\n"
     )
     (tmp_path / "helper_beside.py").write_text("FACTOR = 2\n")
     monkeypatch.syspath_prepend(tmp_path)
