@@ -50,6 +50,7 @@ class RunLease:
     ) -> None:
         self._folder, self._renew, self._expire = folder, renew_seconds, expire_seconds
         self._number = 0  # of the lease that is held
+        self._expired: dict[str, Any] | None = None  # another machine's lease, watched until then
         self._lost_to: dict[str, Any] | None = None
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -103,16 +104,19 @@ class RunLease:
             ) from error
         if self._number:
             with contextlib.suppress(PhatgooseError):  # then it expires
-                self._folder.delete(_file(self._number), missing_ok=True)
+                holder = self._read(self._number) or {}
+                if holder.get("token") == self._me["token"]:
+                    self._folder.delete(_file(self._number), missing_ok=True)
 
     def _keep(self) -> None:
         """Renew the lease until the block ends; interrupt the main thread if it was lost."""
         renewed = 0
         while not self._ended.wait(self._renew):
             try:
-                newest = max(self._numbers(), default=0)
-                if newest > self._number:
-                    self._lost_to = self._read(newest) or {}
+                # Numbers start again once a lease was given back, so the number alone does not do.
+                holder = self._read(max(self._numbers(), default=self._number)) or {}
+                if holder.get("token") != self._me["token"]:
+                    self._lost_to = holder
                     main = threading.main_thread().ident
                     if main is not None:  # as Ctrl-C does, so that a wait ends too
                         signal.pthread_kill(main, signal.SIGINT)
@@ -129,7 +133,7 @@ class RunLease:
         while True:
             number = max(self._numbers(), default=0)
             holder = self._read(number) if number else None
-            if holder is None or _is_dead_here(holder):
+            if holder is None or holder == self._expired or _is_dead_here(holder):
                 return number
             changed = seen is not None and holder != seen
             if changed or _is_here(holder):
@@ -138,6 +142,7 @@ class RunLease:
                     "or choose another run.dir."
                 )
             if time.monotonic() - since >= self._expire:
+                self._expired = holder
                 return number
             seen = holder
             time.sleep(_LOOK_SECONDS)

@@ -64,6 +64,7 @@ class ShardedLM(LM):
         The choices of one document under one context are scored together. The full scores stay in
         `scores` by task and document.
         """
+        copies, requests = requests, _distinct(requests)
         groups: dict[tuple[str, int, str], list[int]] = {}
         for place, instance in enumerate(requests):
             task, document = _origin(instance)
@@ -81,18 +82,19 @@ class ShardedLM(LM):
                 found[place] = score
             if i in answer.cut:
                 self.cut.add(group[:2])
-        results = []
+        results = {}
         for instance, known in zip(requests, found, strict=True):
             assert known is not None
             self.scores.setdefault(_origin(instance), []).append(known)
-            results.append((known.loglikelihood, known.is_greedy))
-        return results
+            results[id(instance)] = (known.loglikelihood, known.is_greedy)
+        return [results[id(instance)] for instance in copies]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Greedy continuations up to the first stop string.
 
         Where the document's right answer is known, it is scored as well, into `scores`.
         """
+        copies, requests = requests, _distinct(requests)
         questions = []
         for instance in requests:
             context, given = instance.args
@@ -103,16 +105,16 @@ class ShardedLM(LM):
                 context, right, options.max_new_tokens, options.until, choices_shown=False
             )
             questions.append((task, request))
-        texts = []
+        texts = {}
         for instance, (answer, i) in zip(
             requests, self._answers("generate", questions), strict=True
         ):
-            texts.append(answer.texts[i])
+            texts[id(instance)] = answer.texts[i]
             if answer.scores[i]:
                 self.scores[_origin(instance)] = answer.scores[i]
             if i in answer.cut:
                 self.cut.add(_origin(instance))
-        return texts
+        return [texts[id(instance)] for instance in copies]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """Not supported: no task of the benchmark measures the perplexity of whole documents."""
@@ -177,6 +179,11 @@ def quiet() -> Iterator[None]:
 
 class _Noted(Exception):
     """There is no answer: only what is asked was to be known."""
+
+
+def _distinct(requests: Sequence[Instance]) -> list[Instance]:
+    """Return each request once, where lm-eval asks it `repeats` times: greedy answers are alike."""
+    return list({id(instance): instance for instance in requests}.values())
 
 
 def _origin(instance: Instance) -> tuple[str, int]:

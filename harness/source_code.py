@@ -12,6 +12,7 @@ the answers of all others valid. The code of a router comes from its class, see 
 import ast
 import hashlib
 import sys
+import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -28,6 +29,7 @@ PROFILES = ("phatgoose.profiling", "harness.training_data")
 # Packages that collect modules, all routers or all sources of tasks; and this module.
 _COLLECTIONS = ("phatgoose", "phatgoose.routers", "harness.tasks", "harness.tasks.sources")
 _NOT_FOLLOWED = (*_COLLECTIONS, __name__)
+_INSTALLED = {Path(sysconfig.get_path(kind)) for kind in ("stdlib", "purelib", "platlib")}
 _ROOTS = {"phatgoose": Path(phatgoose.__file__).parent, "harness": Path(__file__).parent}
 
 # From a module's name to the hash of its own code.
@@ -51,8 +53,9 @@ def code_of(modules: Iterable[str]) -> Code:
 
 
 def router_code(router: Router) -> Code:
-    """Return the code of a router: that of its class's module, and of its inner router's."""
-    found = code_of([type(router).__module__])
+    """Return the code of a router: that of its classes' modules, and of its inner router's."""
+    classes = [one for one in type(router).__mro__ if issubclass(one, Router)]
+    found = code_of(dict.fromkeys(one.__module__ for one in classes))
     return found | router_code(router.inner) if isinstance(router, Wrapper) else found
 
 
@@ -93,7 +96,7 @@ def _hash(module: str) -> str:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             first = node.body[0] if node.body else None
             if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-                node.body[0] = ast.Pass()
+                node.body = node.body[1:] or [ast.Pass()]
     # Text, since dumps of trees differ between versions of Python.
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
 
@@ -114,8 +117,13 @@ def _file(module: str) -> Path | None:
 def _is_ours(module: str, roots: Iterable[str]) -> bool:
     """Whether to follow an import: of this project, or of a plugin's own package."""
     package = module.partition(".")[0]
-    own = {root.partition(".")[0] for root in roots}
-    return module not in _NOT_FOLLOWED and package in {*_ROOTS, *own} and _file(module) is not None
+    if module in _NOT_FOLLOWED or (file := _file(module)) is None:
+        return False
+    if package in {*_ROOTS, *(root.partition(".")[0] for root in roots)}:
+        return True
+    # A plugin may be single files, side by side; installed libraries are no part of it.
+    beside = {found.parent for root in roots if (found := _file(root)) and "." not in root}
+    return file.parent in beside - _INSTALLED
 
 
 def _imports(module: str) -> Iterator[str]:

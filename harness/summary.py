@@ -281,11 +281,13 @@ def _collect(scores: pa.Table, samples: pa.Table) -> dict[str, list[_Task]]:
     """Scores and samples put together, per suite; tasks in the order of the scores."""
     answers: dict[tuple[str, str, str], dict[str, dict[str, float]]] = {}
     clusters: dict[tuple[str, str], dict[str, str]] = {}
+    scored = {*scores["router"].to_pylist()}
     for sample in samples.to_pylist():
         key = (sample["suite"], sample["task"], sample["router"])
         answers.setdefault(key, {})[sample["document"]] = dict(sample["metrics"])
         together = clusters.setdefault(key[:2], {})
-        together[sample["document"]] = sample["cluster"] or sample["document"]
+        if sample["cluster"] and sample["router"] in scored:
+            together[sample["document"]] = sample["cluster"]
     comparable = _comparable(scores)
 
     suites: dict[str, dict[str, _Task]] = {}
@@ -297,7 +299,7 @@ def _collect(scores: pa.Table, samples: pa.Table) -> dict[str, list[_Task]]:
         if task is None:
             documents = sorted(answered)
             together = clusters.get((suite, name), {})
-            places_N = _places([together[document] for document in documents])
+            places_N = _places([together.get(document, document) for document in documents])
             task = suites[suite][name] = _Task(name, documents, places_N, {}, {}, {})
         if answered.keys() != set(task.documents):
             raise PhatgooseError(

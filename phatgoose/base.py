@@ -264,11 +264,12 @@ def _weights_digest(folder: Path) -> str:
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not weights:
         raise PhatgooseError(f"base {folder}: no safetensors or pytorch_model files in it")
-    stats = [
-        (str(f.resolve()), s.st_size, s.st_mtime_ns, s.st_ctime_ns)
-        for f in weights
-        for s in [f.stat()]
-    ]
+    stats = []
+    for file in weights:
+        state = file.stat()
+        # The time of the inode's last change cannot be set by a user, unlike the file's time.
+        times = (state.st_mtime_ns, state.st_ctime_ns)
+        stats.append((str(file.resolve()), state.st_ino, state.st_size, *times))
     key = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
     cached = cache_dir() / "fingerprints" / key
     if cached.exists():

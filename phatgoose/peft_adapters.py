@@ -31,7 +31,7 @@ from peft.utils import (
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -280,7 +280,12 @@ def _check_complete(
         return  # PEFT chose them by the kind of model
     everything = isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
     wanted = {n for n in base.linears if everything or check_target_module_exists(config, n)}
-    missing = [name for name in base.linears if name in wanted and name not in factors]
+    # What experts do not adapt, such as the vocabulary's projection, may be named as well.
+    kinds = (nn.Linear, nn.Embedding, Conv1D)
+    others = [n for n, m in base.model.named_modules() if isinstance(m, kinds)]
+    others = [] if everything else [n for n in others if check_target_module_exists(config, n)]
+    named = list(dict.fromkeys([*(n for n in base.linears if n in wanted), *others]))
+    missing = [name for name in named if name not in factors]
     extra = [name for name in base.linears if name not in wanted and name in factors]
     for names, what in ((missing, "lacks the factors of"), (extra, "also has factors of")):
         if names:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -424,6 +425,20 @@ def test_clusters_of_samples_are_resampled_together() -> None:
         assert after["value"] == before["value"]
         assert (before["clusters"], after["clusters"]) == (24, 2)
         assert (before["low"], before["high"]) != (after["low"], after["high"])
+
+
+def test_samples_of_version_0_1_0_beside_others_do_not_split_clusters() -> None:
+    """Their file stays in the folder when their router is left out, and has no clusters."""
+    values = {"merged": {"acc": [0.0, 0.0, 1.0, 1.0] * 6}, "old": {"acc": [0.0, 1.0] * 12}}
+    scores, samples = tables({"t": values})
+    rows = samples.to_pylist()
+    for i, row in enumerate(rows):
+        row["cluster"] = f"c{i % 24 // 12}" if row["router"] == "merged" else None
+    rows.sort(key=lambda row: row["router"])
+    kept = scores.filter(pc.equal(scores["router"], "merged"))
+    for table in (scores, kept):
+        summary = summary_rows(table, pa.Table.from_pylist(rows, results.SAMPLES))
+        assert {row["clusters"] for row in summary} == {2}
 
 
 def test_tables_of_version_0_1_0_are_read(tmp_path: Path) -> None:

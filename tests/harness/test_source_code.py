@@ -114,6 +114,12 @@ def test_comments_docstrings_and_layout_change_nothing(edit: Edit) -> None:
     edit("phatgoose/routers/phatgoose.py", '"""Match the input with the gates."""', '"""Other."""')
     edit("phatgoose/routers/phatgoose.py", "    top_k: int = 2", "    # Two.\n\n    top_k: int = 2")
     edit("phatgoose/scoring.py", '"""Log-likelihoods of', '"""Likelihoods of')
+    # Also a docstring where there was none.
+    edit(
+        "phatgoose/model.py",
+        "            assert isin",
+        '            """Hear."""\n            assert isin',
+    )
     assert routers_code() == before
     assert scoring() == scored
 
@@ -168,6 +174,22 @@ def test_a_plugin_s_code_is_its_module_and_what_it_imports_of_its_package(
     (package / "helper.py").write_text("FACTOR = 3\n")
     forget()
     assert changes(before, router_code(Mine())) == ["plugin_of_a_user.helper"]
+
+
+def test_a_plugin_s_code_holds_the_classes_that_it_extends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "router_by_attribute.py").write_text(
+        "import json\nimport phatgoose.routers\nfrom helper_beside import FACTOR\n"
+        "class Mine(phatgoose.routers.Uniform):\n    pass\n"
+    )
+    (tmp_path / "helper_beside.py").write_text("FACTOR = 2\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    from router_by_attribute import Mine  # type: ignore[import-not-found]
+
+    code = router_code(Mine())
+    assert {"phatgoose.routers.uniform", "helper_beside"} <= code.keys()
+    assert "json" not in code
 
 
 def test_a_router_without_a_source_file_is_refused() -> None:

@@ -96,6 +96,18 @@ def test_the_fingerprint_changes_with_a_weight_and_with_the_configuration(copied
     assert all(len(text) == 64 for text in prints)
 
 
+def test_the_fingerprint_changes_with_a_weight_in_a_file_of_the_same_size_and_time(
+    copied: Path,
+) -> None:
+    before, (file,) = fingerprint(copied), copied.glob("*.safetensors")
+    times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=times)
+    assert fingerprint(copied) != before
+
+
 def test_the_fingerprint_is_not_of_the_place_or_the_version(copied: Path, tmp_path: Path) -> None:
     before = fingerprint(copied)
     config = json.loads((copied / "config.json").read_text())

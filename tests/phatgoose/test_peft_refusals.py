@@ -233,6 +233,15 @@ def test_what_peft_adapted_is_what_is_wanted(
     refuse(folder, rf"lacks the factors of 1 linears \({last}\)", base=llama)
 
 
+@pytest.mark.parametrize("other", ["lm_head", "embed_tokens"])
+def test_modules_that_experts_do_not_adapt_are_missed_too(
+    llama: Base, tmp_path: Path, other: str
+) -> None:
+    save_adapter(llama, tmp_path / "a", target_modules=["q_proj"])
+    edit_config(tmp_path / "a", target_modules=["q_proj", other])
+    refuse(tmp_path / "a", rf"lacks the factors of 1 linears \(.*{other}\)", base=llama)
+
+
 def test_factors_that_the_configuration_does_not_name_are_refused(
     llama: Base, tmp_path: Path
 ) -> None:

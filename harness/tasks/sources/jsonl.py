@@ -34,6 +34,7 @@ from phatgoose.errors import PhatgooseError
 _SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 # No example is so long; a line that is would be read whole before it could be refused.
 _LONGEST_LINE = 16 * 2**20
+_INDEX = re.compile(r"\s*[0-9]{1,9}\s*")
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ def _twice(names: Sequence[str]) -> str | None:
 
 def _csv(file: str, delimiter: str, options: Options) -> Iterator[tuple[str, Mapping[str, Any]]]:
     csv.field_size_limit(_LONGEST_LINE)
-    reader = csv.DictReader((line for _, line in _lines(file)), delimiter=delimiter)
+    reader = csv.DictReader((line for _, line in _lines(file)), delimiter=delimiter, strict=True)
     try:
         header = list(reader.fieldnames or ())
         if (name := _twice(header)) is not None:
@@ -230,8 +231,8 @@ def _csv(file: str, delimiter: str, options: Options) -> Iterator[tuple[str, Map
             if None in row or None in row.values():
                 raise PhatgooseError(f"{where}: it has not {len(header)} fields, as the header has")
             yield where, _from_csv(row, options, where)
-    except csv.Error as error:
-        raise PhatgooseError(f"{file}, line {reader.line_num}: {error}") from error
+    except csv.Error as error:  # in the row that begins behind the last one that was read
+        raise PhatgooseError(f"{file}, line {reader.line_num + 1}: {error}") from error
 
 
 def _from_csv(row: Mapping[str, str], options: Options, where: str) -> dict[str, Any]:
@@ -247,7 +248,7 @@ def _from_csv(row: Mapping[str, str], options: Options, where: str) -> dict[str,
             'answers? For a list, quote its items, as ["1", "2"]; for a text, use JSON Lines.'
         )
     choices, correct = example.get(options.choices), example.get(options.correct)
-    if isinstance(choices, list) and isinstance(correct, str) and correct.strip().isdecimal():
+    if isinstance(choices, list) and isinstance(correct, str) and _INDEX.fullmatch(correct):
         texts = [str(choice).strip() for choice in choices]
         index, itself = int(correct), correct.strip()
         if itself in texts and not (index < len(texts) and texts[index] == itself):
@@ -328,7 +329,7 @@ def _index(right: Any, choices: list[str], where: str) -> int:
     if isinstance(right, str):
         if right.strip() in choices:
             return choices.index(right.strip())
-        right = int(right) if re.fullmatch(r"\s*[0-9]{1,9}\s*", right) else right
+        right = int(right) if _INDEX.fullmatch(right) else right
     if type(right) is int and 0 <= right < len(choices):
         return right
     raise PhatgooseError(

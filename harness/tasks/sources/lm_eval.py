@@ -74,7 +74,9 @@ def expand(group: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             return {}
         raise PhatgooseError(f"{group['name']}: say which tasks of lm-eval, as suite=lm_eval:bbh")
     include_path = group.get("include_path")
-    shared = {key: group[key] for key in ("include_path", "num_fewshot") if group.get(key)}
+    shared = {
+        key: group[key] for key in ("include_path", "num_fewshot") if group.get(key) is not None
+    }
     tasks = {}
     for name in [names] if isinstance(names, str) else names:
         for leaf in _leaves(str(name), include_path):
@@ -117,7 +119,8 @@ def _local_data(dataset_path: Any, dataset_kwargs: Any) -> list[Any]:
     elif dataset_path and root.is_file():
         found.append(file_digest(root))
     kwargs = dataset_kwargs if isinstance(dataset_kwargs, Mapping) else {}
-    for text in filter(None, _strings([kwargs.get("data_files"), kwargs.get("data_dir")])):
+    named = filter(None, _strings([kwargs.get("data_files"), kwargs.get("data_dir")]))
+    for text in (text.removeprefix("file://") for text in named):
         for start in (Path.cwd(), root):
             # Of an absolute path, `start` plays no part.
             for match in sorted(glob.glob(str(start / text), recursive=True)):  # noqa: PTH207

@@ -81,6 +81,25 @@ def folder(tmp_path: Path) -> Path:
         "doc_to_target": "gold",
     }
     write(made, "few_shot", {**choice, "num_fewshot": 2, "metric_list": [{"metric": "acc"}]})
+    write(made, "repeated", {**choice, "repeats": 3, "metric_list": [{"metric": "acc"}]})
+    write(
+        made,
+        "written",
+        {
+            **{key: value for key, value in choice.items() if key != "doc_to_choice"},
+            "output_type": "generate_until",
+            "doc_to_target": "{{a[gold]}}",
+            "generation_kwargs": {"until": ["y"], "max_gen_toks": 4},
+            "repeats": 3,
+            "metric_list": [{"metric": "exact_match"}],
+            "filter_list": [
+                {
+                    "name": "none",
+                    "filter": [{"function": "majority_vote"}, {"function": "take_first"}],
+                }
+            ],
+        },
+    )
     mutual = [{"metric": "acc"}, {"metric": "acc_mutual_info"}]
     write(made, "mutual", {**choice, "metric_list": mutual})
     (made / "several.yaml").write_text(
@@ -130,7 +149,7 @@ def lm_evals_own(folder: Path, base: Base, name: str) -> dict[str, Any]:
     return {**found["results"][name], "samples": found["samples"][name]}
 
 
-@pytest.mark.parametrize("name", ["few_shot", "mutual", "several"])
+@pytest.mark.parametrize("name", ["few_shot", "mutual", "several", "repeated"])
 def test_values_are_lm_evals_own(folder: Path, tmp_path: Path, base: Base, name: str) -> None:
     expected = lm_evals_own(folder, base, name)
     run = Folder(tmp_path / "run")
@@ -150,6 +169,26 @@ def test_values_are_lm_evals_own(folder: Path, tmp_path: Path, base: Base, name:
         ours = sample["choice_scores"]
         assert ours == pytest.approx(theirs[: len(ours)], abs=1e-4)
         assert len(ours) == (2 if name == "several" else 3)
+
+
+def test_several_responses_to_a_prompt_are_its_greedy_one(
+    folder: Path, tmp_path: Path, llama: Base
+) -> None:
+    """Filters such as a vote get as many responses as the definition's `repeats` says."""
+    expected = lm_evals_own(folder, llama, "written")
+    found = evaluation(folder, tmp_path / "run", llama, "written")
+    (*_, row) = [r for r in found.run("base", make_router("base")) if r["metric"] == "exact_match"]
+    assert row["value"] == expected["exact_match,none"]
+    table = read_table(Folder(tmp_path / "run"), "samples/base.parquet", SAMPLES).to_pylist()
+    votes = [sample["filtered_resps"][0] for sample in expected["samples"]]
+    assert [sample["prediction"] for sample in table] == votes
+    assert sum(len(chunk.requests) for chunk in found.chunks) == len(DOCS)
+
+
+def test_no_shots_may_be_asked_for(folder: Path) -> None:
+    group = {"name": "own", "source": "lm_eval", "lm_eval": ["few_shot"]}
+    (spec,) = task_specs({**group, "include_path": str(folder), "num_fewshot": 0})
+    assert lm_eval.load_task(spec).config.num_fewshot == 0
 
 
 def test_the_paper_s_metrics_are_those_of_the_conditional_choices(

@@ -232,6 +232,13 @@ GOOD = '{"input": "a", "target": "b"}\n'
             'input,choices,correct\nhow many,"[1, 2, 3]",1\n',
             r"a\.csv, line 2: correct is 1, an index or the choice '1'\?",
         ),
+        ("a.csv", 'input,target\nx,y\nz,"open\nu,v\n', r"a\.csv, line 3: unexpected end of data"),
+        ("a.csv", 'input,target\nx,"y" z\n', r"a\.csv, line 2: ',' expected after"),
+        (
+            "a.csv",
+            'input,choices,correct\nx,"[""a"", ""b""]",' + "1" * 5000 + "\n",
+            r"a\.csv, line 2: the right choice is '1+\.\.\., neither",
+        ),
         ("a.txt", "no", r"a\.txt does not end in \.jsonl, \.csv, \.tsv, \.parquet"),
     ],
 )
