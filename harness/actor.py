@@ -39,7 +39,7 @@ class Actor:
         if code_version() != code:
             raise PhatgooseError(
                 f"the code on node {ray.util.get_node_ip_address()} is {code_version()}, the "
-                f"driver's is {code}: install the same version of phatgoose on every node, or, if a "
+                f"driver's is {code}: install the same version of phatgoose on every node; if a "
                 "file was edited since the run began, start the same command again"
             )
         self._done = 0  # grows with all that is done

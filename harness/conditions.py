@@ -46,9 +46,13 @@ class Conditions:
                 )
 
 
-def library_versions() -> str:
-    """Return the versions of the libraries that compute answers, as JSON, without build labels."""
-    found = {name: importlib.metadata.version(name).partition("+")[0] for name in _LIBRARIES}
+def library_versions(*others: str) -> str:
+    """Return the versions of the libraries that compute answers, and of others, as JSON.
+
+    Build labels, such as that of CUDA, are left out.
+    """
+    names = (*_LIBRARIES, *others)
+    found = {name: importlib.metadata.version(name).partition("+")[0] for name in names}
     return json.dumps(found, sort_keys=True)
 
 

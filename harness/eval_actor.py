@@ -13,7 +13,9 @@ from harness.conditions import Conditions
 from harness.config import BaseConfig
 from harness.pack import Members, open_pool
 from harness.registry import Registry
+from harness.source_code import digest, router_code
 from harness.train_actor import load_base_on_actor
+from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
 from phatgoose.model import RoutedModel
 from phatgoose.pool import Pool
@@ -52,11 +54,24 @@ class EvalActor(Actor):
         self._model: RoutedModel | None = None
         self._attached: tuple[Any, ...] | None = None  # the identity of the pool
 
-    def answer(self, router: Router, chunk: Chunk, description: str, members: Members) -> Answer:
+    def answer(
+        self,
+        router: Router,
+        chunk: Chunk,
+        description: str,
+        members: Members,
+        code: str | None = None,
+    ) -> Answer:
         """Answer one chunk with these experts, routed by `router`.
 
-        The router may look at the task's description.
+        The router may look at the task's description. `code` is what the driver has for the
+        router's source code.
         """
+        if code is not None and digest(router_code(router)) != code:
+            raise PhatgooseError(
+                f"the code of router {router.name()} on this node is not the driver's: put the "
+                "same files on every node; if one was edited since the run began, start again"
+            )
         self._attach(members)
         model = self._routed
         if router != model.router:

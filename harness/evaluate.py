@@ -19,7 +19,7 @@ from lm_eval import evaluator
 
 from harness import results
 from harness.chunks import Answer, Chunk
-from harness.conditions import Conditions, scoring_code
+from harness.conditions import Conditions, library_versions, scoring_code
 from harness.documents import score_rows
 from harness.jobs import TICK_SECONDS, Failure, Workers
 from harness.journal import DamagedAnswer, Journal
@@ -27,7 +27,7 @@ from harness.lm import ShardedLM, Usage, quiet
 from harness.pack import Members, pool_id
 from harness.plan import needs_profiles
 from harness.requests import SuiteRequests
-from harness.source_code import Code, changes, digest, router_code
+from harness.source_code import METRICS, Code, changes, code_of, digest, router_code
 from harness.storage import Folder
 from harness.summary import BEST_INDIVIDUAL, ORACLE, best_individual_rows, oracle_rows
 from phatgoose.errors import PhatgooseError
@@ -100,8 +100,9 @@ class Evaluation:
             "manifest": self._manifest,
             "dtype": setting.conditions.dtype,
             "device": setting.conditions.device,
-            "versions": setting.conditions.versions,
-            "code": setting.conditions.code,
+            # Metrics are computed from answers, by lm-eval and by code of ours.
+            "versions": library_versions("lm_eval"),
+            "code": digest({**scoring_code(), **code_of(METRICS)}),
         }
         self._journal = Journal(setting.folder)
         self.chunks = requests.chunks(setting.chunk_characters)
@@ -178,7 +179,10 @@ class Evaluation:
         for name, router in routers.items():
             key = f"{self._suite}/{name}"
             now[key] = self._determining(router)
-            if reason := _what_changed(noted.get(key, now[key]), now[key]):
+            before = noted.get(key)
+            if not isinstance(before, dict) or not isinstance(before.get("code"), dict):
+                before = now[key]  # nothing was noted
+            if reason := _what_changed(before, now[key]):
                 lacking = sum(self._key(router, c) not in self._found for c in self.chunks)
                 again.setdefault(reason, {})[name] = lacking
         for reason, counts in again.items():
@@ -304,6 +308,7 @@ class Evaluation:
                 c.chunk,
                 self._requests.descriptions[c.chunk.task],
                 self._members_of(c.router),
+                digest(self._code(c.router)),
             )
             for c in calls
         ]

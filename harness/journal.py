@@ -37,22 +37,24 @@ class Journal:
             DamagedAnswer: the file was altered or cut short.
         """
         name = _file(key)
-        data = self._folder.read(name)
+        data = self._folder.find(name)
+        if data is None:
+            raise DamagedAnswer(f"{self._folder}/{name} is gone")
         try:
-            return _from_bytes(data)
+            return _from_bytes(key, data)
         except (SafetensorError, LookupError, TypeError, ValueError) as error:
             raise DamagedAnswer(f"{self._folder}/{name} is damaged") from error
 
     def write(self, key: str, answer: Answer) -> None:
         """Keep the answer to a chunk."""
-        self._folder.write(_file(key), _to_bytes(answer))
+        self._folder.write(_file(key), _to_bytes(key, answer))
 
 
 def _file(key: str) -> str:
     return f"journal/{key}.safetensors"
 
 
-def _to_bytes(answer: Answer) -> bytes:
+def _to_bytes(key: str, answer: Answer) -> bytes:
     linears = list(answer.routing)
     content = {
         "scores": [[asdict(score) for score in scores] for scores in answer.scores],
@@ -66,21 +68,21 @@ def _to_bytes(answer: Answer) -> bytes:
     weights = [answer.routing[linear] for linear in linears]
     weights_LE = torch.stack(weights) if weights else torch.zeros(0, 0, dtype=torch.float64)
     text, tensors = json.dumps(content), {"routing": weights_LE.contiguous()}
-    return save(tensors, metadata={"answer": text, "sha256": _checksum(text, weights_LE)})
+    return save(tensors, metadata={"answer": text, "sha256": _checksum(key, text, weights_LE)})
 
 
-def _checksum(text: str, weights_LE: torch.Tensor) -> str:
-    digest = hashlib.sha256(text.encode())
+def _checksum(key: str, text: str, weights_LE: torch.Tensor) -> str:
+    digest = hashlib.sha256(f"{key}\n{text}".encode())
     digest.update(weights_LE.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
-def _from_bytes(data: bytes) -> Answer:
+def _from_bytes(key: str, data: bytes) -> Answer:
     # The library reads metadata from files only; the header's layout is its published format.
     size = int.from_bytes(data[:8], "little")
     metadata = json.loads(data[8 : 8 + size])["__metadata__"]
     weights_LE = load(data)["routing"]
-    if metadata["sha256"] != _checksum(metadata["answer"], weights_LE):
+    if metadata["sha256"] != _checksum(key, metadata["answer"], weights_LE):
         raise ValueError("its checksum is another")
     content = json.loads(metadata["answer"])
     linears = content["linears"]

@@ -1,10 +1,11 @@
 """Packs: a pool's experts stacked into one file that all actors of a machine map.
 
     packs/<id>/pool.safetensors   the pool; the id is a hash over its experts
-    packs/<id>/pack.json          which experts those are, and a hash of the file
+    packs/<id>/pack.json          which experts those are, a digest of the code that stacked them,
+                                 and a hash of the file
 
-A pack can be made again from the registry's objects at any time. One that was cut short or altered
-is not served: it is made anew.
+A pack can be made again from the registry's objects at any time. One that was cut short, altered,
+or made by other code is not used: it is made again.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from safetensors import SafetensorError
 
 from harness.leftovers import temporary_name
 from harness.registry import Registry
+from harness.source_code import code_of, digest
 from phatgoose.cache import cache_dir
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
@@ -133,8 +135,11 @@ def _open_whole(folder: Path, beat: Callable[[], None]) -> Pool | None:
     """The pack, if there is one and it is whole."""
     try:
         experts = read_index(folder, beat)
+        if json.loads((folder / INDEX_FILE).read_bytes()).get("code") != _code():
+            return None  # other code stacked it
         pool = Pool.open(folder)
-    except (PhatgooseError, OSError, RuntimeError, SafetensorError):  # cut short in between
+    # What happens if another process replaces it in between.
+    except (PhatgooseError, OSError, RuntimeError, ValueError, SafetensorError):
         return None
     return pool if pool.experts == tuple(experts) else None
 
@@ -151,7 +156,11 @@ def _make(
     try:
         new, old = temporary / "new", temporary / "old"
         Pool.from_experts([load(content) for content in experts.values()]).save(new)
-        index = {"experts": list(experts.items()), "xxh3_128": _hash(new / POOL_FILE, beat)}
+        index = {
+            "experts": list(experts.items()),
+            "code": _code(),
+            "xxh3_128": _hash(new / POOL_FILE, beat),
+        }
         (new / INDEX_FILE).write_text(json.dumps(index))
         for path in (new, new / INDEX_FILE):
             path.chmod(0o755 if path.is_dir() else 0o644)  # others may map it too
@@ -161,6 +170,11 @@ def _make(
         _rename_unless_there(new, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _code() -> str:
+    """A digest of the source code that stacks experts and reads them."""
+    return digest(code_of(["phatgoose.pool"]))
 
 
 def _rename_unless_there(new: Path, folder: Path) -> None:

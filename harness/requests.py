@@ -87,8 +87,10 @@ class SuiteRequests:
         noted = results.read_json(folder, name) if folder.exists(name) else {}
         now = {n: {"made_from": t.made_from, "hash": t.fingerprint} for n, t in self.tasks.items()}
         for task, entry in now.items():
-            before = noted.get(task, entry)
-            if before["made_from"] == entry["made_from"] and before["hash"] != entry["hash"]:
+            before = noted.get(task)
+            if not isinstance(before, dict) or before.get("made_from") != entry["made_from"]:
+                continue  # nothing was noted of these
+            if before.get("hash") != entry["hash"]:
                 raise _differs(task, f"from those of an earlier call ({folder}/{name})")
         if noted != {**noted, **now}:
             results.write_json(folder, name, {**noted, **now})

@@ -69,9 +69,14 @@ _IN_0_1_0 = "written by version 0.1.0"
 CONDITIONS = (
     _column("dtype", pa.string(), "dtype of the base", null=_IN_0_1_0),
     _column("device", pa.string(), "kind of device that answered, cpu or cuda", null=_IN_0_1_0),
-    _column("versions", pa.string(), "versions of torch and transformers, JSON", null=_IN_0_1_0),
     _column(
-        "code", pa.string(), "hash of the source code that scores and generates", null=_IN_0_1_0
+        "versions", pa.string(), "versions of torch, transformers and lm_eval, JSON", null=_IN_0_1_0
+    ),
+    _column(
+        "code",
+        pa.string(),
+        "hash of the source code that scores, generates and computes metrics",
+        null=_IN_0_1_0,
     ),
 )
 

@@ -72,7 +72,8 @@ def run(config: RunConfig) -> None:
     started = time.monotonic()
     problems: list[str] = []
     with RunLease(Folder(config.run.dir)) as lease, Cluster() as cluster:
-        plan = make_plan(config, preparer(cluster), cluster.device(config.cluster))
+        device = cluster.device(config.cluster) if "evaluate" in config.stages else "cpu"
+        plan = make_plan(config, preparer(cluster), device)
         print(plan.describe(), flush=True)
         stages = Stages(plan, cluster)
         to_train = "train" in config.stages and bool(plan.open_jobs)

@@ -21,10 +21,11 @@ import phatgoose
 from phatgoose.errors import PhatgooseError
 from phatgoose.routers import Router, Wrapper
 
-# What the answers of evaluation actors, experts and profiles are computed by.
+# What the answers of evaluation actors, experts, profiles and metrics are computed by.
 SCORING = ("harness.answering",)
 TRAINING = ("phatgoose.training", "harness.deepspeed_engine", "harness.training_data")
 PROFILES = ("phatgoose.profiling", "harness.training_data")
+METRICS = ("harness.documents",)
 
 # Packages that collect modules, all routers or all sources of tasks; and this module.
 _COLLECTIONS = ("phatgoose", "phatgoose.routers", "harness.tasks", "harness.tasks.sources")

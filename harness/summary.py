@@ -59,6 +59,8 @@ def primary_metric(metrics: set[str]) -> str:
         if metric in metrics:
             return metric
     others = sorted(metrics - {"nll", "acc_norm", "acc_paper", "bigbench_normalized"})
+    if not others and "acc_paper" in metrics:
+        return "acc_paper"  # lm-eval's own are not means over documents, such as MCC
     if not others:
         raise PhatgooseError(f"a task has no metric of lm-eval, only {sorted(metrics)}")
     return others[0]
@@ -154,8 +156,14 @@ class _Task:
     scores: dict[tuple[str, str], float]  # (metric, router) -> value
     values: dict[str, dict[str, np.ndarray]]  # metric -> router -> one value per document
 
-    def metric(self, metric: str) -> str:
-        return primary_metric(set(self.values)) if metric == PRIMARY else metric
+    def metric(self, metric: str) -> str | None:
+        """The metric of that name; None if `primary` is asked for and the task has none."""
+        if metric != PRIMARY:
+            return metric
+        try:
+            return primary_metric(set(self.values))
+        except PhatgooseError:  # none of lm-eval's is a mean over documents
+            return None
 
 
 @dataclass
@@ -236,7 +244,9 @@ def _metric_rows(suite: str, metric: str, tasks: list[_Task]) -> list[Row]:
     for i, task in having:
         # One stream per task: tasks are drawn independently, metrics see the same documents.
         rng = np.random.default_rng([_SEED, i])
-        for router, part in _task_sums(task, task.metric(metric), rng).items():
+        name = task.metric(metric)
+        assert name is not None
+        for router, part in _task_sums(task, name, rng).items():
             rows.append(row(router, task.name, part))
             sums[router] = sums[router] + part if router in sums else part
     whole = {router: total for router, total in sums.items() if total.tasks == len(having)}

@@ -3,6 +3,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -417,13 +418,14 @@ def test_what_was_answered_before_a_failure_is_kept(run: Run, workers: LocalWork
 
 def changed_code(monkeypatch: pytest.MonkeyPatch, router: str) -> None:
     """Let the source code of one router be another."""
-    from harness import evaluate, source_code
+    from harness import eval_actor, evaluate, source_code
 
     def other(asked: Router) -> dict[str, str]:
         code = source_code.router_code(asked)
         return {**code, f"phatgoose.routers.{router}": "0" * 16} if asked.name() == router else code
 
     monkeypatch.setattr(evaluate, "router_code", other)
+    monkeypatch.setattr(eval_actor, "router_code", other)
 
 
 def test_an_edited_router_is_asked_again_and_said_to_be(
@@ -484,7 +486,7 @@ def test_answers_under_other_conditions_are_asked_again(
         evaluation.announce(wanted)
         rows = [row for name, router in wanted.items() for row in evaluation.run(name, router)]
         counts.append(workers.calls - before)
-        if change != "base":  # rows have its name
+        if change in ("dtype", "device"):
             assert {row[change] for row in rows} == {getattr(conditions, change)}
     assert counts[0] == counts[1] > 0
     line = capsys.readouterr().err
@@ -530,8 +532,38 @@ def test_rows_say_what_computed_them(run: Run, workers: LocalWorkers) -> None:
     table = run.table("scores.parquet")
     assert {row["dtype"] for row in table} == {"float32"}
     assert {row["device"] for row in table} == {"cpu"}
-    versions = {"torch": torch.__version__.partition("+")[0], "transformers": transformers_version}
+    versions = {
+        "lm_eval": version("lm_eval"),
+        "torch": torch.__version__.partition("+")[0],
+        "transformers": transformers_version,
+    }
     assert {row["versions"] for row in table} == {json.dumps(versions, sort_keys=True)}
     assert len({row["code"] for row in table}) == 1
     by_router = {row["router"]: row["router_code"] for row in table}
     assert len({*by_router.values()}) == 2
+
+
+def test_a_lost_answer_is_asked_again(
+    run: Run, workers: LocalWorkers, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was there when the evaluation began."""
+    run.evaluation(workers).run("merged", make_router("merged"))
+    before, evaluation = workers.calls, run.evaluation(workers)
+    file = sorted((run.path / "journal").iterdir())[0]
+    file.unlink()
+    evaluation.run("merged", make_router("merged"))
+    assert workers.calls == before + 1
+    assert f"{file.name} is gone; it is asked again" in capsys.readouterr().err
+
+
+def test_an_actor_with_other_code_of_a_router_refuses(
+    run: Run, workers: LocalWorkers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a plugin, say, whose files differ between nodes."""
+    from harness import eval_actor, source_code
+
+    changed_code(monkeypatch, "merged")
+    monkeypatch.setattr(eval_actor, "router_code", source_code.router_code)
+    with pytest.raises(PhatgooseError, match="code of router merged on this node is not the driv"):
+        run.evaluation(workers).run("merged", make_router("merged"))
+    assert run.evaluation(workers).run("base", make_router("base"))

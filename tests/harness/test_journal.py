@@ -166,3 +166,14 @@ def test_an_edited_routing_weight_is_noticed(tmp_path: Path) -> None:
     file.write_bytes(bytes(data))
     with pytest.raises(DamagedAnswer):
         journal.read(KEY)
+
+
+def test_the_answer_to_another_chunk_is_noticed(tmp_path: Path) -> None:
+    """A file that was copied or renamed."""
+    journal = Journal(Folder(tmp_path))
+    journal.write(KEY, answer())
+    [file] = (tmp_path / "journal").iterdir()
+    other = "1" * 32
+    file.rename(file.with_name(f"{other}.safetensors"))
+    with pytest.raises(DamagedAnswer):
+        journal.read(other)

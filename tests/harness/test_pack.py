@@ -1,3 +1,4 @@
+import json
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -72,6 +73,24 @@ def test_a_damaged_or_stale_pack_is_made_anew(registry: Registry, damage: str) -
         read_index(folder)
     check(open_pool(registry, experts, registry.load))
     assert list(read_index(folder).items()) == list(experts.items())
+
+
+@pytest.mark.parametrize("code", ["0" * 16, None], ids=["other", "of 0.1.0"])
+def test_a_pack_that_other_code_stacked_is_made_again(registry: Registry, code: str | None) -> None:
+    experts = registry.manifest().experts
+    open_pool(registry, experts, registry.load)
+    index = folder_of(registry) / INDEX_FILE
+    before = json.loads(index.read_bytes())
+    index.write_text(json.dumps({**before, "code": code}))
+    loaded = []
+
+    def load(content: str) -> Expert:
+        loaded.append(content)
+        return registry.load(content)
+
+    check(open_pool(registry, experts, load))
+    assert loaded == list(experts.values())
+    assert json.loads(index.read_bytes())["code"] == before["code"]
 
 
 def test_an_expert_that_cannot_be_read_leaves_no_pack(registry: Registry) -> None:

@@ -454,3 +454,17 @@ def test_tables_of_version_0_1_0_are_read(tmp_path: Path) -> None:
     text = report.make_report(folder)
     assert "merged" in text
     assert results.read_table(folder, "scores.parquet", results.SCORES)["code"].null_count == 2
+
+
+def test_a_task_without_a_mean_of_lm_eval_has_the_paper_s_metric_or_none() -> None:
+    """Such as one whose only metric is MCC, which has no value per document."""
+    routers = {
+        name: {"acc_paper": [0.0, 1.0, 1.0], "nll": [1.0, 2.0, 3.0]} for name in ("base", "merged")
+    }
+    scores, samples = tables({"cola": routers, "said": {r: {"nll": [1.0, 2.0]} for r in routers}})
+    extra = [score(t, r, "mcc", 0.3, 3) for t in ("cola", "said") for r in routers]
+    scores = pa.concat_tables([scores, pa.Table.from_pylist(extra, results.SCORES)])
+    rows = summary_rows(scores, samples)
+    primary = {(r["router"], r["task"]): r["value"] for r in rows if r["metric"] == "primary"}
+    assert primary == {(r, t): pytest.approx(2 / 3) for r in routers for t in ("cola", None)}
+    assert {r["task"] for r in rows if r["metric"] == "nll"} == {"cola", "said", None}

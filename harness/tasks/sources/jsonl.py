@@ -17,7 +17,7 @@ import glob
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -300,6 +300,11 @@ def _record(task: str, example: Mapping[str, Any], where: str, options: Options)
     if options.choices not in example:
         target = _column(example, options.target, "target", where)
         return named(Record(task, "", prompt, _texts(target, where), [], [], cluster=cluster))
+    if options.target in example:
+        raise PhatgooseError(
+            f"{where}: it has both {options.target} and {options.choices}: give one of them, and "
+            f"with {options.choices} the right one as {options.correct}"
+        )
     choices = _texts(example[options.choices], where)
     right = _column(example, options.correct, "correct", where)
     correct = [
@@ -319,7 +324,7 @@ def _column(example: Mapping[str, Any], name: str, option: str, where: str) -> A
     near = difflib.get_close_matches(name, example, n=1)
     hint = f"is it {near[0]}? " if near else ""
     raise PhatgooseError(
-        f"{where}: it has no {name}, only {', '.join(example) or 'nothing'}: {hint}"
+        f"{where}: it has no {name}, only {_printable(example)}: {hint}"
         f"load_opts.{option} gives the column's name"
     )
 
@@ -358,6 +363,11 @@ def _whole(text: str, where: str) -> str:
             "remove it, or write the whole character"
         ) from error
     return text
+
+
+def _printable(names: Iterable[str]) -> str:
+    """Names for an error: half a character would stop it from being printed."""
+    return ", ".join(names).encode(errors="backslashreplace").decode() or "nothing"
 
 
 def _short(value: Any) -> str:

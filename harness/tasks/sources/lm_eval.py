@@ -303,7 +303,8 @@ def check_documents(spec: TaskSpec, task: Any, rows: Sequence[Mapping[str, Any]]
             raise PhatgooseError(
                 f"task {spec.name} of lm-eval: document {number} differs from the one that was "
                 "stored when the data was prepared, so its numbers could not be compared. Its "
-                "definition draws without a seed: seed it there, or leave the task out."
+                "definition draws without a seed (seed it there), or its own code reads a file "
+                "that changed (remove the task's folder from the cache)."
             )
     if len(found) < len(rows):
         raise PhatgooseError(
