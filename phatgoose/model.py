@@ -78,10 +78,11 @@ class RoutedModel:
         """Route by `router`, or the router of that name, from now on.
 
         Raises:
-            PhatgooseError: there is no router of that name, or the pool lacks what it needs; then
-                the router before it stays.
+            PhatgooseError: there is no router of that name, an option of it cannot be, or the pool
+                lacks what it needs; then the router before it stays.
         """
         router = make_router(router) if isinstance(router, str) else router
+        router.check_options()
         router.check(self.pool)
         acting: Router = router
         wrappers = []

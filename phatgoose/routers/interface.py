@@ -49,9 +49,10 @@ class _Allowed:
 
 _COUNT = _Allowed("a whole number of at least 1", lambda v: isinstance(v, int) and v >= 1)
 
-# Options of one name mean the same in every router.
+# Options of one name mean the same in every router of this package. What a router of somebody else
+# calls its options is its own affair, but for those of the kind that it is.
+_OURS = __name__.rpartition(".")[0] + "."
 _ALLOWED = {
-    "top_k": _COUNT,
     "temperature": _Allowed("a positive number", lambda value: 0 < value < math.inf),
     "gamma": _Allowed("a number", math.isfinite),
     "weight": _Allowed("a number", math.isfinite),
@@ -69,6 +70,8 @@ def _holds(allowed: _Allowed, value: Any) -> bool:
     except TypeError:  # a word where a number belongs
         return False
 
+
+_NOT_AN_OPTION = object()
 
 UNANNOUNCED = (
     "a router that looks at whole queries, and recording, must be told what a pass reads: use the "
@@ -98,13 +101,17 @@ class Router:
 
     def check_options(self) -> None:
         """Raise PhatgooseError for an option that cannot be."""
-        words = {
-            option: _Allowed(" or ".join(values), values.__contains__)
-            for option, values in self.choices.items()
-        }
-        for option, allowed in (_ALLOWED | words).items():
-            value = getattr(self, option, None)
-            if value is not None and not _holds(allowed, value):
+        checks = dict(_ALLOWED) if type(self).__module__.startswith(_OURS) else {}
+        if isinstance(self, TokenRouter) or checks:
+            checks["top_k"] = _COUNT
+        for option, values in self.choices.items():
+            checks[option] = _Allowed(" or ".join(values), values.__contains__)
+        for option, allowed in checks.items():
+            value = getattr(self, option, _NOT_AN_OPTION)
+            may_lack = value is None and getattr(type(self), option, _NOT_AN_OPTION) is None
+            if value is _NOT_AN_OPTION or may_lack:
+                continue
+            if not _holds(allowed, value):
                 raise PhatgooseError(
                     f"router {self.name()}: {option} is {value!r}: it must be {allowed.text}"
                 )

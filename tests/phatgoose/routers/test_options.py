@@ -8,9 +8,15 @@ import torch
 
 from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
+from phatgoose.model import RoutedModel
 from phatgoose.pool import Pool
 from phatgoose.routers import ROUTERS, all_needs, make_router, profiles
-from phatgoose.routers.interface import side_information
+from phatgoose.routers.interface import Router, Scorer, TokenRouter, side_information
+from phatgoose.routers.logo import Logo
+from phatgoose.routers.phatgoose import Phatgoose
+from phatgoose.routers.random_experts import RandomExperts
+from phatgoose.routers.ties import Ties
+from phatgoose.scoring import Question
 from tests.pools import FakeEncoder, fake_embedding, pool_of
 from tests.tiny import make_experts
 
@@ -209,3 +215,51 @@ def test_embedded_texts_do_not_pile_up(
         assert torch.equal(rows_QS[1], fake_embedding("again"))
         assert len(profiles._embedded[encoder.fingerprint]) <= 5
     assert encoder.asked.count("again") < 20
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        Phatgoose(top_k=0),
+        Phatgoose(temperature=float("nan")),
+        Phatgoose(top_k=None),  # type: ignore[arg-type]
+        Logo(by="loud"),
+        Ties(density=2.0),
+        RandomExperts(router="genknowsub"),
+    ],
+)
+def test_options_are_checked_wherever_a_router_comes_from(llama: Base, router: Router) -> None:
+    """Not only by `make_router`: a router may be made of its class."""
+    model = RoutedModel(llama, pool_of(make_experts(llama, 3)), "merged")
+    before = model.router
+    with pytest.raises(PhatgooseError, match=f"router ({router.name()}|genknowsub)"):
+        model.set_router(router)
+    assert model.router is before
+
+
+@dataclasses.dataclass(frozen=True)
+class Theirs(TokenRouter):
+    """Somebody else's router, with options of ours that mean something else there."""
+
+    weight: str = "heavy"
+    examples: tuple[str, ...] = ("a", "b")
+    density: float = 7.0
+    temperature: float = -1.0
+    top_k: int = 1
+
+    def scorer(self, pool: Pool, linear: str) -> Scorer:
+        return lambda x_TD: x_TD.new_zeros(len(x_TD), len(pool.experts))
+
+
+def test_what_a_plugin_calls_its_options_is_its_own_affair(llama: Base) -> None:
+    model = RoutedModel(llama, pool_of(make_experts(llama, 3)), Theirs())
+    assert len(model.score([Question([5, 9], [[12, 1]])])[0]) == 1
+    with pytest.raises(PhatgooseError, match="router theirs: top_k is 0: it must be a whole num"):
+        model.set_router(Theirs(top_k=0))
+    with pytest.raises(PhatgooseError, match="router theirs: mix is 'sum': it must be outputs or"):
+        model.set_router(_with_mix(Theirs(), "sum"))
+
+
+def _with_mix(router: Theirs, mix: str) -> Theirs:
+    """A class attribute of the kind, which a plugin may set too."""
+    return type("Theirs", (Theirs,), {"mix": mix, "__module__": __name__})()
