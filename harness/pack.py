@@ -113,6 +113,9 @@ def read_index(folder: Path, beat: Callable[[], None] = lambda: None) -> dict[st
         experts = {str(name): str(content) for name, content in index["experts"]}
         if pool_id(experts) != folder.name:
             raise ValueError("its experts are others")
+        is_of_0_1_0 = index.keys() == {"experts", "xxh3_128"}
+        if not is_of_0_1_0 and index.pop("sha256") != _checksum(index):
+            raise ValueError(f"{INDEX_FILE} was altered")
         if _hash(folder / POOL_FILE, beat) != index["xxh3_128"]:
             raise ValueError(f"{POOL_FILE} was altered or cut short")
     except (OSError, LookupError, TypeError, ValueError) as error:
@@ -161,6 +164,7 @@ def _make(
             "code": _code(),
             "xxh3_128": _hash(new / POOL_FILE, beat),
         }
+        index["sha256"] = _checksum(index)
         (new / INDEX_FILE).write_text(json.dumps(index))
         for path in (new, new / INDEX_FILE):
             path.chmod(0o755 if path.is_dir() else 0o644)  # others may map it too
@@ -170,6 +174,10 @@ def _make(
         _rename_unless_there(new, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _checksum(index: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
 
 
 def _code() -> str:

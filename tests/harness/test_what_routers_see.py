@@ -44,7 +44,9 @@ class Spy:
 
         model._decided = spy  # type: ignore[method-assign]
 
-    def answer(self, router: Router, chunk: Any, description: str, members: Members) -> Any:
+    def answer(
+        self, router: Router, chunk: Any, description: str, members: Members, code: str
+    ) -> Any:
         return self.actor.answer(make_router("merged"), chunk, description, self.members)
 
 
