@@ -9,6 +9,7 @@ or made by other code is not used: it is made again.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import shutil
@@ -35,7 +36,7 @@ LOCK = ".lock"  # how the hidden files end by which one process keeps others wai
 # A process that waits longer for another's pack makes its own.
 _WAIT_SECONDS = 1800.0
 _BEAT_SECONDS = 5.0
-_TRIES = 3
+_TRIES = 5
 _CHUNK_BYTES = 2**22
 
 
@@ -108,6 +109,11 @@ def read_index(folder: Path, beat: Callable[[], None] = lambda: None) -> dict[st
 
     Raises PhatgooseError, naming the file, if the pack is not whole.
     """
+    return _read_index(folder, beat)[0]
+
+
+def _read_index(folder: Path, beat: Callable[[], None]) -> tuple[dict[str, str], str | None]:
+    """The experts of a whole pack, and a digest of the code that stacked them."""
     try:
         index = json.loads((folder / INDEX_FILE).read_bytes())
         experts = {str(name): str(content) for name, content in index["experts"]}
@@ -124,7 +130,7 @@ def read_index(folder: Path, beat: Callable[[], None] = lambda: None) -> dict[st
             f"{folder} is no whole pack ({reason}): delete it, or leave it; the next run that "
             "needs it makes it anew"
         ) from error
-    return experts
+    return experts, index.get("code")
 
 
 def pack_folders(registry: Path) -> list[Path]:
@@ -137,12 +143,11 @@ def pack_folders(registry: Path) -> list[Path]:
 def _open_whole(folder: Path, beat: Callable[[], None]) -> Pool | None:
     """The pack, if there is one and it is whole."""
     try:
-        experts = read_index(folder, beat)
-        if json.loads((folder / INDEX_FILE).read_bytes()).get("code") != _code():
-            return None  # other code stacked it
+        experts, code = _read_index(folder, beat)
+        if code != _code():
+            return None
         pool = Pool.open(folder)
-    # What happens if another process replaces it in between.
-    except (PhatgooseError, OSError, RuntimeError, ValueError, SafetensorError):
+    except (PhatgooseError, OSError, RuntimeError, SafetensorError):  # cut short in between
         return None
     return pool if pool.experts == tuple(experts) else None
 
@@ -180,6 +185,7 @@ def _checksum(index: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
 
 
+@functools.cache
 def _code() -> str:
     """A digest of the source code that stacks experts and reads them."""
     return digest(code_of(["phatgoose.pool"]))
