@@ -108,9 +108,10 @@ def finished(run_dir: Path) -> dict[str, int]:
 
 
 def outcome(run_dir: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """What must be the same however often a run was stopped: scores but for time, experts."""
+    """What must be the same however often a run was stopped: scores, and experts."""
     rows = results.read_table(Folder(run_dir), results.SCORES_FILE, results.SCORES).to_pylist()
-    return [{**row, "seconds": None} for row in rows], sorted(finished(run_dir))
+    same = [{**row, "run": None, "seconds": None} for row in rows]
+    return same, sorted(finished(run_dir))
 
 
 def test_a_run_killed_again_and_again_ends_as_one_left_alone(
