@@ -34,7 +34,7 @@ from harness.registry_actor import registry_actor
 from harness.storage import Folder
 from harness.tasks import TaskSpec
 from harness.train import Training
-from harness.train_actor import TrainJob
+from harness.train_job import TrainJob
 from phatgoose.expert import Card, Expert, LoraFactors
 from phatgoose.recipe import Recipe, Stage
 

@@ -11,7 +11,7 @@ from harness.chunks import Request, cut
 from harness.tasks import TaskData
 from harness.tasks.lm_eval_tasks import evaluation_table
 from harness.tasks.store import read_records
-from harness.train_actor import TrainJob
+from harness.train_job import TrainJob
 from phatgoose.base import Base
 from phatgoose.recipe import Recipe
 from phatgoose.tokenization import encode_pairs

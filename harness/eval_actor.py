@@ -11,10 +11,10 @@ from harness.chunks import Answer, Chunk
 from harness.cluster import log_to_run_folder
 from harness.conditions import Conditions
 from harness.config import BaseConfig
+from harness.load_base import load_base_on_actor
 from harness.pack import Members, open_pool
 from harness.registry import Registry
 from harness.source_code import digest, router_code
-from harness.train_actor import load_base_on_actor
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
 from phatgoose.model import RoutedModel

@@ -12,7 +12,7 @@ from typing import Any
 from harness import results
 from harness.actor import Place
 from harness.storage import Folder
-from harness.train_actor import TrainJob
+from harness.train_job import TrainJob
 
 _SAVE_SECONDS = 2.0
 

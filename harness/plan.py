@@ -29,7 +29,7 @@ from harness.source_code import TRAINING
 from harness.storage import Folder
 from harness.tasks import TaskData, TaskSpec, prepare_all, prepare_here
 from harness.tasks.sources import SPLIT_ALREADY
-from harness.train_actor import TrainJob
+from harness.train_job import TrainJob
 from phatgoose.architecture import linear_sizes
 from phatgoose.base import Base, bare_model, fingerprint, locate_base
 from phatgoose.errors import PhatgooseError

@@ -11,7 +11,7 @@ from harness.registry import Registry
 from harness.registry_files import Record
 from harness.source_code import PROFILES, changes, code_of, digest
 from harness.tasks import TaskData
-from harness.train_actor import TrainJob, data_fingerprint
+from harness.train_job import TrainJob, data_fingerprint
 from phatgoose.base import Base
 from phatgoose.encoder import load_encoder
 from phatgoose.errors import PhatgooseError

@@ -22,9 +22,9 @@ from phatgoose.errors import PhatgooseError
 from phatgoose.routers import Router, Wrapper
 
 # What the answers of evaluation actors, experts, profiles and metrics are computed by.
-SCORING = ("harness.answering",)
-TRAINING = ("phatgoose.training", "harness.deepspeed_engine", "harness.training_data")
-PROFILES = ("phatgoose.profiling", "harness.training_data")
+SCORING = ("harness.answering", "harness.load_base")
+TRAINING = ("harness.train_job", "harness.deepspeed_engine", "harness.load_base")
+PROFILES = ("harness.expert_profile", "harness.load_base")
 METRICS = ("harness.documents",)
 
 # Packages that collect modules, all routers or all sources of tasks; and this module.
@@ -129,9 +129,11 @@ def _is_ours(module: str, roots: Iterable[str]) -> bool:
 
 def _imports(module: str) -> Iterator[str]:
     """The modules that a module imports, those for type hints left out."""
+    collections: dict[str, str] = {}  # those that it imports, by what it calls them
     for node in _walk(_tree(module)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
+            collections |= {a.asname or a.name: a.name for a in node.names if _collects(a.name)}
         elif isinstance(node, ast.ImportFrom):
             source = _absolute(node, module)
             yield source
@@ -139,13 +141,25 @@ def _imports(module: str) -> Iterator[str]:
                 yield f"{source}.{alias.name}"  # it may be a module
                 if source in _COLLECTIONS:
                     yield _defining_module(source, alias.name)
+                if _collects(inner := f"{source}.{alias.name}"):
+                    collections[alias.asname or alias.name] = inner
+    for node in _walk(_tree(module)):
+        if isinstance(node, ast.Attribute) and (name := ast.unparse(node.value)) in collections:
+            yield _defining_module(collections[name], node.attr)
+
+
+def _collects(module: str) -> bool:
+    return module in _COLLECTIONS
 
 
 def _walk(node: ast.AST) -> Iterator[ast.AST]:
     """All nodes of a tree, without what stands below `if TYPE_CHECKING:`."""
     yield node
     for child in ast.iter_child_nodes(node):
-        if not (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            for other in child.orelse:
+                yield from _walk(other)
+        else:
             yield from _walk(child)
 
 

@@ -24,8 +24,9 @@ from harness.registry import Registry
 from harness.registry_actor import registry_actor
 from harness.serve import Served, choose
 from harness.train import Training, measure_profiles
-from harness.train_actor import TrainActor, TrainJob
+from harness.train_actor import TrainActor
 from harness.train_group import Groups
+from harness.train_job import TrainJob
 from phatgoose.errors import PhatgooseError
 
 # Chunks that wait for an actor; more are not needed to keep all of them busy.

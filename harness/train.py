@@ -16,7 +16,7 @@ from harness.jobs import ATTEMPTS, TICK_SECONDS, Failure, Watch, Workers, last_l
 from harness.progress import Progress
 from harness.source_code import PROFILES, TRAINING, code_of
 from harness.storage import Folder
-from harness.train_actor import TrainJob
+from harness.train_job import TrainJob
 from phatgoose.errors import Diverged, OutOfMemory, PhatgooseError
 from phatgoose.recipe import Recipe
 

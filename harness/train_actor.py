@@ -1,57 +1,25 @@
 """The actor that trains experts: one job after the other, over one base."""
 
 import functools
-import hashlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import ray
-import torch
 
 from harness.actor import Actor
 from harness.checkpoints import FolderCheckpoints
 from harness.cluster import log_to_run_folder
 from harness.config import BaseConfig
+from harness.expert_profile import expert_profile
+from harness.load_base import load_base_on_actor
 from harness.storage import Folder
-from harness.tasks import TaskData, TaskSpec, prepare_all, prepare_here
-from harness.tasks.store import read_records
-from harness.training_data import job_examples, to_example
-from phatgoose.base import load_base
+from harness.tasks import TaskData, prepare_all, prepare_here
+from harness.train_job import TrainJob, data_fingerprint, make_expert
 from phatgoose.encoder import load_encoder
 from phatgoose.errors import PhatgooseError
-from phatgoose.expert import Card, Expert
+from phatgoose.expert import Expert
 from phatgoose.profile import ProfileConfig
-from phatgoose.profiling import measure_profile
-from phatgoose.recipe import Recipe
-from phatgoose.training import Examples, Progress, train_expert, train_gates
-
-
-@dataclass(frozen=True)
-class TrainJob:
-    """One expert to be made: its card without metrics, and the tasks it is made for.
-
-    Attributes:
-        card: what it will say of itself.
-        tasks: one; all of the pool's for the multitask expert.
-        recipe: how to train it.
-        profile_id: in which way its profile is to be measured; None if it gets none.
-        imported: the id of the import that the task's adapter must be, if it has one.
-    """
-
-    card: Card
-    tasks: tuple[TaskSpec, ...]
-    recipe: Recipe
-    profile_id: str | None = None
-    imported: str | None = None
-
-    @property
-    def steps(self) -> int:
-        """Optimiser steps that it takes: of the gates alone for an adapter, if there is data."""
-        if self.imported is None:
-            return self.recipe.steps
-        gates = self.recipe.gates if self.tasks[0].members else None
-        return 0 if gates is None else gates.steps
+from phatgoose.training import Progress
 
 
 class TrainActor(Actor):
@@ -123,8 +91,6 @@ class TrainActor(Actor):
             Its training curve, a reference to the expert, and one to its profile's bytes if it has
             a profile. None of a rank that is not the first.
         """
-        # An adapter without data is published as it is.
-        train, evaluation = self._examples(job) if job.steps else ([], [])
         rows: list[dict[str, Any]] = []
         self._steps = 0
 
@@ -147,12 +113,7 @@ class TrainActor(Actor):
             ),
             "beat": self._beat,
         }
-        if job.imported is None:
-            expert = train_expert(self._base, job.card, train, evaluation, job.recipe, **options)
-        else:
-            expert = self._import(job)
-            if job.steps:
-                expert = train_gates(self._base, expert, train, evaluation, job.recipe, **options)
+        expert = make_expert(self._base, job, lambda: self._data(job), options, self._beat)
         print(f"trained {job.card.name}: {expert.card.metrics}", flush=True)
         self._steps = 0
         if self._rank > 0:
@@ -186,62 +147,7 @@ class TrainActor(Actor):
             )
         return data
 
-    def _examples(self, job: TrainJob) -> tuple[Examples, Examples]:
-        return job_examples(self._base, self._data(job), job.recipe, job.steps, self._beat)
-
-    def _import(self, job: TrainJob) -> Expert:
-        """The expert of the job's adapter, which must be that of the plan."""
-        adapter = job.tasks[0].adapter
-        assert adapter is not None
-        expert = Expert.from_peft(adapter, base=self._base, name=job.card.name)
-        if expert.card.job != job.imported:
-            raise PhatgooseError(
-                f"expert {job.card.name}: the adapter {adapter} on this node is not the one that "
-                "the plan was made with: put the same files on every node, and start again"
-            )
-        return Expert(job.card, expert.linears)
-
     def _measure(self, job: TrainJob, expert: Expert) -> bytes:
-        config = self._profile
-        assert config is not None  # the plan's, where any job has a profile
+        assert self._profile is not None  # the plan's, where any job has a profile
         (data,) = self._data(job)
-        most = max(config.embedded_examples, config.activation_examples)
-        examples = [to_example(record) for record in read_records(data.train, most)]
-        profile = measure_profile(
-            self._base,
-            expert,
-            examples,
-            config,
-            description=data.description,
-            beat=self._beat,
-        )
-        return profile.to_bytes()
-
-
-def load_base_on_actor(config: BaseConfig, fingerprint: str, *, on_host: bool = False) -> Any:
-    """Load the base on the device that Ray gave this actor, and check that it is the plan's.
-
-    With `on_host`, it stays in the memory of the host.
-    """
-    cores = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
-    torch.set_num_threads(max(1, int(cores)))
-    base = load_base(
-        config.name,
-        dtype=config.dtype,
-        device="cuda" if ray.get_gpu_ids() and not on_host else "cpu",
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-    )
-    if base.fingerprint != fingerprint:
-        raise PhatgooseError(
-            f"base {config.name} on this node is {base.fingerprint[:12]}, the plan was made with "
-            f"{fingerprint[:12]}: put the same files on every node"
-        )
-    return base
-
-
-def data_fingerprint(data: Sequence[TaskData]) -> str:
-    """What identifies the data of one task or of several."""
-    if len(data) == 1:
-        return data[0].fingerprint
-    return hashlib.sha256("".join(item.fingerprint for item in data).encode()).hexdigest()
+        return expert_profile(self._base, expert, data, self._profile, self._beat)

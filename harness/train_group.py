@@ -22,7 +22,8 @@ from harness.checkpoints import FolderCheckpoints
 from harness.cluster import log_to_run_folder
 from harness.jobs import last_line
 from harness.storage import Folder
-from harness.train_actor import TrainActor, TrainJob
+from harness.train_actor import TrainActor
+from harness.train_job import TrainJob
 from phatgoose.errors import OutOfMemory, PhatgooseError
 
 _LOOK_SECONDS = 30

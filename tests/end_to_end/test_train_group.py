@@ -19,7 +19,7 @@ from harness.config import RanksConfig, RunConfig
 from harness.jobs import Failure, Watch, Workers
 from harness.plan import Plan, make_plan
 from harness.stages import Stages
-from harness.train_actor import TrainJob
+from harness.train_job import TrainJob
 from phatgoose.recipe import Stage
 from tests.toy import prepare_toys, toy_config
 

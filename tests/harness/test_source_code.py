@@ -199,3 +199,28 @@ def test_a_router_without_a_source_file_is_refused() -> None:
     Typed.__module__ = "typed_at_a_prompt"
     with pytest.raises(PhatgooseError, match="typed_at_a_prompt has no source file"):
         router_code(Typed())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import phatgoose.routers as r\nx = r.Arrow\n",
+        "import phatgoose.routers\nx = phatgoose.routers.Arrow()\n",
+        "from phatgoose import routers\nx = routers.Arrow.k\n",
+        "from phatgoose.routers import Arrow\n",
+        "if TYPE_CHECKING:\n    pass\nelse:\n    from phatgoose.routers import Arrow\n",
+    ],
+)
+def test_a_router_that_is_reached_through_its_package_counts(edit: Edit, text: str) -> None:
+    edit("harness/multitask.py", "from phatgoose", f"{text}from phatgoose")
+    assert "phatgoose.routers.arrow" in code_of(["harness.multitask"])
+
+
+def test_the_code_of_a_training_holds_what_the_actor_computes(edit: Edit) -> None:
+    """Everything but the routers, since no training asks these."""
+    found = code_of(TRAINING)
+    assert {"harness.train_job", "harness.load_base", "harness.tasks.tokens"} <= found.keys()
+    assert not [m for m in found if m.startswith("phatgoose.routers")]
+    before = digest(found)
+    edit("harness/load_base.py", "max(1, int(cores))", "max(2, int(cores))")
+    assert digest(code_of(TRAINING)) != before

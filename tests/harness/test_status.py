@@ -18,7 +18,7 @@ from harness.status import main, read_status
 from harness.storage import Folder
 from harness.tasks import TaskSpec
 from harness.train import Training
-from harness.train_actor import TrainJob
+from harness.train_job import TrainJob
 from phatgoose.expert import Card
 from phatgoose.recipe import Recipe
 

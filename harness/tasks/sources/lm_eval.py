@@ -40,6 +40,8 @@ from phatgoose.errors import PhatgooseError
 _CODE = ("*.py", "*.yaml", "*.yml", "*.jinja", "*.jinja2", "*.txt")
 # So many documents of a task are looked at to know whether it can be evaluated.
 _CHECKED = 8
+# The place of local data in what a definition takes from here.
+_LOCAL_DATA = 3
 # What routed inference can answer.
 _OUTPUT_TYPES = ("multiple_choice", "generate_until", "loglikelihood")
 
@@ -92,12 +94,47 @@ def expand(group: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def identity(spec: TaskSpec) -> Any:
     """lm-eval's version, the definition, and the content of every file that it takes from here.
 
-    Those are the code beside the definition or in `include_path`, and local data.
+    Those are the code beside the definition or in `include_path`, and local data. A function that
+    makes the data set may read anything, so its documents are made, and count themselves.
     """
+    found = _definition(spec)
+    if _fields(spec).get("custom_dataset"):
+        found.append(_documents_digest(spec, json.dumps(found)))
+    return found
+
+
+def _fields(spec: TaskSpec) -> dict[str, Any]:
+    """The fields of a task's definition, those of the overlay in place of its own."""
+    options = options_of(Options, spec)
+    entry = _manager(options.include_path).task_index.get(spec.members[0])
+    return {**(getattr(entry, "cfg", None) or {}), **(options.overlay or {})}
+
+
+def _documents_digest(spec: TaskSpec, determined_by: str) -> str:
+    """Load a task afresh, and hash its documents; twice, since drawn ones would never be found."""
+    load_opts = json.dumps(dict(spec.load_opts), sort_keys=True)
+    first, second = (
+        hashlib.sha256(
+            json.dumps(
+                list(_load.__wrapped__(spec.members[0], load_opts, determined_by).eval_docs),
+                default=str,
+            ).encode()
+        ).hexdigest()
+        for _ in range(2)
+    )
+    if first != second:
+        raise PhatgooseError(
+            f"task {spec.name} of lm-eval: its documents differ each time that they are made. Its "
+            "custom_dataset draws without a seed: seed it there."
+        )
+    return first
+
+
+def _definition(spec: TaskSpec) -> list[Any]:
     options = options_of(Options, spec)
     entry = _manager(options.include_path).task_index.get(spec.members[0])
     definition = getattr(entry, "cfg", None) or {}
-    fields = {**definition, **(options.overlay or {})}
+    fields = _fields(spec)
     yaml_path = getattr(entry, "yaml_path", None)
     code = [folder_digests(Path(yaml_path).parent, _CODE)] if yaml_path else []
     if options.include_path is not None:
@@ -143,9 +180,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 def missing(spec: TaskSpec) -> str | None:
     """Why its documents cannot be had. Local files are loaded to see that; the hub is asked."""
-    options = options_of(Options, spec)
-    entry = _manager(options.include_path).task_index.get(spec.members[0])
-    fields = {**(getattr(entry, "cfg", None) or {}), **(options.overlay or {})}
+    fields = _fields(spec)
     path = str(fields.get("dataset_path") or "")
     if "/" in path and not Path(path).exists() and not _datasets_cache(path).exists():
         # datasets itself would try again and again, for each task, where there is no network.
@@ -196,7 +231,7 @@ def _load(name: str, load_opts: str, determined_by: str) -> Any:
     manager = _manager(options.include_path)
     entry = manager.task_index.get(name)
     kwargs = fields.get("dataset_kwargs", (getattr(entry, "cfg", None) or {}).get("dataset_kwargs"))
-    if json.loads(determined_by)[-1]:
+    if json.loads(determined_by)[_LOCAL_DATA]:
         # datasets' own cache takes files of the same size and time for the same.
         cache = cache_dir() / "datasets" / hashlib.sha256(determined_by.encode()).hexdigest()[:16]
         fields["dataset_kwargs"] = {**(kwargs or {}), "cache_dir": str(cache)}

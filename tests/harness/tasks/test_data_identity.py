@@ -94,6 +94,46 @@ def test_edited_code_beside_a_definition_is_run_again(folder: Path) -> None:
     assert rows(folder)[0]["input"] == "Question: is it 0?"
 
 
+OWN_DATASET = """
+import json, pathlib, random, datasets
+
+def make(**_):
+    lines = (pathlib.Path(__file__).parent / "docs.txt").read_text().splitlines()
+    docs = [{"q": line, "a": ["yes", "no"], "gold": 0} for line in lines]
+    return {"test": datasets.Dataset.from_list(docs)}
+
+def draw(**_):
+    docs = [{"q": str(random.SystemRandom().random()), "a": ["yes", "no"], "gold": 0}]
+    return {"test": datasets.Dataset.from_list(docs)}
+
+def text(doc):
+    return doc["q"]
+"""
+
+
+def write_own_dataset(folder: Path, function: str) -> None:
+    (folder / "docs.txt").write_text("one\ntwo\n")
+    (folder / "utils.py").write_text(OWN_DATASET)
+    file = folder / "own.yaml"
+    task = file.read_text().replace("dataset_path: json\n", "")
+    file.write_text(task + f"custom_dataset: !function utils.{function}\n")
+
+
+def test_a_file_that_own_code_reads_is_read_again(folder: Path) -> None:
+    write_own_dataset(folder, "make")
+    assert [row["input"] for row in rows(folder)] == ["one", "two"]
+    (folder / "docs.txt").write_text("one\nTWO\n")
+    assert [row["input"] for row in rows(folder)] == ["one", "TWO"]
+    (folder / "docs.txt").write_text("one\ntwo\n")
+    assert [row["input"] for row in rows(folder)] == ["one", "two"]
+
+
+def test_own_code_that_draws_documents_is_refused(folder: Path) -> None:
+    write_own_dataset(folder, "draw")
+    with pytest.raises(PhatgooseError, match="its documents differ each time"):
+        rows(folder)
+
+
 def test_an_edited_definition_is_read_again(folder: Path) -> None:
     rows(folder)
     file = folder / "own.yaml"
