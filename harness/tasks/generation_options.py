@@ -1,6 +1,7 @@
 """Check lm-eval's options of generation: each one is obeyed, changes nothing, or is refused."""
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -100,7 +101,7 @@ def generation_options(task: str, given: Mapping[str, Any]) -> GenerationOptions
 def _check(task: str, key: str, value: Any) -> None:
     """Refuse one option that is not obeyed, or has no value that can be meant."""
     if key in _NEUTRAL:
-        if value != _NEUTRAL[key]:
+        if isinstance(value, bool) or value != _NEUTRAL[key]:
             fix = f"Remove it, or set it to {_NEUTRAL[key]}"
             raise _refusal(task, key, value, "only plain greedy decoding is offered", fix)
     elif key in _LENGTHS:
@@ -110,7 +111,8 @@ def _check(task: str, key: str, value: Any) -> None:
         if not isinstance(value, bool):
             raise _refusal(task, key, value, "it is neither true nor false", "Set it to false")
     elif key == "temperature":
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not math.isfinite(value):
             raise _refusal(task, key, value, "it is not a number", "Remove it")
     elif key not in (*_OBEYED, *_WITHOUT_EFFECT):
         known = [*_OBEYED, *_LENGTHS, *_WITHOUT_EFFECT, *_NEUTRAL]

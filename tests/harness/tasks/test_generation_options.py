@@ -58,6 +58,8 @@ def test_options_are_obeyed_or_change_nothing(
             "max_gen_toks/max_new_tokens='3/4': they differ. Keep one.",
         ),
         ({"num_beams": 4}, "num_beams=4: only plain greedy decoding is offered. Remove it, or set"),
+        ({"num_beams": True}, "num_beams=True: only plain greedy"),
+        ({"temperature": float("nan")}, "temperature=nan: it is not a number"),
         ({"repetition_penalty": 5.0}, "repetition_penalty=5.0: only plain greedy"),
         ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size=2: only plain greedy"),
         ({"presence_penalty": 0.5}, "presence_penalty=0.5: only plain greedy"),
