@@ -1,0 +1,85 @@
+"""A registry and a run folder that version 0.1.0 wrote stay usable.
+
+`tests/golden/version_0_1_0.tar.gz` is the toy run of `tests.toy` over `tests.tiny.make_llama`, made
+by the code of version 0.1.0 in an empty folder, without its plots and logs.
+"""
+
+import math
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import results
+from harness.registry import Registry
+from harness.registry_cli import main as registry_command
+from harness.run import run
+from harness.storage import Folder
+from phatgoose import Pool, Question, RoutedModel, load_base, make_router
+from tests.tiny import make_llama
+from tests.toy import prepare_toys, toy_config
+
+ARCHIVE = Path(__file__).parents[1] / "golden" / "version_0_1_0.tar.gz"
+ROUTERS = ("base", "phatgoose", "merged", "arrow", "single", "oracle")
+EXPERTS = {"birds", "lakes", "numbers"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What lay in the folder that 0.1.0 was called in, which is the current one."""
+    with tarfile.open(ARCHIVE) as tar:
+        tar.extractall(tmp_path, filter="data")
+    make_llama(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def toy_run(folder: Path, run_dir: str, *stages: str) -> Any:
+    router: dict[str, Any] = {name: {} for name in ROUTERS} | {"phatgoose": {"top_k": 2}}
+    changes = {"router": router, "registry": "run/registry", "stages": list(stages)}
+    config = toy_config(Path("base"), Path(run_dir), **changes)
+    prepare_toys([*config.pool_tasks(), *config.suite_tasks(config.suites[0])], folder)
+    return config
+
+
+def values(run_dir: Path) -> dict[tuple[str, str, str], float]:
+    rows = results.read_table(Folder(run_dir), results.SCORES_FILE, results.SCORES).to_pylist()
+    return {(row["router"], row["task"], row["metric"]): row["value"] for row in rows}
+
+
+def test_its_registry_is_whole_and_its_experts_route(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert registry_command(["verify", str(folder / "run" / "registry")]) == 0
+    assert "3 experts" in capsys.readouterr().out
+    base = load_base(folder / "base")
+    registry = Registry(folder / "run" / "registry", base.fingerprint)
+    experts = [registry.load(content) for content in registry.manifest().experts.values()]
+    assert {expert.card.name for expert in experts} == EXPERTS
+    assert all(factors.gate_D is not None for e in experts for factors in e.linears.values())
+    model = RoutedModel(base, Pool.from_experts(experts), make_router("phatgoose", top_k=2))
+    question = Question.encode(base, "is the goose grey?", [" yes", " no"])
+    assert all(math.isfinite(score.loglikelihood) for score in model.score([question])[0])
+
+
+def test_its_run_folder_is_reported(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "run" / results.SUMMARY_FILE).unlink()
+    run(toy_run(folder, "run", "report"))
+    shown = capsys.readouterr().out
+    assert all(f"\n{name} " in shown for name in ROUTERS if name != "single")
+    assert (folder / "run" / results.SUMMARY_FILE).exists()
+
+
+@pytest.mark.slow
+def test_its_run_folder_is_resumed(folder: Path) -> None:
+    """Nothing is trained, everything is asked again, and the scores are the same."""
+    before, objects = values(folder / "run"), folder / "run" / "registry" / "objects"
+    run(toy_run(folder, "run", "train", "evaluate", "report"))
+    again = values(folder / "run")
+    assert before.keys() == again.keys()
+    for key, value in before.items():
+        assert math.isclose(value, again[key], abs_tol=1e-5), key
+    assert len(list(objects.iterdir())) == len(EXPERTS)
+    rows = results.read_table(Folder(folder / "run"), results.SCORES_FILE, results.SCORES)
+    assert None not in rows["code"].to_pylist()
