@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from harness.contamination import Overlap, SuiteIndex
+from harness.evaluation.overlap import Overlap, SuiteIndex
 from harness.tasks.records import normal
 
 _DOCUMENTS, _EXAMPLES, _WORDS, _ROUNDS = 5_000, 20_000, 60, 5

@@ -23,18 +23,18 @@ import torch
 from ray._private import ray_constants
 from ray.cluster_utils import Cluster as Nodes
 
-from harness.actor import Actor, code_version
-from harness.cluster import actor_options, room
-from harness.config import ClusterConfig
-from harness.job_table import JobTable
-from harness.jobs import Workers
-from harness.progress import Progress
+from harness.config.schema import ClusterConfig
 from harness.registry import Registry
-from harness.registry_actor import registry_actor
+from harness.registry.actor import registry_actor
+from harness.scheduling.actor import Actor, code_version
+from harness.scheduling.cluster import actor_options, room
+from harness.scheduling.progress import Progress
+from harness.scheduling.workers import Workers
 from harness.storage import Folder
 from harness.tasks import TaskSpec
-from harness.train import Training
-from harness.train_job import TrainJob
+from harness.training.job import TrainJob
+from harness.training.job_table import JobTable
+from harness.training.stage import Training
 from phatgoose.expert import Card, Expert, LoraFactors
 from phatgoose.recipe import Recipe, Stage
 

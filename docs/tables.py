@@ -17,9 +17,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from harness.config import MULTITASK, Multitask
-from harness.load_config import CONF
-from harness.summary import DERIVED
+from harness.config.load import CONF
+from harness.config.schema import MULTITASK, Multitask
+from harness.reporting.summary import DERIVED
 from phatgoose.routers import (
     ROUTERS,
     Merge,

@@ -16,15 +16,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import results
+from harness import run_folder
 from harness.command_line import one_line_errors
-from harness.config import RunConfig
-from harness.load_config import CONF, groups, load_config
+from harness.config.load import CONF, groups, load_config
+from harness.config.schema import RunConfig
 from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
 
 if TYPE_CHECKING:
-    from harness.plan import Plan
+    from harness.planning.plan import Plan
 
 _PACKAGES = ("phatgoose", "torch", "transformers", "ray", "deepspeed", "lm_eval", "pyarrow")
 
@@ -56,15 +56,15 @@ def run(config: RunConfig) -> None:
     """
     _be_quiet()
     # Imported here, so that a mistyped configuration is refused at once.
-    from harness.cluster import Cluster
-    from harness.lease import RunLease
-    from harness.leftovers import remove_left_over
-    from harness.plan import make_plan, needs_profiles
-    from harness.prepare import preparer
-    from harness.report import make_report
-    from harness.stages import Stages
+    from harness.driver.lease import RunLease
+    from harness.driver.prepare import preparer
+    from harness.driver.stages import Stages
+    from harness.planning.plan import make_plan, needs_profiles
+    from harness.reporting.report import make_report
+    from harness.scheduling.cluster import Cluster
+    from harness.storage.temporary import remove_left_over
 
-    if config.stages == ["report"] and not Folder(config.run.dir).exists(results.RUN_FILE):
+    if config.stages == ["report"] and not Folder(config.run.dir).exists(run_folder.RUN_FILE):
         raise PhatgooseError(
             f"run.dir={config.run.dir} holds no run to report: run the stages train and evaluate "
             "before"
@@ -83,8 +83,10 @@ def run(config: RunConfig) -> None:
         record = _record(config, plan)
         for requests in plan.requests.values():
             requests.check(plan.folder)
-        results.write_run(plan.folder, record)
-        results.write_table(plan.folder, results.OVERLAP_FILE, results.OVERLAP, _overlaps(plan))
+        run_folder.write_run(plan.folder, record)
+        run_folder.write_table(
+            plan.folder, run_folder.OVERLAP_FILE, run_folder.OVERLAP, _overlaps(plan)
+        )
         if "train" in config.stages:
             stages.table.save(now=True)
             stages.enter_finished()
@@ -125,7 +127,7 @@ def _end(plan: "Plan", record: dict[str, Any], problems: list[str], started: flo
         "minutes": round(minutes, 2),
         "problems": problems,
     }
-    results.write_run(plan.folder, record)
+    run_folder.write_run(plan.folder, record)
     return minutes
 
 
@@ -137,7 +139,7 @@ def _overlaps(plan: "Plan") -> list[dict[str, Any]]:
 
 def _record(config: RunConfig, plan: "Plan") -> dict[str, Any]:
     """What run.json says: what all calls have in common, and each call's own."""
-    before = results.read_run(plan.folder) if plan.folder.exists(results.RUN_FILE) else {}
+    before = run_folder.read_run(plan.folder) if plan.folder.exists(run_folder.RUN_FILE) else {}
     configuration = asdict(config)
     configuration["run"]["dir"] = str(plan.folder)  # a URI may hold a key; its name here does not
     configuration["registry"] = str(Folder(config.registry))

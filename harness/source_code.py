@@ -22,10 +22,10 @@ from phatgoose.errors import PhatgooseError
 from phatgoose.routers import Router, Wrapper
 
 # What the answers of evaluation actors, experts, profiles and metrics are computed by.
-SCORING = ("harness.answering", "harness.load_base")
-TRAINING = ("harness.train_job", "harness.deepspeed_engine", "harness.load_base")
-PROFILES = ("harness.expert_profile", "harness.load_base")
-METRICS = ("harness.documents",)
+SCORING = ("harness.evaluation.answering", "harness.scheduling.load_base")
+TRAINING = ("harness.training.job", "harness.training.engine", "harness.scheduling.load_base")
+PROFILES = ("harness.training.profile", "harness.scheduling.load_base")
+METRICS = ("harness.evaluation.documents",)
 
 # Packages that collect modules, all routers or all sources of tasks; and this module.
 _COLLECTIONS = ("phatgoose", "phatgoose.routers", "harness.tasks", "harness.tasks.sources")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from harness import results
+from harness import run_folder
 from harness.command_line import Answer, answer, count, table
 from harness.storage import Folder
 
@@ -67,13 +67,13 @@ def read_status(folder: Folder) -> dict[str, Any]:
     Raises:
         PhatgooseError: this is no run folder, or one of its files is damaged.
     """
-    call = results.read_run(folder)["calls"][-1]
+    call = run_folder.read_run(folder)["calls"][-1]
     stage = None
-    if folder.exists(results.STATUS_FILE):
-        stage = results.read_json(folder, results.STATUS_FILE)
+    if folder.exists(run_folder.STATUS_FILE):
+        stage = run_folder.read_json(folder, run_folder.STATUS_FILE)
     jobs = []
-    if folder.exists(results.JOBS_FILE):
-        jobs = results.read_table(folder, results.JOBS_FILE, results.JOBS).to_pylist()
+    if folder.exists(run_folder.JOBS_FILE):
+        jobs = run_folder.read_table(folder, run_folder.JOBS_FILE, run_folder.JOBS).to_pylist()
     if stage and stage["written"] < call["started"]:
         stage = None  # of an earlier call
     written = datetime.fromisoformat(stage["written"] if stage else call["started"])
@@ -161,7 +161,7 @@ def _place(job: dict[str, Any]) -> str:
 
 def _more(jobs: Sequence[Any]) -> list[str]:
     more = len(jobs) - _SHOWN
-    return [f"... and {more} more, in {results.JOBS_FILE}"] if more > 0 else []
+    return [f"... and {more} more, in {run_folder.JOBS_FILE}"] if more > 0 else []
 
 
 def _duration(seconds: float | None) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.train_actor import TrainActor
+from harness.training.actor import TrainActor
 from phatgoose.scoring import Question
 
 
@@ -15,7 +15,7 @@ class ShortOfMemory(TrainActor):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        from harness.deepspeed_engine import DeepSpeedEngine
+        from harness.training.engine import DeepSpeedEngine
 
         class Engine(DeepSpeedEngine):
             def loss(self, questions: Sequence[Question]) -> Tensor:

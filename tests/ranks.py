@@ -26,21 +26,21 @@ class Rank:
         self.bases = {name: load_base(str(folder)) for name, folder in folders.items()}
 
     def open_store(self) -> tuple[str, int]:
-        from harness.meeting import open_store
+        from harness.training.rendezvous import open_store
 
         self.store = open_store(2)
         return self.store.host, self.store.port
 
     def join(self, host: str, port: int) -> None:
-        from harness.deepspeed_engine import start_deepspeed
-        from harness.meeting import join_store
+        from harness.training.engine import start_deepspeed
+        from harness.training.rendezvous import join_store
 
         store = join_store(host, port, 2) if self.rank else self.store
         start_deepspeed(store, self.rank, 2)
 
     def train(self, family: str, zero_stage: int, at: int = 0, data: bytes = b"") -> Any:
         """Train; or up to so many forward passes, and return the checkpoint."""
-        from harness.deepspeed_engine import DeepSpeedEngine
+        from harness.training.engine import DeepSpeedEngine
 
         base, memory = self.bases[family], interrupted.Memory()
         memory.data = data

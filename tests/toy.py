@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.conditions import Conditions
-from harness.eval_actor import EvalActor
-from harness.evaluate import Setting
-from harness.jobs import Failure
-from harness.pack import Members
+from harness.evaluation.actor import EvalActor
+from harness.evaluation.conditions import Conditions
+from harness.evaluation.stage import Setting
+from harness.registry.packs import Members
+from harness.scheduling.workers import Failure
 from harness.storage import Folder
 from harness.tasks import TaskData, TaskSpec, prepare_all, write_all
 from harness.tasks.sources import bigbench
@@ -82,7 +82,7 @@ def from_archive(path: Path) -> Callable[[Sequence[TaskSpec]], None]:
 
 def toy_config(base: Path, run_dir: Path, **changes: Any) -> Any:
     """A run of three experts and two held-out tasks, small enough for a test."""
-    from harness.config import BaseConfig, ClusterConfig, RunConfig, RunSection
+    from harness.config.schema import BaseConfig, ClusterConfig, RunConfig, RunSection
     from phatgoose.profile import ProfileConfig
     from phatgoose.recipe import Recipe, Stage
 
@@ -170,7 +170,7 @@ def setting(
 
 
 class LocalWorkers:
-    """Stands for `harness.jobs.Workers`: calls one object in this process, in an order of choice.
+    """Stands for `Workers`: calls one object in this process, in an order of choice.
 
     Attributes:
         calls: how many calls there were.

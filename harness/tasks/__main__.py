@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from harness.command_line import Answer, answer, count, table
-from harness.config import RunConfig
-from harness.load_config import CONF, load_config
+from harness.config.load import CONF, load_config
+from harness.config.schema import RunConfig
 from harness.tasks import (
     TaskData,
     TaskSpec,
@@ -135,8 +135,8 @@ def _state(spec: TaskSpec, problems: dict[str, str]) -> str:
 
 
 def _prepare(args: argparse.Namespace) -> Answer:
-    from harness.cluster import Cluster
-    from harness.prepare import preparer
+    from harness.driver.prepare import preparer
+    from harness.scheduling.cluster import Cluster
 
     started = time.monotonic()
     with Cluster() as cluster:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from harness import results
+from harness import run_folder
 from harness.registry import Registry
-from harness.registry_check import verify
-from harness.registry_files import job_files, read_record
+from harness.registry.files import job_files, read_record
+from harness.registry.verify import verify
 from harness.storage import Folder
 from tests.chaos.killer import Kill
 from tests.chaos.watch import Watch
@@ -20,22 +20,30 @@ from tests.chaos.watch import Watch
 # All else must be the same to the last bit, row by row: file or folder of the run, and what of it
 # depends on time, place or the kills.
 EXCLUDED = {
-    results.SCORES_FILE: {"run", "seconds"},  # a run is called as its folder
-    results.SUMMARY_FILE: set(),
-    results.OVERLAP_FILE: set(),
-    results.SAMPLES_FOLDER: set(),
-    results.ROUTING_FOLDER: set(),
-    results.TRAINING_FOLDER: {"seconds"},
-    results.JOBS_FILE: {"starts", "node", "address", "process", "seconds", "errors", "traceback"},
+    run_folder.SCORES_FILE: {"run", "seconds"},  # a run is called as its folder
+    run_folder.SUMMARY_FILE: set(),
+    run_folder.OVERLAP_FILE: set(),
+    run_folder.SAMPLES_FOLDER: set(),
+    run_folder.ROUTING_FOLDER: set(),
+    run_folder.TRAINING_FOLDER: {"seconds"},
+    run_folder.JOBS_FILE: {
+        "starts",
+        "node",
+        "address",
+        "process",
+        "seconds",
+        "errors",
+        "traceback",
+    },
 }
 _SCHEMAS = {
-    results.SCORES_FILE: results.SCORES,
-    results.SUMMARY_FILE: results.SUMMARY,
-    results.OVERLAP_FILE: results.OVERLAP,
-    results.SAMPLES_FOLDER: results.SAMPLES,
-    results.ROUTING_FOLDER: results.ROUTING,
-    results.TRAINING_FOLDER: results.TRAINING,
-    results.JOBS_FILE: results.JOBS,
+    run_folder.SCORES_FILE: run_folder.SCORES,
+    run_folder.SUMMARY_FILE: run_folder.SUMMARY,
+    run_folder.OVERLAP_FILE: run_folder.OVERLAP,
+    run_folder.SAMPLES_FOLDER: run_folder.SAMPLES,
+    run_folder.ROUTING_FOLDER: run_folder.ROUTING,
+    run_folder.TRAINING_FOLDER: run_folder.TRAINING,
+    run_folder.JOBS_FILE: run_folder.JOBS,
 }
 _SHOWN = 3
 
@@ -63,7 +71,7 @@ def differences(run_dir: Path, undisturbed: Path) -> list[str]:
 def faults(run_dir: Path, experts: Sequence[str]) -> list[str]:
     """What is wrong with a finished run by itself: twice there, left behind, damaged."""
     found = []
-    call = json.loads((run_dir / results.RUN_FILE).read_text())["calls"][-1]
+    call = json.loads((run_dir / run_folder.RUN_FILE).read_text())["calls"][-1]
     if call["problems"] or not call["finished"]:
         found.append(f"run.json: the last call has problems: {call['problems']}")
     recorded = Counter(name for name, _ in _records(run_dir).values())
@@ -76,13 +84,13 @@ def faults(run_dir: Path, experts: Sequence[str]) -> list[str]:
     check = verify(registry.folder, every_manifest=True)
     found += [f"registry: {problem}" for problem in check.problems]
     found += [f"registry: {orphan} is an orphan" for orphan in check.orphans]
-    jobs = Counter((row["expert"], row["state"]) for row in _rows(run_dir, results.JOBS_FILE))
+    jobs = Counter((row["expert"], row["state"]) for row in _rows(run_dir, run_folder.JOBS_FILE))
     if jobs != Counter((name, "done") for name in experts):
         found.append(f"jobs.parquet: {dict(jobs)}")
-    for file in _files(run_dir, results.TRAINING_FOLDER):
+    for file in _files(run_dir, run_folder.TRAINING_FOLDER):
         steps = Counter(
             (row["stage"], row["split"], row["step"])
-            for row in _rows(run_dir, file, results.TRAINING_FOLDER)
+            for row in _rows(run_dir, file, run_folder.TRAINING_FOLDER)
         )
         if twice := [key for key, count in steps.items() if count > 1]:
             found.append(f"{file}: twice there: {twice[:_SHOWN]}")
@@ -129,7 +137,7 @@ def _files(run_dir: Path, name: str) -> list[str]:
 
 def _rows(run_dir: Path, file: str, name: str | None = None) -> list[dict[str, Any]]:
     schema: pa.Schema = _SCHEMAS[name or file]
-    rows: list[dict[str, Any]] = results.read_table(Folder(run_dir), file, schema).to_pylist()
+    rows: list[dict[str, Any]] = run_folder.read_table(Folder(run_dir), file, schema).to_pylist()
     return [{k: v for k, v in row.items() if k not in EXCLUDED[name or file]} for row in rows]
 
 

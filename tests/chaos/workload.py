@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.load_config import load_config
+from harness.config.load import load_config
 from harness.tasks import TaskSpec, prepare_all
 from tests.tiny import make_llama
 from tests.tiny_encoder import make_encoder

@@ -132,7 +132,7 @@ def test_kubernetes_files_keep_the_rules(name: str) -> None:
 
 def test_the_run_of_the_job_is_one_that_the_harness_accepts() -> None:
     """Its overrides compose, with the labels of the file's own nodes."""
-    from harness.load_config import load_config
+    from harness.config.load import load_config
 
     words = load("kuberay-rayjob")["spec"]["entrypoint"].split()
     assert words[:3] == ["python", "-m", "harness.run"]

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from harness import results
-from harness.config import RunConfig
-from harness.load_config import load_config
-from harness.plan import make_plan
+from harness import run_folder
+from harness.config.load import load_config
+from harness.config.schema import RunConfig
+from harness.planning.plan import make_plan
 from harness.registry import Registry
 from harness.run import run
 from harness.storage import Folder
@@ -37,7 +37,7 @@ def config_of(base: Path, tmp_path: Path, pool: dict[str, Any], router: Any) -> 
 
 
 def scores_of(config: RunConfig) -> dict[tuple[str, str, str], dict[str, Any]]:
-    rows = results.read_table(Folder(config.run.dir), results.SCORES_FILE, results.SCORES)
+    rows = run_folder.read_table(Folder(config.run.dir), run_folder.SCORES_FILE, run_folder.SCORES)
     return {(row["router"], row["task"], row["metric"]): row for row in rows.to_pylist()}
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import psutil
 import pytest
 
-from harness import results
-from harness.load_config import load_config
+from harness import run_folder
+from harness.config.load import load_config
 from harness.storage import Folder
 from tests.tiny_encoder import make_encoder
 from tests.toy import prepare_toys, toy_arguments
@@ -109,7 +109,9 @@ def finished(run_dir: Path) -> dict[str, int]:
 
 def outcome(run_dir: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """What must be the same however often a run was stopped: scores, and experts."""
-    rows = results.read_table(Folder(run_dir), results.SCORES_FILE, results.SCORES).to_pylist()
+    rows = run_folder.read_table(
+        Folder(run_dir), run_folder.SCORES_FILE, run_folder.SCORES
+    ).to_pylist()
     same = [{**row, "run": None, "seconds": None} for row in rows]
     return same, sorted(finished(run_dir))
 
@@ -138,7 +140,7 @@ def test_a_run_killed_again_and_again_ends_as_one_left_alone(
     _, _, error = second.end()
     # The first run's registry actor may have published one more after it was looked at.
     assert error.count("trained   ") <= 3 - len(trained)
-    assert not (run_dir / results.SCORES_FILE).exists()  # in the middle of evaluation
+    assert not (run_dir / run_folder.SCORES_FILE).exists()  # in the middle of evaluation
     answered = times(run_dir / "journal")
     experts = finished(run_dir)
     assert len(experts) == 3

@@ -11,7 +11,7 @@ import pytest
 
 import harness
 import phatgoose
-from harness import results
+from harness import run_folder
 from harness.storage import Folder
 from tests.tiny_encoder import make_encoder
 from tests.toy import prepare_toys, toy_arguments, toy_config
@@ -54,7 +54,9 @@ class Checkout:
         path.write_text(path.read_text().replace(old, new, 1))
 
     def values(self) -> dict[str, list[float]]:
-        table = results.read_table(Folder(self.run_dir), results.SCORES_FILE, results.SCORES)
+        table = run_folder.read_table(
+            Folder(self.run_dir), run_folder.SCORES_FILE, run_folder.SCORES
+        )
         found: dict[str, list[Any]] = {}
         for row in table.to_pylist():
             found.setdefault(row["router"], []).append(row["value"])

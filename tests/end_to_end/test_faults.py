@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 import ray
 
-from harness import plan, registry_cli, results, stages
-from harness.config import ClusterConfig, RunConfig
+from harness import run_folder
+from harness.config.schema import ClusterConfig, RunConfig
+from harness.driver import stages
+from harness.planning import plan
+from harness.registry import __main__ as registry_cli
 from harness.run import run
 from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
@@ -94,7 +97,7 @@ def fails(config: RunConfig) -> str:
 
 
 def scores(config: RunConfig) -> list[dict[str, Any]]:
-    rows = results.read_table(Folder(config.run.dir), results.SCORES_FILE, results.SCORES)
+    rows = run_folder.read_table(Folder(config.run.dir), run_folder.SCORES_FILE, run_folder.SCORES)
     return [{**row, "seconds": None} for row in rows.to_pylist()]
 
 

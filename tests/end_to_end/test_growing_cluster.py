@@ -9,11 +9,11 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster as Nodes
 
-from harness import jobs
-from harness.actor import Actor, Place, code_version
-from harness.cluster import actor_options, room
-from harness.config import ClusterConfig
-from harness.jobs import Failure, Watch, Workers
+from harness.config.schema import ClusterConfig
+from harness.scheduling import workers as jobs
+from harness.scheduling.actor import Actor, Place, code_version
+from harness.scheduling.cluster import actor_options, room
+from harness.scheduling.workers import Failure, Watch, Workers
 
 # Actors cannot import a test module: it travels to them as it is.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])

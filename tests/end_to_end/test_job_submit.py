@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness import results
-from harness.load_config import load_config
+from harness import run_folder
+from harness.config.load import load_config
 from harness.storage import Folder
 from tests.tiny_encoder import make_encoder
 from tests.toy import prepare_toys, toy_arguments
@@ -169,7 +169,7 @@ def test_a_submitted_job_does_the_whole_run(
     assert "suite held: primary metric" in said
     status = ray_job(ray_folder, dashboard, "status", "toys")
     assert "succeeded" in status.stdout + status.stderr
-    scores = results.read_table(Folder(run_dir), results.SCORES_FILE, results.SCORES)
+    scores = run_folder.read_table(Folder(run_dir), run_folder.SCORES_FILE, run_folder.SCORES)
     assert {"base", "phatgoose", "oracle"} <= set(scores["router"].to_pylist())
-    assert json.loads((run_dir / results.RUN_FILE).read_text())["calls"][0]["problems"] == []
+    assert json.loads((run_dir / run_folder.RUN_FILE).read_text())["calls"][0]["problems"] == []
     assert len(list((run_dir / "registry" / "objects").iterdir())) == 3

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from harness import results
-from harness.load_config import load_config
+from harness import run_folder
+from harness.config.load import load_config
 from harness.run import run
 from harness.storage import Folder
 from tests.tiny_encoder import make_encoder
@@ -39,10 +39,10 @@ def test_three_files_become_a_pool_and_a_suite(
     run(config)
     assert "suite held_in" in capsys.readouterr().out
     folder = Folder(config.run.dir)
-    scores = results.read_table(folder, results.SCORES_FILE, results.SCORES).to_pylist()
+    scores = run_folder.read_table(folder, run_folder.SCORES_FILE, run_folder.SCORES).to_pylist()
     assert {row["task"] for row in scores} == set(answers)
     assert {row["router"] for row in scores} == {"base", "phatgoose", "merged"}
     assert {row["n"] for row in scores} == {4}
     assert {row["metric"] for row in scores} == {"exact_match", "nll"}
-    overlap = results.read_table(folder, results.OVERLAP_FILE, results.OVERLAP)
+    overlap = run_folder.read_table(folder, run_folder.OVERLAP_FILE, run_folder.OVERLAP)
     assert len(overlap) == 0

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from harness import results
-from harness.cluster import Cluster
-from harness.config import RunConfig
-from harness.plan import make_plan
+from harness import run_folder
+from harness.config.schema import RunConfig
+from harness.driver.stages import Stages
+from harness.planning.plan import make_plan
 from harness.registry import Registry
-from harness.stages import Stages
+from harness.scheduling.cluster import Cluster
 from harness.storage import Folder
 from phatgoose.expert import Card
 from phatgoose.recipe import Recipe, Stage
@@ -35,7 +35,7 @@ class Trained:
             stages = Stages(plan, cluster)
             stages.check()
             self.problems = stages.train()
-        table = results.read_table(Folder(config.run.dir), results.JOBS_FILE, results.JOBS)
+        table = run_folder.read_table(Folder(config.run.dir), run_folder.JOBS_FILE, run_folder.JOBS)
         [self.row] = table.to_pylist()
         self.recipe: Recipe = config.train
         self.checkpoints = list((folder / "run" / "checkpoints").glob("*"))
@@ -47,7 +47,7 @@ class Trained:
 def test_half_a_micro_batch_where_memory_is_short(
     tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("harness.stages.TrainActor", ShortOfMemory)
+    monkeypatch.setattr("harness.driver.stages.TrainActor", ShortOfMemory)
     trained = Trained(llama_folder, tmp_path)
     assert trained.problems == []
     [error] = trained.row["errors"]

@@ -7,8 +7,8 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from harness import results
-from harness.config import RunConfig
+from harness import run_folder
+from harness.config.schema import RunConfig
 from harness.run import run
 from harness.storage import Folder
 from tests.toy import prepare_toys, toy_config
@@ -61,12 +61,12 @@ def times(folder: Path) -> dict[str, int]:
 
 
 def read(run_dir: Path, name: str, schema: Any) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = results.read_table(Folder(run_dir), name, schema).to_pylist()
+    rows: list[dict[str, Any]] = run_folder.read_table(Folder(run_dir), name, schema).to_pylist()
     return rows
 
 
 def check_scores(run_dir: Path) -> None:
-    scores = read(run_dir, results.SCORES_FILE, results.SCORES)
+    scores = read(run_dir, run_folder.SCORES_FILE, run_folder.SCORES)
     values = {(row["router"], row["task"], row["metric"]): row["value"] for row in scores}
     assert len(values) == len(scores)
     assert {router for router, _, _ in values} == ROUTERS
@@ -86,21 +86,21 @@ def check_scores(run_dir: Path) -> None:
 
 def check_files(run_dir: Path, linears: int) -> None:
     for router in ROUTERS - {"oracle"}:
-        samples = read(run_dir, results.samples_file(router), results.SAMPLES)
+        samples = read(run_dir, run_folder.samples_file(router), run_folder.SAMPLES)
         assert len(samples) == 8 + 8
     for router in ("phatgoose", "random"):
-        routing = read(run_dir, results.routing_file(router), results.ROUTING)
+        routing = read(run_dir, run_folder.routing_file(router), run_folder.ROUTING)
         # A generated answer is routed as well, where its right answer is scored.
         assert len(routing) == len(METRICS) * linears * len(EXPERTS)
     for expert in EXPERTS:
-        curve = read(run_dir, results.training_file(expert), results.TRAINING)
+        curve = read(run_dir, run_folder.training_file(expert), run_folder.TRAINING)
         assert [row["step"] for row in curve if row["split"] == "train"] == [*range(4), *range(2)]
         losses = {
             (row["stage"], row["step"]): row["loss"] for row in curve if row["split"] != "train"
         }
         assert losses.keys() == {("lora", 0), ("lora", 4), ("gates", 0), ("gates", 2)}
         assert losses["lora", 4] < losses["lora", 0]
-    summary = read(run_dir, results.SUMMARY_FILE, results.SUMMARY)
+    summary = read(run_dir, run_folder.SUMMARY_FILE, run_folder.SUMMARY)
     assert {row["router"] for row in summary} == ROUTERS
     record = json.loads((run_dir / "run.json").read_text())
     [call] = record["calls"]
@@ -126,7 +126,7 @@ def whole_run(config: RunConfig, linears: int, capsys: pytest.CaptureFixture[str
     check_scores(run_dir)
     check_files(run_dir, linears)
 
-    scores = read(run_dir, results.SCORES_FILE, results.SCORES)
+    scores = read(run_dir, run_folder.SCORES_FILE, run_folder.SCORES)
     kept = {name: times(run_dir / name) for name in ("registry", "journal", "training", "logs")}
     assert all(kept.values())
     run(config)
@@ -134,7 +134,7 @@ def whole_run(config: RunConfig, linears: int, capsys: pytest.CaptureFixture[str
     assert "0 of 3 jobs" in output.out
     assert "trained" not in output.err
     assert {name: times(run_dir / name) for name in kept} == kept
-    assert read(run_dir, results.SCORES_FILE, results.SCORES) == scores
+    assert read(run_dir, run_folder.SCORES_FILE, run_folder.SCORES) == scores
 
 
 @pytest.mark.usefixtures("two_nodes")

@@ -6,9 +6,9 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
-from harness import results
-from harness.config import RunConfig, RunSection
-from harness.registry_check import Check, verify
+from harness import run_folder
+from harness.config.schema import RunConfig, RunSection
+from harness.registry.verify import Check, verify
 from harness.run import run
 from harness.storage import Folder
 from tests.s3_server import S3Server
@@ -39,9 +39,9 @@ def test_a_whole_run_in_a_bucket(
     assert verify(Folder(registry), every_manifest=True) == Check(3)
 
     filesystem, path = fs.FileSystem.from_uri(run_dir)  # as any reader would open it
-    scores = pq.read_table(f"{path}/{results.SCORES_FILE}", filesystem=filesystem)
+    scores = pq.read_table(f"{path}/{run_folder.SCORES_FILE}", filesystem=filesystem)
     assert set(scores["router"].to_pylist()) == {"base", "phatgoose", "merged"}
-    assert scores.schema.equals(results.SCORES)
+    assert scores.schema.equals(run_folder.SCORES)
     names = Folder(run_dir).names()
     assert {f"training/{expert}.parquet" for expert in EXPERTS} <= set(names)
     assert {"run.json", "jobs.parquet", "summary.parquet", "samples/phatgoose.parquet"} <= {*names}
@@ -52,5 +52,5 @@ def test_a_whole_run_in_a_bucket(
     assert "0 of 3 jobs" in said.out
     assert "trained" not in said.err
     assert {entry.path: entry for entry in Folder(registry).entries()} == kept
-    again = pq.read_table(f"{path}/{results.SCORES_FILE}", filesystem=filesystem)
+    again = pq.read_table(f"{path}/{run_folder.SCORES_FILE}", filesystem=filesystem)
     assert again.equals(scores)

@@ -14,12 +14,12 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 
-from harness.cluster import room
-from harness.config import RanksConfig, RunConfig
-from harness.jobs import Failure, Watch, Workers
-from harness.plan import Plan, make_plan
-from harness.stages import Stages
-from harness.train_job import TrainJob
+from harness.config.schema import RanksConfig, RunConfig
+from harness.driver.stages import Stages
+from harness.planning.plan import Plan, make_plan
+from harness.scheduling.cluster import room
+from harness.scheduling.workers import Failure, Watch, Workers
+from harness.training.job import TrainJob
 from phatgoose.recipe import Stage
 from tests.toy import prepare_toys, toy_config
 
@@ -68,7 +68,7 @@ def plan(tmp_path: Path, llama_folder: Path) -> Plan:
 
 @pytest.fixture
 def workers(two_nodes: None, plan: Plan) -> Iterator[Workers]:
-    from harness.cluster import Cluster as Connection
+    from harness.scheduling.cluster import Cluster as Connection
 
     workers = Stages(plan, Connection())._trainers(plan.jobs)
     yield workers

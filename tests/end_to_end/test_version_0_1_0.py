@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from harness import results
+from harness import run_folder
 from harness.registry import Registry
-from harness.registry_cli import main as registry_command
+from harness.registry.__main__ import main as registry_command
 from harness.run import run
 from harness.storage import Folder
 from phatgoose import Pool, Question, RoutedModel, load_base, make_router
@@ -44,7 +44,9 @@ def toy_run(folder: Path, run_dir: str, *stages: str) -> Any:
 
 
 def values(run_dir: Path) -> dict[tuple[str, str, str], float]:
-    rows = results.read_table(Folder(run_dir), results.SCORES_FILE, results.SCORES).to_pylist()
+    rows = run_folder.read_table(
+        Folder(run_dir), run_folder.SCORES_FILE, run_folder.SCORES
+    ).to_pylist()
     return {(row["router"], row["task"], row["metric"]): row["value"] for row in rows}
 
 
@@ -64,11 +66,11 @@ def test_its_registry_is_whole_and_its_experts_route(
 
 
 def test_its_run_folder_is_reported(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder / "run" / results.SUMMARY_FILE).unlink()
+    (folder / "run" / run_folder.SUMMARY_FILE).unlink()
     run(toy_run(folder, "run", "report"))
     shown = capsys.readouterr().out
     assert all(f"\n{name} " in shown for name in ROUTERS if name != "single")
-    assert (folder / "run" / results.SUMMARY_FILE).exists()
+    assert (folder / "run" / run_folder.SUMMARY_FILE).exists()
 
 
 @pytest.mark.slow
@@ -81,5 +83,5 @@ def test_its_run_folder_is_resumed(folder: Path) -> None:
     for key, value in before.items():
         assert math.isclose(value, again[key], abs_tol=1e-5), key
     assert len(list(objects.iterdir())) == len(EXPERTS)
-    rows = results.read_table(Folder(folder / "run"), results.SCORES_FILE, results.SCORES)
+    rows = run_folder.read_table(Folder(folder / "run"), run_folder.SCORES_FILE, run_folder.SCORES)
     assert None not in rows["code"].to_pylist()

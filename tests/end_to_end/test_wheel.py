@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import results
+from harness import run_folder
 from harness.storage import Folder
 from tests.tiny_encoder import make_encoder
 from tests.toy import prepare_toys, toy_arguments, toy_config
@@ -101,5 +101,5 @@ def test_an_installed_wheel_runs_without_the_checkout(
     arguments = [*toy_arguments(llama_folder, run_dir), "train.lora.steps=2", "train.gates.steps=1"]
     done = call(python, "-m", "harness.run", *arguments, "router=[base,phatgoose]", cwd=elsewhere)
     assert "suite held: primary metric" in done.stdout
-    scores = results.read_table(Folder(run_dir), results.SCORES_FILE, results.SCORES)
+    scores = run_folder.read_table(Folder(run_dir), run_folder.SCORES_FILE, run_folder.SCORES)
     assert {*scores["router"].to_pylist()} == {"base", "phatgoose"}

@@ -6,8 +6,8 @@ They need neither Ray nor lm-eval, so that they run on a bare machine (benchmark
 import pytest
 import torch
 
-from harness.answering import answer_chunk
-from harness.chunks import Chunk, Request
+from harness.evaluation.answering import answer_chunk
+from harness.evaluation.chunks import Chunk, Request
 from phatgoose.base import Base, load_base
 from phatgoose.model import RoutedModel
 from phatgoose.ops import mix, mix_factors, mix_reference, route

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from harness import plan_jobs
-from harness.config import RunConfig
-from harness.plan import Plan, make_plan
+from harness.config.schema import RunConfig
+from harness.planning import jobs as plan_jobs
+from harness.planning.plan import Plan, make_plan
 from harness.registry import Registry
-from harness.registry_files import Record, job_file, read_record
+from harness.registry.files import Record, job_file, read_record
 from harness.source_code import PROFILES, TRAINING, code_of, digest
 from phatgoose.base import load_base
 from phatgoose.errors import PhatgooseError

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from harness.chunks import Chunk, Request
-from harness.config import BaseConfig, RunConfig
-from harness.plan import make_plan
+from harness.config.schema import BaseConfig, RunConfig
+from harness.evaluation.chunks import Chunk, Request
+from harness.planning.plan import make_plan
 from phatgoose.base import load_base
 from phatgoose.errors import PhatgooseError
 from phatgoose.routers import make_router

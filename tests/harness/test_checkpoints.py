@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.checkpoints import FolderCheckpoints, delete_checkpoints
 from harness.storage import Folder
+from harness.training.checkpoints import FolderCheckpoints, delete_checkpoints
 from phatgoose.checkpoint import State
 from phatgoose.errors import PhatgooseError
 from tests.interrupted import RECIPE

@@ -7,7 +7,7 @@ import pytest
 import ray
 from ray._private import ray_constants
 
-from harness.cluster import Cluster, _running
+from harness.scheduling.cluster import Cluster, _running
 
 pytestmark = pytest.mark.slow
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.config import RanksConfig, RunConfig
-from harness.load_config import GROUPS, groups, load_config
+from harness.config.load import GROUPS, groups, load_config
+from harness.config.schema import RanksConfig, RunConfig
 from harness.run import main
 from phatgoose.errors import PhatgooseError
 from phatgoose.routers import ROUTERS, Phatgoose, Single, make_router

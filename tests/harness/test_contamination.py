@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.contamination import Overlap, SuiteIndex, find_overlaps, windows
+from harness.evaluation.overlap import Overlap, SuiteIndex, find_overlaps, windows
 from harness.tasks import TaskData, TaskSpec
 from harness.tasks.records import Record, Split, document_id
 from harness.tasks.store import read_task, write_task
@@ -136,7 +136,7 @@ def test_a_text_longer_than_what_is_hashed_at_once_is_whole() -> None:
 def test_where_texts_are_cut_changes_nothing(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ["", f"{EIGHT}, {EIGHT}", "x" * 100, "это, и так далее: " * 9, "?", f"{EIGHT} 9"]
     hashes, documents = windows(texts)
-    monkeypatch.setattr("harness.contamination._PART", size)
+    monkeypatch.setattr("harness.evaluation.overlap._PART", size)
     cut_hashes, cut_documents = windows(texts)
     assert hashes.tolist() == cut_hashes.tolist()
     assert documents.tolist() == cut_documents.tolist()
@@ -197,7 +197,7 @@ def test_any_texts_against_the_plain_computation(
     expected = {name: plain(pairs, train) for name, pairs in suite.items()}
     tables = {name: table(*zip(*pairs, strict=True)) for name, pairs in suite.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("harness.contamination._PART", size)
+        patch.setattr("harness.evaluation.overlap._PART", size)
         found = overlaps(tables, *zip(*train, strict=True))
     assert found == {name: counts for name, counts in expected.items() if counts}
 
@@ -239,7 +239,7 @@ def test_many_sequences_that_are_not_the_same_are_not_taken_for_it() -> None:
 
 def test_hashes_are_the_same_in_every_process() -> None:
     text = f"{EIGHT} девять"
-    code = f"from harness.contamination import windows; print(windows([{text!r}])[0].tolist())"
+    code = f"from harness.evaluation.overlap import windows; print(windows([{text!r}])[0].tolist())"
     hashes, documents = windows([text])
     assert documents.tolist() == [0, 0]
     assert len(np.unique(hashes)) == 2
@@ -331,5 +331,5 @@ def test_pairs_are_found_and_kept(
     assert expected[0].share == 0.5
     assert "1 of 2 documents of suite task held" in str(expected[0])
     # The second time, nothing is read.
-    monkeypatch.setattr("harness.contamination.read_batches", None)
+    monkeypatch.setattr("harness.evaluation.overlap.read_batches", None)
     assert find_overlaps(pool, suite) == expected

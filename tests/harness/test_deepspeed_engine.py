@@ -54,7 +54,7 @@ def _refuse(*arguments: Any, **_: Any) -> None:
 @pytest.fixture(scope="module")
 def deepspeed(compiled: Path) -> Iterator[Any]:
     """The engine of a process that is a DeepSpeed group of its own."""
-    from harness.deepspeed_engine import DeepSpeedEngine, start_deepspeed
+    from harness.training.engine import DeepSpeedEngine, start_deepspeed
 
     start_deepspeed()
     start_deepspeed()  # an actor may ask for it again

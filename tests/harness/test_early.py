@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from harness.early import Early
-from harness.evaluate import Evaluation
-from harness.pack import Members
-from harness.requests import SuiteRequests
+from harness.driver.early_evaluation import Early
+from harness.evaluation.requests import SuiteRequests
+from harness.evaluation.stage import Evaluation
+from harness.registry.packs import Members
 from harness.tasks import TaskData, TaskSpec
 from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError

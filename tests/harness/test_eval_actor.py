@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.chunks import Chunk, Request
-from harness.eval_actor import EvalActor
+from harness.evaluation.actor import EvalActor
+from harness.evaluation.chunks import Chunk, Request
 from phatgoose.base import Base
 from phatgoose.routed_linear import RoutingLog
 from phatgoose.routers import make_router
@@ -72,7 +72,7 @@ def test_an_answer_holds_cpu_tensors_only(
     asked = make_router(router), chunk, "", members_of(experts)
     expected = actor.answer(*asked)
     assert expected.routing.keys() == expected.routed.keys() == set(base.linears)
-    monkeypatch.setattr("harness.answering.RoutingLog", LogOnGpu)
+    monkeypatch.setattr("harness.evaluation.answering.RoutingLog", LogOnGpu)
     answer = pickle.loads(pickle.dumps(actor.answer(*asked)))
     assert answer.routing.keys() == expected.routing.keys()
     for linear, weights_E in answer.routing.items():

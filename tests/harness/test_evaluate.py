@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import __version__ as transformers_version
 
-from harness import results
-from harness.estimate import evaluation_work
-from harness.evaluate import Evaluation
-from harness.pack import Members, pool_id
-from harness.report import make_report
-from harness.requests import SuiteRequests
+from harness import run_folder
+from harness.evaluation.requests import SuiteRequests
+from harness.evaluation.stage import Evaluation
+from harness.planning.estimate import evaluation_work
+from harness.registry.packs import Members, pool_id
+from harness.reporting.report import make_report
 from harness.storage import Folder
 from harness.tasks import TaskData, TaskSpec
 from harness.tasks.records import Record
@@ -74,11 +74,11 @@ class Run:
 
     def table(self, name: str) -> list[dict[str, Any]]:
         schema = {
-            "scores": results.SCORES,
-            "samples": results.SAMPLES,
-            "routing": results.ROUTING,
+            "scores": run_folder.SCORES,
+            "samples": run_folder.SAMPLES,
+            "routing": run_folder.ROUTING,
         }[name.partition("/")[0].partition(".")[0]]
-        rows: list[dict[str, Any]] = results.read_table(self.folder, name, schema).to_pylist()
+        rows: list[dict[str, Any]] = run_folder.read_table(self.folder, name, schema).to_pylist()
         return rows
 
 
@@ -418,7 +418,9 @@ def test_what_was_answered_before_a_failure_is_kept(run: Run, workers: LocalWork
 
 def changed_code(monkeypatch: pytest.MonkeyPatch, router: str) -> None:
     """Let the source code of one router be another."""
-    from harness import eval_actor, evaluate, source_code
+    from harness import source_code
+    from harness.evaluation import actor as eval_actor
+    from harness.evaluation import stage as evaluate
 
     def other(asked: Router) -> dict[str, str]:
         code = source_code.router_code(asked)
@@ -560,7 +562,8 @@ def test_an_actor_with_other_code_of_a_router_refuses(
     run: Run, workers: LocalWorkers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a plugin, say, whose files differ between nodes."""
-    from harness import eval_actor, source_code
+    from harness import source_code
+    from harness.evaluation import actor as eval_actor
 
     changed_code(monkeypatch, "merged")
     monkeypatch.setattr(eval_actor, "router_code", source_code.router_code)

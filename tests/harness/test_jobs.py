@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import ray
 
-from harness import jobs
-from harness.actor import Actor, Place, code_version
-from harness.cluster import Cluster, actor_options, check_room, room
-from harness.config import ClusterConfig
-from harness.jobs import ATTEMPTS, DEATHS, Failure, Watch, Workers
+from harness.config.schema import ClusterConfig
+from harness.scheduling import workers as jobs
+from harness.scheduling.actor import Actor, Place, code_version
+from harness.scheduling.cluster import Cluster, actor_options, check_room, room
+from harness.scheduling.workers import ATTEMPTS, DEATHS, Failure, Watch, Workers
 from phatgoose.errors import PhatgooseError
 
 # Actors cannot import a test module: it travels to them as it is.

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.chunks import Answer, Chunk, Request, cut
-from harness.journal import DamagedAnswer, Journal
+from harness.evaluation.chunks import Answer, Chunk, Request, cut
+from harness.evaluation.journal import DamagedAnswer, Journal
 from harness.storage import Folder
 from phatgoose.scoring import Score
 

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from harness import lease
-from harness.lease import RunLease
+from harness.driver import lease
+from harness.driver.lease import RunLease
 from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
 
 HOLD = """
 import sys, time
-from harness.lease import RunLease
+from harness.driver.lease import RunLease
 from harness.storage import Folder
 with RunLease(Folder(sys.argv[1]), renew_seconds=0.1) as held:
     held.take()

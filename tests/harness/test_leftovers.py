@@ -3,11 +3,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from harness.leftovers import remove_left_over, temporary_name
 from harness.storage import Folder
+from harness.storage.temporary import remove_left_over, temporary_name
 
 WRITE = """
-from harness.leftovers import temporary_name
+from harness.storage.temporary import temporary_name
 print(temporary_name())
 """
 

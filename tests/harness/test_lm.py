@@ -8,9 +8,9 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from harness.chunks import Answer, Chunk
-from harness.eval_actor import EvalActor
-from harness.lm import Ask, ShardedLM
+from harness.evaluation.actor import EvalActor
+from harness.evaluation.chunks import Answer, Chunk
+from harness.evaluation.lm import Ask, ShardedLM
 from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
 from phatgoose.routers import make_router

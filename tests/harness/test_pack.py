@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from harness.pack import INDEX_FILE, POOL_FILE, open_pool, pool_id, read_index
 from harness.registry import Registry
+from harness.registry.packs import INDEX_FILE, POOL_FILE, open_pool, pool_id, read_index
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
 from tests.harness.test_registry import BASE, make_expert
@@ -155,7 +155,7 @@ def test_no_process_gets_a_half_written_pack(
 
 def _opener(uri: str, number: int, failures: Any) -> None:
     if "TEST_PACK_WITHOUT_LOCKS" in os.environ:
-        from harness import pack
+        from harness.registry import packs as pack
 
         def refuse(*_: Any, **__: Any) -> None:
             raise NotImplementedError("no locks here")

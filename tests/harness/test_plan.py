@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from harness import plan as planning
-from harness.config import RunConfig, RunSection
-from harness.plan import Plan, make_plan
+from harness.config.schema import RunConfig, RunSection
+from harness.planning import plan as planning
+from harness.planning.plan import Plan, make_plan
 from harness.registry import Registry
-from harness.results import RUN_FILE, write_run
 from harness.run import run
+from harness.run_folder import RUN_FILE, write_run
 from harness.storage import Folder
 from phatgoose.base import load_base
 from phatgoose.cache import cache_dir

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
-from harness.check_config import check_values
-from harness.config import RunConfig
-from harness.plan import make_plan
-from harness.plan_suites import check_lengths, check_suite
-from harness.requests import SuiteRequests
+from harness.config.check import check_values
+from harness.config.schema import RunConfig
+from harness.evaluation.requests import SuiteRequests
+from harness.planning.plan import make_plan
+from harness.planning.suites import check_lengths, check_suite
 from harness.tasks import TaskData, TaskSpec, prepare_all, task_specs
 from harness.tasks.sources import lm_eval
 from phatgoose.base import Base

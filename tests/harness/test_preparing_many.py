@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.cluster import Cluster
-from harness.prepare import preparer
+from harness.driver.prepare import preparer
+from harness.scheduling.cluster import Cluster
 from harness.tasks import TaskSpec, folder_of, prepare_all
 from harness.tasks.__main__ import main
 from harness.tasks.store import is_written

@@ -72,7 +72,7 @@ def test_a_temporary_folder_with_a_long_name_is_named() -> None:
     with tempfile.TemporaryDirectory() as short:
         long = Path(short) / ("x" * 100)
         long.mkdir()
-        script = "from harness.cluster import Cluster\nwith Cluster() as c: c.connect()"
+        script = "from harness.scheduling.cluster import Cluster\nwith Cluster() as c: c.connect()"
         done = call("-c", script, TMPDIR=str(long))
         assert done.returncode == 1
         last = done.stderr.strip().splitlines()[-1]

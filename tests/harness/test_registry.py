@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from harness.registry import Registry
-from harness.registry_files import Manifest
+from harness.registry.files import Manifest
 from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Card, Expert, LoraFactors

@@ -5,8 +5,8 @@ import pytest
 import ray
 
 from harness.registry import Registry
-from harness.registry_actor import registry_actor
-from harness.registry_files import Manifest
+from harness.registry.actor import registry_actor
+from harness.registry.files import Manifest
 from phatgoose.errors import PhatgooseError
 from tests.harness.test_registry import BASE, OTHER_BASE, make_expert
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from harness.registry import Registry
-from harness.registry_files import Manifest, Record
+from harness.registry.files import Manifest, Record
 from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert

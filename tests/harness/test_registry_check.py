@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from harness.registry import Registry
-from harness.registry_check import Check, verify
-from harness.registry_files import object_file
+from harness.registry.files import object_file
+from harness.registry.verify import Check, verify
 from tests.harness.test_registry import BASE, make_expert
 
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from harness.command_line import table
 from harness.registry import Registry
-from harness.registry_cli import _size, main
-from harness.registry_files import object_file
+from harness.registry.__main__ import _size, main
+from harness.registry.files import object_file
 from phatgoose.base import Base
 from phatgoose.expert import Expert
 from tests.tiny import make_experts

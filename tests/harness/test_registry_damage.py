@@ -10,11 +10,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from harness.pack import open_pool, pool_id
 from harness.registry import Registry
-from harness.registry_check import verify
-from harness.registry_cli import main
-from harness.registry_files import manifest_numbers, read_manifest
+from harness.registry.__main__ import main
+from harness.registry.files import manifest_numbers, read_manifest
+from harness.registry.packs import open_pool, pool_id
+from harness.registry.verify import verify
 from harness.storage import Folder
 from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from harness.pack import open_pool
 from harness.registry import Registry
-from harness.registry_check import Check, verify
-from harness.registry_cli import main
-from harness.registry_files import object_file, profile_file
-from harness.registry_gc import DAY, collect
+from harness.registry.__main__ import main
+from harness.registry.files import object_file, profile_file
+from harness.registry.gc import DAY, collect
+from harness.registry.packs import open_pool
+from harness.registry.verify import Check, verify
 from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from harness.registry import Registry
-from harness.registry_check import Check, verify
-from harness.registry_files import Manifest, manifest_numbers, read_manifest
+from harness.registry.files import Manifest, manifest_numbers, read_manifest
+from harness.registry.verify import Check, verify
 from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
 from tests.harness.test_registry import BASE, OTHER_BASE, make_expert

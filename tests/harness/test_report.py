@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness import report, results
-from harness.storage import Folder
-from harness.summary import (
+from harness import run_folder
+from harness.reporting import report
+from harness.reporting.summary import (
     RESAMPLES,
     best_individual_rows,
     interval,
@@ -24,6 +24,7 @@ from harness.summary import (
     resampled_means,
     summary_rows,
 )
+from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
 
 # task -> router -> metric -> one value per document
@@ -42,8 +43,8 @@ def tables(answers: Answers) -> tuple[pa.Table, pa.Table]:
             for i, row in enumerate(zip(*metrics.values(), strict=True)):
                 samples.append(sample(task, router, f"d{i}", dict(zip(metrics, row, strict=True))))
     return (
-        pa.Table.from_pylist(scores, results.SCORES),
-        pa.Table.from_pylist(samples, results.SAMPLES),
+        pa.Table.from_pylist(scores, run_folder.SCORES),
+        pa.Table.from_pylist(samples, run_folder.SAMPLES),
     )
 
 
@@ -111,7 +112,7 @@ def test_bootstrap_does_not_depend_on_how_much_is_drawn_at_once(
 ) -> None:
     values_N2 = np.random.default_rng(0).random((7, 2))
     whole = resampled_means(values_N2, np.random.default_rng(1))
-    monkeypatch.setattr("harness.summary._DRAWS_AT_ONCE", 7 * 300)
+    monkeypatch.setattr("harness.reporting.summary._DRAWS_AT_ONCE", 7 * 300)
     np.testing.assert_allclose(resampled_means(values_N2, np.random.default_rng(1)), whole)
 
 
@@ -216,7 +217,9 @@ def test_the_oracle_takes_the_samples_of_its_experts() -> None:
     shares = {"single:bad": 0.2, "single:good": 0.8, "merged": 0.5}
     answers = {name: {"acc": coin(200, share, seed=7)} for name, share in shares.items()}
     scores, samples = tables({"t": answers})
-    scores = pa.concat_tables([scores, pa.Table.from_pylist(oracle_rows(scores), results.SCORES)])
+    scores = pa.concat_tables(
+        [scores, pa.Table.from_pylist(oracle_rows(scores), run_folder.SCORES)]
+    )
     rows = summary_rows(scores, samples)
     oracle, chosen = find(rows, "oracle", "acc", "t"), find(rows, "single:good", "acc", "t")
     same = ("value", "low", "high", "difference", "difference_low", "difference_high")
@@ -270,15 +273,15 @@ def training_rows(expert: str, base: float) -> list[dict[str, Any]]:
 def write_run(folder: Folder, answers: Answers) -> None:
     scores, samples = tables(answers)
     rows = scores.to_pylist() + oracle_rows(scores)
-    results.write_table(folder, "scores.parquet", results.SCORES, rows)
+    run_folder.write_table(folder, "scores.parquet", run_folder.SCORES, rows)
     by_router: dict[str, list[dict[str, Any]]] = {}
     for row in samples.to_pylist():
         by_router.setdefault(row["router"], []).append({**row, "metrics": dict(row["metrics"])})
     for router, rows in by_router.items():
-        results.write_table(folder, results.samples_file(router), results.SAMPLES, rows)
+        run_folder.write_table(folder, run_folder.samples_file(router), run_folder.SAMPLES, rows)
     for expert, base in (("plural", 2.0), ("sums", 4.0)):
         rows = training_rows(expert, base)
-        results.write_table(folder, results.training_file(expert), results.TRAINING, rows)
+        run_folder.write_table(folder, run_folder.training_file(expert), run_folder.TRAINING, rows)
 
 
 def test_report_tables_hold_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,7 +295,7 @@ def test_report_tables_hold_the_numbers(tmp_path: Path, monkeypatch: pytest.Monk
     assert re.search(r"^plural +2\.000 +1\.000 +0\.0% +25\.0% +1\.333 +1\.250$", text, re.M)
     assert re.search(r"^mean +3\.000 +1\.500 +0\.0% +25\.0% +2\.000 +1\.875$", text, re.M)
 
-    rows = results.read_table(folder, "summary.parquet", results.SUMMARY).to_pylist()
+    rows = run_folder.read_table(folder, "summary.parquet", run_folder.SUMMARY).to_pylist()
     mean = find(rows, "phatgoose", "primary", None)
     expected = 100 * np.mean([np.mean(task["phatgoose"]["acc"]) for task in answers.values()])
     line = next(line for line in text.splitlines() if line.startswith("phatgoose"))
@@ -318,7 +321,7 @@ def test_reporting_again_changes_nothing(tmp_path: Path, monkeypatch: pytest.Mon
         files.append((folder.read("scores.parquet"), folder.read("summary.parquet")))
     assert texts[0] == texts[1]
     assert files[0] == files[1]
-    scores = results.read_table(folder, "scores.parquet", results.SCORES).to_pylist()
+    scores = run_folder.read_table(folder, "scores.parquet", run_folder.SCORES).to_pylist()
     assert sum(row["router"] == "oracle" for row in scores) == 8
 
 
@@ -349,7 +352,9 @@ def test_an_unfinished_run_says_what_is_missing(tmp_path: Path) -> None:
 
 def test_an_expert_without_gates_or_exact_match() -> None:
     rows = [row for row in training_rows("plural", 2.0) if row["stage"] == "lora"]
-    table = pa.Table.from_pylist([{**row, "exact_match": None} for row in rows], results.TRAINING)
+    table = pa.Table.from_pylist(
+        [{**row, "exact_match": None} for row in rows], run_folder.TRAINING
+    )
     assert re.search(r"^plural +2\.000 +1\.000( +-){4}$", report.experts_table(table), re.M)
 
 
@@ -387,7 +392,7 @@ def test_a_router_measured_otherwise_gets_no_difference_and_a_mark(tmp_path: Pat
         row |= {"dtype": "float32", "device": "cpu", "versions": "1", "code": "a"}
         if row["router"] == "old":
             row["code"] = "b"
-    summary = summary_rows(pa.Table.from_pylist(rows, results.SCORES), samples)
+    summary = summary_rows(pa.Table.from_pylist(rows, run_folder.SCORES), samples)
     by_router = {r["router"]: r for r in summary if (r["metric"], r["task"]) == ("acc", None)}
     assert by_router["old"]["comparable"] is False
     assert by_router["old"]["difference"] is None
@@ -409,7 +414,7 @@ def test_without_merged_most_routers_say_what_is_comparable(column: str) -> None
         for row in scores.to_pylist()
     ]
     rows = [{**r, column: "y"} if (r["router"], r["task"]) == ("c", "u") else r for r in rows]
-    summary = summary_rows(pa.Table.from_pylist(rows, results.SCORES), samples)
+    summary = summary_rows(pa.Table.from_pylist(rows, run_folder.SCORES), samples)
     assert {r["router"]: r["comparable"] for r in summary} == {"a": True, "b": True, "c": False}
 
 
@@ -420,7 +425,7 @@ def test_clusters_of_samples_are_resampled_together() -> None:
     together = samples.to_pylist()
     for i, row in enumerate(together):
         row["cluster"] = f"c{i % 24 // 12}"
-    joined = summary_rows(scores, pa.Table.from_pylist(together, results.SAMPLES))
+    joined = summary_rows(scores, pa.Table.from_pylist(together, run_folder.SAMPLES))
     for before, after in zip(alone, joined, strict=True):
         assert after["value"] == before["value"]
         assert (before["clusters"], after["clusters"]) == (24, 2)
@@ -437,7 +442,7 @@ def test_samples_of_version_0_1_0_beside_others_do_not_split_clusters() -> None:
     rows.sort(key=lambda row: row["router"])
     kept = scores.filter(pc.equal(scores["router"], "merged"))
     for table in (scores, kept):
-        summary = summary_rows(table, pa.Table.from_pylist(rows, results.SAMPLES))
+        summary = summary_rows(table, pa.Table.from_pylist(rows, run_folder.SAMPLES))
         assert {row["clusters"] for row in summary} == {2}
 
 
@@ -453,7 +458,9 @@ def test_tables_of_version_0_1_0_are_read(tmp_path: Path) -> None:
         folder.write(name, sink.getvalue().to_pybytes())
     text = report.make_report(folder)
     assert "merged" in text
-    assert results.read_table(folder, "scores.parquet", results.SCORES)["code"].null_count == 2
+    assert (
+        run_folder.read_table(folder, "scores.parquet", run_folder.SCORES)["code"].null_count == 2
+    )
 
 
 def test_a_task_without_a_mean_of_lm_eval_has_the_paper_s_metric_or_none() -> None:
@@ -463,7 +470,7 @@ def test_a_task_without_a_mean_of_lm_eval_has_the_paper_s_metric_or_none() -> No
     }
     scores, samples = tables({"cola": routers, "said": {r: {"nll": [1.0, 2.0]} for r in routers}})
     extra = [score(t, r, "mcc", 0.3, 3) for t in ("cola", "said") for r in routers]
-    scores = pa.concat_tables([scores, pa.Table.from_pylist(extra, results.SCORES)])
+    scores = pa.concat_tables([scores, pa.Table.from_pylist(extra, run_folder.SCORES)])
     rows = summary_rows(scores, samples)
     primary = {(r["router"], r["task"]): r["value"] for r in rows if r["metric"] == "primary"}
     assert primary == {(r, t): pytest.approx(2 / 3) for r in routers for t in ("cola", None)}

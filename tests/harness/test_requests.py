@@ -14,8 +14,8 @@ import pytest
 import torch
 import yaml
 
-from harness import results
-from harness.requests import SuiteRequests
+from harness import run_folder
+from harness.evaluation.requests import SuiteRequests
 from harness.storage import Folder
 from harness.tasks import prepare_all, task_specs
 from harness.tasks.sources import lm_eval
@@ -182,12 +182,12 @@ def test_requests_of_an_earlier_call_may_not_change(tasks: Path, tmp_path: Path)
     run = Folder(tmp_path / "run")
     requests = build(tasks, "plain", "mixed")
     requests.check(run)
-    before = run.read(results.REQUESTS_FILE)
+    before = run.read(run_folder.REQUESTS_FILE)
     requests.check(run)
-    assert run.read(results.REQUESTS_FILE) == before
+    assert run.read(run_folder.REQUESTS_FILE) == before
     noted = json.loads(before)
     noted["own/plain"]["hash"] = "0" * 16
-    results.write_json(run, results.REQUESTS_FILE, noted)
+    run_folder.write_json(run, run_folder.REQUESTS_FILE, noted)
     with pytest.raises(PhatgooseError, match="own/plain: its requests differ from those of an"):
         requests.check(run)
 

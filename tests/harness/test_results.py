@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness import results
+from harness import run_folder
 from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
 
@@ -60,29 +60,29 @@ def folder(tmp_path: Path) -> Folder:
 
 def test_scores_come_back_as_written(folder: Folder) -> None:
     rows = [SCORE, {**SCORE, "router": "base", "top_k": None, "stderr": 0.1}]
-    results.write_table(folder, "scores.parquet", results.SCORES, rows)
-    assert results.read_table(folder, "scores.parquet", results.SCORES).to_pylist() == rows
+    run_folder.write_table(folder, "scores.parquet", run_folder.SCORES, rows)
+    assert run_folder.read_table(folder, "scores.parquet", run_folder.SCORES).to_pylist() == rows
 
 
 def test_samples_of_all_routers_are_read_together(folder: Folder) -> None:
     for router in ("single:plural", "base"):
         row = {**SAMPLE, "router": router}
-        results.write_table(folder, results.samples_file(router), results.SAMPLES, [row])
-    table = results.read_folder(folder, "samples", results.SAMPLES)
+        run_folder.write_table(folder, run_folder.samples_file(router), run_folder.SAMPLES, [row])
+    table = run_folder.read_folder(folder, "samples", run_folder.SAMPLES)
     assert sorted(table["router"].to_pylist()) == ["base", "single:plural"]
     assert dict(table["metrics"].to_pylist()[0]) == {"acc": 0.0, "nll": 2.0}
 
 
 def test_an_absent_folder_has_no_rows(folder: Folder) -> None:
-    table = results.read_folder(folder, "routing", results.ROUTING)
+    table = run_folder.read_folder(folder, "routing", run_folder.ROUTING)
     assert table.num_rows == 0
-    assert table.schema == results.ROUTING
+    assert table.schema == run_folder.ROUTING
 
 
 def test_equal_rows_give_equal_bytes(folder: Folder) -> None:
     turned = {**SAMPLE, "metrics": {"acc": 0.0, "nll": 2.0}}
     for name, row in (("a.parquet", SAMPLE), ("b.parquet", turned)):
-        results.write_table(folder, name, results.SAMPLES, [row])
+        run_folder.write_table(folder, name, run_folder.SAMPLES, [row])
     assert folder.read("a.parquet") == folder.read("b.parquet")
 
 
@@ -98,42 +98,50 @@ def test_rows_that_do_not_fit_are_refused(
     folder: Folder, change: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(PhatgooseError, match=named):
-        results.write_table(folder, "scores.parquet", results.SCORES, [SCORE, {**SCORE, **change}])
+        run_folder.write_table(
+            folder, "scores.parquet", run_folder.SCORES, [SCORE, {**SCORE, **change}]
+        )
     assert not folder.exists("scores.parquet")
 
 
 def test_a_row_without_a_column_is_refused(folder: Folder) -> None:
     row = {key: value for key, value in SCORE.items() if key != "metric"}
     with pytest.raises(PhatgooseError, match=r"row 0 .*metric"):
-        results.write_table(folder, "scores.parquet", results.SCORES, [row])
+        run_folder.write_table(folder, "scores.parquet", run_folder.SCORES, [row])
 
 
 def test_a_truncated_file_is_named(folder: Folder, tmp_path: Path) -> None:
-    results.write_table(folder, "scores.parquet", results.SCORES, [SCORE])
+    run_folder.write_table(folder, "scores.parquet", run_folder.SCORES, [SCORE])
     path = tmp_path / "scores.parquet"
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(PhatgooseError, match=r"scores\.parquet is damaged"):
-        results.read_table(folder, "scores.parquet", results.SCORES)
+        run_folder.read_table(folder, "scores.parquet", run_folder.SCORES)
 
 
 def test_a_file_with_other_columns_is_named(folder: Folder, tmp_path: Path) -> None:
     pq.write_table(pa.table({"router": ["base"]}), tmp_path / "scores.parquet")
     with pytest.raises(PhatgooseError, match=r"scores\.parquet has other columns"):
-        results.read_table(folder, "scores.parquet", results.SCORES)
+        run_folder.read_table(folder, "scores.parquet", run_folder.SCORES)
 
 
 def test_an_absent_file_is_named(folder: Folder) -> None:
     with pytest.raises(PhatgooseError, match=r"scores\.parquet is not there"):
-        results.read_table(folder, "scores.parquet", results.SCORES)
+        run_folder.read_table(folder, "scores.parquet", run_folder.SCORES)
 
 
 @pytest.mark.parametrize(
     "schema",
-    [results.SCORES, results.SUMMARY, results.SAMPLES, results.ROUTING, results.TRAINING],
+    [
+        run_folder.SCORES,
+        run_folder.SUMMARY,
+        run_folder.SAMPLES,
+        run_folder.ROUTING,
+        run_folder.TRAINING,
+    ],
 )
 def test_the_file_itself_says_what_its_columns_mean(folder: Folder, schema: pa.Schema) -> None:
-    results.write_table(folder, "table.parquet", schema, [])
-    read = results.read_table(folder, "table.parquet", schema).schema
+    run_folder.write_table(folder, "table.parquet", schema, [])
+    read = run_folder.read_table(folder, "table.parquet", schema).schema
     assert all(field.metadata[b"meaning"] for field in read)
 
 
@@ -143,24 +151,24 @@ names = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,30}", fullmatch=True)
 @given(names)
 def test_a_name_can_be_read_back_from_its_file(name: str) -> None:
     # So no two names share a file.
-    assert results.file_stem(name).replace("@", ":") == name
+    assert run_folder.file_stem(name).replace("@", ":") == name
 
 
 def test_a_file_stem_is_readable() -> None:
-    assert results.samples_file("single:plural") == "samples/single@plural.parquet"
+    assert run_folder.samples_file("single:plural") == "samples/single@plural.parquet"
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", ":a", "a/b", "a@b", "a b", "ü", "a\n", "x" * 201])
 def test_names_that_are_no_file_names_are_refused(name: str) -> None:
     with pytest.raises(PhatgooseError, match="cannot become a file name"):
-        results.file_stem(name)
+        run_folder.file_stem(name)
 
 
 def test_run_record(folder: Folder, tmp_path: Path) -> None:
     with pytest.raises(PhatgooseError, match="no run folder"):
-        results.read_run(folder)
-    results.write_run(folder, {"configuration": {"pool": "demo"}})
-    assert results.read_run(folder) == {"configuration": {"pool": "demo"}}
+        run_folder.read_run(folder)
+    run_folder.write_run(folder, {"configuration": {"pool": "demo"}})
+    assert run_folder.read_run(folder) == {"configuration": {"pool": "demo"}}
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(PhatgooseError, match="not JSON"):
-        results.read_run(folder)
+        run_folder.read_run(folder)

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from harness.config import RunConfig
-from harness.plan import Plan, make_plan
+from harness.config.schema import RunConfig
+from harness.planning.available import choose
+from harness.planning.plan import Plan, make_plan
 from harness.registry import Registry
-from harness.serve import choose
 from phatgoose.base import load_base
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert

@@ -98,7 +98,7 @@ def test_a_shared_formula_makes_those_stale_that_use_it(edit: Edit) -> None:
         ("phatgoose/routed_linear.py", "return y + added", "return y - added"),
         ("phatgoose/routers/interface.py", "-torch.inf", "0.0"),
         ("phatgoose/generation.py", "do_sample=False", "do_sample=True"),
-        ("harness/answering.py", "request.choices_shown", "True"),
+        ("harness/evaluation/answering.py", "request.choices_shown", "True"),
     ],
 )
 def test_the_scoring_path_makes_all_answers_stale(
@@ -128,10 +128,10 @@ def test_comments_docstrings_and_layout_change_nothing(edit: Edit) -> None:
     ("file", "old", "new", "stale"),
     [
         ("phatgoose/training_job.py", "4 * self", "8 * self", {"training", "profiles"}),
-        ("harness/deepspeed_engine.py", "zero_stage", "stage_of_zero", {"training"}),
-        ("harness/training_data.py", "// len(data)", "", {"training", "profiles"}),
+        ("harness/training/engine.py", "zero_stage", "stage_of_zero", {"training"}),
+        ("harness/training/examples.py", "// len(data)", "", {"training", "profiles"}),
         ("phatgoose/profiling.py", "measure_profile", "measure", {"profiles"}),
-        ("harness/cluster.py", "wait_seconds", "patience", set()),
+        ("harness/scheduling/cluster.py", "wait_seconds", "patience", set()),
         ("phatgoose/routers/arrow.py", "temperature", "heat", set()),
     ],
 )
@@ -219,8 +219,12 @@ def test_a_router_that_is_reached_through_its_package_counts(edit: Edit, text: s
 def test_the_code_of_a_training_holds_what_the_actor_computes(edit: Edit) -> None:
     """Everything but the routers, since no training asks these."""
     found = code_of(TRAINING)
-    assert {"harness.train_job", "harness.load_base", "harness.tasks.tokens"} <= found.keys()
+    assert {
+        "harness.training.job",
+        "harness.scheduling.load_base",
+        "harness.tasks.tokens",
+    } <= found.keys()
     assert not [m for m in found if m.startswith("phatgoose.routers")]
     before = digest(found)
-    edit("harness/load_base.py", "max(1, int(cores))", "max(2, int(cores))")
+    edit("harness/scheduling/load_base.py", "max(1, int(cores))", "max(2, int(cores))")
     assert digest(code_of(TRAINING)) != before

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from harness import results
-from harness.actor import Place
-from harness.job_table import JobTable
-from harness.jobs import Workers
-from harness.progress import Progress
+from harness import run_folder
+from harness.scheduling.actor import Place
+from harness.scheduling.progress import Progress
+from harness.scheduling.workers import Workers
 from harness.status import main, read_status
 from harness.storage import Folder
 from harness.tasks import TaskSpec
-from harness.train import Training
-from harness.train_job import TrainJob
+from harness.training.job import TrainJob
+from harness.training.job_table import JobTable
+from harness.training.stage import Training
 from phatgoose.expert import Card
 from phatgoose.recipe import Recipe
 
@@ -40,7 +40,7 @@ def jobs() -> dict[str, TrainJob]:
 def folder(tmp_path: Path) -> Folder:
     made = Folder(tmp_path / "run")
     call = {"started": "2026-11-26T10:00:00+00:00", "finished": None}
-    results.write_run(made, {"identity": {}, "calls": [call]})
+    run_folder.write_run(made, {"identity": {}, "calls": [call]})
     return made
 
 
@@ -51,7 +51,7 @@ def table(folder: Folder, jobs: dict[str, TrainJob], *finished: str) -> JobTable
 
 
 def rows(folder: Folder) -> dict[str, dict[str, Any]]:
-    found = results.read_table(folder, results.JOBS_FILE, results.JOBS).to_pylist()
+    found = run_folder.read_table(folder, run_folder.JOBS_FILE, run_folder.JOBS).to_pylist()
     return {row["expert"]: row for row in found}
 
 
@@ -125,7 +125,7 @@ def test_what_earlier_calls_trained_stays_done(folder: Folder, jobs: dict[str, T
         training = Training([jobs["bb"]], tokens, folder, idle, None, made, progress)
         progress._written = -1e9
         training.show()
-        stage = json.loads(folder.read(results.STATUS_FILE))
+        stage = json.loads(folder.read(run_folder.STATUS_FILE))
     assert stage["done"] == 3000
     assert stage["rate"] == 0
 
@@ -135,15 +135,15 @@ def test_a_driver_that_says_nothing_any_more_is_noticed(
 ) -> None:
     with Progress(folder, "train", 10, "token", 1):
         pass
-    status = results.read_json(folder, results.STATUS_FILE)
+    status = run_folder.read_json(folder, run_folder.STATUS_FILE)
     long_ago = datetime.now(UTC) - timedelta(minutes=10)
     old = {**status, "state": "running", "written": long_ago.isoformat()}
-    results.write_json(folder, results.STATUS_FILE, old)
+    run_folder.write_json(folder, run_folder.STATUS_FILE, old)
     assert read_status(folder)["state"] == "silent"
     assert main([str(folder), "--watch"]) == 0  # there is nothing to wait for
     assert "no sign of life for 10 min" in capsys.readouterr().out
     ahead = {**old, "written": (datetime.now(UTC) + timedelta(hours=1)).isoformat()}
-    results.write_json(folder, results.STATUS_FILE, ahead)
+    run_folder.write_json(folder, run_folder.STATUS_FILE, ahead)
     assert read_status(folder)["state"] == "running"  # another clock
 
 
@@ -153,9 +153,9 @@ def test_a_stopped_and_a_finished_run_are_told_apart(
     with pytest.raises(KeyboardInterrupt), Progress(folder, "train", 10, "token", 1):
         raise KeyboardInterrupt
     assert read_status(folder)["state"] == "stopped"
-    record = results.read_run(folder)
+    record = run_folder.read_run(folder)
     record["calls"][-1] |= {"finished": "now", "minutes": 3.5, "problems": ["expert aa: no"]}
-    results.write_run(folder, record)
+    run_folder.write_run(folder, record)
     assert main([str(folder)]) == 0
     text = capsys.readouterr().out
     assert "with 1 problem" in text

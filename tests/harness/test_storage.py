@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness import stores
-from harness.storage import Folder
+from harness.storage import Folder, stores
 from phatgoose.errors import PhatgooseError
 from tests.s3_server import KEYS, S3Server, s3_server
 from tests.small_disk import small_disk

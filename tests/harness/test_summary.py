@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from harness import results
-from harness.summary import (
+from harness import run_folder
+from harness.reporting.summary import (
     best_individual_rows,
     better,
     interval,
@@ -23,7 +23,7 @@ from tests.harness.test_report import find, score, tables
 def scores_of(*rows: tuple[str, str, str, float]) -> pa.Table:
     """Scores of (router, task, metric, value)."""
     made = [score(task, router, metric, value, 4) for router, task, metric, value in rows]
-    return pa.Table.from_pylist(made, results.SCORES)
+    return pa.Table.from_pylist(made, run_folder.SCORES)
 
 
 def value_of(rows: list[dict[str, Any]]) -> dict[tuple[str, str], tuple[float, str]]:
@@ -64,7 +64,7 @@ def test_the_best_individual_is_one_expert_for_the_whole_suite() -> None:
         ("u", "nll"): (1.0, "b"),
     }
     for row in rows:
-        assert row.keys() == set(results.SCORES.names)
+        assert row.keys() == set(run_folder.SCORES.names)
         assert (row["router"], row["zero_shot"], row["expert"]) == ("best_individual", False, "b")
 
 
@@ -78,7 +78,7 @@ def test_each_suite_has_its_own_best_individual() -> None:
     table = scores_of(("single:a", "t", "acc", 0.9), ("single:b", "t", "acc", 0.5))
     other = scores_of(("single:a", "t", "acc", 0.2), ("single:b", "t", "acc", 0.5))
     moved = [{**row, "suite": "other"} for row in other.to_pylist()]
-    both = pa.Table.from_pylist([*table.to_pylist(), *moved], results.SCORES)
+    both = pa.Table.from_pylist([*table.to_pylist(), *moved], run_folder.SCORES)
     found = {row["suite"]: row["expert"] for row in best_individual_rows(both)}
     assert found == {"s": "a", "other": "b"}
     assert {row["suite"]: row["expert"] for row in oracle_rows(both)} == found
@@ -194,7 +194,7 @@ def test_rows_say_what_a_router_knows() -> None:
         {**row, "side_information": "the task"} if row["router"] == "mine" else row
         for row in scores.to_pylist()
     ]
-    rows = summary_rows(pa.Table.from_pylist(told, results.SCORES), samples)
+    rows = summary_rows(pa.Table.from_pylist(told, run_folder.SCORES), samples)
     for row in rows:
         mine = row["router"] == "mine"
         assert row["zero_shot"] is mine
@@ -206,7 +206,7 @@ def test_a_derived_router_is_summed_up_from_its_experts_samples() -> None:
         {"t": {"single:a": {"acc": [1.0, 0.0]}, "merged": {"acc": [0.0, 0.0]}}}
     )
     derived = [*oracle_rows(scores), *best_individual_rows(scores)]
-    both = pa.Table.from_pylist([*scores.to_pylist(), *derived], results.SCORES)
+    both = pa.Table.from_pylist([*scores.to_pylist(), *derived], run_folder.SCORES)
     rows = summary_rows(both, samples)
     single = find(rows, "single:a", "acc", None)
     for router in ("oracle", "best_individual"):
@@ -220,7 +220,7 @@ def test_samples_of_other_documents_are_named() -> None:
     scores, samples = tables({"t": {"a": {"acc": [1.0, 0.0]}, "b": {"acc": [1.0, 0.0]}}})
     kept = [r for r in samples.to_pylist() if (r["router"], r["document"]) != ("b", "d1")]
     with pytest.raises(PhatgooseError, match=r"samples.*b.*: task t has other documents than"):
-        summary_rows(scores, pa.Table.from_pylist(kept, results.SAMPLES))
+        summary_rows(scores, pa.Table.from_pylist(kept, run_folder.SAMPLES))
 
 
 @pytest.mark.parametrize("value", [0.5001, 0.4999])
@@ -228,14 +228,14 @@ def test_a_score_that_is_not_the_mean_of_its_samples_is_named(value: float) -> N
     scores, samples = tables({"t": {"a": {"acc": [1.0, 0.0]}}})
     changed = [{**row, "value": value} for row in scores.to_pylist()]
     with pytest.raises(PhatgooseError, match=r"task t, metric acc: the samples' mean is not"):
-        summary_rows(pa.Table.from_pylist(changed, results.SCORES), samples)
+        summary_rows(pa.Table.from_pylist(changed, run_folder.SCORES), samples)
     almost = [{**row, "value": 0.5 + 1e-7} for row in scores.to_pylist()]
-    assert summary_rows(pa.Table.from_pylist(almost, results.SCORES), samples)
+    assert summary_rows(pa.Table.from_pylist(almost, run_folder.SCORES), samples)
 
 
 def test_a_score_without_samples_of_its_metric_is_left_out() -> None:
     """Such as a corpus score: it is no mean over documents."""
     scores, samples = tables({"t": {"a": {"acc": [1.0, 0.0]}}})
     more = [*scores.to_pylist(), score("t", "a", "bleu", 0.3, 2)]
-    rows = summary_rows(pa.Table.from_pylist(more, results.SCORES), samples)
+    rows = summary_rows(pa.Table.from_pylist(more, run_folder.SCORES), samples)
     assert {row["metric"] for row in rows} == {"primary", "acc"}

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from harness.config import Multitask
-from harness.evaluate import Evaluation
-from harness.pack import Members
-from harness.requests import SuiteRequests
+from harness.config.schema import Multitask
+from harness.evaluation.requests import SuiteRequests
+from harness.evaluation.stage import Evaluation
+from harness.registry.packs import Members
 from harness.tasks import TaskData, TaskSpec
 from phatgoose.base import Base
 from phatgoose.query import Query

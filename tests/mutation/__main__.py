@@ -57,7 +57,7 @@ SOURCES = (
     "phatgoose/curve.py",
     "phatgoose/engine.py",
     "phatgoose/gated_lora.py",
-    "harness/summary.py",
+    "harness/reporting/summary.py",
 )
 # Tests without a cluster.
 TESTS = (

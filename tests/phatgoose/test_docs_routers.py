@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness.load_config import CONF, load_config
+from harness.config.load import CONF, load_config
 from phatgoose.base import Base
 from phatgoose.model import RoutedModel
 from phatgoose.ops import mix

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from harness.plan import _expert_bytes
+from harness.planning.plan import _expert_bytes
 from phatgoose.architecture import linear_sizes
 from phatgoose.base import Base, bare_model, load_base
 from phatgoose.errors import PhatgooseError

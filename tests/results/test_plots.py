@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness import results
+from harness import run_folder
 from harness.storage import Folder
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "results"
@@ -56,7 +56,7 @@ def write_routing(folder: Folder, router: str, linears: list[str]) -> None:
                 names = {"router": router, "suite": "held_out", "task": task, "linear": linear}
                 numbers = {"share": float(share), "tokens": 100, "entropy": entropy}
                 rows.append({**names, "expert": expert, **numbers})
-    results.write_table(folder, results.routing_file(router), results.ROUTING, rows)
+    run_folder.write_table(folder, run_folder.routing_file(router), run_folder.ROUTING, rows)
 
 
 def write_summary(folder: Folder) -> None:
@@ -72,7 +72,7 @@ def write_summary(folder: Folder) -> None:
                 {**names, "zero_shot": i < 4, "side_information": None, **ends, "n": 100, **known}
             )
             rows[-1] |= dict.fromkeys(["difference", "difference_low", "difference_high"])
-    results.write_table(folder, "summary.parquet", results.SUMMARY, rows)
+    run_folder.write_table(folder, "summary.parquet", run_folder.SUMMARY, rows)
 
 
 @pytest.mark.parametrize("linears", [LLAMA, T5], ids=["llama", "t5"])

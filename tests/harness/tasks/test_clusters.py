@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness.summary import interval, resampled_means
+from harness.reporting.summary import interval, resampled_means
 from harness.tasks.clusters import clusters
 
 PASSAGE = (

@@ -10,9 +10,9 @@ import yaml
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 
-from harness.evaluate import Evaluation
-from harness.requests import SuiteRequests
-from harness.results import SAMPLES, read_table
+from harness.evaluation.requests import SuiteRequests
+from harness.evaluation.stage import Evaluation
+from harness.run_folder import SAMPLES, read_table
 from harness.storage import Folder
 from harness.tasks import TaskSpec, prepare_all, task_specs, unreachable
 from harness.tasks.sources import lm_eval

@@ -11,9 +11,9 @@ import yaml
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 
-from harness.evaluate import Evaluation
-from harness.requests import SuiteRequests
-from harness.results import SAMPLES, SCORES, read_table
+from harness.evaluation.requests import SuiteRequests
+from harness.evaluation.stage import Evaluation
+from harness.run_folder import SAMPLES, SCORES, read_table
 from harness.storage import Folder
 from harness.tasks import TaskData, TaskSpec, prepare_all, task_specs
 from harness.tasks.lm_eval_export import write_for_lm_eval
@@ -205,7 +205,7 @@ def test_texts_are_lm_evals_own_whatever_the_limit_is_called(
 
 
 def test_a_summary_is_made_of_them(own_tasks: Path, tmp_path: Path, llama: Base) -> None:
-    from harness.report import make_report
+    from harness.reporting.report import make_report
 
     data = prepare_all(task_specs(suite(own_tasks, "own", limit=5)))
     folder = Folder(tmp_path / "run")

@@ -1,0 +1,249 @@
+"""From the command line to a run's configuration: YAML groups in `conf/`, composed by Hydra."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from harness.config.check import check_values, known
+from harness.config.schema import (
+    MULTITASK,
+    BaseConfig,
+    ClusterConfig,
+    OverlapConfig,
+    RanksConfig,
+    RunConfig,
+    RunSection,
+)
+from harness.reporting.summary import DERIVED
+from phatgoose.errors import PhatgooseError
+from phatgoose.profile import ProfileConfig
+from phatgoose.recipe import Recipe
+from phatgoose.routers import ROUTERS, Router
+
+CONF = Path(__file__).parents[1] / "conf"
+GROUPS = ("base", "pool", "suite", "router", "train", "profile", "cluster")
+# The options of routers that are no classes of `ROUTERS`, or are not filled in by the user.
+_OPTIONS: dict[str, list[str]] = {
+    "single": ["experts"],
+    MULTITASK: ["steps"],
+    **{router: [] for router in DERIVED},
+}
+T = TypeVar("T")
+
+
+def load_config(arguments: Sequence[str]) -> RunConfig:
+    """Compose and check the configuration that the command line asks for.
+
+    Args:
+        arguments: Hydra overrides, such as `pool=demo` or `train.lora.steps=50`.
+
+    Raises:
+        PhatgooseError: a key or a value that does not exist, with the near names.
+    """
+    configs = [_load(one) for one in _one_suite_each(arguments)]
+    config = replace(configs[0], suites=[suite for c in configs for suite in c.suites])
+    check_values(config)
+    return config
+
+
+def _load(arguments: Sequence[str]) -> RunConfig:
+    """The configuration of a run with one suite."""
+    singles, overrides = _take_shorthands(arguments)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        try:
+            _check_overrides(overrides)
+            composed = compose("config", overrides=overrides)
+            OmegaConf.resolve(composed)
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+            raise PhatgooseError(f"configuration: {_first_line(error)}") from error
+    if singles:
+        OmegaConf.update(composed, "router.single.experts", singles, force_add=True)
+    return _to_dataclass(composed)
+
+
+def _one_suite_each(arguments: Sequence[str]) -> list[list[str]]:
+    """The command line once per suite of `suite=[bbh,bbl]`, which Hydra takes for one value."""
+    for place, argument in enumerate(arguments):
+        several = re.fullmatch(r"suite=\[(.*)\]", argument)
+        if several:
+            names = [name.strip() for name in several[1].split(",")]
+            before, after = list(arguments[:place]), list(arguments[place + 1 :])
+            return [[*before, f"suite={name}", *after] for name in names]
+    return [list(arguments)]
+
+
+def groups() -> dict[str, list[str]]:
+    """The choices of each configuration group."""
+    return {group: sorted(f.stem for f in (CONF / group).glob("*.yaml")) for group in GROUPS}
+
+
+def _take_shorthands(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Write out what Hydra has no form for.
+
+    `router=[single:plural]` becomes `router=[single]`, with the experts apart; `base=/a/folder` and
+    `base=owner/model` set `base.name`; `suite=lm_eval:bbh,arc_easy` names tasks of lm-eval.
+    """
+    experts, overrides = [], []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key == "router" and "single:" in value:
+            names = [name.strip() for name in value.strip("[] ").split(",")]
+            experts += [name.partition(":")[2] for name in names if name.startswith("single:")]
+            kinds = list(dict.fromkeys(name.partition(":")[0] for name in names))
+            value = f"[{','.join(kinds)}]"
+        elif key == "base" and "/" in value:
+            key = "base.name"
+        elif key == "suite" and value.startswith("lm_eval:"):
+            tasks = value.removeprefix("lm_eval:")
+            title = re.sub(r"\W+", "-", f"lm_eval-{tasks}")[:60]
+            overrides += [f"suite.lm_eval=[{tasks}]", f"suite.name={title}"]
+            value = "lm_eval"
+        overrides.append(f"{key}{equals}{value}")
+    return experts, overrides
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    """Refuse unknown groups, choices and keys with the near names, before Hydra sees them."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise PhatgooseError(f"cannot read the command line: {_first_line(error)}") from error
+    choices = groups()
+    for override in parsed:
+        key, value = override.key_or_group, override.value()
+        several = isinstance(value, list) and key in choices and key != "router"
+        if override.is_sweep_override() or several:
+            raise PhatgooseError(f"{override.input_line}: one run takes one value")
+        if key not in choices:
+            continue
+        for choice in value if isinstance(value, list) else [value]:
+            known(str(choice), choices[key], f"{key}={choice}: no such {key}")
+    chosen = [str(override.input_line) for override in parsed if override.key_or_group in choices]
+    keys = [*dict.fromkeys([*_keys(chosen), *GROUPS])]
+    for override in parsed:
+        key = override.key_or_group
+        names = [*GROUPS, "registry", "stages", "run", "overlap"] if override.is_add() else keys
+        known(key.split(".")[0] if override.is_add() else key, names, f"{key}: no such key")
+
+
+def _keys(chosen: Sequence[str]) -> list[str]:
+    """Every key and group that the configuration has, with these choices of groups."""
+
+    def walk(node: DictConfig, prefix: str) -> list[str]:
+        found = []
+        for key in node:
+            found.append(f"{prefix}{key!s}")
+            child = node._get_node(key)
+            if isinstance(child, DictConfig):
+                found += walk(child, f"{prefix}{key!s}.")
+        return found
+
+    return walk(compose("config", overrides=list(chosen)), "")
+
+
+def _to_dataclass(composed: DictConfig) -> RunConfig:
+    OmegaConf.set_struct(composed, False)
+    if not isinstance(composed.chunk_characters, int):
+        raise PhatgooseError(f"chunk_characters={composed.chunk_characters}: not a whole number")
+    if composed.base.dtype not in ("float32", "bfloat16"):
+        raise PhatgooseError(f"base.dtype={composed.base.dtype}: it is float32 or bfloat16")
+    composed.train.dtype = composed.base.dtype
+    # All are set under `train`; only the recipe is part of what determines an expert.
+    names = [f.name for f in fields(RanksConfig)]
+    composed.ranks = {name: composed.train.pop(name) for name in names if name in composed.train}
+    accept_code = composed.train.pop("accept_code", False)
+    if not isinstance(accept_code, bool):
+        raise PhatgooseError(f"train.accept_code={accept_code}: it is true or false")
+    stages = composed.stages or []
+    return RunConfig(
+        base=_typed(BaseConfig, composed, "base"),
+        pool=_plain(composed, "pool"),
+        suites=[_plain(composed, "suite")],
+        router=_router(composed),
+        train=_typed(Recipe, composed, "train"),
+        profile=_typed(ProfileConfig, composed, "profile"),
+        cluster=_typed(ClusterConfig, composed, "cluster"),
+        run=_typed(RunSection, composed, "run"),
+        registry=str(composed.registry),
+        stages=[stages] if isinstance(stages, str) else list(stages),
+        chunk_characters=composed.chunk_characters,
+        accept_code=accept_code,
+        overlap=_typed(OverlapConfig, composed, "overlap"),
+        ranks=_typed(RanksConfig, composed, "ranks"),
+    )
+
+
+def _typed(kind: type[T], composed: DictConfig, key: str) -> T:
+    """One group as its dataclass, with every value of the right type."""
+    schema = OmegaConf.structured(kind)
+    for node in (schema, *(n for n in map(schema._get_node, schema) if OmegaConf.is_config(n))):
+        OmegaConf.set_readonly(node, False)  # frozen dataclasses are read-only
+    try:
+        value = OmegaConf.to_object(OmegaConf.merge(schema, composed[key]))
+    except OmegaConfBaseException as error:
+        raise PhatgooseError(f"configuration: {key}: {_first_line(error)}") from error
+    assert isinstance(value, kind)
+    return value
+
+
+def _plain(composed: DictConfig, key: str) -> dict[str, Any]:
+    """A group whose values are checked by what reads them."""
+    container = OmegaConf.to_container(composed[key])
+    assert isinstance(container, dict)
+    return {str(name): value for name, value in container.items()}
+
+
+def _router(composed: DictConfig) -> dict[str, Any]:
+    """The routers and their options, which must have the types that the routers' classes say."""
+    if not composed.get("router"):
+        raise PhatgooseError("router=[]: name at least one router")
+    for key, options in composed.router.items():
+        name = str(key)
+        if not re.fullmatch(r"[A-Za-z]\w*", name):
+            raise PhatgooseError(f"router.{name}: a router's name is letters, digits and _")
+        options = {} if options is None else options
+        if not isinstance(options, (dict, DictConfig)):
+            raise PhatgooseError(
+                f"router.{name}={options!r}: it takes options, such as router.phatgoose.top_k=3"
+            )
+        if "kind" in options:
+            if name in (*ROUTERS, *_OPTIONS):
+                raise PhatgooseError(
+                    f"router.{name}.kind: {name} is a router itself: give the variant another name"
+                )
+            kind = str(options["kind"])
+            kinds = [router for router in ROUTERS if router != "single"]
+            if kind in _OPTIONS:
+                raise PhatgooseError(f"router.{name}.kind={kind}: {kind} has no variants")
+            known(kind, kinds, f"router.{name}.kind={kind}: no such router")
+            _options(composed, name, ROUTERS[kind])
+        elif name in _OPTIONS:
+            for option in map(str, options):
+                known(option, _OPTIONS[name], f"router.{name}.{option}: no such option")
+        else:
+            names = [*dict.fromkeys([*ROUTERS, *_OPTIONS])]
+            known(name, names, f"router.{name}: no such router (a variant needs a kind)")
+            _options(composed, name, ROUTERS[name])
+    return _plain(composed, "router")
+
+
+def _options(composed: DictConfig, name: str, router: type[Router]) -> None:
+    """Check one router's options against the fields of its class."""
+    options = {key: value for key, value in (composed.router[name] or {}).items() if key != "kind"}
+    _typed(router, OmegaConf.create({name: options}), name)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    key = getattr(error, "full_key", None)
+    where = f"{key}: " if key else ""
+    return where + (lines[0] if lines else type(error).__name__)

@@ -1,0 +1,1 @@
+"""The stages of a run, as its driver process carries them out."""

@@ -1,0 +1,81 @@
+"""Evaluation that need not wait for the last expert: of the base, and of each expert by itself."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from harness.evaluation.stage import Evaluation
+from harness.scheduling.workers import Workers
+from phatgoose.errors import PhatgooseError
+from phatgoose.routers import Router
+from phatgoose.routers.no_expert import NoExpert
+from phatgoose.routers.single import Single
+
+
+class Early:
+    """Answers, while experts are trained, what will be asked of those that are there.
+
+    The answers go to the journal, where the stage `evaluate` finds them. Training goes before: on
+    nodes that both may use, evaluation actors run only where training needs no more of them.
+
+    Args:
+        evaluations: one per suite, over a pool that grows in `experts`.
+        experts: content hash by name, of the experts that are there; it is read again and again.
+        routers: all routers of the run.
+        trainers, evaluators: the actors of the two stages.
+        shared: whether both may be on the same nodes.
+    """
+
+    def __init__(
+        self,
+        evaluations: Sequence[Evaluation],
+        experts: Mapping[str, str],
+        routers: Mapping[str, Router],
+        trainers: Workers,
+        evaluators: Workers,
+        shared: bool,
+    ) -> None:
+        self._evaluations, self._experts = evaluations, experts
+        self._routers = {n: r for n, r in routers.items() if isinstance(r, (NoExpert, Single))}
+        self._trainers, self._evaluators, self._shared = trainers, evaluators, shared
+        self._stopped = not self._routers
+
+    def step(self) -> None:
+        """Ask about what is new, and take in what was answered."""
+        if self._stopped or not self._experts:
+            return
+        self._evaluators.paused = self._shared and self._trainers.wants_more
+        ready = {
+            name: router
+            for name, router in self._routers.items()
+            if not isinstance(router, Single) or router.expert in self._experts
+        }
+        for name in ready:
+            del self._routers[name]
+        try:
+            for evaluation in self._evaluations:
+                if ready:
+                    evaluation.announce(ready)
+                evaluation.ask(ready)
+            self._take(0)
+        except PhatgooseError:
+            self._stop()
+
+    def finish(self, tick: Callable[[], None] = lambda: None) -> None:
+        """Take in what is under way; nothing more is asked. `tick` is called every second."""
+        self._evaluators.paused = False
+        try:
+            while not self._stopped and not self._evaluators.is_done:
+                self._take(1.0)
+                tick()
+        except PhatgooseError:
+            self._stop()
+
+    def _stop(self) -> None:
+        """After an error, which the stage `evaluate` will meet again, and say."""
+        self._stopped = True
+        self._evaluators.close()
+
+    def _take(self, timeout: float) -> None:
+        for key, result in self._evaluators.step(timeout):
+            for evaluation in self._evaluations:
+                if evaluation.awaits(key):
+                    evaluation.take(key, result)

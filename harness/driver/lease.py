@@ -1,0 +1,203 @@
+"""One driver per run folder: a lease that its holder renews, and that expires without it.
+
+    driver/<n>.json   who holds the run folder; the highest number counts
+
+Taking over means creating the next number, which only one of several processes can, see
+`Folder.create`. A holder that was suspended and wakes up finds a higher number, and ends.
+
+No clocks of two machines are compared: whoever finds a holder on another machine watches whether
+its file changes. A process of this machine is looked up instead.
+"""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import threading
+import time
+import uuid
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from harness.storage import Folder
+from harness.storage.temporary import MACHINE
+from phatgoose.errors import PhatgooseError
+
+_RENEW_SECONDS = 4.0
+_EXPIRE_SECONDS = 20.0
+_LOOK_SECONDS = 0.5
+
+
+class RunLease:
+    """The right to write into a run folder. Entering the block looks; `take` takes it.
+
+    Args:
+        folder: the run folder.
+        renew_seconds: how often the lease is renewed.
+        expire_seconds: how long another machine's lease may stay unchanged until it is taken over.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        renew_seconds: float = _RENEW_SECONDS,
+        expire_seconds: float = _EXPIRE_SECONDS,
+    ) -> None:
+        self._folder, self._renew, self._expire = folder, renew_seconds, expire_seconds
+        self._number = 0  # of the lease that is held
+        self._expired: dict[str, Any] | None = None  # another machine's lease, watched until then
+        self._lost_to: dict[str, Any] | None = None
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._me = {
+            "machine": MACHINE,
+            "host": socket.gethostname(),
+            "process": os.getpid(),
+            "process_started": psutil.Process().create_time(),
+            "since": datetime.now(UTC).isoformat(timespec="seconds"),
+            "token": uuid.uuid4().hex,
+        }
+
+    def __enter__(self) -> "RunLease":
+        """Refuse to go on if another driver holds the folder."""
+        self._wait_until_free()
+        return self
+
+    def take(self) -> None:
+        """Take the lease, and renew it from now on.
+
+        Raises:
+            PhatgooseError: another driver holds the folder.
+        """
+        while True:
+            number = self._wait_until_free() + 1
+            if self._create(number):
+                break
+        self._number = number
+        for older in self._numbers():
+            if older < number:
+                self._folder.delete(_file(older), missing_ok=True)
+        self._thread = threading.Thread(target=self._keep, daemon=True)
+        self._thread.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        """Give the lease back.
+
+        Raises:
+            PhatgooseError: it was lost meanwhile.
+        """
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+        if self._lost_to is not None:
+            raise PhatgooseError(
+                f"run.dir={self._folder}: {_describe(self._lost_to)} took over, since this one "
+                f"gave no sign of life for {self._expire:.0f} s. Follow the other, with `python "
+                "-m harness.status`."
+            ) from error
+        if self._number:
+            with contextlib.suppress(PhatgooseError):  # then it expires
+                holder = self._read(self._number) or {}
+                if holder.get("token") == self._me["token"]:
+                    self._folder.delete(_file(self._number), missing_ok=True)
+
+    def _keep(self) -> None:
+        """Renew the lease until the block ends; interrupt the main thread if it was lost."""
+        renewed = 0
+        while not self._ended.wait(self._renew):
+            try:
+                # Numbers start again once a lease was given back, so the number alone does not do.
+                holder = self._read(max(self._numbers(), default=self._number)) or {}
+                if holder.get("token") != self._me["token"]:
+                    self._lost_to = holder
+                    main = threading.main_thread().ident
+                    if main is not None:  # as Ctrl-C does, so that a wait ends too
+                        signal.pthread_kill(main, signal.SIGINT)
+                    return
+                renewed += 1
+                self._folder.write(_file(self._number), self._content(renewed))
+            except PhatgooseError:
+                continue  # the disk may be full for a while; the next renewal may work
+
+    def _wait_until_free(self) -> int:
+        """The number of the newest lease, which is no longer valid; 0 if there is none."""
+        seen: dict[str, Any] | None = None
+        since = time.monotonic()
+        while True:
+            number = max(self._numbers(), default=0)
+            holder = self._read(number) if number else None
+            if holder is None or holder == self._expired or _is_dead_here(holder):
+                return number
+            changed = seen is not None and holder != seen
+            if changed or _is_here(holder):
+                raise PhatgooseError(
+                    f"run.dir={self._folder}: {_describe(holder)} works in it. Wait until it ends, "
+                    "or choose another run.dir."
+                )
+            if time.monotonic() - since >= self._expire:
+                self._expired = holder
+                return number
+            seen = holder
+            time.sleep(_LOOK_SECONDS)
+
+    def _create(self, number: int) -> bool:
+        try:
+            return self._folder.create(_file(number), self._content(0))
+        except PhatgooseError as error:
+            if not isinstance(error.__cause__, NotImplementedError):
+                raise
+            # This filesystem cannot create a file only if there is none: better than no lease.
+            self._folder.write(_file(number), self._content(0))
+            return True
+
+    def _content(self, renewed: int) -> bytes:
+        return json.dumps({**self._me, "renewed": renewed}).encode()
+
+    def _numbers(self) -> list[int]:
+        matches = (re.fullmatch(r"driver/(\d+)\.json", n) for n in self._folder.names("driver/"))
+        return [int(match[1]) for match in matches if match]
+
+    def _read(self, number: int) -> dict[str, Any] | None:
+        """A lease; None if it was given back meanwhile."""
+        data = self._folder.find(_file(number))
+        if data is None:
+            return None
+        try:
+            content: dict[str, Any] = dict(json.loads(data))
+        except (TypeError, ValueError):
+            content = {"damaged": data.hex()}  # it is taken over when it does not change
+        return content
+
+
+def _file(number: int) -> str:
+    return f"driver/{number}.json"
+
+
+def _is_here(holder: dict[str, Any]) -> bool:
+    return holder.get("machine") == MACHINE
+
+
+def _is_dead_here(holder: dict[str, Any]) -> bool:
+    """Whether the holder was a process of this machine that is gone, or is another by now."""
+    if not _is_here(holder):
+        return False
+    try:
+        process = psutil.Process(int(holder["process"]))
+        is_same = abs(process.create_time() - float(holder["process_started"])) < 1.0
+        return not is_same or process.status() == psutil.STATUS_ZOMBIE
+    except (LookupError, TypeError, ValueError, psutil.NoSuchProcess):
+        return True
+    except psutil.AccessDenied:
+        return False
+
+
+def _describe(holder: dict[str, Any]) -> str:
+    host, process = holder.get("host", "an unknown host"), holder.get("process", "?")
+    return f"another driver (process {process} on {host}, since {holder.get('since', '?')})"

@@ -1,0 +1,322 @@
+"""The stages of a run, over actors of the cluster: train, measure profiles, evaluate."""
+
+import functools
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+
+from harness.config.schema import ClusterConfig
+from harness.driver.early_evaluation import Early
+from harness.evaluation.actor import EvalActor
+from harness.evaluation.stage import Evaluation, Setting
+from harness.planning.available import Served, choose
+from harness.planning.plan import Plan
+from harness.registry import Registry
+from harness.registry.actor import registry_actor
+from harness.registry.packs import Members
+from harness.scheduling.actor import code_version
+from harness.scheduling.cluster import Cluster, actor_options, check_room, request_nodes, room
+from harness.scheduling.progress import Progress
+from harness.scheduling.workers import TICK_SECONDS, Workers
+from harness.training.actor import TrainActor
+from harness.training.checkpoints import delete_checkpoints
+from harness.training.job import TrainJob
+from harness.training.job_table import JobTable
+from harness.training.ranks import Groups
+from harness.training.stage import Training, measure_profiles
+from phatgoose.errors import PhatgooseError
+
+# Chunks that wait for an actor; more are not needed to keep all of them busy.
+_AHEAD = 20_000
+_NAMED = 5  # of many that failed for the same reason
+# Between two looks at routers whose answers are complete: lm-eval sums them up meanwhile.
+_SUM_UP_SECONDS = 30.0
+
+
+class Stages:
+    """The stages of one run; they share the registry's actor and the evaluation actors.
+
+    Every stage says what could not be done, in lines, after it did the rest.
+    """
+
+    def __init__(self, plan: Plan, cluster: Cluster) -> None:
+        self._plan, self._config, self._cluster = plan, plan.config, cluster
+        self._is_training = False
+        self.table = JobTable(plan.folder, plan.all_jobs, plan.tokens, plan.finished)
+        self.evaluators = Workers(
+            self._make_evaluator,
+            self._room_to_evaluate,
+            want=self._want_evaluators,
+            **self._patience,
+        )
+
+    def check(self) -> None:
+        """Raise PhatgooseError if the cluster has no room for a training actor."""
+        self._cluster.connect()
+        cluster, ranks = self._config.cluster, self._config.ranks
+        gpus = ranks.gpus_per_rank(cluster)
+        check_room(cluster, cluster.train_nodes, ranks.ranks_per_expert, gpus)
+
+    def enter_finished(self) -> None:
+        """Finish what a crash may have left of the jobs that were done before it."""
+        self._registry.enter(self._plan.finished)
+        delete_checkpoints(self._plan.folder, self._plan.finished)
+
+    def train(self) -> list[str]:
+        """Train what has not been trained; meanwhile, evaluate what need not wait."""
+        plan, jobs = self._plan, self._plan.open_jobs
+        total = sum(plan.tokens[job.card.job] for job in plan.all_jobs)
+        done = total - sum(plan.tokens[job.card.job] for job in jobs)
+        trainers = self._trainers(jobs)
+        self._is_training = True
+        with Progress(plan.folder, "train", total, "token", len(plan.all_jobs), done) as progress:
+            training = Training(
+                jobs, plan.tokens, plan.folder, trainers, self._keeper, self.table, progress
+            )
+            early = self._early(training, trainers) if "evaluate" in self._config.stages else None
+            try:
+                failures = training.run(early.step if early else lambda: None)
+            finally:
+                trainers.close()
+                self._is_training = False
+            if early:
+                early.finish(training.show)
+        return by_reason("expert", failures)
+
+    def measure_profiles(self) -> list[str]:
+        """Measure the profiles that the pool lacks."""
+        plan, registry = self._plan, self._registry
+        experts: dict[str, str] = {}
+        lacking = []
+        recorded = registry.recorded_all(job.card.job for job in plan.jobs)
+        profiles = registry.profiles()
+        for job in plan.jobs:
+            content_hash = recorded.get(job.card.job)
+            if content_hash is None or job.profile_id is None:
+                continue
+            if (content_hash, job.profile_id) not in profiles:
+                experts[job.card.name] = content_hash
+                lacking.append(job)
+        if not lacking:
+            return []
+        self._cluster.connect()
+        trainers = self._trainers(lacking)
+        try:
+            with Progress(plan.folder, "profile", len(lacking), "expert", len(lacking)) as progress:
+                failures = measure_profiles(lacking, experts, trainers, self._keeper, progress)
+        finally:
+            trainers.close()
+        return by_reason("profile of expert", failures)
+
+    def evaluate(self) -> list[str]:
+        """Evaluate every router that the pool can serve, on every suite."""
+        served = choose(self._plan, self._registry, self._pool())
+        for problem in served.problems:
+            print(problem, file=sys.stderr)
+        for suite in self._plan.suites:
+            served.problems += self._evaluate(suite, served)
+        return served.problems
+
+    def close(self) -> None:
+        """End the actors."""
+        self.evaluators.close()
+
+    def _evaluate(self, suite: str, served: Served) -> list[str]:
+        """Evaluate the routers on one suite; scores are written as routers are complete."""
+        asked = self._plan.requests[suite]
+        evaluation = Evaluation(self._setting, asked, served.members, served.others)
+        evaluation.announce(served.routers)
+        requests = len(served.routers) * sum(len(chunk.requests) for chunk in evaluation.chunks)
+        to_ask, summed_up = dict(served.routers), time.monotonic()
+        rows: dict[str, list[dict[str, Any]]] = {}
+        chunks = len(served.routers) * len(evaluation.chunks)
+        with Progress(self._plan.folder, "evaluate", requests, "request", chunks) as progress:
+            while evaluation.is_waiting or len(rows) + len(evaluation.failures) < len(
+                served.routers
+            ):
+                while to_ask and self.evaluators.waiting < _AHEAD:
+                    name = next(iter(to_ask))
+                    evaluation.ask({name: to_ask.pop(name)})
+                if evaluation.is_waiting:
+                    evaluation.step(TICK_SECONDS)
+                self._show(progress, evaluation)
+                if evaluation.is_waiting and time.monotonic() - summed_up < _SUM_UP_SECONDS:
+                    continue
+                known = {*rows, *to_ask, *evaluation.open_routers, *evaluation.failures}
+                for name in [name for name in served.routers if name not in known]:
+                    try:
+                        rows[name] = evaluation.run(name, served.routers[name])
+                    except PhatgooseError:
+                        if name not in evaluation.failures:
+                            raise
+                        continue  # an answer that was asked again failed; others go on
+                    ordered = [row for router in served.routers for row in rows.get(router, ())]
+                    evaluation.write_scores(ordered)
+                summed_up = time.monotonic()
+            ordered = [row for router in served.routers for row in rows.get(router, ())]
+            evaluation.write_scores(ordered, derived=set(self._config.router))
+        if not rows:
+            raise PhatgooseError("; ".join(evaluation.failures.values()))
+        return list(evaluation.failures.values())
+
+    def _show(self, progress: Progress, evaluation: Evaluation) -> None:
+        """Let the progress know what was answered."""
+        running, waiting = len(self.evaluators.under_way), self.evaluators.waiting
+        counts = {
+            "waiting": waiting,
+            "running": running,
+            "done": evaluation.answered,
+            "failed": len(evaluation.failures),
+        }
+        progress.update(evaluation.requests, counts, self.evaluators.places)
+
+    def _early(self, training: Training, trainers: Workers) -> Early:
+        """What need not wait for the last expert."""
+        plan = self._plan
+        there = {job.card.name: plan.finished.get(job.card.job) for job in plan.jobs}
+        training.experts |= {name: content for name, content in there.items() if content}
+        evaluations = [
+            Evaluation(self._setting, requests, Members(training.experts))
+            for requests in plan.requests.values()
+        ]
+        labels = (self._config.cluster.train_nodes, self._config.cluster.evaluate_nodes)
+        shared = not all(labels) or all(
+            labels[0].get(key, value) == value for key, value in labels[1].items()
+        )
+        return Early(evaluations, training.experts, plan.routers, trainers, self.evaluators, shared)
+
+    @property
+    def _patience(self) -> dict[str, Any]:
+        config = self._config.cluster
+        return {"lease_seconds": config.lease_seconds, "wait_seconds": config.wait_seconds}
+
+    @functools.cached_property
+    def _registry(self) -> Registry:
+        return Registry(self._config.registry, self._plan.base_fingerprint)
+
+    @functools.cached_property
+    def _keeper(self) -> Any:
+        """The registry's actor, which ends with its handles."""
+        return registry_actor(self._config.registry, self._plan.base_fingerprint)
+
+    @functools.cached_property
+    def _setting(self) -> Setting:
+        config = self._config
+        return Setting(
+            self._plan.folder,
+            config.base.name,
+            self._plan.conditions,
+            self.evaluators,
+            config.chunk_characters,
+        )
+
+    def _trainers(self, jobs: Sequence[TrainJob]) -> Workers:
+        """Training actors, started when there is work."""
+        config = self._config
+        profile = config.profile if any(job.profile_id for job in jobs) else None
+        ranks, nodes = config.ranks.ranks_per_expert, config.cluster.train_nodes
+        gpus = config.ranks.gpus_per_rank(config.cluster)
+        options = actor_options(config.cluster, nodes, gpus)
+        arguments = (
+            config.base,
+            self._plan.base_fingerprint,
+            profile,
+            config.run.dir,
+            code_version(),
+            config.cluster.checkpoint_seconds,
+            config.ranks.zero_stage,
+        )
+        most = config.cluster.max_actors
+
+        def want(count: int) -> None:
+            request_nodes(options, ranks * min(count, most or count))
+
+        if ranks == 1:
+            remote = ray.remote(TrainActor).options(**options, max_concurrency=2)
+            return Workers(
+                lambda: remote.remote(*arguments),
+                lambda: room(options, most),
+                want=want,
+                **self._patience,
+            )
+        groups = Groups(code_version(), options, ranks, config.run.dir, arguments)
+        return Workers(
+            groups.make,
+            lambda: room(options, most, ranks=ranks),
+            ended=groups.ended,
+            want=want,
+            **self._patience,
+        )
+
+    def _make_evaluator(self) -> Any:
+        config = self._config
+        options = self._evaluator_options
+        return (
+            ray.remote(EvalActor)
+            .options(**options, max_concurrency=2)
+            .remote(
+                config.base,
+                self._plan.conditions,
+                config.registry,
+                self._keeper,
+                config.run.dir,
+                code_version(),
+            )
+        )
+
+    @property
+    def _evaluator_options(self) -> dict[str, Any]:
+        """What an evaluation actor asks of Ray: GPUs if and only if the plan says so."""
+        config = self._config.cluster
+        gpus = 0.0 if self._plan.conditions.device == "cpu" else config.gpus_per_actor or 1
+        return actor_options(config, config.evaluate_nodes, gpus)
+
+    def _room_to_evaluate(self) -> int:
+        self._cluster.connect()
+        config: ClusterConfig = self._config.cluster
+        options = self._evaluator_options
+        if self._is_training:
+            free = room(options, free=True) + self.evaluators.size
+            return min(free, config.max_actors or free)
+        check_room(config, config.evaluate_nodes, gpus=self._evaluator_options["num_gpus"])
+        return room(options, config.max_actors)
+
+    def _want_evaluators(self, count: int) -> None:
+        """Ask for nodes to evaluate on; while there is training, for its nodes alone."""
+        if not self._is_training:
+            self._cluster.connect()
+            config = self._config.cluster
+            options = self._evaluator_options
+            request_nodes(options, min(count, config.max_actors or count))
+
+    def _pool(self) -> dict[str, str]:
+        """The trained experts' content hashes by name; says which ones are lacking."""
+        plan, registry = self._plan, self._registry
+        found = registry.enter(job.card.job for job in plan.jobs)
+        jobs = {job.card.name: job.card.job for job in plan.jobs}
+        experts = {name: found[job] for name, job in jobs.items() if job in found}
+        lacking = [name for name in jobs if name not in experts]
+        if not experts:
+            raise PhatgooseError(
+                f"no expert of pool {plan.config.pool['name']} is in the registry "
+                f"{registry.folder}: run the stage train"
+            )
+        if lacking:
+            print(f"the pool lacks {len(lacking)} experts: {', '.join(lacking)}", file=sys.stderr)
+        return experts
+
+
+def by_reason(what: str, failures: Mapping[str, str]) -> list[str]:
+    """A line for each reason, with the names of those that failed for it."""
+    names: dict[str, list[str]] = {}
+    for name, error in failures.items():
+        names.setdefault(error, []).append(name)
+    lines = []
+    for error, failed in names.items():
+        more = f" and {len(failed) - _NAMED} more" if len(failed) > _NAMED else ""
+        plural = "s" if len(failed) > 1 else ""
+        lines.append(f"{what}{plural} {', '.join(failed[:_NAMED])}{more}: {error}")
+    return lines

@@ -1,0 +1,1 @@
+"""Evaluate routers on actors, through lm-eval."""

@@ -1,0 +1,126 @@
+"""The actor that answers evaluation requests: one base and pool, any router."""
+
+import time
+from typing import Any
+
+import ray
+
+from harness.config.schema import BaseConfig
+from harness.evaluation.answering import answer_chunk
+from harness.evaluation.chunks import Answer, Chunk
+from harness.evaluation.conditions import Conditions
+from harness.registry import Registry
+from harness.registry.packs import Members, open_pool
+from harness.scheduling.actor import Actor
+from harness.scheduling.cluster import log_to_run_folder
+from harness.scheduling.load_base import load_base_on_actor
+from harness.source_code import digest, router_code
+from phatgoose.errors import PhatgooseError
+from phatgoose.expert import Expert
+from phatgoose.model import RoutedModel
+from phatgoose.pool import Pool
+from phatgoose.profile import Profile
+from phatgoose.routers import Router
+
+
+class EvalActor(Actor):
+    """Answers chunks with a base that stays loaded, and with the pool of each call.
+
+    Args:
+        base: which base to load.
+        conditions: what it must answer with.
+        registry: where the experts are kept.
+        keeper: the registry's actor, for nodes that do not see its files.
+        run_dir: where to write the log.
+        code: the driver's `code_version`.
+    """
+
+    def __init__(
+        self,
+        base: BaseConfig,
+        conditions: Conditions,
+        registry: str,
+        keeper: Any,
+        run_dir: str,
+        code: str,
+    ) -> None:
+        log_to_run_folder(run_dir, "evaluate")
+        super().__init__(code)
+        self._keeper = keeper
+        self._registry = Registry(registry, conditions.base)
+        self._base = load_base_on_actor(base, conditions.base)
+        dtype = str(self._base.model.dtype).removeprefix("torch.")
+        conditions.check(dtype, self._base.device.type)
+        self._model: RoutedModel | None = None
+        self._attached: tuple[Any, ...] | None = None  # the identity of the pool
+
+    def answer(
+        self,
+        router: Router,
+        chunk: Chunk,
+        description: str,
+        members: Members,
+        code: str | None = None,
+    ) -> Answer:
+        """Answer one chunk with these experts, routed by `router`.
+
+        The router may look at the task's description. `code` is what the driver has for the
+        router's source code.
+        """
+        if code is not None and digest(router_code(router)) != code:
+            raise PhatgooseError(
+                f"the code of router {router.name()} on this node is not the driver's: put the "
+                "same files on every node; if one was edited since the run began, start again"
+            )
+        self._attach(members)
+        model = self._routed
+        if router != model.router:
+            model.set_router(router)
+        started = time.monotonic()
+        answer = answer_chunk(self._base, model, chunk, description)
+        answer.seconds = time.monotonic() - started
+        self._done += 1
+        return answer
+
+    @property
+    def _routed(self) -> RoutedModel:
+        assert self._model is not None
+        return self._model
+
+    def _attach(self, members: Members) -> None:
+        """Let the base have this pool, if it has another one."""
+        if members.identity == self._attached:
+            return
+        if self._model is not None:
+            self._model.detach()  # from here on it refuses to answer
+        self._model = self._attached = None
+        self._model = RoutedModel(self._base, self._open(members))
+        self._attached = members.identity
+
+    def _open(self, members: Members) -> Pool:
+        """A pool: mapped from its pack; a single expert, which some routers need, by itself."""
+        experts, profiles = members.experts, members.profiles
+        if len(experts) == 1:
+            pool = Pool.from_experts([self._fetch(content) for content in experts.values()])
+        else:
+            pool = open_pool(self._registry, experts, self._fetch, self._beat)
+        if profiles is None:
+            return pool
+        found = [self._profile(experts[name], profiles[name]) for name in pool.experts]
+        return pool.with_profiles(found)
+
+    def _fetch(self, content_hash: str) -> Expert:
+        expert: Expert = ray.get(self._keeper.load.remote(content_hash))
+        self._beat()
+        return expert
+
+    def _beat(self) -> None:
+        """A sign of life: a pool of many experts takes its time."""
+        self._done += 1
+
+    def _profile(self, content_hash: str, profile_id: str) -> Profile:
+        """A profile, mapped where this node sees the registry's files."""
+        if self._registry.has_profile(content_hash, profile_id):
+            return self._registry.profile(content_hash, profile_id)
+        profile: Profile = ray.get(self._keeper.profile.remote(content_hash, profile_id))
+        return profile

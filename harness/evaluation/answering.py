@@ -1,0 +1,107 @@
+"""Answer a chunk of requests with a routed model: what an evaluation actor computes."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from harness.evaluation.chunks import Answer, Chunk, Request
+from phatgoose.base import Base
+from phatgoose.generation import fits
+from phatgoose.model import RoutedModel
+from phatgoose.query import Query
+from phatgoose.routed_linear import RoutingLog
+from phatgoose.scoring import Question
+from phatgoose.tokenization import encode_context, prompt_room, spaces_moved
+
+
+def answer_chunk(base: Base, model: RoutedModel, chunk: Chunk, description: str) -> Answer:
+    """Answer a chunk; routers that read the task's description are given `description`."""
+    respond = _score if chunk.kind == "score" else _generate
+    return respond(base, model, chunk, description)
+
+
+def _score(base: Base, model: RoutedModel, chunk: Chunk, description: str) -> Answer:
+    questions = [
+        Question.encode(base, r.context, r.choices, query=_query(r, description))
+        for r in chunk.requests
+    ]
+    with model.recording(RoutingLog()) as log:
+        scores = model.score(questions)
+    return Answer(
+        scores=scores,
+        tokens=sum(part.length for question in questions for part in question.parts(base)),
+        routing=_on_cpu(log.weights),
+        routed=log.tokens,
+        cut=[place for place, question in enumerate(questions) if question.is_cut(base)],
+    )
+
+
+def _generate(base: Base, model: RoutedModel, chunk: Chunk, description: str) -> Answer:
+    """Generate after each prompt, and score its right answer if that is known."""
+    # Requests that end alike are generated together.
+    groups: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+    for place, request in enumerate(chunk.requests):
+        groups.setdefault((request.max_new_tokens, request.until), []).append(place)
+    count = len(chunk.requests)
+    answer = Answer(scores=[[] for _ in range(count)], texts=[""] * count)
+    with model.recording(RoutingLog()) as log:
+        for places in groups.values():
+            _generate_alike(base, model, chunk, places, description, answer)
+    answer.cut.sort()
+    answer.routing, answer.routed = _on_cpu(log.weights), log.tokens
+    return answer
+
+
+def _generate_alike(
+    base: Base,
+    model: RoutedModel,
+    chunk: Chunk,
+    places: Sequence[int],
+    description: str,
+    answer: Answer,
+) -> None:
+    """Enter into `answer` the requests at these places, which have the same limit and stops."""
+    requests = [chunk.requests[place] for place in places]
+    limit, stops = requests[0].max_new_tokens, requests[0].until
+    queries = [_query(request, description) for request in requests]
+    prompts = [encode_context(base, request.context) for request in requests]
+    room = prompt_room(base, limit)
+    questions = {
+        place: Question.encode(base, request.context, request.choices, query=query)
+        for place, request, query in zip(places, requests, queries, strict=True)
+        if request.choices
+    }
+    # A prompt with a line's end behind it is one before what is generated and another before
+    # the answer, to which the white space belongs.
+    together = [question.context for question in questions.values()] == prompts and all(
+        fits(base, question, limit) for question in questions.values()
+    )
+    if together:
+        spaces = [spaces_moved(request.context) for request in requests]
+        asked = list(questions.values())
+        texts, first = model.answer(asked, limit, stops=stops, spaces=spaces)
+        scores = [[score] for score in first]
+    else:
+        scores = model.score(list(questions.values())) if questions else []
+        with model.recording(None):
+            texts = model.generate(queries, limit, stops=stops)
+    for place, text in zip(places, texts, strict=True):
+        answer.texts[place] = text
+    for place, score in zip(questions, scores, strict=True):
+        answer.scores[place] = score
+    for place, prompt in zip(places, prompts, strict=True):
+        question = questions.get(place)
+        if len(prompt) > room or (question is not None and question.is_cut(base)):
+            answer.cut.append(place)
+        answer.tokens += min(len(prompt), room) + limit
+        answer.tokens += len(question.choices[0]) if question is not None else 0
+
+
+def _on_cpu(routing: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors for a driver whose machine need not have a GPU."""
+    return {linear: weights_E.cpu() for linear, weights_E in routing.items()}
+
+
+def _query(request: Request, description: str) -> Query:
+    """What routers may know of a request: not the right answer that is scored, if that is all."""
+    return Query(request.context, request.choices if request.choices_shown else (), description)

@@ -1,0 +1,97 @@
+"""The journal of a run: every answered chunk in a file of its own, so that none is lost."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import PurePosixPath
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from harness.evaluation.chunks import Answer
+from harness.storage import Folder
+from phatgoose.errors import PhatgooseError
+from phatgoose.scoring import Score
+
+
+class DamagedAnswer(PhatgooseError):
+    """A stored answer that was altered or cut short."""
+
+
+class Journal:
+    """Answered chunks of a run, one file each, written whole or not at all."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+
+    def keys(self) -> set[str]:
+        """The keys of all chunks that were answered before."""
+        files = self._folder.names("journal/")
+        return {PurePosixPath(name).stem for name in files if name.endswith(".safetensors")}
+
+    def read(self, key: str) -> Answer:
+        """Return the answer to a chunk.
+
+        Raises:
+            DamagedAnswer: the file was altered or cut short.
+        """
+        name = _file(key)
+        data = self._folder.find(name)
+        if data is None:
+            raise DamagedAnswer(f"{self._folder}/{name} is gone")
+        try:
+            return _from_bytes(key, data)
+        except (SafetensorError, LookupError, TypeError, ValueError) as error:
+            raise DamagedAnswer(f"{self._folder}/{name} is damaged") from error
+
+    def write(self, key: str, answer: Answer) -> None:
+        """Keep the answer to a chunk."""
+        self._folder.write(_file(key), _to_bytes(key, answer))
+
+
+def _file(key: str) -> str:
+    return f"journal/{key}.safetensors"
+
+
+def _to_bytes(key: str, answer: Answer) -> bytes:
+    linears = list(answer.routing)
+    content = {
+        "scores": [[asdict(score) for score in scores] for scores in answer.scores],
+        "texts": answer.texts,
+        "tokens": answer.tokens,
+        "seconds": answer.seconds,
+        "linears": linears,
+        "routed": [answer.routed[linear] for linear in linears],
+        "cut": answer.cut,
+    }
+    weights = [answer.routing[linear] for linear in linears]
+    weights_LE = torch.stack(weights) if weights else torch.zeros(0, 0, dtype=torch.float64)
+    text, tensors = json.dumps(content), {"routing": weights_LE.contiguous()}
+    return save(tensors, metadata={"answer": text, "sha256": _checksum(key, text, weights_LE)})
+
+
+def _checksum(key: str, text: str, weights_LE: torch.Tensor) -> str:
+    digest = hashlib.sha256(f"{key}\n{text}".encode())
+    digest.update(weights_LE.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _from_bytes(key: str, data: bytes) -> Answer:
+    # The library reads metadata from files only; the header's layout is its published format.
+    size = int.from_bytes(data[:8], "little")
+    metadata = json.loads(data[8 : 8 + size])["__metadata__"]
+    weights_LE = load(data)["routing"]
+    if metadata["sha256"] != _checksum(key, metadata["answer"], weights_LE):
+        raise ValueError("its checksum is another")
+    content = json.loads(metadata["answer"])
+    linears = content["linears"]
+    return Answer(
+        scores=[[Score(**score) for score in scores] for scores in content["scores"]],
+        texts=content["texts"],
+        tokens=content["tokens"],
+        seconds=content["seconds"],
+        routing=dict(zip(linears, weights_LE, strict=True)),
+        routed=dict(zip(linears, content["routed"], strict=True)),
+        cut=content["cut"],
+    )

@@ -1,0 +1,181 @@
+"""Build the requests of a suite: once, with lm-eval's own seeds, the same for every router.
+
+lm-eval draws shots, and some of its tasks their documents or choices, at random. Here every build
+starts from the seeds of `lm_eval.simple_evaluate`, task by task, so a task's requests depend
+neither on the other tasks of the suite nor on what was built before. What still differs between
+two builds is an error, see `SuiteRequests.build` and `SuiteRequests.check`.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.defaults import DEFAULT_OTHER_SEED
+
+from harness import run_folder
+from harness.evaluation.chunks import Chunk
+from harness.evaluation.documents import Documents
+from harness.evaluation.lm import list_chunks, quiet
+from harness.source_code import code_of, digest
+from harness.storage import Folder
+from harness.tasks import TaskData, describe, folder_of
+from harness.tasks.lm_eval_tasks import make_task
+from harness.tasks.sources.lm_eval import check_documents, lm_eval_seeds
+from phatgoose.errors import PhatgooseError
+
+
+@dataclass(frozen=True)
+class TaskRequests:
+    """What one task asks.
+
+    Attributes:
+        data: the task.
+        task: lm-eval's task; whenever lm-eval builds its requests, it gets copies of these.
+        documents: what it is evaluated on.
+        instances: the requests, in lm-eval's order.
+        made_from: a hash of the definition, the data and the code that determine them.
+        fingerprint: a hash of the requests and the right answers.
+    """
+
+    data: TaskData
+    task: Any
+    documents: Documents
+    instances: list[Instance]
+    made_from: str
+    fingerprint: str
+
+    @property
+    def right(self) -> list[str]:
+        """Each document's right answer as it follows the prompt."""
+        delimiter = self.task.config.target_delimiter
+        return [delimiter + row["targets"][0] for row in self.documents.rows]
+
+
+@dataclass(frozen=True)
+class SuiteRequests:
+    """What a suite asks.
+
+    Attributes:
+        suite: its name.
+        tasks: by `<suite>/<task>`.
+    """
+
+    suite: str
+    tasks: dict[str, TaskRequests]
+
+    @staticmethod
+    def build(suite: str, tasks: Sequence[TaskData]) -> "SuiteRequests":
+        """Build the requests of a suite.
+
+        Raises:
+            PhatgooseError: a task cannot be built, or two builds of it differ.
+        """
+        return SuiteRequests(suite, {f"{suite}/{d.name}": _build(d, suite) for d in tasks})
+
+    def check(self, folder: Folder) -> None:
+        """Compare the requests with those of earlier calls of the run, and note these.
+
+        Raises:
+            PhatgooseError: the requests of a task differ, although nothing that determines them
+                does.
+        """
+        name = run_folder.REQUESTS_FILE
+        noted = run_folder.read_json(folder, name) if folder.exists(name) else {}
+        now = {n: {"made_from": t.made_from, "hash": t.fingerprint} for n, t in self.tasks.items()}
+        for task, entry in now.items():
+            before = noted.get(task)
+            if not isinstance(before, dict) or before.get("made_from") != entry["made_from"]:
+                continue  # nothing was noted of these
+            if before.get("hash") != entry["hash"]:
+                raise _differs(task, f"from those of an earlier call ({folder}/{name})")
+        if noted != {**noted, **now}:
+            run_folder.write_json(folder, name, {**noted, **now})
+
+    @property
+    def lm_eval_tasks(self) -> dict[str, Any]:
+        """lm-eval's tasks by name."""
+        return {name: task.task for name, task in self.tasks.items()}
+
+    @property
+    def samples(self) -> dict[str, list[int]]:
+        """By task, the places of the documents that are asked about."""
+        return {name: list(range(len(t.documents.rows))) for name, t in self.tasks.items()}
+
+    @cached_property
+    def right(self) -> dict[str, list[str]]:
+        """By task, each document's right answer as it follows the prompt."""
+        return {name: task.right for name, task in self.tasks.items()}
+
+    @cached_property
+    def descriptions(self) -> dict[str, str]:
+        """By task, what it is about."""
+        return {name: describe(task.data) for name, task in self.tasks.items()}
+
+    def chunks(self, characters: int) -> list[Chunk]:
+        """Cut all requests into chunks of about so many characters."""
+        instances = [instance for task in self.tasks.values() for instance in task.instances]
+        return list_chunks(instances, characters, self.right)
+
+
+def _build(data: TaskData, suite: str) -> TaskRequests:
+    task, documents = make_task(data, suite), Documents.of(data)
+    where = f"{suite}/{data.name}"
+    is_foreign = data.spec.source == "lm_eval"
+    if is_foreign:
+        check_documents(data.spec, task, documents.rows)
+    instances = _instances(task, len(documents.rows), where)
+    asked = _as_json(instances)
+    # Tasks over tables of ours draw nothing.
+    if is_foreign and _as_json(_instances(task, len(documents.rows), where)) != asked:
+        raise _differs(where, "between two builds with the same seeds")
+    answers = [[row["targets"], row["correct"]] for row in documents.rows]
+    determining = [
+        {**asdict(data.spec), "folder": None},
+        folder_of(data.spec).name,
+        data.fingerprint,
+        digest(code_of([__name__])),
+    ]
+
+    def build_all_requests(**_: Any) -> None:
+        """Take copies of the requests built above, without the answers to earlier ones."""
+        task._instances = [replace(one, resps=[], filtered_resps={}) for one in instances]
+
+    task.build_all_requests = build_all_requests
+    return TaskRequests(
+        data, task, documents, instances, _hash(determining), _hash([asked, answers])
+    )
+
+
+def _instances(task: Any, documents: int, where: str) -> list[Instance]:
+    """The requests of the first so many documents, under lm-eval's seeds."""
+    with lm_eval_seeds(), quiet():
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+        try:
+            task.build_all_requests(samples=list(range(documents)), rank=0, world_size=1)
+        except Exception as error:  # whatever a task's own code raises
+            reason = " ".join(str(error).split())[:300]
+            raise PhatgooseError(
+                f"task {where}: lm-eval cannot build its requests ({type(error).__name__}: "
+                f"{reason}). Fix its definition, or leave it out of the suite."
+            ) from error
+    instances: list[Instance] = task.instances
+    return instances
+
+
+def _as_json(instances: Sequence[Instance]) -> str:
+    return json.dumps([[one.request_type, one.args] for one in instances], default=str)
+
+
+def _differs(task: str, how: str) -> PhatgooseError:
+    return PhatgooseError(
+        f"task {task}: its requests differ {how}, so its numbers could not be compared. Its "
+        "definition draws without a seed: seed it there, or leave the task out of the suite."
+    )
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:16]

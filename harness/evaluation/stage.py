@@ -1,0 +1,404 @@
+"""The stage `evaluate`: every router on every task of the suite, through lm-eval.
+
+lm-eval ──requests──► ShardedLM ──chunks──► journal, else evaluation actors
+   │ acc, acc_norm, exact_match                 │ full scores of every choice
+   └──────────────► scores.parquet, samples/ ◄──┘ acc_paper, nll; routing/
+"""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+from lm_eval import evaluator
+
+from harness import run_folder
+from harness.evaluation.chunks import Answer, Chunk
+from harness.evaluation.conditions import Conditions, library_versions, scoring_code
+from harness.evaluation.documents import score_rows
+from harness.evaluation.journal import DamagedAnswer, Journal
+from harness.evaluation.lm import ShardedLM, Usage, quiet
+from harness.evaluation.requests import SuiteRequests
+from harness.planning.plan import needs_profiles
+from harness.registry.packs import Members, pool_id
+from harness.reporting.summary import BEST_INDIVIDUAL, ORACLE, best_individual_rows, oracle_rows
+from harness.scheduling.workers import TICK_SECONDS, Failure, Workers
+from harness.source_code import METRICS, Code, changes, code_of, digest, router_code
+from harness.storage import Folder
+from phatgoose.errors import PhatgooseError
+from phatgoose.pool import known_expert
+from phatgoose.routers import Router, all_needs
+from phatgoose.routers.interface import side_information
+from phatgoose.routers.no_expert import NoExpert
+from phatgoose.routers.single import Single
+
+# Draws for the errors of metrics that are no means; lm-eval is not to fork this process for them.
+_BOOTSTRAPS = 200
+os.environ.setdefault("DISABLE_MULTIPROC", "1")
+_NAMED = 5  # routers or modules in a line
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A chunk to be answered under a router; `key` names its answer in the journal."""
+
+    key: str
+    name: str
+    router: Router
+    chunk: Chunk
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all evaluations of a run have in common.
+
+    Attributes:
+        folder: the run folder; its name is the run's.
+        base: the base's name.
+        conditions: what answers are computed with.
+        workers: evaluation actors.
+        chunk_characters: see `harness.evaluation.chunks.cut`.
+    """
+
+    folder: Folder
+    base: str
+    conditions: Conditions
+    workers: Workers
+    chunk_characters: int
+
+
+class Evaluation:
+    """Evaluates routers over one pool on one suite.
+
+    Args:
+        setting: what all evaluations have in common.
+        requests: what the suite asks.
+        members: the pool's experts, in its order, and their profiles if a router looks at them.
+        others: content hashes of experts outside the pool, by name.
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        requests: SuiteRequests,
+        members: Members,
+        others: Mapping[str, str] | None = None,
+    ) -> None:
+        self._folder, self._workers = setting.folder, setting.workers
+        self._requests, self._suite = requests, requests.suite
+        self._members, self._others = members, others or {}
+        self._conditions = setting.conditions
+        self._manifest = pool_id(members.experts)
+        self._common = {
+            "run": PurePosixPath(str(setting.folder)).name,
+            "base": setting.base,
+            "manifest": self._manifest,
+            "dtype": setting.conditions.dtype,
+            "device": setting.conditions.device,
+            # Metrics are computed from answers, by lm-eval and by code of ours.
+            "versions": library_versions("lm_eval"),
+            "code": digest({**scoring_code(), **code_of(METRICS)}),
+        }
+        self._journal = Journal(setting.folder)
+        self.chunks = requests.chunks(setting.chunk_characters)
+        self._characters = setting.chunk_characters
+        self.answered = 0  # chunks, by actors
+        self.requests = 0  # answered, or found in the journal
+        self.failures: dict[str, str] = {}  # of routers that an actor could not answer under
+        self._counted: set[str] = set()
+        self._found = self._journal.keys()  # answered by an earlier call
+        self._known = set(self._found)  # answered, or asked
+        self._waiting: dict[int, _Call] = {}  # what the actors were asked, by the call's key
+        self._codes: dict[str, Code] = {}
+
+    def run(self, name: str, router: Router) -> list[dict[str, Any]]:
+        """Evaluate one router: writes its samples and routing, returns its rows of scores."""
+        answers = self._answers(name, router)
+
+        def ask(chunks: Sequence[Chunk]) -> Iterator[tuple[int, Answer]]:
+            for index, chunk in enumerate(chunks):
+                yield index, answers[chunk]
+
+        lm = ShardedLM(ask, self._characters, self._requests.right)
+        with quiet():
+            output = evaluator.evaluate(
+                lm,
+                {"tasks": self._requests.lm_eval_tasks, "groups": {}},
+                samples=self._requests.samples,
+                bootstrap_iters=_BOOTSTRAPS,
+                log_samples=True,
+            )
+        assert output is not None
+        scores: list[dict[str, Any]] = []
+        samples: list[dict[str, Any]] = []
+        routing: list[dict[str, Any]] = []
+        for full_name, asked in self._requests.tasks.items():
+            labels = {"router": name, "suite": self._suite, "task": full_name.partition("/")[2]}
+            logged = output["samples"][full_name]
+            documents = asked.documents.answered(logged, lm.scores, full_name)
+            samples += [{**labels, **document} for document in documents]
+            shared = {
+                **labels,
+                **self._common,
+                "router_code": digest(self._code(router)),
+                "top_k": _options(router).get("top_k"),
+                "options": json.dumps({"kind": type(router).name(), **_options(router)}),
+                "zero_shot": router.zero_shot,
+                "side_information": side_information(router),
+                "documents": asked.fingerprint,
+                "n": len(documents),
+                "cut": sum(task == full_name for task, _ in lm.cut),
+                "seconds": lm.usage[full_name].seconds,
+                "tokens": lm.usage[full_name].tokens,
+                "expert": None,
+            }
+            scores += [
+                {**shared, **row} for row in score_rows(output["results"][full_name], documents)
+            ]
+            routing += [{**labels, **row} for row in self._routing(lm.usage[full_name])]
+        self._replace(run_folder.samples_file(name), run_folder.SAMPLES, samples)
+        if routing:
+            self._replace(run_folder.routing_file(name), run_folder.ROUTING, routing)
+        return scores
+
+    def announce(self, routers: Mapping[str, Router]) -> None:
+        """Print which routers are asked again, and why: a line for each reason.
+
+        What their answers are computed with is noted in answers.json, and compared with what an
+        earlier call of the run noted.
+        """
+        file = run_folder.ANSWERS_FILE
+        noted = run_folder.read_json(self._folder, file) if self._folder.exists(file) else {}
+        again: dict[str, dict[str, int]] = {}
+        now = {}
+        for name, router in routers.items():
+            key = f"{self._suite}/{name}"
+            now[key] = self._determining(router)
+            before = noted.get(key)
+            if not isinstance(before, dict) or not isinstance(before.get("code"), dict):
+                before = now[key]  # nothing was noted
+            if reason := _what_changed(before, now[key]):
+                lacking = sum(self._key(router, c) not in self._found for c in self.chunks)
+                again.setdefault(reason, {})[name] = lacking
+        for reason, counts in again.items():
+            if chunks := sum(counts.values()):
+                print(
+                    f"{reason} changed: {chunks} chunks of {_listed(list(counts))} are asked again",
+                    file=sys.stderr,
+                )
+        if noted != {**noted, **now}:
+            run_folder.write_json(self._folder, file, {**noted, **now})
+
+    def write_scores(self, rows: list[dict[str, Any]], derived: Collection[str] = ()) -> None:
+        """Write scores.parquet, keeping what was measured before and can be compared with it.
+
+        That is what other suites, and other routers on the same documents, got with this pool.
+        `derived` are the routers to read off from the single experts' rows.
+        """
+        table = pa.Table.from_pylist(rows, run_folder.SCORES)
+        if ORACLE in derived:
+            rows = rows + oracle_rows(table)
+        if BEST_INDIVIDUAL in derived:
+            rows = rows + best_individual_rows(table)
+        routers = {row["router"] for row in rows}
+        documents = {(row["task"], row["documents"]) for row in rows}
+        kept = [
+            row
+            for row in _read(self._folder, run_folder.SCORES_FILE, run_folder.SCORES)
+            if row["manifest"] == self._manifest
+            and (
+                row["suite"] != self._suite
+                or (row["router"] not in routers and (row["task"], row["documents"]) in documents)
+            )
+        ]
+        # The same order, whatever was measured first.
+        ordered = sorted(kept + rows, key=lambda row: row["suite"])
+        run_folder.write_table(self._folder, run_folder.SCORES_FILE, run_folder.SCORES, ordered)
+
+    def _answers(self, name: str, router: Router) -> dict[Chunk, Answer]:
+        """Every chunk's answer from the journal; what it lacks is asked before.
+
+        An answer that was altered or cut short is asked again, once.
+        """
+        self.ask({name: router})
+        self._wait(name)
+        found: dict[Chunk, Answer] = {}
+        damaged: list[Chunk] = []
+        for chunk in self.chunks:
+            key = self._key(router, chunk)
+            try:
+                found[chunk] = self._journal.read(key)
+                self._count(key, chunk)
+            except DamagedAnswer as error:
+                print(f"{error}; it is asked again", file=sys.stderr)
+                damaged.append(chunk)
+                self._found.discard(key)
+                self._known.discard(key)
+        if damaged:
+            self._add([_Call(self._key(router, c), name, router, c) for c in damaged])
+            self._wait(name)
+            found |= {c: self._journal.read(self._key(router, c)) for c in damaged}
+        return found
+
+    def _wait(self, name: str) -> None:
+        """Wait for a router's answers; PhatgooseError if an actor could not give one."""
+        while name in self.open_routers:
+            self.step(TICK_SECONDS)
+        if name in self.failures:
+            raise PhatgooseError(self.failures[name])
+
+    def ask(self, routers: Mapping[str, Router]) -> None:
+        """Let the actors answer every chunk under these routers, router by router.
+
+        Requests do not depend on the router, so that no actor need idle while lm-eval sums up one
+        router and prepares the next; lm-eval finds the answers in the journal. `step` takes them
+        in.
+        """
+        for name, router in routers.items():
+            self._add([_Call(self._key(router, c), name, router, c) for c in self.chunks])
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether answers are still awaited."""
+        return bool(self._waiting)
+
+    @property
+    def open_routers(self) -> set[str]:
+        """The routers that answers are still awaited of."""
+        return {call.name for call in self._waiting.values()}
+
+    def step(self, timeout: float) -> None:
+        """Take in answers that came within `timeout` seconds."""
+        for key, result in self._workers.step(timeout):
+            self.take(key, result)
+
+    def awaits(self, key: int) -> bool:
+        """Whether the actors' call of this key is one of this evaluation's."""
+        return key in self._waiting
+
+    def take(self, key: int, result: Any) -> None:
+        """Keep what an actor answered in the journal, or note that its router failed."""
+        call = self._waiting.pop(key)
+        if isinstance(result, Failure):
+            self.failures.setdefault(
+                call.name,
+                f"router {call.name}, task {call.chunk.task}: {result.error}; see logs/ in "
+                f"{self._folder}",
+            )
+            return
+        self._journal.write(call.key, result)
+        self.answered += 1
+        self._count(call.key, call.chunk)
+
+    def _add(self, calls: Sequence[_Call]) -> None:
+        """Ask the actors what the journal does not know and they were not asked before."""
+        for call in calls:
+            if call.key in self._found:
+                self._count(call.key, call.chunk)
+        calls = [c for c in calls if c.key not in self._known]
+        self._known.update(call.key for call in calls)
+        arguments = [
+            (
+                c.router,
+                c.chunk,
+                self._requests.descriptions[c.chunk.task],
+                self._members_of(c.router),
+                digest(self._code(c.router)),
+            )
+            for c in calls
+        ]
+        keys = self._workers.add("answer", arguments)
+        self._waiting |= zip(keys, calls, strict=True)
+
+    def _members_of(self, router: Router) -> Members:
+        """The experts that a router's actor has to have: all, or the only one that it is about.
+
+        Of no expert there is no pool, so the base has any one: it does not count.
+        """
+        if isinstance(router, NoExpert):
+            return Members(dict([next(iter(self._members.experts.items()))]))
+        if isinstance(router, Single):
+            known = {**self._members.experts, **self._others}
+            return Members({router.expert: known[known_expert(router.expert, list(known))]})
+        if needs_profiles([router]):
+            return self._members
+        return Members(self._members.experts)
+
+    def _key(self, router: Router, chunk: Chunk) -> str:
+        """What determines an answer: no other expert has a part in that of a single one."""
+        members = self._members_of(router)
+        pool = "" if isinstance(router, NoExpert) else pool_id(members.experts)
+        kind = f"{type(router).__module__}.{type(router).__qualname__}"
+        own = [kind, _options(router), digest(self._code(router)), members.profiles]
+        if "descriptions" in all_needs(router):
+            own.append(self._requests.descriptions[chunk.task])
+        return chunk.key([asdict(self._conditions), pool, *own])
+
+    def _code(self, router: Router) -> Code:
+        """The router's own source code."""
+        named = repr(router)
+        if named not in self._codes:
+            self._codes[named] = router_code(router)
+        return self._codes[named]
+
+    def _determining(self, router: Router) -> dict[str, Any]:
+        """What the answers under a router are computed with, for people to compare."""
+        conditions = {k: v for k, v in asdict(self._conditions).items() if k != "code"}
+        return {
+            **conditions,
+            "options": _options(router),
+            "code": {**scoring_code(), **self._code(router)},
+        }
+
+    def _count(self, key: str, chunk: Chunk) -> None:
+        """Tell of an answer, once per chunk and router."""
+        if key not in self._counted:
+            self._counted.add(key)
+            self.requests += len(chunk.requests)
+
+    def _routing(self, usage: Usage) -> Iterator[dict[str, Any]]:
+        for linear, weights_E in usage.routing.items():
+            shares = (weights_E / weights_E.sum()).tolist()
+            entropy = -sum(share * math.log(share) for share in shares if share > 0)
+            for expert, share in zip(self._members.experts, shares, strict=True):
+                yield {
+                    "linear": linear,
+                    "expert": expert,
+                    "share": share,
+                    "tokens": usage.routed[linear],
+                    "entropy": entropy,
+                }
+
+    def _replace(self, name: str, schema: pa.Schema, rows: list[dict[str, Any]]) -> None:
+        """Write a router's rows of this suite, keeping its rows of others."""
+        kept = [r for r in _read(self._folder, name, schema) if r["suite"] != self._suite]
+        ordered = sorted(kept + rows, key=lambda row: row["suite"])
+        run_folder.write_table(self._folder, name, schema, ordered)
+
+
+def _what_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between two notes of what answers are computed with; empty if nothing does."""
+    names = [name for name in now if name != "code" and before.get(name) != now[name]]
+    return _listed(names + changes(before["code"], now["code"]))
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _options(router: Router) -> dict[str, Any]:
+    """A router's options by name."""
+    return asdict(router)  # type: ignore[call-overload]  # a dataclass, as all routers are
+
+
+def _read(folder: Folder, name: str, schema: pa.Schema) -> list[dict[str, Any]]:
+    if not folder.exists(name):
+        return []
+    rows = run_folder.read_table(folder, name, schema).to_pylist()
+    return [{**row, "metrics": dict(row["metrics"])} if "metrics" in row else row for row in rows]

@@ -1,0 +1,76 @@
+"""Which routers the pool that there is can serve, and with what besides its experts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from harness.config.schema import MULTITASK
+from harness.multitask import Multitask
+from harness.planning.plan import Plan, needs_profiles
+from harness.registry import Registry
+from harness.registry.packs import Members
+from phatgoose.errors import PhatgooseError
+from phatgoose.routers import Router
+
+
+@dataclass
+class Served:
+    """What can be evaluated.
+
+    Attributes:
+        routers: by their name in results.
+        problems: the routers that cannot be, and why.
+        members: the pool's experts, and their profiles if a router looks at them.
+        others: content hashes of experts outside the pool, by name.
+    """
+
+    members: Members
+    routers: dict[str, Router] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    others: dict[str, str] = field(default_factory=dict)
+
+
+def choose(plan: Plan, registry: Registry, experts: Mapping[str, str]) -> Served:
+    """Leave out the routers that lack an expert, a profile, or the multitask expert.
+
+    The plan has checked what can be known before training; this is what came of it.
+
+    Args:
+        plan: the checked run.
+        registry: where the experts are.
+        experts: content hash by name of those of the pool that there are.
+
+    Raises:
+        PhatgooseError: no router is left.
+    """
+    profiles = _profiles(plan, registry, experts)
+    served = Served(Members(experts))
+    multitask = plan.multitask and registry.finished(plan.multitask.card.job)
+    if multitask:
+        served.others[MULTITASK] = multitask
+    lacking = ", ".join(name for name in experts if name not in profiles)
+    for name, router in plan.config.routers(list(experts)).items():
+        try:
+            if isinstance(router, Multitask):
+                if multitask is None:
+                    raise PhatgooseError("its expert is not trained")
+            else:
+                router.check_experts(list(experts))
+            if needs_profiles([router]):
+                if lacking:
+                    raise PhatgooseError(f"there is no profile of {lacking}")
+                served.members = Members(experts, profiles)
+        except PhatgooseError as error:
+            served.problems.append(f"router {name} is left out: {error}")
+            continue
+        served.routers[name] = router
+    if not served.routers:
+        raise PhatgooseError("; ".join(served.problems))
+    return served
+
+
+def _profiles(plan: Plan, registry: Registry, experts: Mapping[str, str]) -> dict[str, str]:
+    """The ids, by expert, of the profiles that are there."""
+    ids = {job.card.name: job.profile_id for job in plan.jobs}
+    there = registry.profiles()
+    found = {name: ids[name] for name, content in experts.items() if (content, ids[name]) in there}
+    return {name: profile_id for name, profile_id in found.items() if profile_id is not None}

@@ -1,0 +1,105 @@
+"""How much work a plan is, and about how long it takes on one core of this machine."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from harness.evaluation.chunks import Request, cut
+from harness.tasks import TaskData
+from harness.tasks.lm_eval_tasks import evaluation_table
+from harness.tasks.store import read_records
+from harness.training.job import TrainJob
+from phatgoose.base import Base
+from phatgoose.recipe import Recipe
+from phatgoose.tokenization import encode_pairs
+
+# Of what a processor does in a large product, what short texts get.
+_EFFICIENCY = 0.5
+_CHARACTERS_PER_TOKEN = 4
+# Examples of a task that are looked at to know how long they are.
+_SAMPLE = 64
+
+
+@dataclass(frozen=True)
+class EvaluationWork:
+    """What one router has to answer: requests, the chunks they are cut into, and their text."""
+
+    requests: int
+    chunks: int
+    characters: int
+
+
+def evaluation_work(tasks: Sequence[TaskData], chunk_characters: int) -> EvaluationWork:
+    """The work of one router: a request per document."""
+    requests = chunks = characters = 0
+    for data in tasks:
+        asked = [
+            Request(row["input"], tuple(row["choices"] or row["targets"][:1]))
+            for row in evaluation_table(data).to_pylist()
+        ]
+        requests += len(asked)
+        chunks += len(cut(data.name, "score", asked, chunk_characters))
+        characters += sum(request.characters for request in asked)
+    return EvaluationWork(requests, chunks, characters)
+
+
+def training_tokens(
+    base: Base, jobs: Sequence[TrainJob], pool: Sequence[TaskData]
+) -> dict[str, int]:
+    """By job id, about how many tokens a job trains on, all steps together.
+
+    Measured on the first examples of each task, which are in the order of a hash.
+    """
+    recipes = {spec.name: job.recipe for job in jobs for spec in job.tasks}
+    mean = {data.name: _tokens_per_example(base, data, recipes[data.name]) for data in pool}
+    return {
+        job.card.job: round(
+            job.recipe.batch_size
+            * job.steps
+            * statistics.fmean(mean[spec.name] for spec in job.tasks)
+        )
+        for job in jobs
+    }
+
+
+def _tokens_per_example(base: Base, data: TaskData, recipe: Recipe) -> float:
+    records = read_records(data.train, _SAMPLE) if data.counts["train"] else []
+    if not records:
+        return 0.0
+    pairs = [(record.input, record.targets[0]) for record in records]
+    limits = recipe.max_input_tokens, recipe.max_target_tokens
+    names = [f"task {data.name}, document {record.document}" for record in records]
+    encoded = encode_pairs(base, pairs, *limits, names=names)
+    return statistics.fmean(len(context) + len(target) for context, target in encoded)
+
+
+def train_seconds(tokens: float, parameters: int) -> float:
+    """About how long one core trains on so many tokens, all steps together."""
+    # Forward, and backward through the activations: two operations per parameter each.
+    return _seconds(tokens, 4 * parameters)
+
+
+def evaluate_seconds(work: EvaluationWork, routers: int, parameters: int) -> float:
+    """About how long one core answers all requests under each router."""
+    return _seconds(routers * work.characters / _CHARACTERS_PER_TOKEN, 2 * parameters)
+
+
+def _seconds(tokens: float, operations_per_token: float) -> float:
+    return tokens * operations_per_token / (_EFFICIENCY * _operations_per_second())
+
+
+def _operations_per_second() -> float:
+    """Floating-point operations per second of one core, from a short product."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        matrix = torch.ones(1024, 1024)
+        matrix @ matrix
+        started = time.perf_counter()
+        matrix @ matrix
+        return 2 * 1024**3 / (time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,221 @@
+"""The jobs of a run: what determines each expert, and each profile, that the run needs."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+
+from harness.config.schema import MULTITASK, RunConfig
+from harness.registry import Registry
+from harness.registry.files import Record
+from harness.source_code import PROFILES, changes, code_of, digest
+from harness.tasks import TaskData
+from harness.training.job import TrainJob, data_fingerprint
+from phatgoose.base import Base
+from phatgoose.encoder import load_encoder
+from phatgoose.errors import PhatgooseError
+from phatgoose.expert import Card, Expert
+from phatgoose.recipe import Recipe
+from phatgoose.routers import Router, all_needs
+from phatgoose.routers.interface import NEEDS
+
+# Part of the ids of jobs and profiles since version 0.1.0, whose registries stay usable. The code
+# that makes experts and profiles is recorded beside them, see `check_code`.
+_FORMAT = 1
+_NAMED = 5
+_LOG = logging.getLogger(__name__)
+
+
+def pool_jobs(
+    config: RunConfig, base: Base, registry: Registry, pool: Sequence[TaskData]
+) -> list[TrainJob]:
+    """One job per expert of the pool, in its order.
+
+    Raises:
+        PhatgooseError: an adapter or an expert of the registry is not there or does not fit.
+    """
+    jobs = []
+    for data in pool:
+        spec = data.spec
+        if spec.source == "registry":
+            card = registry.load(registry.find(spec.name)).card
+            jobs.append(TrainJob(card, (spec,), config.train))
+        elif spec.adapter is not None:
+            jobs.append(_adapter_job(config.train, base, data))
+        else:
+            card = _card(config.train, base, spec.name, data.fingerprint)
+            jobs.append(TrainJob(card, (spec,), config.train))
+    return jobs
+
+
+def multitask_job(config: RunConfig, base: Base, pool: Sequence[TaskData]) -> TrainJob | None:
+    """The job of the router `multitask`; None if there is no such router."""
+    recipe, data = config.multitask_recipe, [item for item in pool if item.counts["train"]]
+    if recipe is None:
+        return None
+    if len(data) < len(pool):
+        raise PhatgooseError("router multitask: not every task of the pool comes with data")
+    card = _card(recipe, base, MULTITASK, data_fingerprint(data))
+    return TrainJob(card, tuple(item.spec for item in data), recipe)
+
+
+def with_profiles(
+    config: RunConfig,
+    jobs: Sequence[TrainJob],
+    pool: Sequence[TaskData],
+    registry: Registry,
+    finished: Mapping[str, Record],
+) -> list[TrainJob]:
+    """Return the same jobs with the id of the profile that each gets; none without data.
+
+    A profile that was measured in the same way by other source code is taken if the configuration
+    accepts that, and always if version 0.1.0 did it, which noted no code.
+
+    Raises:
+        PhatgooseError: there are such profiles, and they are not accepted.
+    """
+    encoder = load_encoder(config.profile.encoder)
+    how = [_FORMAT, asdict(config.profile), encoder.fingerprint]
+    own = digest(code_of(PROFILES))
+    there: dict[tuple[str, str], list[str]] = {}
+    for content, profile_id in registry.profiles():
+        there.setdefault((content, profile_id.partition("-")[0]), []).append(profile_id)
+    told = []
+    others: dict[str, str] = {}
+    for job, data in zip(jobs, pool, strict=True):
+        if not data.counts["train"]:
+            told.append(replace(job, profile_id=None))
+            continue
+        key = json.dumps([*how, data.fingerprint, data.description], sort_keys=True)
+        measured = hashlib.sha256(key.encode()).hexdigest()[:16]
+        profile_id = f"{measured}-{own}"
+        record = finished.get(job.card.job)
+        found = there.get((record.object, measured), []) if record else []
+        if found and profile_id not in found:
+            profile_id = max(found)
+            others[job.card.name] = profile_id.partition("-")[2]
+        told.append(replace(job, profile_id=profile_id))
+    check_code("profile", others, PROFILES, config, registry)
+    return told
+
+
+def check_code(
+    what: str,
+    made_by: Mapping[str, str],
+    roots: Sequence[str],
+    config: RunConfig,
+    registry: Registry,
+) -> None:
+    """Refuse experts or profiles that other source code made, or warn that they are accepted.
+
+    Args:
+        what: `expert` or `profile`.
+        made_by: by the expert's name, a digest of the code that made it; empty if not known.
+        roots: the modules whose code makes it now.
+        config: the run's configuration.
+        registry: where the experts are.
+
+    Raises:
+        PhatgooseError: some were made by other code, and `train.accept_code` is not set.
+    """
+    now = code_of(roots)
+    others = {name: code for name, code in made_by.items() if code not in ("", digest(now))}
+    if not others:
+        return
+    found = [change for code in others.values() for change in changes(registry.code(code), now)]
+    named, modules = list(others), list(dict.fromkeys(found))
+    again = f"`python -m harness.registry remove {registry.folder} {named[0]}`, and so on"
+    if what == "profile":
+        again = f"delete their files in {registry.folder}/profiles"
+    made = (
+        f"{len(others)} {what}s ({_few(named)}) were made by other source code: {_few(modules)} "
+        "changed since."
+    )
+    if config.accept_code:
+        _LOG.warning("%s train.accept_code=true uses them as they are.", made)
+        return
+    raise PhatgooseError(
+        f"{made} Set train.accept_code=true to use them as they are; to make them again: {again}."
+    )
+
+
+def _few(names: Sequence[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def check_needs(
+    routers: dict[str, Router], jobs: Sequence[TrainJob], registry: Registry, recipe: Recipe
+) -> None:
+    """Refuse a router that the pool will lack something for, before any work.
+
+    Raises:
+        PhatgooseError: naming the router, what it needs, the experts without, and the mend.
+    """
+    ungated = [job.card.name for job in jobs if not _will_have_gates(job, registry, recipe)]
+    without_data = [job.card.name for job in jobs if job.profile_id is None]
+    for name, router in routers.items():
+        for need in all_needs(router):
+            lacking = ungated if need == "gates" else without_data
+            if lacking:
+                shown = ", ".join(lacking[:5]) + (", ..." if len(lacking) > 5 else "")
+                raise PhatgooseError(
+                    f"router {name} needs {need}, which {shown} will not have: {NEEDS[need]}; in a "
+                    "pool's YAML, `members` are an expert's data"
+                )
+
+
+def _will_have_gates(job: TrainJob, registry: Registry, recipe: Recipe) -> bool:
+    spec = job.tasks[0]
+    if spec.source == "registry":
+        expert = registry.load(registry.find(spec.name))
+        return all(factors.gate_D is not None for factors in expert.linears.values())
+    return recipe.gates is not None and bool(spec.members)
+
+
+def _card(recipe: Recipe, base: Base, name: str, data: str) -> Card:
+    """The card of an expert that is trained."""
+    values = asdict(recipe)
+    determines = {
+        "version": _FORMAT,
+        "name": name,
+        "base": base.fingerprint,
+        "data": data,
+        "recipe": values,
+    }
+    return Card(
+        name=name,
+        task=name,
+        base=base.name,
+        base_fingerprint=base.fingerprint,
+        data_fingerprint=data,
+        job=_digest(determines),
+        scale=recipe.scale,
+        recipe=values,
+        metrics={},
+    )
+
+
+def _adapter_job(recipe: Recipe, base: Base, data: TaskData) -> TrainJob:
+    """The job of an imported expert, whose gates are trained here if there is data for them.
+
+    Without gates its job is that of the import alone, wherever that is done.
+    """
+    assert data.spec.adapter is not None
+    imported = Expert.from_peft(data.spec.adapter, base=base, name=data.spec.name).card
+    card = imported
+    if data.spec.members and recipe.gates is not None:
+        # Of the recipe, what made the factors was somebody else's.
+        ours = asdict(recipe)
+        for other in ("rank", "scale", "init_std", "lora"):
+            del ours[other]
+        determines = {"adapter": imported.job, "data": data.fingerprint, "recipe": ours}
+        job = _digest({"version": _FORMAT, **determines})
+        card = replace(imported, job=job, recipe={**imported.recipe, **ours})
+    card = replace(card, data_fingerprint=data.fingerprint)
+    return TrainJob(card, (data.spec,), recipe, imported=imported.job)
+
+
+def _digest(determines: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps(determines, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,0 +1,334 @@
+"""What a run will do, found out and checked before anything is written or any actor starts."""
+
+import itertools
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from harness.config.schema import RunConfig
+from harness.evaluation.conditions import Conditions
+from harness.evaluation.overlap import Overlap, find_overlaps
+from harness.evaluation.requests import SuiteRequests
+from harness.planning.estimate import (
+    EvaluationWork,
+    evaluate_seconds,
+    evaluation_work,
+    train_seconds,
+    training_tokens,
+)
+from harness.planning.jobs import check_code, check_needs, multitask_job, pool_jobs, with_profiles
+from harness.planning.suites import check_lengths, check_suite
+from harness.registry import Registry
+from harness.run_folder import OVERLAP_FILE, RUN_FILE, read_run
+from harness.source_code import TRAINING
+from harness.storage import Folder
+from harness.tasks import TaskData, TaskSpec, prepare_all, prepare_here
+from harness.tasks.sources import SPLIT_ALREADY
+from harness.training.job import TrainJob
+from phatgoose.architecture import linear_sizes
+from phatgoose.base import Base, bare_model, fingerprint, locate_base
+from phatgoose.errors import PhatgooseError
+from phatgoose.expert import validate_name
+from phatgoose.routers import Router, all_needs
+
+_SPARE_BYTES = 500 * 2**20
+# How many overlaps are printed.
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked run.
+
+    Attributes:
+        config: the configuration.
+        folder: the run folder.
+        base_fingerprint: of the base.
+        pool: its tasks' data.
+        suites: each suite's tasks' data, by its name.
+        requests: what each suite asks, by its name; none without the stage `evaluate`.
+        conditions: what answers are computed with.
+        jobs: one per expert, in the pool's order.
+        multitask: the job of the multitask expert, if there is a router for it.
+        finished: content hash by job id, of experts that need no training.
+        tokens: by job id, how much the job trains on, all steps together, by a sample.
+        routers: by their name in results.
+        work: what one router has to answer, in all suites.
+        overlaps: by suite, what its tasks share with training data; little enough to go on.
+        expert_bytes: size of one expert.
+        train_seconds, evaluate_seconds: estimates for one core of this machine.
+    """
+
+    config: RunConfig
+    folder: Folder
+    base_fingerprint: str
+    pool: list[TaskData]
+    suites: dict[str, list[TaskData]]
+    requests: dict[str, SuiteRequests]
+    conditions: Conditions
+    jobs: list[TrainJob]
+    multitask: TrainJob | None
+    finished: dict[str, str]
+    tokens: dict[str, int]
+    routers: dict[str, Router]
+    work: EvaluationWork
+    overlaps: dict[str, list[Overlap]]
+    expert_bytes: int
+    train_seconds: float
+    evaluate_seconds: float
+
+    @property
+    def open_jobs(self) -> list[TrainJob]:
+        """Jobs still to be done, the longest first."""
+        jobs = [job for job in self.all_jobs if job.card.job not in self.finished]
+        return sorted(jobs, key=lambda job: -self.tokens[job.card.job])
+
+    @property
+    def all_jobs(self) -> list[TrainJob]:
+        """The pool's jobs and the multitask one."""
+        return [*self.jobs, *([self.multitask] if self.multitask else [])]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What all results in one run folder have in common."""
+        return {
+            "base": self.base_fingerprint,
+            "experts": {job.card.name: job.card.job for job in self.jobs},
+        }
+
+    def describe(self) -> str:
+        """The plan, for a terminal."""
+        config, done = self.config, len(self.all_jobs) - len(self.open_jobs)
+        size = len(self.jobs) * self.expert_bytes / 2**20
+        lines = [
+            f"base      {config.base.name} ({self.base_fingerprint[:12]}, {config.base.dtype}, on "
+            f"{self.conditions.device})",
+            f"pool      {config.pool['name']}: {len(self.jobs)} experts, {size:.0f} MiB",
+            *(
+                f"suite     {name}: {', '.join(data.name for data in tasks)}"
+                for name, tasks in self.suites.items()
+            ),
+            f"routers   {', '.join(config.router)}",
+            f"run.dir   {self.folder}",
+        ]
+        if "train" in config.stages:
+            lines.append(
+                f"train     {len(self.open_jobs)} of {len(self.all_jobs)} jobs ({done} done "
+                f"before)" + (f", {_minutes(self.train_seconds)}" if self.open_jobs else "")
+            )
+        if "evaluate" in config.stages:
+            lines.append(
+                f"evaluate  {len(self.routers)} passes over {self.work.requests} requests in "
+                f"{self.work.chunks} chunks, {_minutes(self.evaluate_seconds)} (less what was "
+                "answered before)"
+            )
+        found = [overlap for overlaps in self.overlaps.values() for overlap in overlaps]
+        worst = sorted(found, key=lambda overlap: -overlap.share)
+        lines += [f"overlap   {overlap}" for overlap in worst[:_SHOWN]]
+        if len(worst) > _SHOWN:
+            lines.append(f"overlap   {len(worst) - _SHOWN} more pairs, in {OVERLAP_FILE}")
+        return "\n".join(lines)
+
+
+def _minutes(seconds: float) -> str:
+    return f"about {max(1, round(seconds / 60))} min of one core's time"
+
+
+def make_plan(
+    config: RunConfig,
+    prepare: Callable[[list[TaskSpec]], None] = prepare_here,
+    device: str = "cpu",
+) -> Plan:
+    """Check configuration, names, data, base, registry and disk; write nothing but the cache.
+
+    Args:
+        config: the configuration.
+        prepare: makes the files of tasks that have none.
+        device: the kind of device that evaluation actors are to have, `cpu` or `cuda`.
+
+    Raises:
+        PhatgooseError: the first thing that would stop the run later.
+    """
+    pool_specs = config.pool_tasks()
+    suite_specs = {suite["name"]: config.suite_tasks(suite) for suite in config.suites}
+    for uri in (config.run.dir, config.registry):
+        _check_can_be_made(Folder(uri))
+    for spec in pool_specs:
+        validate_name(spec.name)
+    for specs in suite_specs.values():
+        _check_held_out(pool_specs, specs)
+    location = locate_base(config.base.name, revision=config.base.revision)
+    base = _bare_base(location, config)
+    parameters = sum(parameter.numel() for parameter in base.model.parameters())
+    all_specs = [*pool_specs, *(spec for specs in suite_specs.values() for spec in specs)]
+    data = iter(prepare_all(all_specs, prepare))
+    pool = list(itertools.islice(data, len(pool_specs)))
+    suites = {name: list(itertools.islice(data, len(specs))) for name, specs in suite_specs.items()}
+    for suite in config.suites:
+        check_suite(base, suite, suites[suite["name"]])
+    overlaps = {name: find_overlaps(pool, tasks) for name, tasks in suites.items()}
+    for suite in config.suites:
+        _check_overlaps(suite, config.overlap.limit, overlaps[suite["name"]])
+    registry = Registry(config.registry, base.fingerprint)
+    jobs = pool_jobs(config, base, registry, pool)
+    multitask = multitask_job(config, base, pool)
+    routers = config.routers([job.card.name for job in jobs])
+    evaluates = "evaluate" in config.stages
+    records = registry.records(job.card.job for job in [*jobs, *([multitask] if multitask else [])])
+    made_by = {
+        job.card.name: records[job.card.job].code
+        for job in [*jobs, *([multitask] if multitask else [])]
+        # Experts that a pool takes from the registry by name are taken as they are.
+        if job.card.job in records and job.steps and job.tasks[0].source != "registry"
+    }
+    check_code("expert", made_by, TRAINING, config, registry)
+    if "train" in config.stages or (evaluates and needs_profiles(routers.values())):
+        jobs = with_profiles(config, jobs, pool, registry, records)
+    requests = {}
+    if evaluates:
+        check_needs(routers, jobs, registry, config.train)
+        requests = {name: SuiteRequests.build(name, tasks) for name, tasks in suites.items()}
+    for suite in config.suites:
+        if evaluates and suite.get("too_long") == "refuse":
+            check_lengths(base, requests[suite["name"]].chunks(1))
+    all_jobs = [*jobs, *([multitask] if multitask else [])]
+    finished = {job: record.object for job, record in records.items()}
+    tokens = training_tokens(base, all_jobs, pool)
+    unfinished = sum(count for job, count in tokens.items() if job not in finished)
+    tasks = [data for tasks in suites.values() for data in tasks]
+    work = evaluation_work(tasks, config.chunk_characters)
+    plan = Plan(
+        config=config,
+        folder=Folder(config.run.dir),
+        base_fingerprint=base.fingerprint,
+        pool=pool,
+        suites=suites,
+        requests=requests,
+        conditions=Conditions.here(base.fingerprint, config.base.dtype, device),
+        jobs=jobs,
+        multitask=multitask,
+        finished=finished,
+        tokens=tokens,
+        routers=routers,
+        work=work,
+        overlaps=overlaps,
+        expert_bytes=_expert_bytes(base, config.train.rank),
+        train_seconds=train_seconds(unfinished, parameters),
+        evaluate_seconds=evaluate_seconds(work, len(routers), parameters),
+    )
+    _check_same_run(plan)
+    _check_disk(plan, registry.folder)
+    plan.folder.check_writable(creates=False)
+    registry.folder.check_writable()
+    return plan
+
+
+def needs_profiles(routers: Iterable[Router]) -> bool:
+    """Whether any of these routers looks at the experts' profiles."""
+    return any(need != "gates" for router in routers for need in all_needs(router))
+
+
+def _check_held_out(pool: list[TaskSpec], suite: list[TaskSpec]) -> None:
+    """Refuse to evaluate on documents that an expert is trained on."""
+    for spec in suite:
+        for expert in pool:
+            if spec.source != expert.source:
+                continue
+            shared = set(spec.members) & set(expert.members)
+            # Where data sets come with their splits, every task has the same ones; elsewhere the
+            # split goes by the task's name.
+            same = spec.name == expert.name or spec.source in SPLIT_ALREADY
+            if shared and (spec.split == "all" or not same):
+                raise PhatgooseError(
+                    f"suite task {spec.name} holds documents of {min(shared)} that expert "
+                    f"{expert.name} is trained on: call it {expert.name} with split: evaluation, "
+                    "or leave one of them out"
+                )
+
+
+def _check_overlaps(suite: Mapping[str, Any], limit: float, overlaps: Sequence[Overlap]) -> None:
+    """Refuse to evaluate on documents that an expert of another task has seen.
+
+    The pool's own tasks are not held out: what they share with each other is reported only.
+    """
+    if suite.get("of_pool"):
+        return
+    # A task's own evaluation split may be as like its training data as the task's author made it.
+    over = [o for o in overlaps if o.share > limit and o.suite_task != o.expert]
+    if over:
+        worst = max(over, key=lambda overlap: overlap.share)
+        raise PhatgooseError(
+            f"{len(over)} pairs of a suite task and an expert have more than {limit:.0%} of the "
+            f"task's documents in common: {worst}: leave one of the two out, or set overlap.limit="
+        )
+
+
+def _bare_base(location: Path, config: RunConfig) -> Base:
+    """The base without its weights, to know what fits it."""
+    name, trust = config.base.name, config.base.trust_remote_code
+    model, linears = bare_model(name, location, trust_remote_code=trust)
+    tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust)
+    return Base(name, fingerprint(location), model, tokenizer, linears)
+
+
+def _expert_bytes(base: Base, rank: int) -> int:
+    """The size of an expert of this rank with its gates."""
+    sizes = [linear_sizes(base.model.get_submodule(name)) for name in base.linears]
+    return sum(4 * (rank * (inputs + outputs) + inputs) for inputs, outputs in sizes)
+
+
+def _check_same_run(plan: Plan) -> None:
+    """Refuse to mix the results of two pools in one folder."""
+    if not plan.folder.exists(RUN_FILE):
+        return
+    before = read_run(plan.folder).get("identity")
+    if before == plan.identity:
+        return
+    what = "base"
+    if before and before["base"] == plan.base_fingerprint:
+        old, new = before["experts"], plan.identity["experts"]
+        changed = [name for name in new if name in old and old[name] != new[name]]
+        same = old.keys() == new.keys()
+        what = f"training recipe or data for {', '.join(changed[:_SHOWN])}" if same else "pool"
+    raise PhatgooseError(
+        f"run.dir={plan.folder} holds a run with another {what}. Choose another run.dir (with "
+        f"registry={plan.config.registry} what is the same is not trained again), or give the "
+        "configuration and data that its run.json has."
+    )
+
+
+def _check_can_be_made(folder: Folder) -> None:
+    """Refuse, before any download, a local folder that cannot be made or written to."""
+    path = _existing(folder)
+    if path is not None and not (path.is_dir() and os.access(path, os.W_OK)):
+        raise PhatgooseError(
+            f"{folder} cannot be written to ({path} is in the way): choose another run.dir= or "
+            "registry="
+        )
+
+
+def _existing(folder: Folder) -> Path | None:
+    """The nearest folder above that is there already; None if it is not a local one."""
+    path = folder.local("objects")
+    while path is not None and not path.exists():
+        path = path.parent
+    return path
+
+
+def _check_disk(plan: Plan, registry: Folder) -> None:
+    path = _existing(registry)
+    if path is None:
+        return
+    # Each expert stands in its object and in the pack.
+    needed = 2 * len(plan.jobs) * plan.expert_bytes + _SPARE_BYTES
+    free = shutil.disk_usage(path).free
+    if free < needed:
+        raise PhatgooseError(
+            f"{registry} has {free / 2**30:.1f} GiB free, and the run needs about "
+            f"{needed / 2**30:.1f} GiB: free some, or choose another registry= and run.dir="
+        )

@@ -1,0 +1,88 @@
+"""Check, before anything is trained, that a base can answer what the suites ask."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from harness.evaluation.chunks import Chunk
+from harness.tasks import TaskData
+from harness.tasks.generation_options import generation_options
+from harness.tasks.lm_eval_tasks import evaluation_table
+from harness.tasks.sources.lm_eval import load_task
+from phatgoose.base import Base
+from phatgoose.errors import PhatgooseError
+from phatgoose.scoring import Question
+from phatgoose.tokenization import encode_context, encode_pairs, max_length, prompt_room
+
+
+def check_suite(base: Base, suite: Mapping[str, Any], tasks: Sequence[TaskData]) -> None:
+    """Refuse what the base cannot answer of a suite.
+
+    Args:
+        base: the base; its weights are not needed.
+        suite: the suite's YAML file as a dictionary.
+        tasks: its tasks.
+
+    Raises:
+        PhatgooseError: an option of generation that is not obeyed, more tokens to generate than
+            the base has positions, or an answer of no token or of more than the base reads.
+    """
+    for data in tasks:
+        try:
+            _check_generation(base, data)
+            _check_answers(base, data)
+        except PhatgooseError as error:
+            raise PhatgooseError(f"suite {suite['name']}, task {data.name}: {error}") from error
+
+
+def check_lengths(base: Base, chunks: Iterable[Chunk]) -> None:
+    """Refuse prompts that would be cut, where `suite.too_long=refuse` asks for that.
+
+    Raises:
+        PhatgooseError: with the tasks that have such prompts, and how many.
+    """
+    counts: dict[str, int] = {}
+    for chunk in chunks:
+        for request in chunk.requests:
+            is_cut = False
+            if request.max_new_tokens:
+                prompt = encode_context(base, request.context)
+                is_cut = len(prompt) > prompt_room(base, request.max_new_tokens)
+            if request.choices:
+                question = Question.encode(base, request.context, request.choices)
+                is_cut = is_cut or question.is_cut(base)
+            if is_cut:
+                counts[chunk.task] = counts.get(chunk.task, 0) + 1
+    if counts:
+        listed = ", ".join(f"{count} of {task}" for task, count in counts.items())
+        raise PhatgooseError(
+            f"suite.too_long=refuse: base {base.name} reads {max_length(base)} tokens, and prompts "
+            f"are longer ({listed}). Leave these tasks out, or set suite.too_long=cut."
+        )
+
+
+def _check_generation(base: Base, data: TaskData) -> None:
+    """Check a task's options of generation, and that they leave room for a prompt."""
+    if data.kind != "generation":
+        return
+    limit = data.spec.max_new_tokens
+    if data.spec.source == "lm_eval":
+        task = load_task(data.spec)
+        if task.OUTPUT_TYPE != "generate_until":
+            return
+        limit = generation_options(data.name, task.config.generation_kwargs).max_new_tokens
+    prompt_room(base, limit)
+
+
+def _check_answers(base: Base, data: TaskData) -> None:
+    """Check that each answer to score has a token, and that the base reads all its tokens."""
+    rows = evaluation_table(data).to_pylist()
+    answers = {a: row for row in rows for a in row["choices"] or row["targets"][:1]}
+    names = [f"document {row['document']}" for row in answers.values()]
+    encoded = encode_pairs(base, [("", answer) for answer in answers], names=names)
+    room = max_length(base)
+    for (answer, row), (_, ids) in zip(answers.items(), encoded, strict=True):
+        if len(ids) - 1 > room:
+            raise PhatgooseError(
+                f"document {row['document']}: the answer {answer[:40]!r}... has {len(ids) - 1} "
+                f"tokens, and base {base.name} reads {room}. Leave the task out."
+            )

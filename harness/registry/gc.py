@@ -1,0 +1,198 @@
+"""What no manifest and no record names goes away: `python -m harness.registry gc`.
+
+Garbage is: objects that neither a manifest nor a job's record names, profiles of objects that are
+gone, packs that hold such an object or are not whole, and files that a killed writer left. With
+`keep_manifests`, manifests older than so many go first, and then what only they named. A record
+stays, and its object with it: the job is finished, and the next run enters it.
+
+Files younger than `older_than` stay: a run may be about to name them. An object as old as that may
+still be named at this very moment, where a run makes the same expert again. So what was deleted is
+kept in memory until the records and manifests have been read once more, and written back if one
+names it now; and whoever publishes looks for the object once more after its record is there
+(`Registry._store`). Of the two, the later one sees what the other did. If a gc is killed in that
+moment, a job's record may be left without its object: the next run trains that expert again.
+"""
+
+import contextlib
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from harness.registry.files import (
+    job_files,
+    manifest_file,
+    manifest_numbers,
+    object_file,
+    object_files,
+    profile_files,
+    read_manifest,
+    read_records,
+)
+from harness.registry.packs import LOCK, read_index
+from harness.storage import Folder
+from harness.storage.stores import Entry
+from harness.storage.temporary import TEMPORARY
+from phatgoose.errors import PhatgooseError
+
+DAY = 86400.0
+# Objects deleted between two looks at what is named; so much is in memory.
+_BATCH_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """A file to be removed, its size in bytes, and why nothing needs it."""
+
+    file: str
+    bytes: int
+    why: str
+
+
+def collect(
+    folder: Folder,
+    *,
+    keep_manifests: int | None = None,
+    older_than: float = DAY,
+    dry_run: bool = False,
+) -> list[Garbage]:
+    """Remove the garbage of a registry; returns what was removed.
+
+    Args:
+        folder: of the registry.
+        keep_manifests: how many of the newest manifests stay; all if None.
+        older_than: files that were written within so many seconds stay.
+        dry_run: remove nothing; returns what would be.
+
+    Raises:
+        PhatgooseError: a manifest or record cannot be read, so that it is not known what it names.
+    """
+    if keep_manifests is not None and keep_manifests < 1:
+        raise PhatgooseError(f"keep_manifests is {keep_manifests}: at least the newest must stay")
+    before = time.time() - older_than
+    files = {entry.path: entry for entry in folder.entries(hidden=True)}
+    old = {path: entry for path, entry in files.items() if entry.modified < before}
+    names = _Names(folder, set(_old_manifests(folder, keep_manifests)) & old.keys())
+    named = names.read()
+    objects = set(object_files(folder))
+    unnamed = [old[file] for file in sorted(objects - named) if file in old]
+    removed = [_garbage(old[f], "an old manifest") for f in sorted(names.without)]
+    if dry_run:
+        removed += [_garbage(entry, _NO_NAME) for entry in unnamed]
+    else:
+        for file in sorted(names.without):
+            folder.delete(file, missing_ok=True)
+        removed += _remove_objects(folder, unnamed, names)
+    rest = list(_rest(folder, old, objects - {garbage.file for garbage in removed}))
+    if not dry_run:
+        for garbage in rest:
+            folder.remove_left_over(garbage.file)
+            _remove_if_empty(folder, garbage.file)
+    return removed + rest
+
+
+_NO_NAME = "no manifest or record names it"
+
+
+def _garbage(entry: Entry, why: str) -> Garbage:
+    return Garbage(entry.path, entry.size, why)
+
+
+def _old_manifests(folder: Folder, keep: int | None) -> list[str]:
+    numbers = manifest_numbers(folder)
+    return [] if keep is None else [manifest_file(number) for number in numbers[:-keep]]
+
+
+class _Names:
+    """Which objects the manifests and records name, read anew as often as needed."""
+
+    def __init__(self, folder: Folder, without: set[str]) -> None:
+        """`without` are manifests that do not count."""
+        self.without = without
+        self._folder = folder
+        self._read: dict[str, tuple[float, set[str]]] = {}  # by file: when written, what it names
+
+    def read(self) -> set[str]:
+        """The files of all objects that are named now; only what changed is read."""
+        folder = self._folder
+        for number in manifest_numbers(folder):
+            file = manifest_file(number)
+            if file not in self.without and file not in self._read:
+                contents = read_manifest(folder, number).experts.values()
+                self._read[file] = 0.0, set(map(object_file, contents))
+        written = {entry.path: entry.modified for entry in folder.entries("jobs/")}
+        records = set(job_files(folder)) & written.keys()
+        new = [f for f in records if self._read.get(f, (None,))[0] != written[f]]
+        for file, record in read_records(folder, new):
+            if isinstance(record, PhatgooseError):
+                raise record
+            self._read[file] = written[file], {object_file(record.object)} if record else set()
+        return set().union(*(named for _, named in self._read.values()))
+
+
+def _remove_objects(folder: Folder, entries: Sequence[Entry], names: _Names) -> Iterator[Garbage]:
+    """Delete objects; what is named by now is written back, and not among those returned."""
+    for batch in _batches(entries):
+        named = names.read()
+        deleted: dict[str, bytes] = {}
+        for entry in batch:
+            data = None if entry.path in named else folder.find(entry.path)
+            if data is not None:
+                deleted[entry.path] = data
+                folder.delete(entry.path, missing_ok=True)
+        for file in names.read() & deleted.keys():
+            folder.create(file, deleted.pop(file))
+        yield from (_garbage(entry, _NO_NAME) for entry in batch if entry.path in deleted)
+
+
+def _batches(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
+    batch: list[Entry] = []
+    for entry in entries:
+        if batch and sum(e.size for e in batch) + entry.size > _BATCH_BYTES:
+            yield batch
+            batch = []
+        batch.append(entry)
+    if batch:
+        yield batch
+
+
+def _rest(folder: Folder, old: dict[str, Entry], objects: set[str]) -> Iterator[Garbage]:
+    """What is neither an object nor a manifest."""
+    for file, content, _ in profile_files(folder):
+        if file in old and object_file(content) not in objects:
+            yield _garbage(old[file], "its expert is gone")
+    lost: dict[str, bool] = {}
+    for path, entry in old.items():
+        first, _, below = path.partition("/")
+        if any(TEMPORARY.fullmatch(part) for part in path.split("/")):
+            yield _garbage(entry, "left by a process that was killed")
+        elif first == "packs" and below.endswith(LOCK):
+            yield _garbage(entry, "left by a process that made a pack")
+        elif match := re.fullmatch(r"packs/([0-9a-f]{16})/.*", path):
+            pack = match[1]
+            if pack not in lost:
+                lost[pack] = _is_lost(folder, pack, objects)
+            if lost[pack]:
+                yield _garbage(entry, "a pack of experts that are gone, or not whole")
+        elif re.fullmatch(r"check-[0-9a-f]{32}", path):
+            yield _garbage(entry, "left by a process that was killed")
+
+
+def _remove_if_empty(folder: Folder, file: str) -> None:
+    """Remove the folders of a pack whose last file is gone."""
+    packs = folder.local("packs")
+    if packs is None or not file.startswith("packs/"):
+        return
+    with contextlib.suppress(OSError):  # it holds something
+        for parent in (packs.parent / file).parents:
+            if parent == packs:
+                return
+            parent.rmdir()
+
+
+def _is_lost(folder: Folder, pack: str, objects: set[str]) -> bool:
+    """Whether a pack cannot be served any more, or never will be asked for."""
+    path = folder.local(f"packs/{pack}")
+    with contextlib.suppress(PhatgooseError):
+        return path is not None and not {*map(object_file, read_index(path).values())} <= objects
+    return True

@@ -1,0 +1,225 @@
+"""Packs: a pool's experts stacked into one file that all actors of a machine map.
+
+    packs/<id>/pool.safetensors   the pool; the id is a hash over its experts
+    packs/<id>/pack.json          which experts those are, a digest of the code that stacked them,
+                                 and a hash of the file
+
+A pack can be made again from the registry's objects at any time. One that was cut short, altered,
+or made by other code is not used: it is made again.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from harness.registry import Registry
+from harness.source_code import code_of, digest
+from harness.storage.temporary import temporary_name
+from phatgoose.cache import cache_dir
+from phatgoose.errors import PhatgooseError
+from phatgoose.expert import Expert
+from phatgoose.pool import Pool
+
+POOL_FILE, INDEX_FILE = "pool.safetensors", "pack.json"
+LOCK = ".lock"  # how the hidden files end by which one process keeps others waiting
+# A process that waits longer for another's pack makes its own.
+_WAIT_SECONDS = 1800.0
+_BEAT_SECONDS = 5.0
+_TRIES = 5
+_CHUNK_BYTES = 2**22
+
+
+@dataclass(frozen=True)
+class Members:
+    """The experts of a pool: content hash by name, and profile id by name if profiles count."""
+
+    experts: Mapping[str, str]
+    profiles: Mapping[str, str] | None = None
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What tells pools apart: their order counts, which `==` of dictionaries leaves out."""
+        return tuple(self.experts.items()), self.profiles and tuple(self.profiles.items())
+
+
+def pool_id(experts: Mapping[str, str]) -> str:
+    """What identifies a pool: a hash over its experts' names and content hashes, in its order."""
+    return hashlib.sha256(json.dumps(list(experts.items())).encode()).hexdigest()[:16]
+
+
+def open_pool(
+    registry: Registry,
+    experts: Mapping[str, str],
+    load: Callable[[str], Expert],
+    beat: Callable[[], None] = lambda: None,
+) -> Pool:
+    """Map the pack of these experts, making it first if this machine has no whole one.
+
+    It lies in the registry where that is a local folder, else in the cache. Of the processes that
+    want it at once, one makes it and the others wait; where the filesystem has no locks, each
+    makes it, and they do not disturb each other.
+
+    Args:
+        registry: where the experts are kept.
+        experts: content hash by name, in the pool's order.
+        load: reads and verifies the expert of a hash.
+        beat: called again and again, as a sign of life.
+
+    Raises:
+        PhatgooseError: an expert cannot be read, or the pack cannot be written.
+    """
+    packs = registry.folder.local("packs") or cache_dir() / "packs"
+    folder = packs / pool_id(experts)
+    pool = _open_whole(folder, beat)
+    if pool is None:
+        try:
+            packs.mkdir(parents=True, exist_ok=True)
+            with _alone(packs / f".{folder.name}{LOCK}", beat):
+                pool = _open_whole(folder, beat)  # another process may have made it meanwhile
+                # Without locks, another process may replace a damaged pack at the same time.
+                for _ in range(_TRIES):
+                    if pool is not None:
+                        break
+                    _make(folder, experts, load, beat)
+                    pool = _open_whole(folder, beat)
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+            raise PhatgooseError(
+                f"cannot write the pack {folder} ({reason}): free some space there, or see that "
+                "it may be written to"
+            ) from error
+    if pool is None:
+        raise PhatgooseError(f"the pack {folder} was damaged while it was made: check the disk")
+    return pool
+
+
+def read_index(folder: Path, beat: Callable[[], None] = lambda: None) -> dict[str, str]:
+    """Which experts a pack holds: content hash by name.
+
+    Raises PhatgooseError, naming the file, if the pack is not whole.
+    """
+    return _read_index(folder, beat)[0]
+
+
+def _read_index(folder: Path, beat: Callable[[], None]) -> tuple[dict[str, str], str | None]:
+    """The experts of a whole pack, and a digest of the code that stacked them."""
+    try:
+        index = json.loads((folder / INDEX_FILE).read_bytes())
+        experts = {str(name): str(content) for name, content in index["experts"]}
+        if pool_id(experts) != folder.name:
+            raise ValueError("its experts are others")
+        is_of_0_1_0 = index.keys() == {"experts", "xxh3_128"}
+        if not is_of_0_1_0 and index.pop("sha256") != _checksum(index):
+            raise ValueError(f"{INDEX_FILE} was altered")
+        if _hash(folder / POOL_FILE, beat) != index["xxh3_128"]:
+            raise ValueError(f"{POOL_FILE} was altered or cut short")
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise PhatgooseError(
+            f"{folder} is no whole pack ({reason}): delete it, or leave it; the next run that "
+            "needs it makes it anew"
+        ) from error
+    return experts, index.get("code")
+
+
+def pack_folders(registry: Path) -> list[Path]:
+    """The folders of all packs in a local registry."""
+    packs = registry / "packs"
+    found = packs.iterdir() if packs.is_dir() else iter(())
+    return sorted(path for path in found if path.is_dir() and not path.name.startswith("."))
+
+
+def _open_whole(folder: Path, beat: Callable[[], None]) -> Pool | None:
+    """The pack, if there is one and it is whole."""
+    try:
+        experts, code = _read_index(folder, beat)
+        if code != _code():
+            return None
+        pool = Pool.open(folder)
+    except (PhatgooseError, OSError, RuntimeError, SafetensorError):  # cut short in between
+        return None
+    return pool if pool.experts == tuple(experts) else None
+
+
+def _make(
+    folder: Path,
+    experts: Mapping[str, str],
+    load: Callable[[str], Expert],
+    beat: Callable[[], None],
+) -> None:
+    """Write a pack next to where it belongs and move it there whole; a damaged one goes away."""
+    temporary = folder.with_name(temporary_name())
+    temporary.mkdir()
+    try:
+        new, old = temporary / "new", temporary / "old"
+        Pool.from_experts([load(content) for content in experts.values()]).save(new)
+        index = {
+            "experts": list(experts.items()),
+            "code": _code(),
+            "xxh3_128": _hash(new / POOL_FILE, beat),
+        }
+        index["sha256"] = _checksum(index)
+        (new / INDEX_FILE).write_text(json.dumps(index))
+        for path in (new, new / INDEX_FILE):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # others may map it too
+        if folder.exists() and _open_whole(folder, beat) is None:
+            with contextlib.suppress(FileNotFoundError):
+                folder.rename(old)
+        _rename_unless_there(new, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _checksum(index: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
+
+
+@functools.cache
+def _code() -> str:
+    """A digest of the source code that stacks experts and reads them."""
+    return digest(code_of(["phatgoose.pool"]))
+
+
+def _rename_unless_there(new: Path, folder: Path) -> None:
+    try:
+        new.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        # else a process on another machine was first, and its pack is the same
+
+
+@contextlib.contextmanager
+def _alone(lock: Path, beat: Callable[[], None]) -> Iterator[None]:
+    """Keep the other processes of this machine out; go on without where locks do not work."""
+    ends = time.monotonic() + _WAIT_SECONDS
+    with contextlib.ExitStack() as held:
+        while time.monotonic() < ends:
+            try:
+                held.enter_context(FileLock(lock, timeout=_BEAT_SECONDS))
+                break
+            except Timeout:
+                beat()
+            except (OSError, NotImplementedError):
+                break
+        yield
+
+
+def _hash(path: Path, beat: Callable[[], None]) -> str:
+    state = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            state.update(chunk)
+            beat()
+    return state.hexdigest()

@@ -1,0 +1,351 @@
+"""The registry: every expert of one base, as immutable objects and numbered manifests.
+
+    objects/<hash>.arrow   one expert each, named by the hash of its content
+    jobs/<job>.json        which object a finished job made, and under which name
+    manifests/<n>.json     name -> hash of the whole pool; the highest number counts
+    code/<digest>.json     the source code that made experts and profiles, as hashes by module
+    profiles/<hash>-<id>.safetensors   what routers know of an expert besides its weights, measured
+                                       in the way that the id stands for
+
+A publish writes them in this order. Once the job's record is there the job is finished, and
+whatever a crash then left undone is done by the next call that meets the record. `remove` and
+`rename` delete the record before they write the manifest, so that no call enters the name again
+behind their back. So every method may be repeated at any time.
+
+Any number of processes may share a registry: each record and manifest is created only if there is
+none (`Folder.create`), and whoever was second reads the other's and builds on it. Two runs whose
+recipes or data differ may make different experts of one name: both are kept, each run finds its own
+by its job, and the name in the pool stands for the one that was entered last.
+
+`python -m harness.registry --help` tells the command line (harness/registry/__main__.py).
+"""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from harness.registry.files import (
+    Manifest,
+    Record,
+    code_file,
+    job_file,
+    job_files,
+    manifest_file,
+    manifest_numbers,
+    object_file,
+    profile_file,
+    profile_files,
+    read_expert,
+    read_manifest,
+    read_profile,
+    read_record,
+    read_records,
+)
+from harness.source_code import digest
+from harness.storage import Folder
+from phatgoose.errors import PhatgooseError
+from phatgoose.expert import Expert, validate_name, with_job
+from phatgoose.profile import Profile
+
+# Up to so many jobs are looked up one by one.
+_FEW = 8
+
+
+class Registry:
+    """The registry of one base in the folder `uri` (a path or URI).
+
+    Raises PhatgooseError if the registry there belongs to another base.
+    """
+
+    def __init__(self, uri: str | Path, base_fingerprint: str) -> None:
+        """Open the registry, which is empty if nothing is there; nothing is written yet."""
+        self.folder = Folder(uri)
+        self.base_fingerprint = base_fingerprint
+        self.manifest()
+
+    @classmethod
+    def open(cls, uri: str | Path) -> "Registry":
+        """Open the registry at `uri`, whatever its base; PhatgooseError if there is none."""
+        folder = Folder(uri)
+        numbers = manifest_numbers(folder)
+        if not numbers:
+            raise PhatgooseError(
+                f"no registry here: {folder} has no manifests/<n>.json; give the folder that has "
+                "(a run keeps it in <run.dir>/registry)"
+            )
+        return cls(uri, read_manifest(folder, max(numbers)).base_fingerprint)
+
+    def publish(
+        self,
+        expert: Expert,
+        *,
+        replace: bool = True,
+        enter: bool = True,
+        code: Mapping[str, str] | None = None,
+    ) -> str:
+        """Store an expert under its card's job and name; return its content hash.
+
+        `code` is the source code that trained it, see `harness.source_code`.
+
+        The same expert twice makes one object and one manifest. Work may be delivered twice, and
+        training may differ in the last bits: the first expert of a job is kept and its hash is
+        returned for the later ones. Another job's expert of the same name takes over that name;
+        with `replace=False` it is refused.
+        """
+        card = expert.card
+        if card.base_fingerprint != self.base_fingerprint:
+            raise PhatgooseError(
+                f"expert {card.name!r} was made with base {card.base_fingerprint[:12]}, but the "
+                f"registry {self.folder} is for base {self.base_fingerprint[:12]}: publish it in "
+                "a registry of its own base"
+            )
+        record = self._record(card.job)
+        if record is None:
+            if not replace:
+                self._check_free(self.manifest(), card.name, expert.content_hash())
+            record = self._store(expert, self.put_code(code) if code else "")
+        if enter:
+            self._enter({card.job: record}, replace)
+        return record.object
+
+    def enter(self, jobs: Iterable[str]) -> dict[str, str]:
+        """Let the newest manifest name what these finished jobs made; one manifest for all.
+
+        Returns the content hash that each job made; jobs still to be done are left out. Of several
+        jobs whose experts have one name, the last one counts.
+        """
+        records = self._records(jobs)
+        self._enter(records)
+        return {job: record.object for job, record in records.items()}
+
+    def recorded(self, job: str) -> str | None:
+        """As `finished`, but changes nothing: for looking before any work."""
+        record = self._record(job)
+        return None if record is None else record.object
+
+    def records(self, jobs: Iterable[str]) -> dict[str, Record]:
+        """Return the records of the finished ones among these jobs; changes nothing."""
+        return self._records(jobs)
+
+    def put_code(self, code: Mapping[str, str]) -> str:
+        """Keep what source code a digest stands for; return the digest."""
+        name = digest(code)
+        if not self.folder.exists(code_file(name)):
+            self.folder.create(code_file(name), json.dumps(code, sort_keys=True).encode())
+        return name
+
+    def code(self, name: str) -> dict[str, str]:
+        """Return the source code that a digest stands for; nothing if that is not known."""
+        data = self.folder.find(code_file(name))
+        try:
+            return {str(k): str(v) for k, v in json.loads(data or b"{}").items()}
+        except (AttributeError, ValueError):
+            return {}  # damaged: it is only shown to people
+
+    def recorded_all(self, jobs: Iterable[str]) -> dict[str, str]:
+        """As `enter`, but changes nothing: the hashes of the finished ones among many jobs."""
+        return {job: record.object for job, record in self._records(jobs).items()}
+
+    def finished(self, job: str) -> str | None:
+        """The hash of the expert that a job made; None if the job is still to be done.
+
+        The newest manifest names the expert afterwards, even if a crash cut the publish short or
+        another job's expert took over the name. None also where the object was deleted.
+        """
+        return self.enter([job]).get(job)
+
+    def remove(self, name: str) -> str | None:
+        """Take a name out of the pool; return the hash that it had, None if it had none.
+
+        The record of the expert's job is deleted, so that the next run that needs the expert
+        trains it again. The object stays, because older manifests name it.
+        """
+        while True:
+            newest = self.manifest()
+            if name not in newest.experts:
+                return None
+            content_hash = newest.experts[name]
+            self._forget(content_hash)
+            rest = {key: value for key, value in newest.experts.items() if key != name}
+            if self._follow(newest, rest):
+                return content_hash
+
+    def rename(self, old: str, new: str) -> str:
+        """Give an expert another name; return the hash of the renamed expert.
+
+        An object never changes and its card holds the name, so the renamed expert is another
+        object; and since a job stands for one name, it is the expert of another job, the one that
+        an import under the new name has (a hash of its content). It is stored, with that job's
+        record, as `publish` does; the old job's record is deleted; one manifest drops `old` and
+        adds `new`. So a run whose pool has `old` trains it again, next to `new`. An imported
+        adapter is afterwards as if it had been imported as `new`.
+
+        Raises PhatgooseError if there is no `old`, if there is a `new`, or if it is no valid name.
+        """
+        validate_name(new)
+        while True:
+            newest = self.manifest()
+            content_hash = self._named(newest, [old])[old]
+            if new in newest.experts:
+                raise PhatgooseError(
+                    f"the registry {self.folder} has an expert {new}: choose another name, or "
+                    "remove or rename that one first"
+                )
+            expert = self.load(content_hash)
+            renamed_expert = with_job(dataclasses.replace(expert.card, name=new), expert.linears)
+            renamed = self._store(renamed_expert).object
+            self._forget(content_hash)
+            rest = {key: value for key, value in newest.experts.items() if key != old}
+            if self._follow(newest, {**rest, new: renamed}):
+                return renamed
+
+    def load(self, content_hash: str) -> Expert:
+        """Read one expert and verify its content; on a local disk it is mapped, read-only.
+
+        Raises PhatgooseError, naming the file, if it is missing, truncated or altered.
+        """
+        return read_expert(self.folder, content_hash)
+
+    def put_profile(self, content_hash: str, profile_id: str, data: bytes) -> None:
+        """Keep the profile of an expert, `Profile.to_bytes`; one that is there stays."""
+        self.folder.create(profile_file(content_hash, profile_id), data)
+
+    def has_profile(self, content_hash: str, profile_id: str) -> bool:
+        """Whether the profile of an expert was measured in this way before."""
+        return self.folder.exists(profile_file(content_hash, profile_id))
+
+    def profiles(self) -> set[tuple[str, str]]:
+        """Of all profiles, the content hash of the expert and the profile's id."""
+        return {(content_hash, id_) for _, content_hash, id_ in profile_files(self.folder)}
+
+    def profile(self, content_hash: str, profile_id: str) -> Profile:
+        """Read a profile; on a local disk it is mapped.
+
+        Raises PhatgooseError, naming the file, if it is missing or damaged.
+        """
+        return read_profile(self.folder, profile_file(content_hash, profile_id))
+
+    def manifest(self) -> Manifest:
+        """The newest manifest; number 0 and no experts if there is none.
+
+        Raises PhatgooseError if it cannot be read, or if it is of another base.
+        """
+        numbers = manifest_numbers(self.folder)
+        if not numbers:
+            return Manifest(0, None, self.base_fingerprint, {})
+        newest = read_manifest(self.folder, max(numbers))
+        if newest.base_fingerprint != self.base_fingerprint:
+            raise PhatgooseError(
+                f"the registry {self.folder} was made with base {newest.base_fingerprint[:12]}, "
+                f"but this base is {self.base_fingerprint[:12]}: choose another folder with "
+                "registry=..., or the base it was made with"
+            )
+        return newest
+
+    def experts(self, names: Iterable[str]) -> dict[str, str]:
+        """The hashes of the experts of these names; PhatgooseError lists all that are missing."""
+        return self._named(self.manifest(), list(names))
+
+    def find(self, name: str) -> str:
+        """The hash of the expert of this name; PhatgooseError if there is none."""
+        return self.experts([name])[name]
+
+    def _named(self, manifest: Manifest, names: list[str]) -> dict[str, str]:
+        """The hashes of these names in one manifest."""
+        pool = manifest.experts
+        missing = [name for name in names if name not in pool]
+        if missing:
+            near = sorted({n for name in missing for n in difflib.get_close_matches(name, pool)})
+            hint = (
+                f"did you mean {', '.join(near)}?"
+                if near
+                else "`python -m harness.registry list` says which it has"
+            )
+            raise PhatgooseError(
+                f"the registry {self.folder} has no experts {', '.join(missing)}: {hint}"
+            )
+        return {name: pool[name] for name in names}
+
+    def _check_free(self, manifest: Manifest, name: str, content_hash: str) -> None:
+        if manifest.experts.get(name, content_hash) != content_hash:
+            raise PhatgooseError(
+                f"the registry {self.folder} has another expert {name}: choose another name with "
+                "--name, or replace it with --replace"
+            )
+
+    def _store(self, expert: Expert, code: str = "") -> Record:
+        """Write the object, then the job's record; return the record that counts."""
+        record = Record(expert.content_hash(), expert.card.name, code)
+        if not self.folder.exists(object_file(record.object)):
+            self.folder.write(object_file(record.object), expert.to_bytes())
+        file = job_file(expert.card.job)
+        if not self.folder.create(file, record.to_bytes()):
+            first = self._record(expert.card.job)
+            if first is not None:
+                return first  # another process finished the same job in the meantime
+            self.folder.write(file, record.to_bytes())  # the old record's object is gone
+        # An object that was there before and had no record may just have been collected as garbage.
+        if not self.folder.exists(object_file(record.object)):
+            self.folder.write(object_file(record.object), expert.to_bytes())
+        return record
+
+    def _record(self, job: str) -> Record | None:
+        """The record of a job, if there is one and its object still exists."""
+        record = read_record(self.folder, job_file(job))
+        return record if record and self.folder.exists(object_file(record.object)) else None
+
+    def _records(self, jobs: Iterable[str]) -> dict[str, Record]:
+        """The records, of those of these jobs that have one whose object still exists.
+
+        Of many jobs, the files are listed instead of asked for one by one.
+        """
+        jobs = list(dict.fromkeys(jobs))
+        if len(jobs) <= _FEW:
+            found = ((job, self._record(job)) for job in jobs)
+            return {job: record for job, record in found if record is not None}
+        there = set(self.folder.names("jobs/"))
+        files = {job_file(job): job for job in jobs}
+        records = {}
+        for file, record in read_records(self.folder, [file for file in files if file in there]):
+            if isinstance(record, PhatgooseError):
+                raise record
+            if record is not None:
+                records[files[file]] = record
+        # After the records, whose objects were written before them.
+        objects = set(self.folder.names("objects/"))
+        return {job: r for job, r in records.items() if object_file(r.object) in objects}
+
+    def _forget(self, content_hash: str) -> None:
+        """Delete the records of the jobs that made this object."""
+        for file, record in read_records(self.folder, job_files(self.folder)):
+            if isinstance(record, PhatgooseError):
+                raise record
+            if record and record.object == content_hash:
+                self.folder.delete(file, missing_ok=True)
+
+    def _enter(self, records: Mapping[str, Record], replace: bool = True) -> None:
+        """Make the newest manifest name the objects of these jobs' records that are still there."""
+        last = {record.name: job for job, record in records.items()}
+        while True:
+            newest = self.manifest()
+            pool = newest.experts
+            lacking = [j for name, j in last.items() if pool.get(name) != records[j].object]
+            # Looked at after the manifest: a `remove` that deleted a record since then writes a
+            # manifest that follows it, so that either that call or this one must look again.
+            there = self._records(lacking)
+            added = {r.name: r.object for job, r in there.items() if r == records[job]}
+            if not added:
+                return
+            if not replace:
+                for name, content_hash in added.items():
+                    self._check_free(newest, name, content_hash)
+            if self._follow(newest, {**pool, **added}):
+                return
+
+    def _follow(self, newest: Manifest, experts: dict[str, str]) -> bool:
+        """Write the manifest after `newest`; False if another process did: build on that one."""
+        number = newest.number + 1
+        following = Manifest(number, newest.number, self.base_fingerprint, experts)
+        return self.folder.create(manifest_file(number), following.to_bytes())

@@ -1,0 +1,310 @@
+"""The end of a run: confidence intervals, tables for the terminal, pictures.
+
+The tables are plain text, at most WIDTH columns wide as long as names are of ordinary length.
+"""
+
+import importlib.util
+import itertools
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from harness.config.schema import MULTITASK
+from harness.reporting.summary import (
+    BEST_INDIVIDUAL,
+    LOWER_IS_BETTER,
+    PRIMARY,
+    RESAMPLES,
+    SINGLE,
+    primary_metric,
+    summary_rows,
+)
+from harness.run_folder import (
+    ROUTING,
+    ROUTING_FOLDER,
+    SAMPLES,
+    SAMPLES_FOLDER,
+    SCORES,
+    SCORES_FILE,
+    SUMMARY,
+    SUMMARY_FILE,
+    TRAINING,
+    TRAINING_FOLDER,
+    read_folder,
+    read_table,
+    write_table,
+)
+from harness.storage import Folder
+from harness.tasks.metrics import NORMALIZED
+
+WIDTH = 120
+_NAME_WIDTH = 10
+_NONE = "-"
+_SCRIPTS = Path(__file__).resolve().parents[2] / "results"
+
+
+def make_report(folder: Folder) -> str:
+    """Turn what a run folder holds into a report, and return its text.
+
+    Writes summary.parquet and, where it can, the pictures in plots/. Doing it again gives the same
+    files. What has not been made yet is left out and named.
+
+    Raises:
+        PhatgooseError: a file of the run is damaged, or the files do not belong together.
+    """
+    training = read_folder(folder, TRAINING_FOLDER, TRAINING)
+    # The multitask expert is no member of the pool, and has no task of its own.
+    training = training.filter(pc.not_equal(training["expert"], MULTITASK))
+    parts = [
+        experts_table(training)
+        if len(training)
+        else "no training curves in this run folder: its experts come from elsewhere"
+    ]
+    if folder.exists(SCORES_FILE):
+        scores = read_table(folder, SCORES_FILE, SCORES)
+        parts += _router_parts(folder, scores)
+        parts.append("\n".join([*_draw(folder), f"results: {folder}"]))
+    else:
+        parts.append("nothing has been evaluated yet")
+    return "\n\n".join(parts) + "\n"
+
+
+def _router_parts(folder: Folder, scores: pa.Table) -> list[str]:
+    """Write the summary, and make the tables of every suite."""
+    summary = summary_rows(scores, read_folder(folder, SAMPLES_FOLDER, SAMPLES))
+    write_table(folder, SUMMARY_FILE, SUMMARY, summary)
+    suites = dict.fromkeys(row["suite"] for row in summary)
+    present = {row["metric"] for row in summary}
+    return [
+        routers_table(summary, suite, metric)
+        for suite, metric in itertools.product(suites, (PRIMARY, NORMALIZED, "nll"))
+        if metric in present
+    ]
+
+
+def experts_table(training: pa.Table) -> str:
+    """What training did for each expert, on the evaluation split of its own task.
+
+    Per expert: loss of the base and of the expert, exact match of both, and the loss with gates at
+    zero and after their training. The last line is the mean over experts.
+    """
+    measured: dict[str, dict[tuple[str, int], dict[str, Any]]] = {}
+    for row in training.to_pylist():
+        if row["split"] == "evaluation":
+            measured.setdefault(row["expert"], {})[row["stage"], row["step"]] = row
+    lines = [
+        [
+            *_first_and_last(rows, "lora", "loss"),
+            *_first_and_last(rows, "lora", "exact_match"),
+            *_first_and_last(rows, "gates", "loss"),
+        ]
+        for rows in measured.values()
+    ]
+    formats = ["{:.3f}", "{:.3f}", "{:.1%}", "{:.1%}", "{:.3f}", "{:.3f}"]
+    body = [
+        [name, *map(_cell, formats, line)]
+        for name, line in [
+            *sorted(zip(measured, lines, strict=True)),
+            ("mean", [_mean(column) for column in zip(*lines, strict=True)]),
+        ]
+    ]
+    header = ["expert", "nll\nbase", "nll\nexpert", "exact match\nbase", "exact match\nexpert"]
+    header += ["gates: nll\nat zero", "gates: nll\ntrained"]
+    title = "experts on the evaluation split of their own task (nll in nats per token)"
+    return f"{title}\n\n{_aligned(header, body, ruled_last=True)}"
+
+
+def _first_and_last(
+    rows: dict[tuple[str, int], dict[str, Any]], stage: str, column: str
+) -> tuple[float | None, float | None]:
+    """A column at step 0 of a stage and at its last step; None where it was not measured."""
+    steps = {step: row[column] for (its_stage, step), row in rows.items() if its_stage == stage}
+    last = max(steps, default=0)
+    return steps.get(0), steps[last] if last else None
+
+
+def routers_table(summary: Sequence[dict[str, Any]], suite: str, metric: str) -> str:
+    """Routers by tasks for one suite and metric (`primary`, or a metric's name), best mean first.
+
+    Single experts are not listed; the best of them is named below the table.
+    """
+    rows = [row for row in summary if row["suite"] == suite and row["metric"] == metric]
+    tasks = [task for task in dict.fromkeys(row["task"] for row in rows) if task is not None]
+    cells = {(row["router"], row["task"]): row for row in rows}
+    sign = 1 if metric in LOWER_IS_BETTER else -1
+    means = sorted((row for row in rows if row["task"] is None), key=lambda r: sign * r["value"])
+    routers = dict.fromkeys([row["router"] for row in [*means, *rows]])
+    first = {row["router"]: row for row in reversed(rows)}
+
+    percent = metric != "nll"
+    body = []
+    for router in routers:
+        if router.startswith(SINGLE):
+            continue
+        mean = cells.get((router, None))
+        line = [f"{router} {_mark(first[router])}".strip(), _with_half_width(mean, percent)]
+        line.append(_difference(mean, percent))
+        for task in tasks:
+            cell = cells.get((router, task))
+            line.append(_number(cell["value"] if cell else None, percent))
+        body.append(line)
+
+    header = ["router", "mean ±", "difference to\nmerged [95 %]"]
+    header += [_task_header(summary, suite, metric, task) for task in tasks]
+    unit = "%, higher is better" if percent else "nats per token, lower is better"
+    best = next((row for row in means if row["router"].startswith(SINGLE)), None)
+    title = f"suite {suite}: {metric}{' metric' if metric == PRIMARY else ''} ({unit})"
+    listed = [first[router] for router in routers if not router.startswith(SINGLE)]
+    return f"{title}\n\n{_aligned(header, body, fixed=3)}\n\n{_notes(listed, best, percent)}"
+
+
+def _mark(row: dict[str, Any]) -> str:
+    """What points to a note below the table."""
+    marks = "*" if not row["zero_shot"] else "+" if row["side_information"] else ""
+    return marks + ("!" if row["comparable"] is False else "")
+
+
+def _notes(listed: Sequence[dict[str, Any]], best: dict[str, Any] | None, percent: bool) -> str:
+    """What the reader of a routers table must know, a line each."""
+    notes = [
+        f"± and [ ]: 95 % intervals, {RESAMPLES:,} resamples of the documents within each task "
+        "(those that share a row,\n  passage or template together); tasks fixed, differences paired"
+    ]
+    if any(row["comparable"] is False for row in listed):
+        notes.append(
+            "! measured with another dtype, device, library version or code: not comparable with "
+            "the others;\n  evaluate it again"
+        )
+    if any("*" in _mark(row) for row in listed):
+        notes.append(
+            "* not zero-shot, chosen on these documents: oracle is the best single expert per\n"
+            "  task and metric, an upper bound; best_individual is the best one on average"
+        )
+    notes += [
+        f"+ {row['router']} also uses {row['side_information']}"
+        for row in listed
+        if "+" in _mark(row)
+    ]
+    if best and not any(row["router"] == BEST_INDIVIDUAL for row in listed):
+        name = best["router"].removeprefix(SINGLE)
+        mean = _with_half_width(best, percent)
+        notes.append(f"best single expert by this mean: {name}, {mean} (not zero-shot)")
+    return "\n".join(notes)
+
+
+def _task_header(summary: Sequence[dict[str, Any]], suite: str, metric: str, task: str) -> str:
+    """A task's name, wrapped; its primary metric; its number of documents."""
+    rows = [row for row in summary if (row["suite"], row["task"]) == (suite, task)]
+    lines = _wrapped(task)
+    if metric == PRIMARY:
+        lines.append(primary_metric({row["metric"] for row in rows}))
+    return "\n".join([*lines, f"n={rows[0]['n']}"])
+
+
+def _wrapped(name: str) -> list[str]:
+    """A name in lines of at most _NAME_WIDTH, broken after `_` where there is one."""
+    lines = [""]
+    for word in name.replace("_", "_ ").split():
+        if len(lines[-1] + word.rstrip("_")) > _NAME_WIDTH and lines[-1]:
+            lines.append("")
+        lines[-1] += word
+        while len(lines[-1].rstrip("_")) > _NAME_WIDTH:
+            lines[-1:] = [lines[-1][:_NAME_WIDTH], lines[-1][_NAME_WIDTH:]]
+    return [*(line.rstrip("_") for line in lines[:-1]), lines[-1]]
+
+
+def _number(value: float | None, percent: bool, sign: str = "") -> str:
+    if value is None:
+        return _NONE
+    return f"{100 * value:{sign}.1f}" if percent else f"{value:{sign}.3f}"
+
+
+def _with_half_width(row: dict[str, Any] | None, percent: bool) -> str:
+    if row is None:
+        return _NONE
+    half = (row["high"] - row["low"]) / 2
+    return f"{_number(row['value'], percent)} ± {_number(half, percent)}"
+
+
+def _difference(row: dict[str, Any] | None, percent: bool) -> str:
+    if row is None or row["difference"] is None:
+        return ""
+    ends = ("difference", "difference_low", "difference_high")
+    middle, low, high = (_number(row[end], percent, "+") for end in ends)
+    return f"{middle} [{low}, {high}]"
+
+
+def _cell(form: str, value: float | None) -> str:
+    return _NONE if value is None else form.format(value)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean, or None if a value is missing: means over different experts mislead."""
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present) if present and len(present) == len(values) else None
+
+
+def _aligned(
+    header: list[str], body: list[list[str]], fixed: int = 1, ruled_last: bool = False
+) -> str:
+    """A table as text: first column to the left, the others to the right.
+
+    Header cells may have several lines. Where the table is wider than WIDTH, the columns after the
+    first `fixed` ones go on in further blocks, which repeat the first column.
+    """
+    columns = [list(column) for column in zip(header, *body, strict=True)]
+    widths = [max(len(line) for cell in column for line in cell.split("\n")) for column in columns]
+    blocks = [list(range(fixed))]
+    for i in range(fixed, len(columns)):
+        if sum(widths[j] + 2 for j in [*blocks[-1], i]) - 2 > WIDTH:
+            blocks.append([0])
+        blocks[-1].append(i)
+    return "\n\n".join(_block(header, body, widths, block, ruled_last) for block in blocks)
+
+
+def _block(
+    header: list[str], body: list[list[str]], widths: list[int], block: list[int], ruled_last: bool
+) -> str:
+    heads = [header[i].split("\n") for i in block]
+    height = max(map(len, heads))
+    padded = [[""] * (height - len(head)) + head for head in heads]
+    lines = [*zip(*padded, strict=True), *([line[i] for i in block] for line in body)]
+    text = []
+    for line in lines:
+        cells = [line[0].ljust(widths[block[0]])]
+        cells += [cell.rjust(widths[i]) for i, cell in zip(block[1:], line[1:], strict=True)]
+        text.append("  ".join(cells).rstrip())
+    rule = "-" * (sum(widths[i] + 2 for i in block) - 2)
+    text.insert(height, rule)
+    if ruled_last:
+        text.insert(-1, rule)
+    return "\n".join(text)
+
+
+def _draw(folder: Folder) -> list[str]:
+    """Draw the pictures with the scripts in results/; a line for each, or why there is none."""
+    summary = folder.local(SUMMARY_FILE)
+    if summary is None or not _SCRIPTS.is_dir() or not importlib.util.find_spec("matplotlib"):
+        return [
+            "no pictures (they need a checkout, matplotlib and a local run folder); to draw them: "
+            "python results/plot_routers.py RUN_DIR; python results/plot_routing.py RUN_DIR"
+        ]
+    scripts = ["plot_routers.py"]
+    if len(read_folder(folder, ROUTING_FOLDER, ROUTING)):
+        scripts.append("plot_routing.py")
+    return [_run_script(script, summary.parent) for script in scripts]
+
+
+def _run_script(script: str, run_dir: Path) -> str:
+    """Run a plotting script, which prints the file it wrote. Its failure does not end the run."""
+    command = [sys.executable, str(_SCRIPTS / script), str(run_dir)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip() or "no message").splitlines()[-1]
+        return f"no picture from results/{script}: {reason}"
+    return f"picture: {done.stdout.strip()}"

@@ -1,0 +1,1 @@
+"""Calls on reused Ray actors, and the cluster that they run on."""

@@ -1,0 +1,66 @@
+"""What every actor of the harness answers: where it is, and how far."""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import ray
+
+import phatgoose
+from phatgoose.errors import PhatgooseError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an actor is: its node's id and address, and its process."""
+
+    node: str
+    address: str
+    process: int
+
+    def __str__(self) -> str:
+        """Short enough for a table."""
+        return f"{self.address} ({self.node[:6]}), process {self.process}"
+
+
+class Actor:
+    """The base class of the harness's actors.
+
+    Args:
+        code: what `code_version` said in the driver's process.
+
+    Raises:
+        PhatgooseError: this node has other code than the driver.
+    """
+
+    def __init__(self, code: str) -> None:
+        if code_version() != code:
+            raise PhatgooseError(
+                f"the code on node {ray.util.get_node_ip_address()} is {code_version()}, the "
+                f"driver's is {code}: install the same version of phatgoose on every node; if a "
+                "file was edited since the run began, start the same command again"
+            )
+        self._done = 0  # grows with all that is done
+        self._steps = 0  # of the call under way
+
+    def place(self) -> Place:
+        """Where this actor is."""
+        context = ray.get_runtime_context()
+        return Place(context.get_node_id(), ray.util.get_node_ip_address(), os.getpid())
+
+    def beat(self) -> tuple[int, int]:
+        """A count that grows with all that is done, and the steps of the call under way."""
+        return self._done, self._steps
+
+
+@cache
+def code_version() -> str:
+    """A hash over the source files of both packages, as this process has them on its disk."""
+    digest = hashlib.sha256()
+    for package in (Path(phatgoose.__file__).parent, Path(__file__).parents[1]):
+        for file in sorted(package.rglob("*.py")):
+            digest.update(f"{package.name}/{file.relative_to(package)}\n".encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,240 @@
+"""The Ray cluster a run works on: the one that is running, or a local one while the run lasts."""
+
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from typing import Any
+
+# Read when Ray starts: send nothing home; actors without a GPU must not see one.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
+# Of a variable that both a submitted job and `Cluster` pass on, take one; they are the same.
+os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+
+import ray
+import torch
+from ray._private import ray_constants, services
+from ray._private.state import available_resources_per_node, state
+from ray.autoscaler.sdk import request_resources
+
+from harness.config.schema import ClusterConfig
+from harness.storage import Folder
+from phatgoose.errors import PhatgooseError
+
+_MOST_REQUESTED = 1000  # actors, of the autoscaler at a time
+_LOCAL_OBJECT_STORE = 512 * 2**20  # an expert at a time passes through it
+# What the driver's environment says of these holds on every node. Tokens and keys stay at home.
+_PASSED_ON = ("PHATGOOSE_CACHE", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT")
+
+
+class Cluster:
+    """A connection to Ray, made when it is first needed and closed with the `with` block.
+
+    It goes to the Ray that is running, or to one started for this purpose that only this machine
+    can reach. A connection that the caller has made already is used and left open.
+    """
+
+    def __init__(self) -> None:
+        self._ours = False
+
+    def connect(self) -> None:
+        """Connect, if that was not done yet."""
+        if ray.is_initialized():
+            return
+        self._ours = True
+        quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "phatgoose"}
+        running = _running()
+        if running:
+            try:
+                passed_on = {k: os.environ[k] for k in _PASSED_ON if k in os.environ}
+                ray.init(address=running, runtime_env={"env_vars": passed_on}, **quiet)
+            except ConnectionError as error:
+                raise PhatgooseError(
+                    f"the Ray at {running} does not answer: start it, or end what is left of it "
+                    "with `ray stop` and unset RAY_ADDRESS to have a local one started"
+                ) from error
+        else:
+            # Or Ray takes this machine's outer address for 127.0.0.1, and listens on all of them.
+            ray_constants.ENABLE_RAY_CLUSTER = False
+            try:
+                ray.init(
+                    address="local",
+                    num_cpus=len(os.sched_getaffinity(0)),
+                    include_dashboard=False,
+                    object_store_memory=_LOCAL_OBJECT_STORE,
+                    _node_ip_address="127.0.0.1",
+                    **quiet,
+                )
+            except OSError as error:
+                raise _cannot_start(error) from error
+
+    def device(self, config: ClusterConfig) -> str:
+        """Return the kind of device that evaluation actors get, `cpu` or `cuda`.
+
+        What is not said by `cluster.gpus_per_actor` depends on whether there are GPUs: those of the
+        running cluster, or of this machine where a Ray is started for the run.
+        """
+        if config.gpus_per_actor is not None:
+            return "cuda" if config.gpus_per_actor > 0 else "cpu"
+        if not ray.is_initialized() and not _running():
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        self.connect()
+        return "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
+
+    def __enter__(self) -> "Cluster":
+        """Connect later, when `connect` is called."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the connection, and end the Ray that was started for it."""
+        if self._ours:
+            ray.shutdown()
+
+
+def _cannot_start(error: OSError) -> PhatgooseError:
+    """Why no local Ray could be started, which keeps sockets and logs in a temporary folder."""
+    variable = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
+    where = f"{variable}={os.environ.get(variable, tempfile.gettempdir())}"
+    reason = " ".join(str(error.strerror or error).split())[:200]
+    if "AF_UNIX" in reason:
+        return PhatgooseError(
+            f"{where}: the name is too long for Ray's sockets, whose paths have at most 107 "
+            "characters. Set RAY_TMPDIR to a short folder, such as RAY_TMPDIR=/tmp."
+        )
+    return PhatgooseError(
+        f"{where}: Ray cannot be started there ({reason}). Set RAY_TMPDIR to a folder with space "
+        "that you may write to."
+    )
+
+
+def _running() -> str | None:
+    """The address of a Ray that is there to be shared: in RAY_ADDRESS, or of `ray start` here.
+
+    `address="auto"` would also take the Ray that another run started for itself, and end with it.
+    """
+    address = os.environ.get("RAY_ADDRESS") or services.find_bootstrap_address(None)
+    return None if address == "local" else address
+
+
+def draining_nodes() -> frozenset[str]:
+    """The ids of nodes that are about to leave, such as spot machines that were called back."""
+    return frozenset(state.get_draining_nodes())
+
+
+def actor_options(
+    config: ClusterConfig, labels: Mapping[str, str], gpus: float | None = None
+) -> dict[str, Any]:
+    """What an actor asks of Ray: cores, GPUs, and a node with these labels.
+
+    Args:
+        config: how actors are sized.
+        labels: of the nodes that it may be on.
+        gpus: how many GPUs, if not as many as `config` says.
+    """
+    gpus = config.gpus_per_actor if gpus is None else gpus
+    if gpus is None:
+        gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+    options: dict[str, Any] = {"num_cpus": config.cpus_per_actor, "num_gpus": gpus}
+    return {**options, "label_selector": dict(labels)} if labels else options
+
+
+def room(
+    options: Mapping[str, Any], most: int | None = None, *, free: bool = False, ranks: int = 1
+) -> int:
+    """How many actors with these options the nodes that stay have room for, at most `most`.
+
+    Args:
+        options: what `actor_options` says.
+        most: a limit.
+        free: count only what nothing else holds now.
+        ranks: count groups of so many actors, which may be on several nodes.
+    """
+    labels = options.get("label_selector", {})
+    available = available_resources_per_node() if free else {}
+    leaving = draining_nodes()
+    count = 0
+    for node in ray.nodes():
+        fits = labels.items() <= (node.get("Labels") or {}).items()
+        if node["Alive"] and fits and node["NodeID"] not in leaving:
+            has = available.get(node["NodeID"], {}) if free else node["Resources"]
+            # Node by node: an actor cannot take half its cores from each of two.
+            count += _fit(has, options)
+    return min(count // ranks, most or sys.maxsize)
+
+
+def request_nodes(options: Mapping[str, Any], count: int) -> None:
+    """Ask Ray's autoscaler, where there is one, for room for so many actors; 0: no more.
+
+    It starts nodes for what waits for them, and actors are started only where there is room.
+    """
+    asks = {"CPU": options["num_cpus"], "GPU": options["num_gpus"]}
+    bundles = [{k: v for k, v in asks.items() if v > 0}] * min(count, _MOST_REQUESTED)
+    labels = [dict(options.get("label_selector", {}))] * len(bundles)
+    request_resources(bundles=bundles, bundle_label_selectors=labels)
+
+
+def check_room(
+    config: ClusterConfig,
+    labels: Mapping[str, str],
+    ranks: int = 1,
+    gpus: float | None = None,
+) -> None:
+    """Wait for a node with room for an actor, where the cluster is not this run's own.
+
+    Raises:
+        PhatgooseError: none came; it says what there is and what an actor asks for.
+    """
+    options = actor_options(config, labels, gpus)
+    ends = time.monotonic() + (0 if _is_own() else config.wait_seconds)
+    if not room(options, ranks=ranks):
+        request_nodes(options, ranks)
+    while not room(options, ranks=ranks):
+        if time.monotonic() < ends:
+            time.sleep(1)
+            continue
+        request_nodes(options, 0)
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        if not any(labels.items() <= (node.get("Labels") or {}).items() for node in alive):
+            raise PhatgooseError(
+                f"none of the {len(alive)} nodes of the Ray cluster has the labels {dict(labels)}: "
+                "start one with `ray start --labels`, or change cluster.train_nodes or "
+                "evaluate_nodes"
+            )
+        has = ray.cluster_resources()
+        asked = f"{ranks} actors ask for" if ranks > 1 else "an actor asks for"
+        raise PhatgooseError(
+            f"the Ray cluster has {has.get('CPU', 0):g} CPU and {has.get('GPU', 0):g} GPU, and "
+            f"{asked} {options['num_cpus']:g} and {options['num_gpus']:g}"
+            f"{' each' if ranks > 1 else ''}: lower cluster.cpus_per_actor, cluster.gpus_per_actor "
+            "or train.gpus_per_expert"
+        )
+
+
+def _is_own() -> bool:
+    """Whether no other node can come: this is a local Ray that ends with the run."""
+    return not _running()
+
+
+def _fit(has: Mapping[str, float], options: Mapping[str, Any]) -> int:
+    """How many actors with these options fit what a node has."""
+    asks = {"CPU": options["num_cpus"], "GPU": options["num_gpus"]}
+    return min(
+        (int(has.get(k, 0) // amount) for k, amount in asks.items() if amount > 0), default=0
+    )
+
+
+def log_to_run_folder(run_dir: str, name: str) -> None:
+    """Send all that this actor's process prints to a file of its own in the run folder.
+
+    On a run folder that is not a local path, Ray's own log files keep it.
+    """
+    path = Folder(run_dir).local(f"logs/{name}-{os.getpid()}.log")
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)

@@ -1,0 +1,37 @@
+"""Load the base on an actor: its threads, device and dtype are part of what a result is made by."""
+
+from typing import TYPE_CHECKING
+
+import ray
+import torch
+
+from phatgoose.base import Base, load_base
+from phatgoose.errors import PhatgooseError
+
+if TYPE_CHECKING:
+    from harness.config.schema import BaseConfig
+
+
+def load_base_on_actor(config: "BaseConfig", fingerprint: str, *, on_host: bool = False) -> Base:
+    """Load the base on the device that Ray gave this actor, and check that it is the plan's.
+
+    With `on_host`, it stays in the memory of the host.
+
+    Raises:
+        PhatgooseError: this node has other files of the base than the plan was made with.
+    """
+    cores = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
+    torch.set_num_threads(max(1, int(cores)))
+    base = load_base(
+        config.name,
+        dtype=config.dtype,
+        device="cuda" if ray.get_gpu_ids() and not on_host else "cpu",
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+    if base.fingerprint != fingerprint:
+        raise PhatgooseError(
+            f"base {config.name} on this node is {base.fingerprint[:12]}, the plan was made with "
+            f"{fingerprint[:12]}: put the same files on every node"
+        )
+    return base

@@ -1,0 +1,414 @@
+"""The scheduler: calls on reused actors, wherever the cluster has room, until each has a result.
+
+    waiting ──► an idle actor ──► result
+       ▲             │ dies, or shows no progress for the length of its lease
+       └─────────────┘ the call goes back, to the front
+
+Nodes that come are used, nodes that are about to leave get no new calls, an actor that died is
+replaced. A call holds a lease on its actor, which every sign of progress renews: actors count what
+they do, and only this process's monotonic clock measures time, so that clocks that jump or differ
+do no harm. What is durable of a call stands elsewhere: in the registry, the journal, the checkpoint
+of a job; so a driver that dies loses only what was under way.
+"""
+
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
+
+from harness.scheduling.actor import Place
+from harness.scheduling.cluster import draining_nodes
+from phatgoose.errors import OutOfMemory, PhatgooseError
+
+ATTEMPTS = 3  # of a call that fails by an error of its own
+DEATHS = 10  # of actors under one call that gets no further; often their nodes are the cause
+_FAILED_STARTS = 10  # of actors in a row that died before they could say why
+TICK_SECONDS = 1.0
+_AWAY_SECONDS = 10.0  # a step, and what is done with its results, takes less
+_LOOK_SECONDS = 5.0  # between two looks at the cluster, and at the progress of each actor
+_EXPECTED = f"{PhatgooseError.__module__}."
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What became of a call that has no hope.
+
+    Attributes:
+        error: one line.
+        traceback: of the last error, as far as one is known.
+    """
+
+    error: str
+    traceback: str = field(default="", compare=False)
+
+
+class Watch:
+    """What is told, and asked, of calls; `key` is a call's place in the order of being added."""
+
+    def started(self, key: int, place: Place) -> None:
+        """An actor has the call."""
+
+    def went_back(self, key: int, error: str, traceback: str) -> None:
+        """It has to be done again."""
+
+    def revise(self, key: int, error: PhatgooseError) -> tuple[Any, ...] | None:
+        """Other arguments for a call that an expected error refused; None: there is no hope."""
+        return None
+
+
+@dataclass(eq=False)
+class _Call:
+    key: int
+    method: str
+    arguments: tuple[Any, ...]
+    watch: Watch
+    errors: int = 0
+    deaths: int = 0  # since it last got further than ever
+    steps: int = 0  # how far it ever got
+
+
+@dataclass(eq=False)
+class _Actor:
+    """An actor; it is starting (no place yet), idle (waits for nothing) or at work (has a call)."""
+
+    handle: Any
+    reference: Any  # of its start, then of the call under way
+    place: Place | None = None
+    call: _Call | None = None
+    beat: Any = None  # the reference of the question how far it is
+    asked: float = 0.0
+    count: int = -1  # what it answered last: a count of all that it did
+    steps: int = 0
+    progress: float = field(default_factory=time.monotonic)  # when it last showed any
+
+
+class Workers:
+    """Actors of one kind, started when there is work and reused until `close`.
+
+    An actor gets a call only once it has started, so that one that finds no room, or cannot start
+    on its node, holds nothing up while others are at work.
+
+    Args:
+        make: starts an actor and returns its handle; the actor's class is an `Actor`, see
+            `harness.scheduling.actor`.
+        room: says how many actors the cluster has room for now.
+        lease_seconds: an actor that shows no progress for so long is ended, and its call goes back.
+        wait_seconds: how long to wait, without any actor, for a node with room.
+        want: told from time to time how many actors there is work for, and 0 in the end.
+        ended: told the handle of every actor that was ended, to free what else belongs to it.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Any],
+        room: Callable[[], int],
+        *,
+        lease_seconds: float = 900.0,
+        wait_seconds: float = 60.0,
+        want: Callable[[int], None] = lambda count: None,
+        ended: Callable[[Any], None] = lambda _: None,
+    ) -> None:
+        self._make, self._room, self._ended = make, room, ended
+        self._lease_seconds, self._wait_seconds = lease_seconds, wait_seconds
+        self._want = want
+        self.paused = False  # while it is, nothing is started and idle actors are ended
+        self._waiting: deque[_Call] = deque()
+        self._actors: list[_Actor] = []
+        self._added = 0
+        self._looked = self._had_actor = -float("inf")
+        self._stepped = time.monotonic()
+        self._has_room = 0
+        self._draining: frozenset[str] = frozenset()
+        self._failed_starts, self._hopeless_starts, self._why = 0, 0, ""
+
+    @property
+    def size(self) -> int:
+        """How many actors there are, those that are starting among them."""
+        return len(self._actors)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no call is waiting or under way."""
+        return not self._waiting and all(actor.call is None for actor in self._actors)
+
+    @property
+    def waiting(self) -> int:
+        """How many calls no actor has yet."""
+        return len(self._waiting)
+
+    @property
+    def under_way(self) -> dict[int, int]:
+        """The calls under way, and the steps done of each, as its actor last said."""
+        return {actor.call.key: actor.steps for actor in self._actors if actor.call}
+
+    @property
+    def places(self) -> list[tuple[Place, bool]]:
+        """Where actors are, and whether they are at work."""
+        return [(a.place, a.call is not None) for a in self._actors if a.place]
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether there are calls that more actors could take."""
+        return bool(self._waiting) or any(a.place is None for a in self._actors)
+
+    def add(
+        self, method: str, calls: Sequence[tuple[Any, ...]], watch: Watch | None = None
+    ) -> range:
+        """Queue calls of one method with these arguments; returns their keys."""
+        keys = range(self._added, self._added + len(calls))
+        self._added += len(calls)
+        watch = watch or Watch()
+        self._waiting += [
+            _Call(key, method, call, watch) for key, call in zip(keys, calls, strict=True)
+        ]
+        return keys
+
+    def run(
+        self,
+        method: str,
+        calls: Sequence[tuple[Any, ...]],
+        tick: Callable[[], None] = lambda: None,
+    ) -> Iterator[tuple[int, Any]]:
+        """Yield the index of each call and its result, or a Failure, as they come in.
+
+        Args:
+            method: the actors' method to call.
+            calls: the arguments of each call; they are started in this order.
+            tick: called at least about every second.
+        """
+        first = self.add(method, calls).start
+        while not self.is_done:
+            for key, result in self.step(TICK_SECONDS):
+                yield key - first, result
+            tick()
+
+    def step(self, timeout: float) -> list[tuple[int, Any]]:
+        """Give out calls, wait at most `timeout` seconds for news; keys and results that came."""
+        if self.paused:
+            for actor in [actor for actor in self._actors if actor.call is None]:
+                self._end(actor)
+        else:
+            self._look()
+            self._give_out()
+            if not self._start_actors():
+                return self._give_up()
+        by_reference = {a.reference: a for a in self._actors if a.reference is not None}
+        beats = {actor.beat: actor for actor in self._actors if actor.beat is not None}
+        references = [*by_reference, *beats]
+        if references:
+            ray.wait(references, num_returns=1, timeout=timeout)
+            # All that are there, and not only the first.
+            done, _ = ray.wait(references, num_returns=len(references), timeout=0)
+        else:
+            time.sleep(min(timeout, TICK_SECONDS) if self._waiting else 0)
+            done = []
+        came = []
+        for reference in done:
+            if reference in beats:
+                if beats[reference].beat is reference:  # not of a call whose result came too
+                    self._take_beat(beats[reference])
+            elif by_reference[reference].call is None:
+                self._take_start(by_reference[reference])
+            else:
+                came += self._take_result(by_reference[reference])
+        return came + self._end_leases()
+
+    def close(self) -> None:
+        """End the actors, and forget what is waiting."""
+        for actor in list(self._actors):
+            self._end(actor)
+        self._waiting.clear()
+        if self._looked > 0:
+            self._want(0)
+
+    def _look(self) -> None:
+        """See, from time to time, what room the cluster has, and which nodes are leaving."""
+        now = time.monotonic()
+        if not self._waiting or now - self._looked < _LOOK_SECONDS:
+            return
+        self._looked = now
+        self._want(len(self._waiting) + len(self.under_way))
+        self._has_room = self._room()
+        self._draining = draining_nodes()
+        if any(actor.place for actor in self._actors):
+            # Some nodes work: those where an actor could not start may be mended, or gone.
+            self._failed_starts = self._hopeless_starts = 0
+        for actor in list(self._actors):
+            leaves = actor.place is not None and actor.place.node in self._draining
+            if leaves and actor.call is None:
+                self._end(actor)
+
+    def _give_out(self) -> None:
+        for actor in self._actors:
+            if not self._waiting:
+                return
+            if actor.place is None or actor.call is not None or actor.place.node in self._draining:
+                continue
+            call = actor.call = self._waiting.popleft()
+            actor.reference = getattr(actor.handle, call.method).remote(*call.arguments)
+            actor.progress = actor.asked = time.monotonic()
+            actor.count, actor.steps, actor.beat = -1, 0, None
+            call.watch.started(call.key, actor.place)
+
+    def _start_actors(self) -> bool:
+        """Start as many as there is room and work for; False if calls wait and there is no hope."""
+        some_work = any(actor.place for actor in self._actors)
+        if some_work or not self._waiting or self._had_actor < 0:
+            self._had_actor = time.monotonic()
+        if not self._waiting:
+            return True
+        hopeless = self._hopeless_starts >= ATTEMPTS or self._failed_starts >= _FAILED_STARTS
+        starting = sum(actor.place is None for actor in self._actors)
+        if not hopeless:
+            leaving = sum(bool(a.place and a.place.node in self._draining) for a in self._actors)
+            room = self._has_room - (len(self._actors) - leaving)
+            more = min(room, len(self._waiting) - starting)
+            for _ in range(more):
+                handle = self._make()
+                self._actors.append(_Actor(handle, handle.place.remote()))
+        # One that starts is waited for only where there is a node for it.
+        if some_work or (self._actors and self._has_room > 0):
+            return True
+        if not hopeless and time.monotonic() - self._had_actor < self._wait_seconds:
+            return True
+        for actor in list(self._actors):
+            self._end(actor)
+        self._why = self._why or "no node of the Ray cluster has room for an actor any more"
+        return False
+
+    def _give_up(self) -> list[tuple[int, Any]]:
+        failed = [(call.key, Failure(self._why)) for call in self._waiting]
+        self._waiting.clear()
+        return failed
+
+    def _end(self, actor: _Actor) -> None:
+        """End an actor: where it was only out of reach, it would keep its cores."""
+        ray.kill(actor.handle)
+        self._ended(actor.handle)
+        self._actors.remove(actor)
+
+    def _take_start(self, actor: _Actor) -> None:
+        """Take in an actor that has started, or find out why it has not."""
+        reference, actor.reference = actor.reference, None
+        try:
+            actor.place = ray.get(reference)
+        except RayError as error:
+            self._end(actor)
+            # Of what an actor's constructor raised, Ray keeps the text only.
+            reason = last_line(error)
+            _, expected, message = reason.partition(_EXPECTED)
+            self._why = (
+                message.partition(": ")[2] if expected else f"no actor could be started: {reason}"
+            )
+            self._failed_starts += 1
+            self._hopeless_starts += getattr(error, "actor_init_failed", False) or bool(expected)
+            return
+        self._failed_starts, self._hopeless_starts, self._why = 0, 0, ""
+
+    def _take_beat(self, actor: _Actor) -> None:
+        reference, actor.beat = actor.beat, None
+        try:
+            count, actor.steps = ray.get(reference)
+        except RayError:  # its call will say so too
+            return
+        if count != actor.count:
+            actor.count, actor.progress = count, time.monotonic()
+
+    def _take_result(self, actor: _Actor) -> list[tuple[int, Any]]:
+        """The result of the call that an actor had; nothing if it has to be done again."""
+        reference, call = actor.reference, actor.call
+        assert call is not None
+        actor.reference = actor.call = actor.beat = None
+        try:
+            result = ray.get(reference)
+        except OutOfMemoryError as error:  # Ray's memory monitor ended the actor
+            self._end(actor)
+            error_of_ours = OutOfMemory(last_line(error))
+            return self._refused(call, error_of_ours, str(error), died_after=actor.steps)
+        except RayActorError as error:
+            self._end(actor)
+            return self._died(call, actor.steps, last_line(error), str(error))
+        except RayTaskError as error:
+            if isinstance(error.cause, PhatgooseError):
+                return self._refused(call, error.cause, str(error))
+            return self._failed(call, last_line(error), str(error))
+        except RayError as error:
+            return self._failed(call, last_line(error), str(error))
+        return [(call.key, result)]
+
+    def _end_leases(self) -> list[tuple[int, Any]]:
+        """Ask actors at work how far they are; end those that show no progress."""
+        now = time.monotonic()
+        # Time in which this process did not look, as it was busy or stopped, does not count.
+        away = max(0.0, now - self._stepped - _AWAY_SECONDS)
+        self._stepped = now
+        ended = []
+        for actor in [actor for actor in self._actors if actor.reference is not None]:
+            actor.progress += away
+            if now - actor.progress > self._lease_seconds:
+                self._end(actor)
+                if actor.call is None:
+                    self._failed_starts += 1
+                    self._why = f"no actor could be started within {self._lease_seconds:.0f} s"
+                    continue
+                error = f"no progress for {self._lease_seconds:.0f} s on {actor.place}"
+                ended += self._died(actor.call, actor.steps, error, "")
+            elif actor.call is None:
+                continue
+            elif actor.beat is None and now - actor.asked >= _LOOK_SECONDS:
+                actor.asked, actor.beat = now, actor.handle.beat.remote()
+        return ended
+
+    def _died(self, call: _Call, steps: int, error: str, traceback: str) -> list[tuple[int, Any]]:
+        if steps > call.steps:  # a job of days outlives many nodes, as long as it gets on
+            call.deaths, call.steps = 0, steps
+        call.deaths += 1
+        if call.deaths >= DEATHS:
+            return [
+                (call.key, Failure(f"its actor died {DEATHS} times: {error}", _plain(traceback)))
+            ]
+        return self._again(call, f"its actor died: {error}", traceback)
+
+    def _failed(self, call: _Call, error: str, traceback: str) -> list[tuple[int, Any]]:
+        call.errors += 1
+        if call.errors >= ATTEMPTS:
+            return [(call.key, Failure(f"{error} (tried {ATTEMPTS} times)", _plain(traceback)))]
+        return self._again(call, error, traceback)
+
+    def _refused(
+        self,
+        call: _Call,
+        error: PhatgooseError,
+        traceback: str,
+        *,
+        died_after: int | None = None,
+    ) -> list[tuple[int, Any]]:
+        """An expected error: the same arguments would give it again, others may not."""
+        revised = call.watch.revise(call.key, error)
+        if revised is None and died_after is not None:
+            return self._died(call, died_after, str(error), traceback)
+        if revised is None:
+            return [(call.key, Failure(str(error), _plain(traceback)))]
+        call.arguments = revised
+        return self._again(call, str(error), traceback)
+
+    def _again(self, call: _Call, error: str, traceback: str) -> list[tuple[int, Any]]:
+        self._waiting.appendleft(call)
+        call.watch.went_back(call.key, error, _plain(traceback))
+        return []
+
+
+def _plain(text: str) -> str:
+    """A remote traceback without the codes that colour it."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+def last_line(error: Exception) -> str:
+    """The last line of an error's text: of a remote traceback, the error itself."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,244 @@
+"""A folder on shared storage: a local path, S3, Google Cloud Storage, Azure, or what pyarrow opens.
+
+A file appears whole or not at all, everywhere. Hidden files are never listed, so what a killed
+writer leaves behind on a local disk is never taken for a file;
+`harness.storage.temporary` removes it.
+"""
+
+import os
+import re
+import uuid
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import obstore.exceptions
+import pyarrow as pa
+from pyarrow import fs
+
+from harness.storage.object_store import SCHEMES, open_store
+from harness.storage.stores import ArrowStore, Entry, LocalStore, Store
+from phatgoose.errors import FIXES, PhatgooseError
+
+# What the stores and the libraries behind them raise.
+_REFUSALS = (OSError, NotImplementedError, pa.ArrowException, obstore.exceptions.BaseError)
+# Requests to an object store at once; each waits for the network most of its time.
+_READERS = 16
+
+
+class Folder:
+    """A folder, given by a path or a URI such as `s3://bucket/pool`; files in it by relative name.
+
+    Every method raises PhatgooseError, naming the file, for what the filesystem refuses and for
+    names that would lead out of the folder. The folder itself is made by the first write.
+    """
+
+    def __init__(self, uri: str | Path) -> None:
+        """Open the folder at `uri`; a relative path is taken from the working directory."""
+        self.uri = str(uri) if "://" in str(uri) else str(Path(uri).expanduser().absolute())
+        try:
+            self._store, root = _open(self.uri)
+        except (*_REFUSALS, ValueError) as error:
+            reason = _one_line(error) if isinstance(error, ValueError) else type(error).__name__
+            raise PhatgooseError(
+                f"cannot open the folder {_without_secrets(self.uri)} ({reason}): "
+                "use a path, or a URI such as file:///data/pool or s3://bucket/pool"
+            ) from error
+        self._root = root.rstrip("/")
+        self._is_local = isinstance(self._store, LocalStore)
+
+    def __str__(self) -> str:
+        """The path or URI, without a password."""
+        return _without_secrets(self.uri)
+
+    def __reduce__(self) -> tuple[type["Folder"], tuple[str]]:
+        """In another process, the folder is opened again."""
+        return Folder, (self.uri,)
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one file."""
+        full = self._full(name)
+        with self._named_errors("read", name):
+            return self._store.read(full)
+
+    def find(self, name: str) -> bytes | None:
+        """The bytes of one file; None if there is no such file."""
+        full = self._full(name)
+        with self._named_errors("read", name):
+            try:
+                return self._store.read(full)
+            except FileNotFoundError:
+                return None
+
+    def find_all(self, names: Iterable[str]) -> Iterator[tuple[str, bytes | PhatgooseError | None]]:
+        """As `find`, of many small files, several at once, in order.
+
+        In place of the bytes of a file that cannot be read stands the error.
+        """
+
+        def find(name: str) -> tuple[str, bytes | PhatgooseError | None]:
+            try:
+                return name, self.find(name)
+            except PhatgooseError as error:
+                return name, error
+
+        if self._is_local:
+            yield from map(find, names)
+            return
+        with ThreadPoolExecutor(_READERS) as readers:
+            yield from readers.map(find, names)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write one file whole, over the one that may be there."""
+        full = self._full(name)
+        with self._named_errors("write", name):
+            self._store.write(full, data)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write one file whole if none is there; say whether this call made it.
+
+        Of any number of callers at once, in any process on any machine, one makes it. A store that
+        does not promise this is refused by `check_writable` or here.
+        """
+        full = self._full(name)
+        with self._named_errors("create", name):
+            return self._store.create(full, data)
+
+    def delete(self, name: str, *, missing_ok: bool = False) -> None:
+        """Delete one file; with `missing_ok` it may be gone already."""
+        full = self._full(name)
+        with self._named_errors("delete", name):
+            try:
+                self._store.delete(full)
+            except FileNotFoundError:
+                if not missing_ok:
+                    raise
+
+    def remove_left_over(self, path: str) -> None:
+        """Delete a file that `entries` listed, a hidden one too; it may be gone already."""
+        with self._named_errors("delete", path), suppress(FileNotFoundError):
+            self._store.delete(f"{self._root}/{path}")
+
+    def exists(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+        full = self._full(name)
+        with self._named_errors("look for", name):
+            return self._store.exists(full)
+
+    def names(self, prefix: str = "") -> list[str]:
+        """The sorted names of all files whose name starts with `prefix`, hidden ones left out.
+
+        Folders below are read too. Of a prefix such as `jobs/a`, only the folder `jobs` is read.
+        """
+        return [entry.path for entry in self.entries(prefix)]
+
+    def entries(self, prefix: str = "", *, hidden: bool = False) -> list[Entry]:
+        """As `names`, with each file's size and time; `path` is its name. With `hidden`, all."""
+        folder = prefix.rpartition("/")[0]
+        start = self._full(folder) if folder else self._root
+        with self._named_errors("list", folder):
+            found = list(self._store.entries(start))
+        named = (replace(e, path=e.path.removeprefix(self._root).lstrip("/")) for e in found)
+        wanted = [e for e in named if e.path.startswith(prefix)]
+        if not hidden:
+            wanted = [e for e in wanted if not _has_hidden_part(e.path)]
+        return sorted(wanted, key=lambda entry: entry.path)
+
+    def path(self, name: str) -> str:
+        """The full path (local) or URI (elsewhere) of a file."""
+        full = self._full(name)
+        if self._is_local:
+            return full
+        folder, question_mark, options = self.uri.partition("?")
+        return f"{folder.rstrip('/')}/{name}{question_mark}{options}"
+
+    def local(self, name: str) -> Path | None:
+        """The path of a file on the local filesystem, None on any other."""
+        full = self._full(name)
+        return Path(full) if self._is_local else None
+
+    def check_writable(self, *, creates: bool = True) -> None:
+        """Make and delete a small file; raise PhatgooseError if that does not work.
+
+        Args:
+            creates: also see that a second `create` of it is refused, as a registry needs it.
+        """
+        name = f"check-{uuid.uuid4().hex}"
+        if not creates:
+            self.write(name, b"can this folder be written to?")
+            self.delete(name)
+            return
+        self.create(name, b"can this folder be written to?")
+        try:
+            if self.create(name, b"and is a second one refused?"):
+                raise PhatgooseError(
+                    f"{self} overwrites a file that it was told to create only if there is none, "
+                    "so that two runs could overwrite each other's experts there: use a store "
+                    "with conditional writes (S3's If-None-Match), or a local or network folder"
+                )
+        finally:
+            self.delete(name, missing_ok=True)
+
+    def _full(self, name: str) -> str:
+        if not name or _has_hidden_part(name) or "\\" in name or "\0" in name:
+            raise PhatgooseError(
+                f"{name!r} is no file name in {self}: use a relative one without hidden parts"
+            )
+        return f"{self._root}/{name}"
+
+    @contextmanager
+    def _named_errors(self, action: str, name: str) -> Iterator[None]:
+        try:
+            yield
+        except _REFUSALS as error:
+            place = f"{self}/{name}".rstrip("/")
+            raise PhatgooseError(
+                f"cannot {action} {place} ({_reason(error)}): {_mend(error)}"
+            ) from error
+
+
+def _open(uri: str) -> tuple[Store, str]:
+    """The store that a path or URI names, and the path in it."""
+    if uri.partition("://")[0] in SCHEMES:
+        return open_store(uri)
+    filesystem, root = fs.FileSystem.from_uri(uri)
+    local = isinstance(filesystem, fs.LocalFileSystem)
+    return (LocalStore() if local else ArrowStore(filesystem)), root
+
+
+def _reason(error: BaseException) -> str:
+    number = getattr(error, "errno", None)
+    if number:
+        return os.strerror(number)
+    return _one_line(error)
+
+
+def _one_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0][:300]
+
+
+def _mend(error: BaseException) -> str:
+    if isinstance(error, NotImplementedError):
+        return "keep the registry in a local or network folder, on S3, GCS or Azure"
+    kind = type(error).__name__
+    if number := getattr(error, "errno", None):
+        return FIXES.get(number, "check the folder and the name")
+    if kind in ("PermissionDeniedError", "UnauthenticatedError", "PermissionError"):
+        return "check the credentials and that they allow this there"
+    if kind == "GenericError":
+        return "check the address, the credentials and that the bucket is there, then try again"
+    return "check the folder and the name"
+
+
+def _has_hidden_part(name: str) -> bool:
+    """Whether a part of `name` is empty or starts with a dot: absolute, hidden, '.' or '..'."""
+    return any(not part or part.startswith(".") for part in name.split("/"))
+
+
+def _without_secrets(uri: str) -> str:
+    """The URI without `user:password@` and without options."""
+    if "://" not in uri:
+        return uri
+    return re.sub("://[^/]*@", "://", uri.partition("?")[0])
