@@ -14,9 +14,9 @@ demo: setup  ## train the demo pool, evaluate every router, end with a table and
 routers: setup  ## every router there is, on the pool of the demo (trained first if need be)
 	$(BIN)/python -m harness.run pool=demo "run.dir='$(RUN_DIR)'" 'router=[all]' router.multitask.steps=48
 
-test: setup  ## all tests: the fast ones side by side, then those that start clusters
+test: setup  ## all tests, two at a time: the fast ones, then those that start clusters
 	$(BIN)/python -m pytest -m "not slow" -n 2
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2
 
 chaos: setup  ## runs whose processes are killed again and again end as one that is left alone
 	$(BIN)/python -m tests.chaos
@@ -24,10 +24,11 @@ chaos: setup  ## runs whose processes are killed again and again end as one that
 mutants: setup  ## small changes of the code that computes numbers: at most 15 % may go unnoticed
 	$(BIN)/python -m tests.mutation --seed $(SEED) --count $(COUNT) --workers $(WORKERS)
 
-lint: setup  ## formatting, lint, types
+lint: setup  ## formatting, lint, types, and which room may import which
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 setup: .venv/.ready
 

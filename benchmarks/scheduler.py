@@ -23,12 +23,12 @@ import torch
 from ray._private import ray_constants
 from ray.cluster_utils import Cluster as Nodes
 
-from harness.config.schema import ClusterConfig
 from harness.registry import Registry
 from harness.registry.actor import registry_actor
 from harness.scheduling.actor import Actor, code_version
 from harness.scheduling.cluster import actor_options, room
 from harness.scheduling.progress import Progress
+from harness.scheduling.settings import ClusterConfig
 from harness.scheduling.workers import Workers
 from harness.storage import Folder
 from harness.tasks import TaskSpec

@@ -18,8 +18,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from harness.config.load import CONF
-from harness.config.schema import MULTITASK, Multitask
-from harness.reporting.summary import DERIVED
+from harness.config.schema import Multitask
+from harness.extra_routers import DERIVED, MULTITASK
 from phatgoose.routers import (
     ROUTERS,
     Merge,

@@ -59,10 +59,11 @@ def run(config: RunConfig) -> None:
     from harness.driver.lease import RunLease
     from harness.driver.prepare import preparer
     from harness.driver.stages import Stages
-    from harness.planning.plan import make_plan, needs_profiles
+    from harness.planning.plan import make_plan
     from harness.reporting.report import make_report
     from harness.scheduling.cluster import Cluster
-    from harness.storage.temporary import remove_left_over
+    from harness.storage.cleanup import remove_left_over
+    from phatgoose.routers.interface import needs_profiles
 
     if config.stages == ["report"] and not Folder(config.run.dir).exists(run_folder.RUN_FILE):
         raise PhatgooseError(

@@ -82,7 +82,8 @@ def from_archive(path: Path) -> Callable[[Sequence[TaskSpec]], None]:
 
 def toy_config(base: Path, run_dir: Path, **changes: Any) -> Any:
     """A run of three experts and two held-out tasks, small enough for a test."""
-    from harness.config.schema import BaseConfig, ClusterConfig, RunConfig, RunSection
+    from harness.config.schema import RunConfig, RunSection
+    from harness.scheduling.settings import BaseConfig, ClusterConfig
     from phatgoose.profile import ProfileConfig
     from phatgoose.recipe import Recipe, Stage
 

@@ -5,8 +5,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.config.schema import MULTITASK, OF_POOL, OF_POOL_TOO, STAGES, TOO_LONG, RunConfig
-from harness.multitask import Multitask
+from harness.config.schema import OF_POOL, OF_POOL_TOO, STAGES, TOO_LONG, RunConfig
+from harness.extra_routers import MULTITASK, Multitask
 from phatgoose.errors import PhatgooseError
 from phatgoose.routers import all_needs
 

@@ -14,16 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.config.check import check_values, known
-from harness.config.schema import (
-    MULTITASK,
-    BaseConfig,
-    ClusterConfig,
-    OverlapConfig,
-    RanksConfig,
-    RunConfig,
-    RunSection,
-)
-from harness.reporting.summary import DERIVED
+from harness.config.schema import OverlapConfig, RanksConfig, RunConfig, RunSection
+from harness.extra_routers import DERIVED, MULTITASK
+from harness.scheduling.settings import BaseConfig, ClusterConfig
 from phatgoose.errors import PhatgooseError
 from phatgoose.profile import ProfileConfig
 from phatgoose.recipe import Recipe

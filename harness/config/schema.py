@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from harness.multitask import Multitask
-from harness.reporting.summary import DERIVED
+from harness.extra_routers import DERIVED, MULTITASK, Multitask
+from harness.scheduling.settings import BaseConfig, ClusterConfig
 from harness.tasks import TaskSpec, task_specs
 from phatgoose.errors import PhatgooseError
 from phatgoose.profile import ProfileConfig
@@ -13,8 +13,6 @@ from phatgoose.recipe import Recipe
 from phatgoose.routers import Router, make_router
 
 STAGES = ("train", "evaluate", "report")
-# The name of the expert that is trained on all the pool's data, and of the router that is only it.
-MULTITASK = "multitask"
 # Entries of `router` that stand for single experts.
 _OF_SINGLES = ("single", *DERIVED)
 # Keys of a suite that takes the pool's tasks, and what else it may say of them.
@@ -22,30 +20,6 @@ OF_POOL = ("name", "of_pool", "too_long")
 # What to do with a prompt that is longer than the base's positions: `suite.too_long`.
 TOO_LONG = ("cut", "refuse")
 OF_POOL_TOO = ("limit", "max_new_tokens", "metric", "style")
-
-
-@dataclass
-class BaseConfig:
-    """Which base; the fields of `phatgoose.load_base`."""
-
-    name: str
-    revision: str | None = None
-    dtype: str = "float32"
-    trust_remote_code: bool = False
-
-
-@dataclass
-class ClusterConfig:
-    """How actors are sized, and the labels of the nodes that they may run on."""
-
-    cpus_per_actor: float = 1
-    gpus_per_actor: float | None = None
-    max_actors: int | None = None
-    lease_seconds: float = 900
-    wait_seconds: float = 60
-    checkpoint_seconds: float = 60
-    train_nodes: dict[str, str] = field(default_factory=dict)
-    evaluate_nodes: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass

@@ -8,7 +8,6 @@ from typing import Any
 
 import ray
 
-from harness.config.schema import ClusterConfig
 from harness.driver.early_evaluation import Early
 from harness.evaluation.actor import EvalActor
 from harness.evaluation.stage import Evaluation, Setting
@@ -20,6 +19,7 @@ from harness.registry.packs import Members
 from harness.scheduling.actor import code_version
 from harness.scheduling.cluster import Cluster, actor_options, check_room, request_nodes, room
 from harness.scheduling.progress import Progress
+from harness.scheduling.settings import ClusterConfig
 from harness.scheduling.workers import TICK_SECONDS, Workers
 from harness.training.actor import TrainActor
 from harness.training.checkpoints import delete_checkpoints

@@ -5,7 +5,6 @@ from typing import Any
 
 import ray
 
-from harness.config.schema import BaseConfig
 from harness.evaluation.answering import answer_chunk
 from harness.evaluation.chunks import Answer, Chunk
 from harness.evaluation.conditions import Conditions
@@ -14,6 +13,7 @@ from harness.registry.packs import Members, open_pool
 from harness.scheduling.actor import Actor
 from harness.scheduling.cluster import log_to_run_folder
 from harness.scheduling.load_base import load_base_on_actor
+from harness.scheduling.settings import BaseConfig
 from harness.source_code import digest, router_code
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert

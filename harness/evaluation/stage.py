@@ -20,20 +20,20 @@ from lm_eval import evaluator
 from harness import run_folder
 from harness.evaluation.chunks import Answer, Chunk
 from harness.evaluation.conditions import Conditions, library_versions, scoring_code
+from harness.evaluation.derived import best_individual_rows, oracle_rows
 from harness.evaluation.documents import score_rows
 from harness.evaluation.journal import DamagedAnswer, Journal
 from harness.evaluation.lm import ShardedLM, Usage, quiet
 from harness.evaluation.requests import SuiteRequests
-from harness.planning.plan import needs_profiles
+from harness.extra_routers import BEST_INDIVIDUAL, ORACLE
 from harness.registry.packs import Members, pool_id
-from harness.reporting.summary import BEST_INDIVIDUAL, ORACLE, best_individual_rows, oracle_rows
 from harness.scheduling.workers import TICK_SECONDS, Failure, Workers
 from harness.source_code import METRICS, Code, changes, code_of, digest, router_code
 from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
 from phatgoose.pool import known_expert
 from phatgoose.routers import Router, all_needs
-from phatgoose.routers.interface import side_information
+from phatgoose.routers.interface import needs_profiles, side_information
 from phatgoose.routers.no_expert import NoExpert
 from phatgoose.routers.single import Single
 

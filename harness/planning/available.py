@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from harness.config.schema import MULTITASK
-from harness.multitask import Multitask
-from harness.planning.plan import Plan, needs_profiles
+from harness.extra_routers import MULTITASK, Multitask
+from harness.planning.plan import Plan
 from harness.registry import Registry
 from harness.registry.packs import Members
 from phatgoose.errors import PhatgooseError
 from phatgoose.routers import Router
+from phatgoose.routers.interface import needs_profiles
 
 
 @dataclass

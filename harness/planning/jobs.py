@@ -6,7 +6,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 
-from harness.config.schema import MULTITASK, RunConfig
+from harness.config.schema import RunConfig
+from harness.extra_routers import MULTITASK
 from harness.registry import Registry
 from harness.registry.files import Record
 from harness.source_code import PROFILES, changes, code_of, digest

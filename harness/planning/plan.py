@@ -3,7 +3,7 @@
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ from phatgoose.architecture import linear_sizes
 from phatgoose.base import Base, bare_model, fingerprint, locate_base
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import validate_name
-from phatgoose.routers import Router, all_needs
+from phatgoose.routers import Router
+from phatgoose.routers.interface import needs_profiles
 
 _SPARE_BYTES = 500 * 2**20
 # How many overlaps are printed.
@@ -226,11 +227,6 @@ def make_plan(
     plan.folder.check_writable(creates=False)
     registry.folder.check_writable()
     return plan
-
-
-def needs_profiles(routers: Iterable[Router]) -> bool:
-    """Whether any of these routers looks at the experts' profiles."""
-    return any(need != "gates" for router in routers for need in all_needs(router))
 
 
 def _check_held_out(pool: list[TaskSpec], suite: list[TaskSpec]) -> None:

@@ -14,16 +14,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from harness.config.schema import MULTITASK
-from harness.reporting.summary import (
-    BEST_INDIVIDUAL,
-    LOWER_IS_BETTER,
-    PRIMARY,
-    RESAMPLES,
-    SINGLE,
-    primary_metric,
-    summary_rows,
-)
+from harness.extra_routers import BEST_INDIVIDUAL, MULTITASK, SINGLE
+from harness.metrics import LOWER_IS_BETTER, PRIMARY, primary_metric
+from harness.reporting.summary import RESAMPLES, summary_rows
 from harness.run_folder import (
     ROUTING,
     ROUTING_FOLDER,

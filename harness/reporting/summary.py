@@ -7,11 +7,6 @@ a difference between two routers is paired document by document.
 
 Rows that were measured with another dtype, device, library version or scoring code than `merged`
 (without it, than most routers) are not comparable: they get no difference, and tables mark them.
-
-The oracle is, per task and metric, the single expert with the best score on that very task. It is
-chosen on the data it is then reported on, so it is an upper bound and an optimistic one: no router
-that cannot see the answers should be expected to reach it, and its interval leaves out the luck of
-the choice.
 """
 
 from collections import Counter
@@ -21,93 +16,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from harness.extra_routers import DERIVED, SINGLE
+from harness.metrics import PRIMARY, primary_metric
 from harness.run_folder import CONDITIONS, SAMPLES_FOLDER, SCORES_FILE, samples_file
 from phatgoose.errors import PhatgooseError
 
 Row = dict[str, Any]
 
-PRIMARY = "primary"
 MERGED = "merged"
-ORACLE = "oracle"
-BEST_INDIVIDUAL = "best_individual"
-# Routers whose rows are read off from those of the single experts.
-DERIVED = (ORACLE, BEST_INDIVIDUAL)
-SINGLE = "single:"
-LOWER_IS_BETTER = frozenset({"nll"})
 
 RESAMPLES = 10_000
 _SEED = 42
 # Draws held at once, so that memory stays small whatever the number of documents.
 _DRAWS_AT_ONCE = 2_000_000
-
-
-def better(metric: str, a: float, b: float) -> bool:
-    """Whether the value `a` of a metric is strictly better than `b`."""
-    return a < b if metric in LOWER_IS_BETTER else a > b
-
-
-def primary_metric(metrics: set[str]) -> str:
-    """The primary metric of a task with these metrics.
-
-    ROUGE-L where the task asks for it, else acc, else exact_match (after the strictest filter),
-    else the first by name of what lm-eval gave.
-
-    Raises:
-        PhatgooseError: there is none.
-    """
-    for metric in ("rouge_l", "acc", "exact_match", "exact_match_strict_match"):
-        if metric in metrics:
-            return metric
-    others = sorted(metrics - {"nll", "acc_norm", "acc_paper", "bigbench_normalized"})
-    if not others and "acc_paper" in metrics:
-        return "acc_paper"  # lm-eval's own are not means over documents, such as MCC
-    if not others:
-        raise PhatgooseError(f"a task has no metric of lm-eval, only {sorted(metrics)}")
-    return others[0]
-
-
-def oracle_rows(scores: pa.Table) -> list[Row]:
-    """The oracle's rows of scores.parquet, from the `single:` routers in `scores`.
-
-    A row is the chosen expert's own row, with router `oracle` and the expert's name; of equally
-    good experts the first by name is taken.
-    """
-    best: dict[tuple[str, str, str], Row] = {}
-    singles = [row for row in scores.to_pylist() if row["router"].startswith(SINGLE)]
-    for row in sorted(singles, key=lambda row: row["router"]):
-        key = (row["suite"], row["task"], row["metric"])
-        if key not in best or better(row["metric"], row["value"], best[key]["value"]):
-            best[key] = row
-    return [
-        {**row, "router": ORACLE, "zero_shot": False, "expert": row["router"].removeprefix(SINGLE)}
-        for row in best.values()
-    ]
-
-
-def best_individual_rows(scores: pa.Table) -> list[Row]:
-    """The rows of scores.parquet of the one expert that is best over the suite, as a router.
-
-    Best by the mean over the suite's tasks of their primary metric; of equals the first by name.
-    """
-    singles = [row for row in scores.to_pylist() if row["router"].startswith(SINGLE)]
-    by_task: dict[tuple[str, str], set[str]] = {}
-    for row in singles:
-        by_task.setdefault((row["suite"], row["task"]), set()).add(row["metric"])
-    totals: dict[tuple[str, str], float] = {}
-    for row in singles:
-        if row["metric"] == primary_metric(by_task[row["suite"], row["task"]]):
-            key = (row["suite"], row["router"])
-            totals[key] = totals.get(key, 0.0) + row["value"]
-    rows = []
-    for suite in dict.fromkeys(suite for suite, _ in totals):
-        ranked = sorted((-total, router) for (s, router), total in totals.items() if s == suite)
-        best = ranked[0][1]
-        rows += [
-            {**row, "router": BEST_INDIVIDUAL, "zero_shot": False, "expert": best[len(SINGLE) :]}
-            for row in singles
-            if (row["suite"], row["router"]) == (suite, best)
-        ]
-    return rows
 
 
 def resampled_means(

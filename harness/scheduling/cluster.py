@@ -20,7 +20,7 @@ from ray._private import ray_constants, services
 from ray._private.state import available_resources_per_node, state
 from ray.autoscaler.sdk import request_resources
 
-from harness.config.schema import ClusterConfig
+from harness.scheduling.settings import ClusterConfig
 from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
 

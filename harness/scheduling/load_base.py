@@ -9,7 +9,7 @@ from phatgoose.base import Base, load_base
 from phatgoose.errors import PhatgooseError
 
 if TYPE_CHECKING:
-    from harness.config.schema import BaseConfig
+    from harness.scheduling.settings import BaseConfig
 
 
 def load_base_on_actor(config: "BaseConfig", fingerprint: str, *, on_host: bool = False) -> Base:

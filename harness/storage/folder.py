@@ -2,7 +2,7 @@
 
 A file appears whole or not at all, everywhere. Hidden files are never listed, so what a killed
 writer leaves behind on a local disk is never taken for a file;
-`harness.storage.temporary` removes it.
+`harness.storage.cleanup` removes it.
 """
 
 import os

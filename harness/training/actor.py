@@ -6,10 +6,10 @@ from typing import Any
 
 import ray
 
-from harness.config.schema import BaseConfig
 from harness.scheduling.actor import Actor
 from harness.scheduling.cluster import log_to_run_folder
 from harness.scheduling.load_base import load_base_on_actor
+from harness.scheduling.settings import BaseConfig
 from harness.storage import Folder
 from harness.tasks import TaskData, prepare_all, prepare_here
 from harness.training.checkpoints import FolderCheckpoints

@@ -13,7 +13,7 @@ import hashlib
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -247,6 +247,11 @@ def all_needs(router: Router) -> tuple[str, ...]:
     """What a router needs, its inner router's needs included."""
     inner = all_needs(router.inner) if isinstance(router, Wrapper) else ()
     return tuple(dict.fromkeys([*router.needs, *inner]))
+
+
+def needs_profiles(routers: Iterable[Router]) -> bool:
+    """Whether any of these routers looks at the experts' profiles."""
+    return any(need != "gates" for router in routers for need in all_needs(router))
 
 
 def side_information(router: Router) -> str | None:

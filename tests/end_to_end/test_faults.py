@@ -14,11 +14,12 @@ import pytest
 import ray
 
 from harness import run_folder
-from harness.config.schema import ClusterConfig, RunConfig
+from harness.config.schema import RunConfig
 from harness.driver import stages
 from harness.planning import plan
 from harness.registry import __main__ as registry_cli
 from harness.run import run
+from harness.scheduling.settings import ClusterConfig
 from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
 from tests.small_disk import small_disk

@@ -9,10 +9,10 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster as Nodes
 
-from harness.config.schema import ClusterConfig
 from harness.scheduling import workers as jobs
 from harness.scheduling.actor import Actor, Place, code_version
 from harness.scheduling.cluster import actor_options, room
+from harness.scheduling.settings import ClusterConfig
 from harness.scheduling.workers import Failure, Watch, Workers
 
 # Actors cannot import a test module: it travels to them as it is.

@@ -6,8 +6,8 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster as Nodes
 
-from harness.config.schema import ClusterConfig
 from harness.scheduling.cluster import actor_options, check_room, room
+from harness.scheduling.settings import ClusterConfig
 from phatgoose.errors import PhatgooseError
 
 pytestmark = pytest.mark.slow

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from harness.config.schema import BaseConfig, RunConfig
+from harness.config.schema import RunConfig
 from harness.evaluation.chunks import Chunk, Request
 from harness.planning.plan import make_plan
+from harness.scheduling.settings import BaseConfig
 from phatgoose.base import load_base
 from phatgoose.errors import PhatgooseError
 from phatgoose.routers import make_router

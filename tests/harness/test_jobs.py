@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import ray
 
-from harness.config.schema import ClusterConfig
 from harness.scheduling import workers as jobs
 from harness.scheduling.actor import Actor, Place, code_version
 from harness.scheduling.cluster import Cluster, actor_options, check_room, room
+from harness.scheduling.settings import ClusterConfig
 from harness.scheduling.workers import ATTEMPTS, DEATHS, Failure, Watch, Workers
 from phatgoose.errors import PhatgooseError
 

@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 from harness.storage import Folder
-from harness.storage.temporary import remove_left_over, temporary_name
+from harness.storage.cleanup import remove_left_over
+from harness.storage.temporary import temporary_name
 
 WRITE = """
 from harness.storage.temporary import temporary_name

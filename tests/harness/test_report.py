@@ -15,15 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness import run_folder
+from harness.evaluation.derived import best_individual_rows, oracle_rows
 from harness.reporting import report
-from harness.reporting.summary import (
-    RESAMPLES,
-    best_individual_rows,
-    interval,
-    oracle_rows,
-    resampled_means,
-    summary_rows,
-)
+from harness.reporting.summary import RESAMPLES, interval, resampled_means, summary_rows
 from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
 

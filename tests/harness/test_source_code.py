@@ -212,8 +212,8 @@ def test_a_router_without_a_source_file_is_refused() -> None:
     ],
 )
 def test_a_router_that_is_reached_through_its_package_counts(edit: Edit, text: str) -> None:
-    edit("harness/multitask.py", "from phatgoose", f"{text}from phatgoose")
-    assert "phatgoose.routers.arrow" in code_of(["harness.multitask"])
+    edit("harness/extra_routers.py", "from phatgoose", f"{text}from phatgoose")
+    assert "phatgoose.routers.arrow" in code_of(["harness.extra_routers"])
 
 
 def test_the_code_of_a_training_holds_what_the_actor_computes(edit: Edit) -> None:

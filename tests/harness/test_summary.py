@@ -7,15 +7,9 @@ import pyarrow as pa
 import pytest
 
 from harness import run_folder
-from harness.reporting.summary import (
-    best_individual_rows,
-    better,
-    interval,
-    oracle_rows,
-    primary_metric,
-    resampled_means,
-    summary_rows,
-)
+from harness.evaluation.derived import best_individual_rows, oracle_rows
+from harness.metrics import better, primary_metric
+from harness.reporting.summary import interval, resampled_means, summary_rows
 from phatgoose.errors import PhatgooseError
 from tests.harness.test_report import find, score, tables
 

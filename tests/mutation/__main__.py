@@ -57,6 +57,8 @@ SOURCES = (
     "phatgoose/curve.py",
     "phatgoose/engine.py",
     "phatgoose/gated_lora.py",
+    "harness/evaluation/derived.py",
+    "harness/metrics.py",
     "harness/reporting/summary.py",
 )
 # Tests without a cluster.

@@ -1,0 +1,27 @@
+"""How actors are sized, where they may run, and which base they load."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class BaseConfig:
+    """Which base; the fields of `phatgoose.load_base`."""
+
+    name: str
+    revision: str | None = None
+    dtype: str = "float32"
+    trust_remote_code: bool = False
+
+
+@dataclass
+class ClusterConfig:
+    """How actors are sized, and the labels of the nodes that they may run on."""
+
+    cpus_per_actor: float = 1
+    gpus_per_actor: float | None = None
+    max_actors: int | None = None
+    lease_seconds: float = 900
+    wait_seconds: float = 60
+    checkpoint_seconds: float = 60
+    train_nodes: dict[str, str] = field(default_factory=dict)
+    evaluate_nodes: dict[str, str] = field(default_factory=dict)
