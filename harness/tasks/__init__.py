@@ -254,6 +254,11 @@ def _find(spec: TaskSpec) -> TaskData:
             spec, nowhere, nowhere, empty, counts, "generation", description=spec.description
         )
     folder = folder_of(spec)
+    if not is_written(folder):
+        raise PhatgooseError(
+            f"task {spec.name}: what its records are made from changed while they were made. Start "
+            "again; if it comes back, the task's own code draws documents: seed it there."
+        )
     file = asdict(read_task(folder))
     file["description"] = spec.description or file["description"]
     return TaskData(spec, folder / "train", folder / "evaluation", **file)
