@@ -11,7 +11,7 @@ from harness.evaluation.derived import best_individual_rows, oracle_rows
 from harness.metrics import better, primary_metric
 from harness.reporting.summary import interval, resampled_means, summary_rows
 from phatgoose.errors import PhatgooseError
-from tests.harness.test_report import find, score, tables
+from tests.answered import find, score, tables
 
 
 def scores_of(*rows: tuple[str, str, str, float]) -> pa.Table:

@@ -67,6 +67,7 @@ TESTS = (
     "tests/harness/test_eval_actor.py",
     "tests/harness/test_lm.py",
     "tests/harness/test_report.py",
+    "tests/harness/test_statistics.py",
     "tests/harness/test_summary.py",
     "tests/harness/tasks/test_clusters.py",
     "tests/harness/test_what_routers_see.py",

@@ -1,0 +1,28 @@
+"""A run of two tasks and three experts, for the tests of the stage `evaluate`."""
+
+from pathlib import Path
+
+import pytest
+
+from harness.tasks import TaskData
+from phatgoose.base import Base
+from tests.evaluations import EXPERTS, SUMS, SWANS, Run
+from tests.tiny import make_experts
+from tests.toy import LocalWorkers, local_actor, members_of, prepare_toys
+
+
+@pytest.fixture
+def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[TaskData]:
+    """One task of choices and one of generation."""
+    monkeypatch.setenv("PHATGOOSE_CACHE", str(tmp_path / "cache"))
+    return prepare_toys([SWANS, SUMS], tmp_path)
+
+
+@pytest.fixture
+def workers(llama: Base) -> LocalWorkers:
+    return LocalWorkers(local_actor(llama, make_experts(llama, len(EXPERTS))))
+
+
+@pytest.fixture
+def run(tmp_path: Path, tasks: list[TaskData], llama: Base) -> Run:
+    return Run(tmp_path / "run", tasks, members_of(make_experts(llama, len(EXPERTS))))
