@@ -17,6 +17,10 @@ FIXES = {
 class PhatgooseError(Exception):
     """An error the user can fix. The message says in one line what failed, where, and the fix."""
 
+    def __init__(self, message: str) -> None:
+        # What a message quotes, such as the name of a column, may hold line breaks.
+        super().__init__(" ".join(message.splitlines()))
+
 
 class Diverged(PhatgooseError):
     """A loss that is not finite, or that exploded."""
