@@ -36,7 +36,7 @@ from harness.training.job import TrainJob
 from harness.training.job_table import JobTable
 from harness.training.stage import Training
 from phatgoose.expert import Card, Expert, LoraFactors
-from phatgoose.recipe import Recipe, Stage
+from phatgoose.training.recipe import Recipe, Stage
 
 _BASE = "0" * 64
 _CORES = 4  # of a simulated node

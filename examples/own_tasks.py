@@ -34,8 +34,8 @@ from phatgoose import (
     train_expert,
 )
 from phatgoose.expert import validate_name
-from phatgoose.training import Progress
-from phatgoose.view import to_html, to_terminal, token_routes
+from phatgoose.inference.token_view import to_html, to_terminal, token_routes
+from phatgoose.training.train import Progress
 
 DATA = Path(__file__).parent / "data"
 SHOWN = 3

@@ -8,38 +8,38 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from phatgoose.authors import read_checkpoint
     from phatgoose.base import Base, load_base
     from phatgoose.errors import PhatgooseError
     from phatgoose.expert import Card, Expert, LoraFactors
-    from phatgoose.model import RoutedModel
+    from phatgoose.inference.model import RoutedModel
+    from phatgoose.inference.routed_linear import RoutingLog, TokenLog
+    from phatgoose.inference.scoring import Question, Score
+    from phatgoose.inference.token_view import to_html, to_terminal, token_routes
+    from phatgoose.interop.authors import read_checkpoint
     from phatgoose.pool import Pool
     from phatgoose.profile import Profile, ProfileConfig
-    from phatgoose.profiling import measure_profile
+    from phatgoose.profile_measurement import measure_profile
     from phatgoose.query import Query
-    from phatgoose.recipe import Recipe, Stage
-    from phatgoose.routed_linear import RoutingLog, TokenLog
     from phatgoose.routers import ROUTERS, make_router
-    from phatgoose.scoring import Question, Score
-    from phatgoose.training import Example, train_expert, train_gates
-    from phatgoose.view import to_html, to_terminal, token_routes
+    from phatgoose.training.recipe import Recipe, Stage
+    from phatgoose.training.train import Example, train_expert, train_gates
 
 _HOMES = {
-    "authors": ("read_checkpoint",),
     "base": ("Base", "load_base"),
     "errors": ("PhatgooseError",),
     "expert": ("Card", "Expert", "LoraFactors"),
-    "model": ("RoutedModel",),
+    "inference.model": ("RoutedModel",),
+    "inference.routed_linear": ("RoutingLog", "TokenLog"),
+    "inference.scoring": ("Question", "Score"),
+    "inference.token_view": ("to_html", "to_terminal", "token_routes"),
+    "interop.authors": ("read_checkpoint",),
     "pool": ("Pool",),
     "profile": ("Profile", "ProfileConfig"),
-    "profiling": ("measure_profile",),
+    "profile_measurement": ("measure_profile",),
     "query": ("Query",),
-    "recipe": ("Recipe", "Stage"),
-    "routed_linear": ("RoutingLog", "TokenLog"),
     "routers": ("ROUTERS", "make_router"),
-    "scoring": ("Question", "Score"),
-    "training": ("Example", "train_expert", "train_gates"),
-    "view": ("to_html", "to_terminal", "token_routes"),
+    "training.recipe": ("Recipe", "Stage"),
+    "training.train": ("Example", "train_expert", "train_gates"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

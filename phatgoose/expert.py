@@ -220,14 +220,14 @@ class Expert:
     def from_peft(
         cls, folder: str | Path, *, base: "Base | None" = None, name: str | None = None
     ) -> "Expert":
-        """Read a LoRA adapter saved by PEFT: `phatgoose.peft_adapters.from_peft`."""
-        from phatgoose.peft_adapters import from_peft
+        """Read a LoRA adapter saved by PEFT: `phatgoose.interop.peft.from_peft`."""
+        from phatgoose.interop.peft import from_peft
 
         return from_peft(folder, base=base, name=name)
 
     def to_peft(self, folder: str | Path, *, base: "Base | None" = None) -> None:
-        """Write a LoRA adapter that PEFT loads: `phatgoose.peft_adapters.to_peft`."""
-        from phatgoose.peft_adapters import to_peft
+        """Write a LoRA adapter that PEFT loads: `phatgoose.interop.peft.to_peft`."""
+        from phatgoose.interop.peft import to_peft
 
         to_peft(self, folder, base=base)
 

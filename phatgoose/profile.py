@@ -2,8 +2,8 @@
 
 Shape suffixes: D input features of a linear, N examples, S features of a sentence embedding.
 
-It is measured on examples of the expert's own task (`phatgoose.profiling.measure_profile`), at the
-end of training or later, and kept beside the expert: the expert does not depend on it.
+It is measured on examples of the expert's own task (`phatgoose.measure_profile`), at the end of
+training or later, and kept beside the expert: the expert does not depend on it.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ class ProfileConfig:
     """How a profile is measured.
 
     Attributes:
-        encoder: name of the sentence encoder (`phatgoose.encoder.load_encoder`).
+        encoder: name of the sentence encoder (`phatgoose.sentence_encoder.load_encoder`).
         embedded_examples: at most so many training examples are embedded.
         activation_examples: at most so many are run through the base with the expert attached.
         batch_size: so many of them at a time.

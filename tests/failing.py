@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from harness.training.actor import TrainActor
-from phatgoose.scoring import Question
+from phatgoose.inference.scoring import Question
 
 
 class ShortOfMemory(TrainActor):

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from phatgoose.base import Base
-from phatgoose.checkpoint import State
-from phatgoose.curve import Progress
-from phatgoose.engine import PlainEngine
 from phatgoose.expert import Expert
-from phatgoose.recipe import Recipe, Stage
-from phatgoose.training import Example, train_expert
+from phatgoose.training.checkpoint import State
+from phatgoose.training.curve import Progress
+from phatgoose.training.engine import PlainEngine
+from phatgoose.training.recipe import Recipe, Stage
+from phatgoose.training.train import Example, train_expert
 from tests.tiny import make_card
 
 WORDS = ["goose", "swan", "lake", "bird", "flock", "two", "three", "five", "nine", "yes", "no"]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from phatgoose.base import Base
-from phatgoose.scoring import Score
+from phatgoose.inference.scoring import Score
 
 
 def plain_logits(base: Base, context: list[int], target: list[int]) -> Tensor:

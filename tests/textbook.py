@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from phatgoose.base import Base, load_base
 from phatgoose.expert import Expert
-from phatgoose.gated_lora import replace_module
 from phatgoose.profile import Profile
+from phatgoose.training.gated_lora import replace_module
 from tests.tiny import add_to_weight
 
 # The weights of all experts, for one token.

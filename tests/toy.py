@@ -85,7 +85,7 @@ def toy_config(base: Path, run_dir: Path, **changes: Any) -> Any:
     from harness.config.schema import RunConfig, RunSection
     from harness.scheduling.settings import BaseConfig, ClusterConfig
     from phatgoose.profile import ProfileConfig
-    from phatgoose.recipe import Recipe, Stage
+    from phatgoose.training.recipe import Recipe, Stage
 
     encoder = run_dir.parent / "encoder"
     if not encoder.exists():

@@ -19,8 +19,8 @@ from harness.extra_routers import DERIVED, MULTITASK
 from harness.scheduling.settings import BaseConfig, ClusterConfig
 from phatgoose.errors import PhatgooseError
 from phatgoose.profile import ProfileConfig
-from phatgoose.recipe import Recipe
 from phatgoose.routers import ROUTERS, Router
+from phatgoose.training.recipe import Recipe
 
 CONF = Path(__file__).parents[1] / "conf"
 GROUPS = ("base", "pool", "suite", "router", "train", "profile", "cluster")

@@ -9,8 +9,8 @@ from harness.scheduling.settings import BaseConfig, ClusterConfig
 from harness.tasks import TaskSpec, task_specs
 from phatgoose.errors import PhatgooseError
 from phatgoose.profile import ProfileConfig
-from phatgoose.recipe import Recipe
 from phatgoose.routers import Router, make_router
+from phatgoose.training.recipe import Recipe
 
 STAGES = ("train", "evaluate", "report")
 # Entries of `router` that stand for single experts.

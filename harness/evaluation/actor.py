@@ -17,7 +17,7 @@ from harness.scheduling.settings import BaseConfig
 from harness.source_code import digest, router_code
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
-from phatgoose.model import RoutedModel
+from phatgoose.inference.model import RoutedModel
 from phatgoose.pool import Pool
 from phatgoose.profile import Profile
 from phatgoose.routers import Router

@@ -6,11 +6,11 @@ from torch import Tensor
 
 from harness.evaluation.chunks import Answer, Chunk, Request
 from phatgoose.base import Base
-from phatgoose.generation import fits
-from phatgoose.model import RoutedModel
+from phatgoose.inference.generation import fits
+from phatgoose.inference.model import RoutedModel
+from phatgoose.inference.routed_linear import RoutingLog
+from phatgoose.inference.scoring import Question
 from phatgoose.query import Query
-from phatgoose.routed_linear import RoutingLog
-from phatgoose.scoring import Question
 from phatgoose.tokenization import encode_context, prompt_room, spaces_moved
 
 

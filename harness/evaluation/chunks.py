@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from phatgoose.scoring import Score
+from phatgoose.inference.scoring import Score
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from harness.tasks.metrics import (
     bigbench_normalized,
     rouge_l,
 )
-from phatgoose.scoring import Score
+from phatgoose.inference.scoring import Score
 
 
 @dataclass(frozen=True)

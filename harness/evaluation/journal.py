@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from harness.evaluation.chunks import Answer
 from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
-from phatgoose.scoring import Score
+from phatgoose.inference.scoring import Score
 
 
 class DamagedAnswer(PhatgooseError):

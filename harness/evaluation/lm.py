@@ -13,7 +13,7 @@ from torch import Tensor
 from harness.evaluation.chunks import Answer, Chunk, Request, cut
 from harness.tasks.generation_options import generation_options
 from phatgoose.errors import PhatgooseError
-from phatgoose.scoring import Score
+from phatgoose.inference.scoring import Score
 
 # Answers chunks in any order: yields the index of each chunk and its answer.
 Ask = Callable[[Sequence[Chunk]], Iterator[tuple[int, Answer]]]

@@ -13,8 +13,8 @@ from harness.tasks.lm_eval_tasks import evaluation_table
 from harness.tasks.store import read_records
 from harness.training.job import TrainJob
 from phatgoose.base import Base
-from phatgoose.recipe import Recipe
 from phatgoose.tokenization import encode_pairs
+from phatgoose.training.recipe import Recipe
 
 # Of what a processor does in a large product, what short texts get.
 _EFFICIENCY = 0.5

@@ -14,12 +14,12 @@ from harness.source_code import PROFILES, changes, code_of, digest
 from harness.tasks import TaskData
 from harness.training.job import TrainJob, data_fingerprint
 from phatgoose.base import Base
-from phatgoose.encoder import load_encoder
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Card, Expert
-from phatgoose.recipe import Recipe
 from phatgoose.routers import Router, all_needs
 from phatgoose.routers.interface import NEEDS
+from phatgoose.sentence_encoder import load_encoder
+from phatgoose.training.recipe import Recipe
 
 # Part of the ids of jobs and profiles since version 0.1.0, whose registries stay usable. The code
 # that makes experts and profiles is recorded beside them, see `check_code`.

@@ -259,7 +259,7 @@ def _import_peft(args: argparse.Namespace) -> Answer:
         )
     # Slow to import, and needed by this command only.
     from phatgoose.base import load_base
-    from phatgoose.peft_adapters import from_peft
+    from phatgoose.interop.peft import from_peft
 
     # Only the base's shapes are used, so that the narrowest weights will do.
     base = load_base(args.base, dtype="bfloat16") if args.base else None
@@ -278,7 +278,7 @@ def _import_peft(args: argparse.Namespace) -> Answer:
 
 
 def _export_peft(args: argparse.Namespace) -> Answer:
-    from phatgoose.peft_adapters import to_peft  # slow to import
+    from phatgoose.interop.peft import to_peft  # slow to import
 
     registry = Registry.open(args.registry)
     content_hash = registry.find(args.name)

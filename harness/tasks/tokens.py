@@ -19,9 +19,9 @@ from harness.tasks.records import Split
 from harness.tasks.store import read_batches
 from phatgoose.base import Base
 from phatgoose.cache import cache_dir
-from phatgoose.recipe import Recipe
-from phatgoose.scoring import Question
+from phatgoose.inference.scoring import Question
 from phatgoose.tokenization import encode_pairs, max_length
+from phatgoose.training.recipe import Recipe
 
 if TYPE_CHECKING:
     from harness.tasks import TaskData

@@ -15,11 +15,11 @@ from harness.tasks import TaskData, prepare_all, prepare_here
 from harness.training.checkpoints import FolderCheckpoints
 from harness.training.job import TrainJob, data_fingerprint, make_expert
 from harness.training.profile import expert_profile
-from phatgoose.encoder import load_encoder
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
 from phatgoose.profile import ProfileConfig
-from phatgoose.training import Progress
+from phatgoose.sentence_encoder import load_encoder
+from phatgoose.training.train import Progress
 
 
 class TrainActor(Actor):

@@ -6,9 +6,9 @@ from pathlib import PurePosixPath
 
 from harness.source_code import TRAINING, code_of, digest
 from harness.storage import Folder
-from phatgoose.checkpoint import State, owner_of
 from phatgoose.errors import PhatgooseError
-from phatgoose.recipe import Recipe
+from phatgoose.training.checkpoint import State, owner_of
+from phatgoose.training.recipe import Recipe
 
 
 class FolderCheckpoints:

@@ -19,7 +19,8 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from harness.training.whole_weights import Unpartitioned
-from phatgoose.engine import (
+from phatgoose.inference.scoring import Question, Score
+from phatgoose.training.engine import (
     ADAM_MEMORY,
     TargetLoss,
     adam_memory,
@@ -29,8 +30,7 @@ from phatgoose.engine import (
     put,
     set_step,
 )
-from phatgoose.recipe import Recipe, Stage
-from phatgoose.scoring import Question, Score
+from phatgoose.training.recipe import Recipe, Stage
 
 # Training and evaluation run the model in different orders, so nothing is gathered ahead of its
 # use; and nothing stays whole between two uses, however small.
@@ -59,7 +59,7 @@ def start_deepspeed(store: dist.Store | None = None, rank: int = 0, ranks: int =
 
 
 class DeepSpeedEngine:
-    """A `phatgoose.engine.Engine` over a DeepSpeed engine; call `start_deepspeed` before.
+    """A `phatgoose.training.engine.Engine` over a DeepSpeed engine; call `start_deepspeed` before.
 
     What ZeRO partitions among the ranks: nothing (stage 0), the optimiser's memory (1), gradients
     too (2), and all weights, those of the frozen base among them (3).

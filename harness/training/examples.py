@@ -9,8 +9,8 @@ from harness.tasks.records import Record
 from harness.tasks.store import read_records
 from harness.tasks.tokens import tokenise
 from phatgoose.base import Base
-from phatgoose.recipe import Recipe
-from phatgoose.training import Example, Examples
+from phatgoose.training.recipe import Recipe
+from phatgoose.training.train import Example, Examples
 
 if TYPE_CHECKING:
     from harness.tasks import TaskData

@@ -14,8 +14,8 @@ from harness.training.examples import job_examples
 from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Card, Expert
-from phatgoose.recipe import Recipe
-from phatgoose.training import train_expert, train_gates
+from phatgoose.training.recipe import Recipe
+from phatgoose.training.train import train_expert, train_gates
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from harness.training.examples import to_example
 from phatgoose.base import Base
 from phatgoose.expert import Expert
 from phatgoose.profile import ProfileConfig
-from phatgoose.profiling import measure_profile
+from phatgoose.profile_measurement import measure_profile
 
 if TYPE_CHECKING:
     from harness.tasks import TaskData

@@ -18,7 +18,7 @@ from harness.training.checkpoints import FolderCheckpoints
 from harness.training.job import TrainJob
 from harness.training.job_table import JobTable
 from phatgoose.errors import Diverged, OutOfMemory, PhatgooseError
-from phatgoose.recipe import Recipe
+from phatgoose.training.recipe import Recipe
 
 # The pool's manifest is written when it has grown by this part: of N experts, about log N times.
 _GROWTH = 0.1

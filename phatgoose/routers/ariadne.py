@@ -15,8 +15,8 @@ from phatgoose.pool import Pool
 from phatgoose.profile import Profile
 from phatgoose.query import Query
 from phatgoose.routers.interface import Probe, QueryRouter
-from phatgoose.routers.profiles import embed
 from phatgoose.routers.retrieval import nearest_example
+from phatgoose.routers.stacked_profiles import embed
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import ClassVar
 from phatgoose.ops.route import gate_scorer
 from phatgoose.pool import Pool
 from phatgoose.routers.interface import Scorer, TokenRouter
-from phatgoose.routers.profiles import mean_activations
+from phatgoose.routers.stacked_profiles import mean_activations
 
 
 @dataclass(frozen=True)

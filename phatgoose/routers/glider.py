@@ -15,7 +15,7 @@ from phatgoose.ops.route import gate_scorer
 from phatgoose.pool import Pool
 from phatgoose.query import Query
 from phatgoose.routers.interface import Scorer, TokenRouter
-from phatgoose.routers.profiles import descriptions, embed
+from phatgoose.routers.stacked_profiles import descriptions, embed
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from phatgoose.pool import Pool
 from phatgoose.query import Query
 from phatgoose.routers.interface import Probe, QueryRouter
-from phatgoose.routers.profiles import embed, embeddings
+from phatgoose.routers.stacked_profiles import embed, embeddings
 
 
 @dataclass(frozen=True)

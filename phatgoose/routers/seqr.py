@@ -7,8 +7,8 @@ from torch import Tensor
 
 from phatgoose.pool import Pool
 from phatgoose.routers.interface import Scorer, TokenRouter
-from phatgoose.routers.profiles import norms
 from phatgoose.routers.spectr import norm_scorer
+from phatgoose.routers.stacked_profiles import norms
 
 
 @dataclass(frozen=True)

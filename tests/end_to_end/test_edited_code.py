@@ -88,9 +88,9 @@ def test_new_code_gives_new_numbers_and_other_answers_stay(
     }
 
     # Changed training code stops the run until it is accepted.
-    checkout.edit("phatgoose/training_job.py", "4 * self.recipe", "2 * self.recipe")
+    checkout.edit("phatgoose/training/trainer.py", "4 * self.recipe", "2 * self.recipe")
     stopped = checkout.run()
     assert stopped.returncode == 2
     assert "3 experts (birds, lakes, numbers) were made by other source code" in stopped.stderr
-    assert "phatgoose.training_job" in stopped.stderr
+    assert "phatgoose.training.trainer" in stopped.stderr
     assert checkout.values() == after

@@ -14,7 +14,7 @@ from harness.registry import Registry
 from harness.scheduling.cluster import Cluster
 from harness.storage import Folder
 from phatgoose.expert import Card
-from phatgoose.recipe import Recipe, Stage
+from phatgoose.training.recipe import Recipe, Stage
 from tests.failing import ShortOfMemory
 from tests.toy import prepare_toys, toy_config
 

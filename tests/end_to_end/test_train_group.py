@@ -20,7 +20,7 @@ from harness.planning.plan import Plan, make_plan
 from harness.scheduling.cluster import room
 from harness.scheduling.workers import Failure, Watch, Workers
 from harness.training.job import TrainJob
-from phatgoose.recipe import Stage
+from phatgoose.training.recipe import Stage
 from tests.toy import prepare_toys, toy_config
 
 pytestmark = pytest.mark.slow

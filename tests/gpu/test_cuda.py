@@ -9,11 +9,11 @@ import torch
 from harness.evaluation.answering import answer_chunk
 from harness.evaluation.chunks import Chunk, Request
 from phatgoose.base import Base, load_base
-from phatgoose.model import RoutedModel
+from phatgoose.inference.model import RoutedModel
+from phatgoose.inference.scoring import Question
 from phatgoose.ops import mix, mix_factors, mix_reference, route
 from phatgoose.pool import Pool
 from phatgoose.routers import make_router
-from phatgoose.scoring import Question
 from tests.tiny import make_experts
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -99,8 +99,8 @@ def test_generation_on_a_gpu_is_that_on_a_cpu(bases: tuple[Base, Base]) -> None:
 
 def test_a_training_step_on_a_gpu(bases: tuple[Base, Base]) -> None:
     from phatgoose.expert import Card
-    from phatgoose.recipe import Recipe, Stage
-    from phatgoose.training import Example, train_expert
+    from phatgoose.training.recipe import Recipe, Stage
+    from phatgoose.training.train import Example, train_expert
 
     stage = Stage(steps=3, lr=1e-2)
     recipe = Recipe(

@@ -18,7 +18,7 @@ from phatgoose.expert import Expert
 from tests.tiny import make_experts
 from tests.toy import prepare_toys, toy_config
 
-OLD = {**code_of(TRAINING), "phatgoose.training_job": "0" * 16}
+OLD = {**code_of(TRAINING), "phatgoose.training.trainer": "0" * 16}
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_experts_of_other_code_stop_the_run_and_are_not_trained_again(
         make_plan(config)
     line = str(caught.value)
     assert "2 experts (birds, lakes) were made by other source code" in line
-    assert "phatgoose.training_job changed since" in line
+    assert "phatgoose.training.trainer changed since" in line
     assert "train.accept_code=true" in line
     assert "\n" not in line
     accepted = make_plan(dataclasses.replace(config, accept_code=True))
@@ -62,7 +62,7 @@ def test_experts_of_other_code_stop_the_run_and_are_not_trained_again(
     # What is accepted is reported, with the changed module.
     [record] = caplog.records
     assert "2 experts (birds, lakes) were made by other source code" in record.getMessage()
-    assert "phatgoose.training_job changed since" in record.getMessage()
+    assert "phatgoose.training.trainer changed since" in record.getMessage()
     # By choice, one is trained again.
     registry = Registry(config.registry, plan.base_fingerprint)
     registry.remove("birds")
@@ -106,9 +106,11 @@ def test_profiles_of_other_code_stop_the_run(config: RunConfig) -> None:
     assert birds.profile_id is not None
     measured, _, code = birds.profile_id.partition("-")
     assert code == digest(code_of(PROFILES))
-    other = registry.put_code({**code_of(PROFILES), "phatgoose.profiling": "1" * 16})
+    other = registry.put_code({**code_of(PROFILES), "phatgoose.profile_measurement": "1" * 16})
     registry.put_profile(content, f"{measured}-{other}", b"a profile")
-    with pytest.raises(PhatgooseError, match=r"1 profiles \(birds\) were made by .*profiling"):
+    with pytest.raises(
+        PhatgooseError, match=r"1 profiles \(birds\) were made by .*profile_measurement"
+    ):
         make_plan(config)
     accepted = make_plan(dataclasses.replace(config, accept_code=True))
     ids = {job.card.name: job.profile_id for job in accepted.jobs}

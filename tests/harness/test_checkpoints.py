@@ -7,8 +7,8 @@ import pytest
 
 from harness.storage import Folder
 from harness.training.checkpoints import FolderCheckpoints, delete_checkpoints
-from phatgoose.checkpoint import State
 from phatgoose.errors import PhatgooseError
+from phatgoose.training.checkpoint import State
 from tests.interrupted import RECIPE
 
 

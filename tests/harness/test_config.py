@@ -194,7 +194,7 @@ def test_every_choice_of_every_group_composes(group: str) -> None:
 
 
 def test_the_paper_recipe_is_the_default_of_the_library() -> None:
-    from phatgoose.recipe import Recipe
+    from phatgoose.training.recipe import Recipe
 
     assert load("train=paper", "base=t5-xl-lm-adapt").train == Recipe()
 

@@ -10,8 +10,8 @@ import torch.utils.cpp_extension
 from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
-from phatgoose.recipe import Recipe, Stage
-from phatgoose.training import Example, Progress, train_expert
+from phatgoose.training.recipe import Recipe, Stage
+from phatgoose.training.train import Example, Progress, train_expert
 from tests import interrupted
 from tests.tiny import make_card, state
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from harness.evaluation.actor import EvalActor
 from harness.evaluation.chunks import Chunk, Request
 from phatgoose.base import Base
-from phatgoose.routed_linear import RoutingLog
+from phatgoose.inference.routed_linear import RoutingLog
 from phatgoose.routers import make_router
 from tests.tiny import make_experts
 from tests.toy import local_actor, members_of

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from harness.evaluation.chunks import Answer, Chunk, Request, cut
 from harness.evaluation.journal import DamagedAnswer, Journal
 from harness.storage import Folder
-from phatgoose.scoring import Score
+from phatgoose.inference.scoring import Score
 
 TEXT = st.text(max_size=40)
 REQUESTS = st.lists(

@@ -17,7 +17,7 @@ from phatgoose.base import load_base
 from phatgoose.cache import cache_dir
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
-from phatgoose.recipe import Stage
+from phatgoose.training.recipe import Stage
 from tests.tiny import make_experts, make_llama
 from tests.toy import TASKS, generation_task, prepare_toys, toy_config
 

@@ -11,7 +11,7 @@ import ray
 from torch import Tensor
 
 from phatgoose.base import load_base
-from phatgoose.curve import Progress
+from phatgoose.training.curve import Progress
 from tests import interrupted
 from tests.ranks import RECIPE, Rank, tensors
 

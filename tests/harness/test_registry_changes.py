@@ -76,7 +76,7 @@ def test_rename(registry: Registry) -> None:
 
 
 def test_an_imported_adapter_renamed_is_as_if_imported_under_the_new_name(local: Registry) -> None:
-    from phatgoose.peft_adapters import with_job
+    from phatgoose.interop.peft import with_job
 
     def imported(name: str) -> Expert:
         expert = make_expert(1, name=name)

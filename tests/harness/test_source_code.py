@@ -74,7 +74,8 @@ def test_no_path_reaches_every_router(name: str) -> None:
     own = type(router(name)).__module__
     others = {m for m in router_code(router(name)) if m.startswith(home)} - {own}
     assert others <= {
-        home + m for m in ("interface", "profiles", "merged", "arrow", "spectr", "retrieval")
+        home + m
+        for m in ("interface", "stacked_profiles", "merged", "arrow", "spectr", "retrieval")
     }
     assert not [m for m in code_of(SCORING) if m.startswith(home) and m != home + "interface"]
 
@@ -94,10 +95,10 @@ def test_a_shared_formula_makes_those_stale_that_use_it(edit: Edit) -> None:
     ("file", "old", "new"),
     [
         ("phatgoose/ops/mix.py", "weights_TK * scale", "weights_TK"),
-        ("phatgoose/scoring.py", "self.tokens + 1", "self.tokens"),
-        ("phatgoose/routed_linear.py", "return y + added", "return y - added"),
+        ("phatgoose/inference/scoring.py", "self.tokens + 1", "self.tokens"),
+        ("phatgoose/inference/routed_linear.py", "return y + added", "return y - added"),
         ("phatgoose/routers/interface.py", "-torch.inf", "0.0"),
-        ("phatgoose/generation.py", "do_sample=False", "do_sample=True"),
+        ("phatgoose/inference/generation.py", "do_sample=False", "do_sample=True"),
         ("harness/evaluation/answering.py", "request.choices_shown", "True"),
     ],
 )
@@ -113,10 +114,10 @@ def test_comments_docstrings_and_layout_change_nothing(edit: Edit) -> None:
     before, scored = routers_code(), scoring()
     edit("phatgoose/routers/phatgoose.py", '"""Match the input with the gates."""', '"""Other."""')
     edit("phatgoose/routers/phatgoose.py", "    top_k: int = 2", "    # Two.\n\n    top_k: int = 2")
-    edit("phatgoose/scoring.py", '"""Log-likelihoods of', '"""Likelihoods of')
+    edit("phatgoose/inference/scoring.py", '"""Log-likelihoods of', '"""Likelihoods of')
     # Also a docstring where there was none.
     edit(
-        "phatgoose/model.py",
+        "phatgoose/inference/model.py",
         "            assert isin",
         '            """Hear."""\n            assert isin',
     )
@@ -127,10 +128,10 @@ def test_comments_docstrings_and_layout_change_nothing(edit: Edit) -> None:
 @pytest.mark.parametrize(
     ("file", "old", "new", "stale"),
     [
-        ("phatgoose/training_job.py", "4 * self", "8 * self", {"training", "profiles"}),
+        ("phatgoose/training/trainer.py", "4 * self", "8 * self", {"training", "profiles"}),
         ("harness/training/engine.py", "zero_stage", "stage_of_zero", {"training"}),
         ("harness/training/examples.py", "// len(data)", "", {"training", "profiles"}),
-        ("phatgoose/profiling.py", "measure_profile", "measure", {"profiles"}),
+        ("phatgoose/profile_measurement.py", "measure_profile", "measure", {"profiles"}),
         ("harness/scheduling/cluster.py", "wait_seconds", "patience", set()),
         ("phatgoose/routers/arrow.py", "temperature", "heat", set()),
     ],

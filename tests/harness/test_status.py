@@ -20,7 +20,7 @@ from harness.training.job import TrainJob
 from harness.training.job_table import JobTable
 from harness.training.stage import Training
 from phatgoose.expert import Card
-from phatgoose.recipe import Recipe
+from phatgoose.training.recipe import Recipe
 
 HERE = Place("a1b2c3d4" * 7, "10.0.0.1", 77)
 THERE = Place("ffeeddcc" * 7, "10.0.0.2", 78)

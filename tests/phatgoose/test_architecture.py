@@ -11,14 +11,14 @@ from torch import nn
 
 from phatgoose.architecture import ARCHITECTURES, Architecture, adapted_linears
 from phatgoose.base import Base, bare_model, last_query_projection, load_base
-from phatgoose.engine import TargetLoss
 from phatgoose.errors import PhatgooseError
-from phatgoose.gated_lora import attach_lora, detach_lora
-from phatgoose.model import RoutedModel
+from phatgoose.inference.model import RoutedModel
+from phatgoose.inference.scoring import score
 from phatgoose.pool import Pool
-from phatgoose.recipe import Recipe, Stage
-from phatgoose.scoring import score
-from phatgoose.training import Example, Progress, train_expert
+from phatgoose.training.engine import TargetLoss
+from phatgoose.training.gated_lora import attach_lora, detach_lora
+from phatgoose.training.recipe import Recipe, Stage
+from phatgoose.training.train import Example, Progress, train_expert
 from tests.architectures import DECODERS, QUESTIONS, Folders, assert_answers_plainly, assert_plain
 from tests.plain import plain_logits
 from tests.textbook import RULES, base_plus, base_with, facts_of

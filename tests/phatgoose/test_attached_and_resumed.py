@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from phatgoose.base import Base
-from phatgoose.engine import PlainEngine, adam_memory
 from phatgoose.errors import OutOfMemory, PhatgooseError
 from phatgoose.expert import Expert
-from phatgoose.gated_lora import attach_expert
+from phatgoose.inference.scoring import Question
 from phatgoose.query import Query
-from phatgoose.recipe import Recipe, Stage
-from phatgoose.scoring import Question
-from phatgoose.training import Example, train_expert
+from phatgoose.training.engine import PlainEngine, adam_memory
+from phatgoose.training.gated_lora import attach_expert
+from phatgoose.training.recipe import Recipe, Stage
+from phatgoose.training.train import Example, train_expert
 from tests.tiny import make_card, make_experts
 
 EXAMPLES = [Example("Is the lake deep?", " yes"), Example("two and two is", " four")]

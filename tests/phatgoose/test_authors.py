@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from phatgoose.authors import read_checkpoint
 from phatgoose.base import Base, load_base
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
-from phatgoose.model import RoutedModel
+from phatgoose.inference.model import RoutedModel
+from phatgoose.interop.authors import read_checkpoint
 from phatgoose.pool import Pool
 from phatgoose.routers import make_router
 from tests.plain import plain_logits

@@ -21,7 +21,7 @@ from phatgoose.base import (
     locate_base,
 )
 from phatgoose.errors import PhatgooseError
-from phatgoose.scoring import Question, score
+from phatgoose.inference.scoring import Question, score
 from tests.tiny import llama_tokenizer, make_llama, make_t5
 
 

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phatgoose.base import Base
-from phatgoose.checkpoint import State, owner_of
-from phatgoose.engine import PlainEngine
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
-from phatgoose.recipe import Stage
-from phatgoose.training import train_gates
+from phatgoose.training.checkpoint import State, owner_of
+from phatgoose.training.engine import PlainEngine
+from phatgoose.training.recipe import Stage
+from phatgoose.training.train import train_gates
 from tests.interrupted import (
     EVALUATION,
     PASSES,

@@ -2,8 +2,8 @@ import math
 
 import pytest
 
-from phatgoose.curve import Progress, check_curve
 from phatgoose.errors import Diverged
+from phatgoose.training.curve import Progress, check_curve
 
 VOCABULARY = 1000  # a uniform guess costs 6.9 nats
 

@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from phatgoose.base import Base
-from phatgoose.gated_lora import attach_expert, attach_lora, detach_lora
-from phatgoose.model import RoutedModel
+from phatgoose.inference.model import RoutedModel
+from phatgoose.inference.scoring import Question, score
 from phatgoose.ops import mix, mix_factors
 from phatgoose.pool import Pool, PoolLinear
 from phatgoose.routers import ROUTERS, Merge, TokenRouter, Wrapper, make_router
-from phatgoose.scoring import Question, score
+from phatgoose.training.gated_lora import attach_expert, attach_lora, detach_lora
 from tests.pools import make_pool
 from tests.tiny import make_experts
 
@@ -115,7 +115,7 @@ def test_scoring_puts_its_inputs_where_the_base_is(
         seen.append(logits_PV)
         return [[] for _ in asked]
 
-    monkeypatch.setattr("phatgoose.scoring.to_scores", keep)
+    monkeypatch.setattr("phatgoose.inference.scoring.to_scores", keep)
     questions, pool = questions_of(llama), make_pool(llama, 5)
     llama.model.to(META)
     if router is None:

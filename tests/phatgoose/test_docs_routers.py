@@ -14,12 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from harness.config.load import CONF, load_config
 from phatgoose.base import Base
-from phatgoose.model import RoutedModel
+from phatgoose.inference.model import RoutedModel
 from phatgoose.ops import mix
-from phatgoose.recipe import Recipe, Stage
 from phatgoose.routers import ROUTERS, QueryRouter, Wrapper, make_router
 from phatgoose.routers.lorauter import Lorauter
-from phatgoose.training import Example
+from phatgoose.training.recipe import Recipe, Stage
+from phatgoose.training.train import Example
 from tests.pools import pool_of
 from tests.tiny import SENTENCES, make_experts
 from tests.tiny_encoder import make_encoder

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer
 
-from phatgoose import encoder as encoder_module
-from phatgoose.encoder import PACKAGED_ENCODERS, PackagedEncoder, load_encoder
+from phatgoose import sentence_encoder as encoder_module
 from phatgoose.errors import PhatgooseError
+from phatgoose.sentence_encoder import PACKAGED_ENCODERS, PackagedEncoder, load_encoder
 from tests.tiny import SENTENCES
 from tests.tiny_encoder import DIMENSIONS, MAX_TOKENS, make_encoder, set_pooling
 

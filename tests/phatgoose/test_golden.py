@@ -16,13 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from phatgoose.architecture import adapted_linears
 from phatgoose.base import Base
-from phatgoose.gated_lora import GatedLora
-from phatgoose.model import RoutedModel
+from phatgoose.inference.model import RoutedModel
 from phatgoose.ops import mix, mix_reference, route, top_k_softmax
 from phatgoose.pool import Pool, PoolLinear
 from phatgoose.routers import make_router
 from phatgoose.routers.arrow import arrow_scorer
 from phatgoose.routers.retrieval import nearest_example
+from phatgoose.training.gated_lora import GatedLora
 from tests.tiny import llama_tokenizer
 
 OWN = Path(__file__).parents[1] / "golden"

@@ -9,13 +9,13 @@ from torch import Tensor
 from phatgoose.base import Base, load_base
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
-from phatgoose.model import RoutedModel
+from phatgoose.inference.model import RoutedModel
+from phatgoose.inference.routed_linear import RoutedLinear, RoutingLog
+from phatgoose.inference.scoring import Question
 from phatgoose.ops import route
 from phatgoose.pool import Pool
-from phatgoose.routed_linear import RoutedLinear, RoutingLog
 from phatgoose.routers import make_router
 from phatgoose.routers.random import Random
-from phatgoose.scoring import Question
 from tests.plain import plain_logits
 from tests.tiny import make_experts, state
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from phatgoose.base import Base, load_base
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert, LoraFactors
-from phatgoose.model import RoutedModel
-from phatgoose.peft_adapters import from_peft, to_peft
+from phatgoose.inference.model import RoutedModel
+from phatgoose.interop.peft import from_peft, to_peft
 from phatgoose.pool import Pool
 from phatgoose.routers import make_router
 from tests.adapters import (

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from phatgoose.base import Base, load_base
 from phatgoose.errors import PhatgooseError
-from phatgoose.peft_adapters import from_peft
+from phatgoose.interop.peft import from_peft
 from tests.adapters import (
     TENSORS,
     Q,

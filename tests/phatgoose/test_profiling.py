@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from phatgoose.base import Base, load_base
-from phatgoose.encoder import load_encoder
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
 from phatgoose.profile import ProfileConfig
-from phatgoose.profiling import measure_profile
+from phatgoose.profile_measurement import measure_profile
+from phatgoose.sentence_encoder import load_encoder
 from phatgoose.tokenization import encode_pair
-from phatgoose.training import Example
+from phatgoose.training.train import Example
 from tests.plain import plain_logits
 from tests.tiny import add_to_weight, make_decoder, make_experts, state
 from tests.tiny_encoder import make_encoder

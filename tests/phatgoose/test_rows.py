@@ -13,12 +13,12 @@ from torch import nn
 
 from phatgoose.architecture import ARCHITECTURES, Architecture
 from phatgoose.base import Base
-from phatgoose.generation import answer
-from phatgoose.model import RoutedModel
+from phatgoose.inference.generation import answer
+from phatgoose.inference.model import RoutedModel
+from phatgoose.inference.routed_linear import RoutingLog
+from phatgoose.inference.scoring import Question, score
 from phatgoose.pool import Pool
 from phatgoose.query import Query
-from phatgoose.routed_linear import RoutingLog
-from phatgoose.scoring import Question, score
 from tests.architectures import (
     APART,
     DECODERS,
@@ -142,8 +142,8 @@ def test_separate_rows_give_what_shared_ones_give(
     llama: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For routers that decide by token, by query, and by a bias for each query."""
-    monkeypatch.setattr("phatgoose.encoder.load_encoder", lambda _: FakeEncoder())
-    monkeypatch.setattr("phatgoose.routers.profiles._embedded", {})
+    monkeypatch.setattr("phatgoose.sentence_encoder.load_encoder", lambda _: FakeEncoder())
+    monkeypatch.setattr("phatgoose.routers.stacked_profiles._embedded", {})
     pool = make_pool(llama)
     apart = dataclasses.replace(llama, shares_context=False)
     questions = [

@@ -5,13 +5,13 @@ import torch
 from torch import nn
 
 from phatgoose.base import Base, load_base
-from phatgoose.generation import generate
-from phatgoose.model import RoutedModel
+from phatgoose.inference.generation import generate
+from phatgoose.inference.model import RoutedModel
+from phatgoose.inference.routed_linear import RoutingLog
+from phatgoose.inference.scoring import Question, Score, logits_at, score
 from phatgoose.pool import Pool
 from phatgoose.query import Query
-from phatgoose.routed_linear import RoutingLog
 from phatgoose.routers import make_router
-from phatgoose.scoring import Question, Score, logits_at, score
 from phatgoose.tokenization import encode_context
 from tests.plain import plain_generate, plain_score
 from tests.tiny import make_experts

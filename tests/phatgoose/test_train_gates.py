@@ -7,8 +7,8 @@ import torch
 
 from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
-from phatgoose.recipe import Recipe, Stage, recipe_from_dict
-from phatgoose.training import Example, Progress, train_expert, train_gates
+from phatgoose.training.recipe import Recipe, Stage, recipe_from_dict
+from phatgoose.training.train import Example, Progress, train_expert, train_gates
 from tests.tiny import make_card, make_experts, state
 
 EXAMPLES = [

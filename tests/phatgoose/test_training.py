@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from phatgoose.base import Base, load_base
-from phatgoose.engine import PlainEngine, TargetLoss
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
-from phatgoose.recipe import Recipe, Stage
-from phatgoose.scoring import Question
+from phatgoose.inference.scoring import Question
 from phatgoose.tokenization import encode_context
-from phatgoose.training import Example, Progress, train_expert
+from phatgoose.training.engine import PlainEngine, TargetLoss
+from phatgoose.training.recipe import Recipe, Stage
+from phatgoose.training.train import Example, Progress, train_expert
 from tests.plain import plain_generate, plain_logits, plain_score
 from tests.tiny import make_card, state
 

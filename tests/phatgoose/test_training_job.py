@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from phatgoose.base import Base
-from phatgoose.checkpoint import NoCheckpoints
-from phatgoose.engine import PlainEngine, TargetLoss, copies
 from phatgoose.errors import Diverged, PhatgooseError
 from phatgoose.expert import Expert
-from phatgoose.gated_lora import attach_lora
-from phatgoose.model import RoutedModel
+from phatgoose.inference.model import RoutedModel
+from phatgoose.inference.scoring import Question, Score
 from phatgoose.pool import Pool
-from phatgoose.recipe import Recipe, Stage
-from phatgoose.scoring import Question, Score
-from phatgoose.training import Example, Progress, train_expert
-from phatgoose.training_job import TrainingJob
+from phatgoose.training.checkpoint import NoCheckpoints
+from phatgoose.training.engine import PlainEngine, TargetLoss, copies
+from phatgoose.training.gated_lora import attach_lora
+from phatgoose.training.recipe import Recipe, Stage
+from phatgoose.training.train import Example, Progress, train_expert
+from phatgoose.training.trainer import TrainingJob
 from tests.tiny import make_card
 
 WORDS = ("the goose", "the swan", "a bird", "the lake", "the flock")

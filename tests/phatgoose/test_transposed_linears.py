@@ -16,10 +16,10 @@ from phatgoose.architecture import linear_sizes
 from phatgoose.base import Base, bare_model, load_base
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import LoraFactors
-from phatgoose.gated_lora import attach_expert, attach_lora, detach_lora, read_factors
-from phatgoose.model import RoutedModel
-from phatgoose.peft_adapters import from_peft, to_peft
+from phatgoose.inference.model import RoutedModel
+from phatgoose.interop.peft import from_peft, to_peft
 from phatgoose.pool import Pool
+from phatgoose.training.gated_lora import attach_expert, attach_lora, detach_lora, read_factors
 from tests.adapters import logits, merged_logits, save_adapter
 from tests.tiny import make_decoder, make_experts, state
 

@@ -12,14 +12,8 @@ from torch import Tensor
 from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
-from phatgoose.model import RoutedModel
-from phatgoose.pool import Pool
-from phatgoose.query import Query
-from phatgoose.routers import QueryRouter, Router
-from phatgoose.routers.interface import Probe
-from phatgoose.routers.logo import Logo
-from phatgoose.tokenization import encode_pair
-from phatgoose.view import (
+from phatgoose.inference.model import RoutedModel
+from phatgoose.inference.token_view import (
     COLOURS,
     TokenRoute,
     _strings,
@@ -27,6 +21,12 @@ from phatgoose.view import (
     to_terminal,
     token_routes,
 )
+from phatgoose.pool import Pool
+from phatgoose.query import Query
+from phatgoose.routers import QueryRouter, Router
+from phatgoose.routers.interface import Probe
+from phatgoose.routers.logo import Logo
+from phatgoose.tokenization import encode_pair
 from tests.plain import plain_logits
 from tests.tiny import make_experts
 

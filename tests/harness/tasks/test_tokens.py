@@ -10,9 +10,9 @@ from harness.tasks.store import read_records, read_task, write_task
 from harness.tasks.tokens import tokenise
 from phatgoose.base import Base, load_base
 from phatgoose.errors import PhatgooseError
-from phatgoose.recipe import Recipe
-from phatgoose.scoring import Question
-from phatgoose.training import Example, train_expert
+from phatgoose.inference.scoring import Question
+from phatgoose.training.recipe import Recipe
+from phatgoose.training.train import Example, train_expert
 from tests.tiny import make_card
 from tests.toy import toy_config
 

@@ -9,6 +9,6 @@ from tests.pools import FakeEncoder
 def encoder(monkeypatch: pytest.MonkeyPatch) -> FakeEncoder:
     """Stands in for the profiles' encoder, and starts with nothing embedded."""
     fake = FakeEncoder()
-    monkeypatch.setattr("phatgoose.encoder.load_encoder", lambda _: fake)
-    monkeypatch.setattr("phatgoose.routers.profiles._embedded", {})
+    monkeypatch.setattr("phatgoose.sentence_encoder.load_encoder", lambda _: fake)
+    monkeypatch.setattr("phatgoose.routers.stacked_profiles._embedded", {})
     return fake

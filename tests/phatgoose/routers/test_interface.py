@@ -8,8 +8,9 @@ from torch import Tensor
 
 from phatgoose.base import Base, load_base
 from phatgoose.errors import PhatgooseError
-from phatgoose.generation import generate
-from phatgoose.model import RoutedModel
+from phatgoose.inference.generation import generate
+from phatgoose.inference.model import RoutedModel
+from phatgoose.inference.scoring import Question
 from phatgoose.pool import Pool
 from phatgoose.query import Query
 from phatgoose.routers import ROUTERS, Merge, QueryRouter, TokenRouter, all_needs, make_router
@@ -20,7 +21,6 @@ from phatgoose.routers.phatgoose import Phatgoose
 from phatgoose.routers.random import Random
 from phatgoose.routers.random_experts import RandomExperts
 from phatgoose.routers.single import Single
-from phatgoose.scoring import Question
 from tests.plain import plain_logits
 from tests.pools import FakeEncoder, make_pool
 from tests.tiny import make_experts, state

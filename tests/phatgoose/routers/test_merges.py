@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from phatgoose.base import Base, load_base
-from phatgoose.model import RoutedModel
+from phatgoose.inference.model import RoutedModel
+from phatgoose.inference.scoring import Question
 from phatgoose.pool import Pool, PoolLinear
 from phatgoose.routers import Merge, make_router
-from phatgoose.scoring import Question
 from tests.plain import plain_generate, plain_logits, plain_score
 from tests.pools import FakeEncoder, make_uneven_experts, pool_of
 from tests.textbook import Facts, base_plus, facts_of

@@ -8,15 +8,16 @@ import torch
 
 from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
-from phatgoose.model import RoutedModel
+from phatgoose.inference.model import RoutedModel
+from phatgoose.inference.scoring import Question
 from phatgoose.pool import Pool
-from phatgoose.routers import ROUTERS, all_needs, make_router, profiles
+from phatgoose.routers import ROUTERS, all_needs, make_router
+from phatgoose.routers import stacked_profiles as profiles
 from phatgoose.routers.interface import Router, Scorer, TokenRouter, side_information
 from phatgoose.routers.logo import Logo
 from phatgoose.routers.phatgoose import Phatgoose
 from phatgoose.routers.random_experts import RandomExperts
 from phatgoose.routers.ties import Ties
-from phatgoose.scoring import Question
 from tests.pools import FakeEncoder, fake_embedding, pool_of
 from tests.tiny import make_experts
 
@@ -208,7 +209,7 @@ def test_gates_on_some_linears_are_not_enough(llama: Base) -> None:
 def test_embedded_texts_do_not_pile_up(
     llama: Base, encoder: FakeEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("phatgoose.routers.profiles._MOST_EMBEDDED", 3)
+    monkeypatch.setattr("phatgoose.routers.stacked_profiles._MOST_EMBEDDED", 3)
     pool = pool_of(make_experts(llama, 2))
     for place in range(20):
         rows_QS = profiles.embed(pool, [f"text {place}", "again"])

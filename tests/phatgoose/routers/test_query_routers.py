@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from phatgoose.base import Base, load_base
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
-from phatgoose.model import RoutedModel
+from phatgoose.inference.model import RoutedModel
+from phatgoose.inference.scoring import Question
 from phatgoose.pool import Pool
 from phatgoose.query import Query
 from phatgoose.routers import QueryRouter, make_router
 from phatgoose.routers.ariadne import Ariadne
 from phatgoose.routers.interface import Probe
 from phatgoose.routers.lorauter import Lorauter
-from phatgoose.routers.profiles import embed
 from phatgoose.routers.retrieval import Retrieval, nearest_example
-from phatgoose.scoring import Question
+from phatgoose.routers.stacked_profiles import embed
 from tests.plain import plain_generate, plain_logits, plain_score
 from tests.pools import (
     FakeEncoder,

@@ -10,14 +10,14 @@ from torch import Tensor
 from phatgoose.base import Base, load_base
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Card, Expert, LoraFactors
-from phatgoose.model import RoutedModel
+from phatgoose.inference.model import RoutedModel
+from phatgoose.inference.scoring import Question
 from phatgoose.pool import Pool, PoolLinear
 from phatgoose.query import Query
 from phatgoose.routers import TokenRouter, make_router
 from phatgoose.routers.glider import Glider
 from phatgoose.routers.lag import Lag
 from phatgoose.routers.random import Random
-from phatgoose.scoring import Question
 from tests.plain import plain_generate, plain_score
 from tests.pools import FakeEncoder, fake_embedding, make_profiles, make_uneven_experts, pool_of
 from tests.textbook import (

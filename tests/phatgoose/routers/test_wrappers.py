@@ -8,14 +8,14 @@ from torch import Tensor
 from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert, LoraFactors
-from phatgoose.model import RoutedModel
+from phatgoose.inference.model import RoutedModel
+from phatgoose.inference.routed_linear import RoutingLog
+from phatgoose.inference.scoring import Question
 from phatgoose.pool import Pool, PoolLinear
 from phatgoose.query import Query
-from phatgoose.routed_linear import RoutingLog
 from phatgoose.routers import TokenRouter, Wrapper, make_router
 from phatgoose.routers.genknowsub import Genknowsub
 from phatgoose.routers.random_experts import RandomExperts
-from phatgoose.scoring import Question
 from tests.plain import plain_logits, plain_score
 from tests.pools import FakeEncoder, make_profiles, make_uneven_experts, pool_of, without
 from tests.textbook import RULES, Fact, base_with, facts_of

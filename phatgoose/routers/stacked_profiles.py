@@ -49,7 +49,7 @@ def embed(pool: Pool, texts: Sequence[str]) -> Tensor:
     Raises:
         PhatgooseError: the encoder of that name is another one here.
     """
-    from phatgoose.encoder import load_encoder  # slow to import
+    from phatgoose.sentence_encoder import load_encoder  # slow to import
 
     profile = _profiles(pool)[0]
     encoder = load_encoder(profile.encoder)

@@ -28,7 +28,7 @@ from torch import Tensor
 from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Card, Expert, LoraFactors, validate_name, with_job
-from phatgoose.peft_adapters import check_fits
+from phatgoose.interop.peft import check_fits
 
 _A, _B, _GATE = "expert_lora.layer1", "expert_lora.layer2", "router.expert_embeddings"
 _KEY = re.compile(

@@ -23,10 +23,10 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.modeling_outputs import BaseModelOutput
 
 from phatgoose.base import Base
-from phatgoose.batch import Batch
 from phatgoose.errors import PhatgooseError
+from phatgoose.inference.forward_context import Batch
+from phatgoose.inference.scoring import Question, Score, logits_at, score, to_scores
 from phatgoose.rows import pad_rows
-from phatgoose.scoring import Question, Score, logits_at, score, to_scores
 from phatgoose.tokenization import cut_context, prompt_room
 
 

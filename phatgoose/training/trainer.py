@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from phatgoose.base import Base
-from phatgoose.checkpoint import Checkpoints, State, random_state, set_random_state
-from phatgoose.curve import Progress, check_curve
-from phatgoose.engine import Engine, EngineFactory, TargetLoss, copies, put
 from phatgoose.errors import Diverged, PhatgooseError
-from phatgoose.gated_lora import GatedLora
-from phatgoose.order import batches
-from phatgoose.recipe import Recipe, Stage
-from phatgoose.scoring import Question
+from phatgoose.inference.scoring import Question
+from phatgoose.training.batches import batches
+from phatgoose.training.checkpoint import Checkpoints, State, random_state, set_random_state
+from phatgoose.training.curve import Progress, check_curve
+from phatgoose.training.engine import Engine, EngineFactory, TargetLoss, copies, put
+from phatgoose.training.gated_lora import GatedLora
+from phatgoose.training.recipe import Recipe, Stage
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ Examples = Sequence[Example] | Sequence[Question]
 
 
 class TrainingJob:
-    """The stages of one expert; the arguments are those of `phatgoose.training.train_expert`.
+    """The stages of one expert; the arguments are those of `phatgoose.training.train.train_expert`.
 
     Args:
         layers: what `attach_lora` or `attach_expert` made of the base.

@@ -14,9 +14,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from phatgoose.curve import Progress
 from phatgoose.errors import PhatgooseError
-from phatgoose.recipe import Recipe
+from phatgoose.training.curve import Progress
+from phatgoose.training.recipe import Recipe
 
 
 @dataclass

@@ -4,7 +4,7 @@
     examples ──► [stage lora: A, B of each linear] ──► [stage gates: v of each linear] ──► Expert
 
 Loss is the cross-entropy of the target's tokens, end-of-sequence included (arXiv 2402.05859,
-sections 4 and 5.1). What runs a step is an engine, see `phatgoose.engine`.
+sections 4 and 5.1). What runs a step is an engine, see `phatgoose.training.engine`.
 """
 
 import dataclasses
@@ -16,19 +16,19 @@ from contextlib import contextmanager
 import torch
 
 from phatgoose.base import Base
-from phatgoose.checkpoint import Checkpoints, NoCheckpoints
-from phatgoose.curve import Progress
-from phatgoose.engine import EngineFactory, PlainEngine
 from phatgoose.errors import OutOfMemory, PhatgooseError
 from phatgoose.expert import Card, Expert
-from phatgoose.gated_lora import (
+from phatgoose.training.checkpoint import Checkpoints, NoCheckpoints
+from phatgoose.training.curve import Progress
+from phatgoose.training.engine import EngineFactory, PlainEngine
+from phatgoose.training.gated_lora import (
     attach_expert,
     attach_lora,
     detach_lora,
     read_factors,
 )
-from phatgoose.recipe import Recipe
-from phatgoose.training_job import Example, Examples, TrainingJob
+from phatgoose.training.recipe import Recipe
+from phatgoose.training.trainer import Example, Examples, TrainingJob
 
 __all__ = ["Example", "Examples", "Progress", "train_expert", "train_gates"]
 

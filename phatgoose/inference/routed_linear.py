@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phatgoose.architecture import Linear
-from phatgoose.batch import Batch
 from phatgoose.errors import PhatgooseError
+from phatgoose.inference.forward_context import Batch
 from phatgoose.ops import mix, mix_factors
 from phatgoose.pool import PoolLinear
 from phatgoose.routers.interface import UNANNOUNCED, TokenRule

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from phatgoose.base import Base
-from phatgoose.batch import Batch
 from phatgoose.errors import PhatgooseError
+from phatgoose.inference.forward_context import Batch
 from phatgoose.query import Query
 from phatgoose.rows import pad_rows, separate_rows, shared_rows
 from phatgoose.tokenization import cut_context, encode_pairs, max_length

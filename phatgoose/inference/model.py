@@ -13,18 +13,18 @@ from torch import Tensor, nn
 
 from phatgoose.architecture import linear_sizes
 from phatgoose.base import Base, last_query_projection
-from phatgoose.batch import Batch
 from phatgoose.errors import PhatgooseError
-from phatgoose.gated_lora import find_linear, replace_module
-from phatgoose.generation import answer, generate
+from phatgoose.inference.forward_context import Batch
+from phatgoose.inference.generation import answer, generate
+from phatgoose.inference.routed_linear import RoutedLinear, RoutingLog
+from phatgoose.inference.scoring import Question, Score, score, score_parts
 from phatgoose.pool import Pool, PoolLinear
 from phatgoose.query import Query
-from phatgoose.routed_linear import RoutedLinear, RoutingLog
 from phatgoose.routers import Merge, QueryRouter, Router, TokenRouter, Wrapper, make_router
 from phatgoose.routers.interface import Probe
 from phatgoose.rows import pad_rows
-from phatgoose.scoring import Question, Score, score, score_parts
 from phatgoose.tokenization import cut_context, encode_context, prompt_room, spaces_moved
+from phatgoose.training.gated_lora import find_linear, replace_module
 
 LogOrNone = TypeVar("LogOrNone", bound=RoutingLog | None)
 
@@ -121,7 +121,7 @@ class RoutedModel:
         return _rounded(_moved(pool.linears[name], self.base.device), self._linears[name].weight)
 
     def score(self, questions: Sequence[Question]) -> list[list[Score]]:
-        """Score every choice of every question in one batch; see `phatgoose.scoring.score`."""
+        """Score every choice of every question in one batch; see `inference.scoring.score`."""
         return score_parts(self.base, questions, self._score)
 
     def _score(self, questions: Sequence[Question]) -> list[list[Score]]:
@@ -131,7 +131,7 @@ class RoutedModel:
     def generate(
         self, prompts: Sequence[Query | str], max_new_tokens: int, *, stops: Sequence[str] = ()
     ) -> list[str]:
-        """Greedy continuations of a batch of prompts; see `phatgoose.generation.generate`.
+        """Greedy continuations of a batch of prompts; see `inference.generation.generate`.
 
         A prompt that is too long loses its beginning. Spaces at its end are not written again.
         """
@@ -154,7 +154,7 @@ class RoutedModel:
         stops: Sequence[str] = (),
         spaces: Sequence[int] = (),
     ) -> tuple[list[str], list[Score]]:
-        """`generate` and `score` over one pass; see `phatgoose.generation.answer`."""
+        """`generate` and `score` over one pass; see `phatgoose.inference.generation.answer`."""
         with self._decided([q.query for q in questions], [q.context for q in questions]):
             return answer(
                 self.base, questions, max_new_tokens, stops=stops, spaces=spaces, batch=self.batch

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phatgoose.base import Base
-from phatgoose.recipe import Recipe, Stage
-from phatgoose.scoring import Question, Score, logits_at, pad_rows, score_as_is
+from phatgoose.inference.scoring import Question, Score, logits_at, pad_rows, score_as_is
+from phatgoose.training.recipe import Recipe, Stage
 
 
 class Engine(Protocol):

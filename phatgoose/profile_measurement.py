@@ -10,18 +10,18 @@ from torch import Tensor
 
 from phatgoose.architecture import Architecture
 from phatgoose.base import Base
-from phatgoose.batch import Batch
-from phatgoose.encoder import load_encoder
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
-from phatgoose.model import RoutedModel
+from phatgoose.inference.forward_context import Batch
+from phatgoose.inference.model import RoutedModel
+from phatgoose.inference.scoring import Question
 from phatgoose.ops.svd import output_projection
 from phatgoose.pool import Pool
 from phatgoose.profile import Profile, ProfileConfig
 from phatgoose.query import Query
 from phatgoose.routers.single import Single
-from phatgoose.scoring import Question
-from phatgoose.training import Example
+from phatgoose.sentence_encoder import load_encoder
+from phatgoose.training.train import Example
 
 
 def measure_profile(

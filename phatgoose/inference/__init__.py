@@ -1,0 +1,1 @@
+"""Run a base with a pool and a router: scores, generation, and where tokens go."""

@@ -1,0 +1,1 @@
+"""Read and write experts in the formats of other projects."""
