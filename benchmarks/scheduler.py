@@ -35,7 +35,8 @@ from harness.tasks import TaskSpec
 from harness.training.job import TrainJob
 from harness.training.job_table import JobTable
 from harness.training.stage import Training
-from phatgoose.expert import Card, Expert, LoraFactors
+from phatgoose.card import Card, LoraFactors
+from phatgoose.expert import Expert
 from phatgoose.training.recipe import Recipe, Stage
 
 _BASE = "0" * 64

@@ -33,9 +33,9 @@ from phatgoose import (
     load_base,
     train_expert,
 )
-from phatgoose.expert import validate_name
+from phatgoose.card import validate_name
 from phatgoose.inference.token_view import to_html, to_terminal, token_routes
-from phatgoose.training.train import Progress
+from phatgoose.training.train import CurveRow, Hooks
 
 DATA = Path(__file__).parent / "data"
 SHOWN = 3
@@ -141,7 +141,7 @@ def read_task(file: Path) -> Task:
 def train(base: Base, task: Task, recipe: Recipe) -> Expert:
     """Train one expert and its gates, telling how fast."""
 
-    def report(progress: Progress) -> None:
+    def report(progress: CurveRow) -> None:
         done = progress.step + 1
         if progress.split == "train" and (done == 1 or done % 8 == 0):
             rate = done / progress.seconds
@@ -162,7 +162,7 @@ def train(base: Base, task: Task, recipe: Recipe) -> Expert:
         recipe=asdict(recipe),
         metrics={},
     )
-    return train_expert(base, card, task.train, task.held_out, recipe, report=report)
+    return train_expert(base, card, task.train, task.held_out, recipe, Hooks(report=report))
 
 
 def compare(model: RoutedModel, task: Task) -> None:

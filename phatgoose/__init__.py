@@ -9,37 +9,38 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from phatgoose.base import Base, load_base
+    from phatgoose.card import Card, LoraFactors
     from phatgoose.errors import PhatgooseError
-    from phatgoose.expert import Card, Expert, LoraFactors
+    from phatgoose.expert import Expert, read_checkpoint
     from phatgoose.inference.model import RoutedModel
     from phatgoose.inference.routed_linear import RoutingLog, TokenLog
-    from phatgoose.inference.scoring import Question, Score
+    from phatgoose.inference.scoring import Score
     from phatgoose.inference.token_view import to_html, to_terminal, token_routes
-    from phatgoose.interop.authors import read_checkpoint
     from phatgoose.pool import Pool
     from phatgoose.profile import Profile, ProfileConfig
     from phatgoose.profile_measurement import measure_profile
     from phatgoose.query import Query
+    from phatgoose.question import Question
     from phatgoose.routers import ROUTERS, make_router
     from phatgoose.training.recipe import Recipe, Stage
-    from phatgoose.training.train import Example, train_expert, train_gates
+    from phatgoose.training.train import Example, Hooks, train_expert, train_gates
 
 _HOMES = {
     "base": ("Base", "load_base"),
     "errors": ("PhatgooseError",),
-    "expert": ("Card", "Expert", "LoraFactors"),
+    "card": ("Card", "LoraFactors"),
+    "expert": ("Expert", "read_checkpoint"),
     "inference.model": ("RoutedModel",),
     "inference.routed_linear": ("RoutingLog", "TokenLog"),
     "inference.scoring": ("Question", "Score"),
     "inference.token_view": ("to_html", "to_terminal", "token_routes"),
-    "interop.authors": ("read_checkpoint",),
     "pool": ("Pool",),
     "profile": ("Profile", "ProfileConfig"),
     "profile_measurement": ("measure_profile",),
     "query": ("Query",),
     "routers": ("ROUTERS", "make_router"),
     "training.recipe": ("Recipe", "Stage"),
-    "training.train": ("Example", "train_expert", "train_gates"),
+    "training.train": ("Example", "Hooks", "train_expert", "train_gates"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -49,6 +50,7 @@ __all__ = [
     "Card",
     "Example",
     "Expert",
+    "Hooks",
     "LoraFactors",
     "PhatgooseError",
     "Pool",

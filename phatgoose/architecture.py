@@ -241,3 +241,25 @@ def warn_of_unadapted(name: str, model: PreTrainedModel, linears: tuple[str, ...
             f"base={name}: no expert adapts {sizes.total():,} of its {total:,} parameters "
             f"({places}): they stay as they are, in training and in every router."
         )
+
+
+def find_linear(model: nn.Module, name: str) -> Linear:
+    """The linear called `name` in `model`; PhatgooseError if there is none, or it is adapted."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise PhatgooseError(
+            f"the base has no module {name}: was this made for another base?"
+        ) from None
+    if not isinstance(module, Linear):
+        raise PhatgooseError(
+            f"{name} is a {type(module).__name__}, not a plain linear: is the base adapted "
+            "already? detach what is attached to it first"
+        )
+    return module
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where `name` stands in `model`."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

@@ -8,14 +8,12 @@ is compressed, so a file is opened by mapping it, without a copy.
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
-import re
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +23,16 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from phatgoose.card import (
+    DTYPES,
+    Card,
+    LoraFactors,
+    check_factors,
+    content_hash,
+    dtype_name,
+    raw_bytes,
+    validate_name,
+)
 from phatgoose.errors import PhatgooseError
 
 if TYPE_CHECKING:
@@ -35,80 +43,9 @@ _VERSION_KEY, _CARD_KEY = b"phatgoose.version", b"phatgoose.card"
 # What reading a damaged file may raise.
 _DAMAGE = (pa.ArrowException, OSError, LookupError, TypeError, ValueError, PhatgooseError)
 # Arrow has no bfloat16: every tensor is stored as its bytes (little-endian) next to its dtype.
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
 _TENSOR = pa.struct(
     [("shape", pa.list_(pa.int32())), ("dtype", pa.string()), ("data", pa.large_binary())]
 )
-
-
-def validate_name(name: str) -> str:
-    """Return `name` if it can name an expert (and so a file); raise PhatgooseError if not."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise PhatgooseError(
-            f"{name!r} cannot name an expert: use at most 100 letters, digits, '.', '_' and '-', "
-            "a letter or digit first"
-        )
-    return name
-
-
-@dataclass(frozen=True, eq=False)
-class LoraFactors:
-    """What an expert adds to one linear: `y = W x + scale * B A x`, and the gate that routes to it.
-
-    A field with the default None is optional, in the file as well.
-    """
-
-    lora_A_RD: Tensor
-    lora_B_OR: Tensor
-    gate_D: Tensor | None = None
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors that are there, by field name."""
-        for field in dataclasses.fields(self):
-            tensor = getattr(self, field.name)
-            if tensor is not None:
-                yield field.name, tensor
-
-
-@dataclass(frozen=True)
-class Card:
-    """Where an expert comes from.
-
-    `recipe` and `metrics` become what JSON makes of them, so that a card equals itself after it
-    was stored (tuples turn into lists). Raises PhatgooseError if JSON has no form for them.
-    """
-
-    name: str
-    task: str
-    base: str
-    base_fingerprint: str
-    data_fingerprint: str
-    job: str
-    scale: float
-    recipe: dict[str, Any]
-    metrics: dict[str, float]
-
-    def __post_init__(self) -> None:
-        """Bring the fields into the form they have after storing."""
-        object.__setattr__(self, "scale", float(self.scale))
-        for name in ("scale", "recipe", "metrics"):
-            try:
-                value = json.loads(json.dumps(getattr(self, name), allow_nan=False))
-            except (TypeError, ValueError) as error:
-                raise PhatgooseError(
-                    f"the card of expert {self.name!r} cannot be stored, its {name} is not JSON "
-                    f"({error}): use finite numbers, strings, lists and dictionaries"
-                ) from error
-            object.__setattr__(self, name, value)
-
-    def to_json(self) -> str:
-        """The card as canonical JSON (sorted keys, one line)."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True, allow_nan=False)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -133,7 +70,7 @@ class Expert:
                 f"expert {self.card.name!r} adapts no linear: check which linears were chosen"
             )
         for linear, factors in self.linears.items():
-            _check_linear(f"expert {self.card.name!r}, linear {linear!r}", factors)
+            check_factors(f"expert {self.card.name!r}, linear {linear!r}", factors)
 
     def __repr__(self) -> str:
         """Its name and sizes, without the tensors."""
@@ -147,14 +84,7 @@ class Expert:
 
         It depends neither on the order of the linears nor on how a file lays them out.
         """
-        digest = hashlib.sha256(self.card.to_json().encode() + b"\n")
-        for linear in sorted(self.linears):
-            for field, tensor in self.linears[linear].tensors():
-                # One line says how many bytes follow, so no two experts read the same.
-                head = [linear, field, _dtype_name(tensor), list(tensor.shape)]
-                digest.update(json.dumps(head).encode() + b"\n")
-                digest.update(_raw(tensor))
-        return digest.hexdigest()
+        return content_hash(self.card, self.linears)
 
     def to_bytes(self) -> bytes:
         """The bytes of the expert's file."""
@@ -220,69 +150,51 @@ class Expert:
     def from_peft(
         cls, folder: str | Path, *, base: "Base | None" = None, name: str | None = None
     ) -> "Expert":
-        """Read a LoRA adapter saved by PEFT: `phatgoose.interop.peft.from_peft`."""
-        from phatgoose.interop.peft import from_peft
+        """Read a LoRA adapter saved by PEFT, as an expert without gates.
 
-        return from_peft(folder, base=base, name=name)
+        Arguments and errors are those of `phatgoose.interop.peft.read_adapter`.
+        """
+        from phatgoose.interop.peft import read_adapter  # slow to import
+
+        return cls(*read_adapter(folder, base=base, name=name))
 
     def to_peft(self, folder: str | Path, *, base: "Base | None" = None) -> None:
-        """Write a LoRA adapter that PEFT loads: `phatgoose.interop.peft.to_peft`."""
-        from phatgoose.interop.peft import to_peft
+        """Write a LoRA adapter that PEFT loads: `phatgoose.interop.peft.write_adapter`."""
+        from phatgoose.interop.peft import write_adapter  # slow to import
 
-        to_peft(self, folder, base=base)
+        write_adapter(self.card, self.linears, folder, base=base)
 
 
-def with_job(card: Card, linears: Mapping[str, LoraFactors]) -> Expert:
-    """An imported expert whose job is a hash of its content: name, fingerprints, scale, factors.
+def read_checkpoint(
+    path: str | Path,
+    base: "Base",
+    *,
+    names: Sequence[str] | None = None,
+    scale: float | None = None,
+) -> list[Expert]:
+    """Read every expert of a checkpoint that PHATGOOSE's authors released.
 
-    What its base is called and how it was made do not count, so that the same import from
-    somewhere else is the same job.
+    Arguments and errors are those of `phatgoose.interop.authors.read_checkpoint`.
     """
-    anonymous = dataclasses.replace(card, base="", job="", recipe={}, metrics={})
-    job = Expert(anonymous, dict(linears)).content_hash()[:32]
-    return Expert(dataclasses.replace(card, job=job), dict(linears))
+    from phatgoose.interop import authors
+
+    return [Expert(*parts) for parts in authors.read_checkpoint(path, base, names, scale)]
 
 
 class _NewerFileError(PhatgooseError):
     """The file is whole, but from a newer version."""
 
 
-def _check_linear(where: str, factors: LoraFactors) -> None:
-    A, B, gate = factors.lora_A_RD, factors.lora_B_OR, factors.gate_D
-    agree = A.ndim == 2 and B.ndim == 2 and A.shape[0] == B.shape[1] and A.numel() and B.numel()
-    if not agree or (gate is not None and gate.shape != A.shape[1:]):
-        shapes = ", ".join(f"{field} {list(tensor.shape)}" for field, tensor in factors.tensors())
-        raise PhatgooseError(f"{where}: the shapes {shapes} do not fit [R, D], [O, R] and [D]")
-    for field, tensor in factors.tensors():
-        if _dtype_name(tensor) not in _DTYPES:
-            raise PhatgooseError(
-                f"{where}: {field} is {_dtype_name(tensor)}: convert it to one of {list(_DTYPES)}"
-            )
-        if not torch.isfinite(tensor).all():
-            raise PhatgooseError(
-                f"{where}: {field} holds NaN or infinity: train it again with a lower rate"
-            )
-
-
-def _dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _raw(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, row-major; without a copy where it lies so in memory."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-
-
 def _to_arrow(tensor: Tensor | None) -> dict[str, Any] | None:
     if tensor is None:
         return None
-    return {"shape": list(tensor.shape), "dtype": _dtype_name(tensor), "data": _raw(tensor)}
+    return {"shape": list(tensor.shape), "dtype": dtype_name(tensor), "data": raw_bytes(tensor)}
 
 
 def _from_arrow(column: "pa.StructArray", row: int) -> Tensor:
     """The tensor in one row, as a view; what a damaged file may hold is an error."""
     shape = column.field("shape")[row].as_py()
-    dtype = _DTYPES[column.field("dtype")[row].as_py()]
+    dtype = DTYPES[column.field("dtype")[row].as_py()]
     # Not `values[row].as_buffer()`, which copies.
     values = column.field("data")
     _, offsets, buffer = values.buffers()

@@ -12,13 +12,13 @@ from phatgoose.architecture import Architecture
 from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
-from phatgoose.inference.forward_context import Batch
+from phatgoose.inference.forward_context import ForwardContext
 from phatgoose.inference.model import RoutedModel
-from phatgoose.inference.scoring import Question
 from phatgoose.ops.svd import output_projection
 from phatgoose.pool import Pool
 from phatgoose.profile import Profile, ProfileConfig
 from phatgoose.query import Query
+from phatgoose.question import Question
 from phatgoose.routers.single import Single
 from phatgoose.sentence_encoder import load_encoder
 from phatgoose.training.train import Example
@@ -84,7 +84,7 @@ def _listen(
     limits = config.max_input_tokens, config.max_target_tokens
     questions = [Question.encode(model.base, e.input, [e.target], *limits) for e in examples]
     questions.sort(key=lambda question: question.length)
-    statistics = _Statistics(model.batch, model.base.architecture, expert)
+    statistics = _Statistics(model.forward_context, model.base.architecture, expert)
     with model.listening(statistics.hear):
         for start in range(0, len(questions), config.batch_size):
             model.score(questions[start : start + config.batch_size])
@@ -96,8 +96,8 @@ def _listen(
 class _Statistics:
     """Sums over the tokens that each linear has read, padding left out."""
 
-    def __init__(self, batch: Batch, architecture: Architecture, expert: Expert) -> None:
-        self._batch, self._architecture = batch, architecture
+    def __init__(self, forward: ForwardContext, architecture: Architecture, expert: Expert) -> None:
+        self._forward, self._architecture = forward, architecture
         self._projections = {
             name: output_projection(f.lora_A_RD[None], f.lora_B_OR[None] * expert.card.scale)[0]
             for name, f in expert.linears.items()
@@ -112,10 +112,10 @@ class _Statistics:
     def hear(self, linear: str, x: Tensor) -> None:
         """Count the tokens of one call of a linear, whose input is [B, L, D] or [B * L, D]."""
         side = self._architecture.side_of(linear)
-        mask_BL, queries_B = self._batch.masks[side], self._batch.queries[side]
+        mask_BL, queries_B = self._forward.masks[side], self._forward.queries[side]
         query_T = queries_B.unsqueeze(1).expand_as(mask_BL)[mask_BL]
         x_TD = x.reshape(*mask_BL.shape, -1)[mask_BL].float()
-        questions = int(self._batch.queries[side].max()) + 1
+        questions = int(self._forward.queries[side].max()) + 1
         sum_QD = self._sums.setdefault(linear, x_TD.new_zeros(questions, x_TD.shape[1]))
         sum_QD.index_add_(0, query_T, x_TD)
         count_Q = self._counts.setdefault(linear, x_TD.new_zeros(questions))

@@ -14,8 +14,9 @@ import pytest
 from phatgoose.architecture import ARCHITECTURES
 from phatgoose.base import Base, load_base
 from phatgoose.inference.generation import answer, generate
-from phatgoose.inference.scoring import Question, Score
+from phatgoose.inference.scoring import Score
 from phatgoose.query import Query
+from phatgoose.question import Question
 from tests.plain import plain_generate, plain_score
 from tests.tiny import (
     make_decoder,

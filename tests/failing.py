@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from harness.training.actor import TrainActor
-from phatgoose.inference.scoring import Question
+from phatgoose.question import Question
 
 
 class ShortOfMemory(TrainActor):

@@ -9,10 +9,10 @@ import torch
 from phatgoose.base import Base
 from phatgoose.expert import Expert
 from phatgoose.training.checkpoint import State
-from phatgoose.training.curve import Progress
+from phatgoose.training.curve import CurveRow
 from phatgoose.training.engine import PlainEngine
 from phatgoose.training.recipe import Recipe, Stage
-from phatgoose.training.train import Example, train_expert
+from phatgoose.training.train import Example, Hooks, train_expert
 from tests.tiny import make_card
 
 WORDS = ["goose", "swan", "lake", "bird", "flock", "two", "three", "five", "nine", "yes", "no"]
@@ -61,12 +61,11 @@ class Killed(BaseException):
 
 def train(
     base: Base, recipe: Recipe = RECIPE, engine: Any = PlainEngine, **options: Any
-) -> tuple[Expert, list[Progress]]:
-    rows: list[Progress] = []
+) -> tuple[Expert, list[CurveRow]]:
+    rows: list[CurveRow] = []
     card = make_card("task", base)
-    expert = train_expert(
-        base, card, TRAIN, EVALUATION, recipe, engine=engine, report=rows.append, **options
-    )
+    hooks = Hooks(engine=engine, report=rows.append, **options)
+    expert = train_expert(base, card, TRAIN, EVALUATION, recipe, hooks)
     return expert, rows
 
 
@@ -84,17 +83,17 @@ def kill_at(beat: int) -> Callable[[], None]:
 
 def train_interrupted(
     base: Base, at: list[int], recipe: Recipe = RECIPE, engine: Any = PlainEngine
-) -> tuple[Expert, list[Progress], Memory]:
+) -> tuple[Expert, list[CurveRow], Memory]:
     """Train; the process ends after so many forward passes, again and again, then no more."""
     memory = Memory()
     for beat in at:
         try:
-            train(base, recipe, engine, checkpoints=memory, beat=kill_at(beat))
+            train(base, recipe, engine, checkpoints=memory, heartbeat=kill_at(beat))
         except Killed:
             torch.manual_seed(beat)  # another process has other random states
     expert, rows = train(base, recipe, engine, checkpoints=memory)
     return expert, rows, memory
 
 
-def timeless(rows: list[Progress]) -> list[Progress]:
+def timeless(rows: list[CurveRow]) -> list[CurveRow]:
     return [dataclasses.replace(row, seconds=0.0) for row in rows]

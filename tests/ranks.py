@@ -47,7 +47,7 @@ class Rank:
         before = state(base)
         options: dict[str, Any] = {"checkpoints": memory}
         if at:
-            options["beat"] = interrupted.kill_at(at)
+            options["heartbeat"] = interrupted.kill_at(at)
         engine = functools.partial(DeepSpeedEngine, zero_stage=zero_stage)
         try:
             expert, rows = interrupted.train(base, RECIPE, engine, **options)

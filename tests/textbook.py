@@ -13,10 +13,10 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from phatgoose.architecture import replace_module
 from phatgoose.base import Base, load_base
 from phatgoose.expert import Expert
 from phatgoose.profile import Profile
-from phatgoose.training.gated_lora import replace_module
 from tests.tiny import add_to_weight
 
 # The weights of all experts, for one token.

@@ -29,7 +29,8 @@ from transformers.pytorch_utils import Conv1D
 
 from phatgoose.architecture import linear_sizes
 from phatgoose.base import Base
-from phatgoose.expert import Card, Expert, LoraFactors
+from phatgoose.card import Card, LoraFactors
+from phatgoose.expert import Expert
 
 SENTENCES = [
     "Question: which bird flies in the flock?\nAnswer: the goose",

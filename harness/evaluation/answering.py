@@ -9,8 +9,8 @@ from phatgoose.base import Base
 from phatgoose.inference.generation import fits
 from phatgoose.inference.model import RoutedModel
 from phatgoose.inference.routed_linear import RoutingLog
-from phatgoose.inference.scoring import Question
 from phatgoose.query import Query
+from phatgoose.question import Question
 from phatgoose.tokenization import encode_context, prompt_room, spaces_moved
 
 

@@ -14,8 +14,9 @@ from harness.source_code import PROFILES, changes, code_of, digest
 from harness.tasks import TaskData
 from harness.training.job import TrainJob, data_fingerprint
 from phatgoose.base import Base
+from phatgoose.card import Card
 from phatgoose.errors import PhatgooseError
-from phatgoose.expert import Card, Expert
+from phatgoose.expert import Expert
 from phatgoose.routers import Router, all_needs
 from phatgoose.routers.interface import NEEDS
 from phatgoose.sentence_encoder import load_encoder

@@ -32,8 +32,8 @@ from harness.tasks.sources import SPLIT_ALREADY
 from harness.training.job import TrainJob
 from phatgoose.architecture import linear_sizes
 from phatgoose.base import Base, bare_model, fingerprint, locate_base
+from phatgoose.card import validate_name
 from phatgoose.errors import PhatgooseError
-from phatgoose.expert import validate_name
 from phatgoose.routers import Router
 from phatgoose.routers.interface import needs_profiles
 

@@ -10,7 +10,7 @@ from harness.tasks.lm_eval_tasks import evaluation_table
 from harness.tasks.sources.lm_eval import load_task
 from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
-from phatgoose.inference.scoring import Question
+from phatgoose.question import Question
 from phatgoose.tokenization import encode_context, encode_pairs, max_length, prompt_room
 
 

@@ -259,11 +259,10 @@ def _import_peft(args: argparse.Namespace) -> Answer:
         )
     # Slow to import, and needed by this command only.
     from phatgoose.base import load_base
-    from phatgoose.interop.peft import from_peft
 
     # Only the base's shapes are used, so that the narrowest weights will do.
     base = load_base(args.base, dtype="bfloat16") if args.base else None
-    expert = from_peft(args.folder, base=base, name=args.name)
+    expert = Expert.from_peft(args.folder, base=base, name=args.name)
     if manifest_numbers(folder):
         registry = _to_change(args.registry)
     else:
@@ -278,12 +277,10 @@ def _import_peft(args: argparse.Namespace) -> Answer:
 
 
 def _export_peft(args: argparse.Namespace) -> Answer:
-    from phatgoose.interop.peft import to_peft  # slow to import
-
     registry = Registry.open(args.registry)
     content_hash = registry.find(args.name)
     expert = registry.load(content_hash)
-    to_peft(expert, args.folder)
+    expert.to_peft(args.folder)
     gates = any(factors.gate_D is not None for factors in expert.linears.values())
     left_out = " without its gates, for which PEFT has no place" if gates else ""
     return Answer(

@@ -19,8 +19,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from harness.storage import Folder
+from phatgoose.card import validate_name
 from phatgoose.errors import PhatgooseError
-from phatgoose.expert import Expert, validate_name
+from phatgoose.expert import Expert
 from phatgoose.profile import Profile
 
 SCHEMA_VERSION = 2

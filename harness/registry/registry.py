@@ -45,8 +45,9 @@ from harness.registry.files import (
 )
 from harness.source_code import digest
 from harness.storage import Folder
+from phatgoose.card import validate_name, with_job
 from phatgoose.errors import PhatgooseError
-from phatgoose.expert import Expert, validate_name, with_job
+from phatgoose.expert import Expert
 from phatgoose.profile import Profile
 
 # Up to so many jobs are looked up one by one.
@@ -194,8 +195,8 @@ class Registry:
                     "remove or rename that one first"
                 )
             expert = self.load(content_hash)
-            renamed_expert = with_job(dataclasses.replace(expert.card, name=new), expert.linears)
-            renamed = self._store(renamed_expert).object
+            card = with_job(dataclasses.replace(expert.card, name=new), expert.linears)
+            renamed = self._store(dataclasses.replace(expert, card=card)).object
             self._forget(content_hash)
             rest = {key: value for key, value in newest.experts.items() if key != old}
             if self._follow(newest, {**rest, new: renamed}):

@@ -20,8 +20,8 @@ from harness.registry.files import (
 )
 from harness.registry.packs import pack_folders, read_index
 from harness.storage import Folder
+from phatgoose.card import Card
 from phatgoose.errors import PhatgooseError
-from phatgoose.expert import Card
 
 # Objects that are read at once; no more than these are in memory.
 _READERS = 4

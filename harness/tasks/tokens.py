@@ -19,7 +19,7 @@ from harness.tasks.records import Split
 from harness.tasks.store import read_batches
 from phatgoose.base import Base
 from phatgoose.cache import cache_dir
-from phatgoose.inference.scoring import Question
+from phatgoose.question import Question
 from phatgoose.tokenization import encode_pairs, max_length
 from phatgoose.training.recipe import Recipe
 

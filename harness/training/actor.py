@@ -19,7 +19,7 @@ from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
 from phatgoose.profile import ProfileConfig
 from phatgoose.sentence_encoder import load_encoder
-from phatgoose.training.train import Progress
+from phatgoose.training.train import CurveRow, Hooks
 
 
 class TrainActor(Actor):
@@ -94,26 +94,22 @@ class TrainActor(Actor):
         rows: list[dict[str, Any]] = []
         self._steps = 0
 
-        def report(progress: Progress) -> None:
+        def report(progress: CurveRow) -> None:
             rows.append({"expert": job.card.name, "job": job.card.job, **asdict(progress)})
             self._steps += progress.split == "train"
             self._beat()
 
         print(f"training {job.card.name} (job {job.card.job})", flush=True)
-        options: dict[str, Any] = {
-            "engine": self._engine,
-            "report": report,
-            "checkpoints": FolderCheckpoints(
-                self._folder,
-                job.card.job,
-                job.recipe,
-                self._checkpoint_seconds,
-                given=checkpoint,
-                writes=self._rank == 0,
-            ),
-            "beat": self._beat,
-        }
-        expert = make_expert(self._base, job, lambda: self._data(job), options, self._beat)
+        checkpoints = FolderCheckpoints(
+            self._folder,
+            job.card.job,
+            job.recipe,
+            self._checkpoint_seconds,
+            given=checkpoint,
+            writes=self._rank == 0,
+        )
+        hooks = Hooks(self._engine, report, checkpoints, self._beat)
+        expert = make_expert(self._base, job, lambda: self._data(job), hooks)
         print(f"trained {job.card.name}: {expert.card.metrics}", flush=True)
         self._steps = 0
         if self._rank > 0:

@@ -19,11 +19,12 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from harness.training.whole_weights import Unpartitioned
-from phatgoose.inference.scoring import Question, Score
+from phatgoose.inference.scoring import Score
+from phatgoose.question import Question
 from phatgoose.training.engine import (
     ADAM_MEMORY,
     TargetLoss,
-    adam_memory,
+    adam_state,
     copies,
     make_optimizer,
     make_scheduler,
@@ -135,7 +136,7 @@ class DeepSpeedEngine:
         for parameter, weight in zip(self._parameters, weights, strict=True):
             safe_set_full_fp32_param(parameter, weight.to(parameter.device))
 
-    def memory(self) -> list[dict[str, Tensor]]:
+    def optimizer_state(self) -> list[dict[str, Tensor]]:
         """Copies of what AdamW remembers of each weight."""
         return [
             {name: self._remembered(p, name).cpu().clone() for name in ADAM_MEMORY}
@@ -155,7 +156,7 @@ class DeepSpeedEngine:
         self.put_weights(weights)
         if self._zero_stage == 0:
             for parameter, remembered in zip(self._parameters, memory, strict=True):
-                self._adam.state[parameter] = adam_memory(parameter, step, remembered)
+                self._adam.state[parameter] = adam_state(parameter, step, remembered)
         else:
             self._resume_partitions(memory, step)
         set_step(self._adam, self._scheduler, self._stage, step)
@@ -169,7 +170,7 @@ class DeepSpeedEngine:
             partitions = zero.single_partition_of_fp32_groups
         for flat in partitions:
             nothing = {name: torch.zeros_like(flat) for name in ADAM_MEMORY}
-            self._adam.state[flat] = adam_memory(flat, step, nothing)
+            self._adam.state[flat] = adam_state(flat, step, nothing)
         if self._zero_stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
         for parameter, remembered in zip(self._parameters, memory, strict=True):

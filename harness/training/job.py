@@ -5,17 +5,17 @@ What is not computing, such as Ray, checkpoints and ranks, is in
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from harness.tasks import TaskData, TaskSpec
 from harness.training.examples import job_examples
 from phatgoose.base import Base
+from phatgoose.card import Card
 from phatgoose.errors import PhatgooseError
-from phatgoose.expert import Card, Expert
+from phatgoose.expert import Expert
 from phatgoose.training.recipe import Recipe
-from phatgoose.training.train import train_expert, train_gates
+from phatgoose.training.train import Hooks, train_expert, train_gates
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,7 @@ def make_expert(
     base: Base,
     job: TrainJob,
     data: Callable[[], Sequence[TaskData]],
-    options: Mapping[str, Any],
-    beat: Callable[[], None] = lambda: None,
+    hooks: Hooks,
 ) -> Expert:
     """Make the expert of a job.
 
@@ -58,16 +57,15 @@ def make_expert(
         base: the base.
         job: what to make.
         data: returns the data of its tasks; not called for an adapter that is not trained.
-        options: what `train_expert` and `train_gates` take by name.
-        beat: called as a sign of life.
+        hooks: what the training calls.
     """
     imported = None if job.imported is None else _import(base, job)
     if imported is not None and not job.steps:
         return imported  # an adapter without data is published as it is
-    train, evaluation = job_examples(base, data(), job.recipe, job.steps, beat)
+    train, evaluation = job_examples(base, data(), job.recipe, job.steps, hooks.heartbeat)
     if imported is None:
-        return train_expert(base, job.card, train, evaluation, job.recipe, **options)
-    return train_gates(base, imported, train, evaluation, job.recipe, **options)
+        return train_expert(base, job.card, train, evaluation, job.recipe, hooks)
+    return train_gates(base, imported, train, evaluation, job.recipe, hooks)
 
 
 def data_fingerprint(data: Sequence[TaskData]) -> str:

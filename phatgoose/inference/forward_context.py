@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 @dataclass
-class Batch:
+class ForwardContext:
     """Set by what runs a pass, read by the routed linears.
 
     Attributes:
@@ -29,7 +29,7 @@ class Batch:
     bias_QE: Tensor | None = None
     bare: bool = False
 
-    def enter(self, side: str, mask_BL: Tensor, queries_B: Tensor | None = None) -> None:
+    def announce(self, side: str, mask_BL: Tensor, queries_B: Tensor | None = None) -> None:
         """Say what the next pass of one side reads; without `queries_B` row b is query b."""
         if queries_B is None:
             queries_B = torch.arange(len(mask_BL), device=mask_BL.device)

@@ -24,8 +24,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
-from phatgoose.inference.forward_context import Batch
-from phatgoose.inference.scoring import Question, Score, logits_at, score, to_scores
+from phatgoose.inference.forward_context import ForwardContext
+from phatgoose.inference.scoring import Score, logits_at, score, to_scores
+from phatgoose.question import Question
 from phatgoose.rows import pad_rows
 from phatgoose.tokenization import cut_context, prompt_room
 
@@ -38,7 +39,7 @@ def generate(
     *,
     stops: Sequence[str] = (),
     spaces: Sequence[int] = (),
-    batch: Batch | None = None,
+    forward: ForwardContext | None = None,
 ) -> list[str]:
     """Return greedy continuations of a batch of contexts, as text without special tokens.
 
@@ -50,7 +51,7 @@ def generate(
             may hold special tokens.
         spaces: of each context, how many spaces its prompt ends with, see `spaces_moved`. So many
             that the model writes first belong to the prompt, not to the text.
-        batch: told what each pass reads.
+        forward: where each pass announces what it reads.
 
     Raises:
         PhatgooseError: `max_new_tokens` is less than 1 or leaves no room for a prompt.
@@ -58,7 +59,9 @@ def generate(
     room = prompt_room(base, max_new_tokens)
     contexts = [cut_context(base, ids, room) for ids in contexts]
     ending = _Ending(base, stops, spaces or [0] * len(contexts))
-    return _write(base, contexts, max_new_tokens, ending, batch or Batch(), counted="all").texts
+    return _write(
+        base, contexts, max_new_tokens, ending, forward or ForwardContext(), counted="all"
+    ).texts
 
 
 @torch.inference_mode()
@@ -69,7 +72,7 @@ def answer(
     *,
     stops: Sequence[str] = (),
     spaces: Sequence[int] = (),
-    batch: Batch | None = None,
+    forward: ForwardContext | None = None,
 ) -> tuple[list[str], list[Score]]:
     """Return what `generate` writes after each question's context, and its first choice's score.
 
@@ -77,7 +80,7 @@ def answer(
     context and the choice, as in scoring, and not for what is written.
 
     Args:
-        base, max_new_tokens, stops, spaces, batch: as for `generate`.
+        base, max_new_tokens, stops, spaces, forward: as for `generate`.
         questions: the batch; a context must be what `encode_context` gives.
 
     Raises:
@@ -85,17 +88,17 @@ def answer(
     """
     if not all(fits(base, question, max_new_tokens) for question in questions):
         raise PhatgooseError("a question is too long for the base. Generate and score it apart.")
-    batch = batch or Batch()
+    forward = forward or ForwardContext()
     contexts = [question.context for question in questions]
     ending = _Ending(base, stops, spaces or [0] * len(contexts))
     targets = [question.choices[0] for question in questions]
     first_choices = [Question(q.context, q.choices[:1]) for q in questions]
     if not _can_cut_back(base, contexts, targets, max_new_tokens):
-        scores = score(base, first_choices, batch)
-        written = _write(base, contexts, max_new_tokens, ending, batch, counted="nothing")
+        scores = score(base, first_choices, forward)
+        written = _write(base, contexts, max_new_tokens, ending, forward, counted="nothing")
         return written.texts, [one for (one,) in scores]
-    written = _write(base, contexts, max_new_tokens, ending, batch, counted="prompt")
-    rest_PV = _after_the_prompt(base, written, [target[:-1] for target in targets], batch)
+    written = _write(base, contexts, max_new_tokens, ending, forward, counted="prompt")
+    rest_PV = _after_the_prompt(base, written, [target[:-1] for target in targets], forward)
     # A target's first token is predicted where its prompt ends.
     index, places = len(targets), []
     for row, target in enumerate(targets):
@@ -128,7 +131,7 @@ def _write(
     contexts: Sequence[list[int]],
     max_new_tokens: int,
     ending: "_Ending",
-    batch: Batch,
+    forward: ForwardContext,
     *,
     counted: Literal["all", "prompt", "nothing"],
 ) -> _Written:
@@ -140,19 +143,19 @@ def _write(
     prompt: dict[str, Any] = {"input_ids": ids_BL, "attention_mask": mask_BL}
     encoded, start = None, ids_BL.shape[1]
     if base.is_encoder_decoder:
-        batch.enter("encoder", counted_BL)
+        forward.announce("encoder", counted_BL)
         encoded = base.model.get_encoder()(**prompt)
         prompt["encoder_outputs"], start = encoded, 1
-        batch.enter("decoder", torch.ones_like(mask_BL[:, :1], dtype=torch.bool))
+        forward.announce("decoder", torch.ones_like(mask_BL[:, :1], dtype=torch.bool))
     else:
-        batch.enter("decoder", counted_BL)
+        forward.announce("decoder", counted_BL)
     first: list[Tensor] = []
 
     def keep_first(_: nn.Module, __: Any, output: Any) -> None:
         if not first:
             first.append(output.logits[:, -1])
 
-    stopping = _Stopping(ending, start, batch, counted=counted == "all")
+    stopping = _Stopping(ending, start, forward, counted=counted == "all")
     handle = base.model.register_forward_hook(keep_first)
     try:
         with _greedy(base, ending.tokens, max_new_tokens):
@@ -211,7 +214,7 @@ def _can_cut_back(
 
 
 def _after_the_prompt(
-    base: Base, written: _Written, rows: Sequence[list[int]], batch: Batch
+    base: Base, written: _Written, rows: Sequence[list[int]], forward: ForwardContext
 ) -> Tensor:
     """Logits [P, V] at every token of these rows, which stand behind the prompts."""
     places = [(row, column) for row, ids in enumerate(rows) for column in range(len(ids))]
@@ -223,7 +226,7 @@ def _after_the_prompt(
     if surplus:
         written.cache.crop(-surplus)
     ids_BN, mask_BN = (t.to(device) for t in pad_rows(rows, base.tokenizer.pad_token_id))
-    batch.enter("decoder", mask_BN.bool())
+    forward.announce("decoder", mask_BN.bool())
     inputs: dict[str, Any]
     if base.is_encoder_decoder:
         inputs = {
@@ -297,13 +300,15 @@ class _Ending:
 
 
 class _Stopping(StoppingCriteria):
-    """Ends a row at an end token or a stop string; tells the batch which rows continue.
+    """Ends a row at an end token or a stop string; announces which rows continue.
 
-    Where what is written is not to be counted, the batch is told that it is padding.
+    Where what is written is not to be counted, it is announced as padding.
     """
 
-    def __init__(self, ending: _Ending, start: int, batch: Batch, *, counted: bool) -> None:
-        self._ending, self._start, self._batch = ending, start, batch
+    def __init__(
+        self, ending: _Ending, start: int, forward: ForwardContext, *, counted: bool
+    ) -> None:
+        self._ending, self._start, self._forward = ending, start, forward
         self._counted = counted
         self._done_B: Tensor | None = None
         self._lengths: dict[int, int] = {}
@@ -322,7 +327,7 @@ class _Stopping(StoppingCriteria):
             self._lengths.setdefault(row, input_ids.shape[1] - self._start)
         self._done_B = done_B
         counts_B = ~done_B if self._counted else torch.zeros_like(done_B)
-        self._batch.enter("decoder", counts_B.unsqueeze(-1))
+        self._forward.announce("decoder", counts_B.unsqueeze(-1))
         return done_B
 
     def length(self, row: int) -> int | None:

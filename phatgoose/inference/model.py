@@ -11,20 +11,20 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from phatgoose.architecture import linear_sizes
+from phatgoose.architecture import find_linear, linear_sizes, replace_module
 from phatgoose.base import Base, last_query_projection
 from phatgoose.errors import PhatgooseError
-from phatgoose.inference.forward_context import Batch
+from phatgoose.inference.forward_context import ForwardContext
 from phatgoose.inference.generation import answer, generate
 from phatgoose.inference.routed_linear import RoutedLinear, RoutingLog
-from phatgoose.inference.scoring import Question, Score, score, score_parts
+from phatgoose.inference.scoring import Score, score, score_parts
 from phatgoose.pool import Pool, PoolLinear
 from phatgoose.query import Query
+from phatgoose.question import Question
 from phatgoose.routers import Merge, QueryRouter, Router, TokenRouter, Wrapper, make_router
 from phatgoose.routers.interface import Probe
 from phatgoose.rows import pad_rows
 from phatgoose.tokenization import cut_context, encode_context, prompt_room, spaces_moved
-from phatgoose.training.gated_lora import find_linear, replace_module
 
 LogOrNone = TypeVar("LogOrNone", bound=RoutingLog | None)
 
@@ -42,7 +42,7 @@ class RoutedModel:
     Attributes:
         pool: the pool on the base's device; factors in the base's dtype, gates in float32.
         router: the router.
-        batch: what the rows and positions of the pass under way are.
+        forward_context: what the rows and positions of the current pass are.
 
     Raises:
         PhatgooseError: the pool was made with another base, or does not fit its linears.
@@ -56,11 +56,11 @@ class RoutedModel:
             )
         self.base = base
         self._given, self.pool = pool, _fit(base, pool)
-        self.batch = Batch()
+        self.forward_context = ForwardContext()
         record = base.architecture
         self._linears = {
             name: RoutedLinear(
-                find_linear(base.model, name), name, record.side_of(name), self.batch
+                find_linear(base.model, name), name, record.side_of(name), self.forward_context
             )
             for name in self.pool.linears
         }
@@ -126,7 +126,7 @@ class RoutedModel:
 
     def _score(self, questions: Sequence[Question]) -> list[list[Score]]:
         with self._decided([q.query for q in questions], [q.context for q in questions]):
-            return score(self.base, questions, self.batch)
+            return score(self.base, questions, self.forward_context)
 
     def generate(
         self, prompts: Sequence[Query | str], max_new_tokens: int, *, stops: Sequence[str] = ()
@@ -143,7 +143,12 @@ class RoutedModel:
         spaces = [spaces_moved(query.text) for query in queries]
         with self._decided(queries, contexts):
             return generate(
-                self.base, contexts, max_new_tokens, stops=stops, spaces=spaces, batch=self.batch
+                self.base,
+                contexts,
+                max_new_tokens,
+                stops=stops,
+                spaces=spaces,
+                forward=self.forward_context,
             )
 
     def answer(
@@ -157,7 +162,12 @@ class RoutedModel:
         """`generate` and `score` over one pass; see `phatgoose.inference.generation.answer`."""
         with self._decided([q.query for q in questions], [q.context for q in questions]):
             return answer(
-                self.base, questions, max_new_tokens, stops=stops, spaces=spaces, batch=self.batch
+                self.base,
+                questions,
+                max_new_tokens,
+                stops=stops,
+                spaces=spaces,
+                forward=self.forward_context,
             )
 
     def record(self, log: RoutingLog | None) -> None:
@@ -226,12 +236,12 @@ class RoutedModel:
                     probe = Probe(self._probe_linear(), lambda: self._probe(contexts))
                     weights_QK, indices_QK = acting.mixture(pool, queries, probe)
                     # Not in the base's dtype: weights are float32 until the sum over experts.
-                    self.batch.mixture = weights_QK.to(device), indices_QK.to(device)
+                    self.forward_context.mixture = weights_QK.to(device), indices_QK.to(device)
                 elif isinstance(acting, TokenRouter) and acting.biased:
-                    self.batch.bias_QE = acting.bias(pool, queries).to(device)
+                    self.forward_context.bias_QE = acting.bias(pool, queries).to(device)
             yield
         finally:
-            self.batch.clear()
+            self.forward_context.clear()
 
     def _probe_linear(self) -> str:
         return last_query_projection(self.base, self.pool.linears) or ""
@@ -249,12 +259,12 @@ class RoutedModel:
         )
         heard: dict[str, Tensor] = {}
         whole = base.model.get_encoder() if base.is_encoder_decoder else base.model.base_model
-        self.batch.bare = True
+        self.forward_context.bare = True
         try:
             with self.listening(heard.__setitem__, [name]):
                 whole(input_ids=ids_BL, attention_mask=mask_BL)
         finally:
-            self.batch.bare = False
+            self.forward_context.bare = False
         last_B = mask_BL.sum(dim=1) - 1
         return heard[name][torch.arange(len(contexts), device=base.device), last_B]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from phatgoose.architecture import Linear
 from phatgoose.errors import PhatgooseError
-from phatgoose.inference.forward_context import Batch
+from phatgoose.inference.forward_context import ForwardContext
 from phatgoose.ops import mix, mix_factors
 from phatgoose.pool import PoolLinear
 from phatgoose.routers.interface import UNANNOUNCED, TokenRule
@@ -70,18 +70,18 @@ class RoutedLinear(nn.Module):
         base: the frozen linear.
         name: its name in the base.
         side: whose tokens it reads, `encoder` or `decoder`.
-        batch: what the rows of the pass under way are; shared by all linears of a model.
+        forward: what the rows of the current pass are; shared by all linears of a model.
     """
 
-    def __init__(self, base: Linear, name: str, side: str, batch: Batch) -> None:
+    def __init__(self, base: Linear, name: str, side: str, forward: ForwardContext) -> None:
         super().__init__()
         self.base = base
         self.name = name
         self.side = side
         self.log: RoutingLog | None = None
         self.clear()
-        # Not a submodule, and shared: `batch` is told about each pass from outside.
-        self._batch = batch
+        # Shared and not a submodule: whoever runs a pass announces it here.
+        self._forward = forward
 
     @property
     def weight(self) -> Tensor:
@@ -101,7 +101,7 @@ class RoutedLinear(nn.Module):
         self._factors, self._rule, self._mixes_factors = factors, rule, mixes_factors
 
     def set_query_mixture(self, factors: PoolLinear) -> None:
-        """Give every token the mixture that the batch has for its query."""
+        """Give every token the mixture that was chosen for its query."""
         self.set_token_rule(factors, self._mixture, mixes_factors=False)
 
     def as_static(self, matrices: Sequence[Tensor]) -> list[Tensor]:
@@ -125,7 +125,7 @@ class RoutedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` [..., D] to [..., O]."""
         y = self.base(x)
-        if self._batch.bare:
+        if self._forward.bare:
             return y
         if self._delta is not None:
             added = x
@@ -137,9 +137,9 @@ class RoutedLinear(nn.Module):
         factors, x_TD = self._factors, x.reshape(-1, x.shape[-1])
         weights_TK, indices_TK = self._rule(x_TD, self._bias(len(x_TD)))
         if self.log is not None:
-            if self.side not in self._batch.masks:
+            if self.side not in self._forward.masks:
                 raise PhatgooseError(UNANNOUNCED)
-            mask_T = self._batch.masks[self.side].flatten()
+            mask_T = self._forward.masks[self.side].flatten()
             experts = len(factors.lora_A_ERD)
             self.log.add(self.name, weights_TK, indices_TK, mask_T, experts)
         apply = mix_factors if self._mixes_factors else mix
@@ -147,12 +147,12 @@ class RoutedLinear(nn.Module):
         return y + y_TO.view_as(y)
 
     def _bias(self, tokens: int) -> Tensor | None:
-        bias_QE = self._batch.bias_QE
-        return None if bias_QE is None else bias_QE[self._batch.query_T(self.side, tokens)]
+        bias_QE = self._forward.bias_QE
+        return None if bias_QE is None else bias_QE[self._forward.query_T(self.side, tokens)]
 
     def _mixture(self, x_TD: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
-        if self._batch.mixture is None:
+        if self._forward.mixture is None:
             raise PhatgooseError(UNANNOUNCED)
-        weights_QK, indices_QK = self._batch.mixture
-        query_T = self._batch.query_T(self.side, len(x_TD))
+        weights_QK, indices_QK = self._forward.mixture
+        query_T = self._forward.query_T(self.side, len(x_TD))
         return weights_QK[query_T], indices_QK[query_T]

@@ -12,17 +12,15 @@ and copies that cache for each choice.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from phatgoose.base import Base
-from phatgoose.errors import PhatgooseError
-from phatgoose.inference.forward_context import Batch
-from phatgoose.query import Query
+from phatgoose.inference.forward_context import ForwardContext
+from phatgoose.question import Question
 from phatgoose.rows import pad_rows, separate_rows, shared_rows
-from phatgoose.tokenization import cut_context, encode_pairs, max_length
 
 # Rows of logits that fit a cache: what is done to many at once goes through memory several times.
 _ROWS = 16
@@ -50,83 +48,6 @@ class Score:
     def mean(self) -> float:
         """The paper's score: mean token log-likelihood, end-of-sequence included."""
         return (self.loglikelihood + self.eos_loglikelihood) / (self.tokens + 1)
-
-
-@dataclass(frozen=True)
-class Question:
-    """Token ids of one context and of its targets, each ending with end-of-sequence.
-
-    `query` is the same as text. Routers that look at text need it; others do without.
-    """
-
-    context: list[int]
-    choices: list[list[int]]
-    query: Query | None = None
-
-    @staticmethod
-    def encode(
-        base: Base,
-        context: str,
-        choices: Sequence[str],
-        max_context: int | None = None,
-        max_target: int | None = None,
-        query: Query | None = None,
-    ) -> "Question":
-        """Tokenize a context and what may follow it, by the rules of `phatgoose.tokenization`.
-
-        The query is the context, with the choices if there are several to choose from, unless
-        another one is given. A single choice is the right answer, which routers must not see.
-        Lengths are those of `encode_pair`; without them nothing is cut here, and scoring cuts what
-        is too long for the base.
-        """
-        pairs = [(context, choice) for choice in choices]
-        encoded = encode_pairs(base, pairs, max_context, max_target)
-        # The longest choice leaves the least room for the context.
-        shortest = min((ids for ids, _ in encoded), key=len)
-        query = query or Query(context, tuple(choices) if len(choices) > 1 else ())
-        return Question(shortest, [target for _, target in encoded], query)
-
-    @property
-    def length(self) -> int:
-        """Tokens that scoring it reads."""
-        return len(self.context) + sum(len(choice) for choice in self.choices)
-
-    def is_cut(self, base: Base) -> bool:
-        """Return whether scoring leaves out a part of the context, which is too long."""
-        if base.is_encoder_decoder:
-            return len(self.context) > max_length(base)
-        longest = max(len(choice) for choice in self.choices) - 1
-        return len(self.context) + longest > max_length(base) + 1
-
-    def parts(self, base: Base) -> list["Question"]:
-        """Return what is scored in its place: itself, or questions that the base has room for.
-
-        A decoder's context is cut for each choice on its own, as lm-evaluation-harness cuts it: the
-        last token of a choice is predicted there and not read. The end behind it takes a position
-        more, so it is scored after a context that is one token shorter.
-
-        Raises:
-            PhatgooseError: a choice alone is too long.
-        """
-        room = max_length(base)
-        longest = max(len(choice) for choice in self.choices) - 1
-        if longest > room:
-            raise PhatgooseError(
-                f"a choice of {longest} tokens: base {base.name} reads {room} at most. Shorten it "
-                "or leave the example out."
-            )
-        if base.is_encoder_decoder:
-            return [replace(self, context=cut_context(base, self.context, room))]
-        if len(self.context) + longest <= room:
-            return [self]
-        parts = []
-        for choice in self.choices:
-            target, end = choice[:-1], choice[-1:]
-            context = cut_context(base, self.context, room + 1 - len(target))
-            parts.append(replace(self, context=context, choices=[target]))
-            row = cut_context(base, [*self.context, *target], room)
-            parts.append(replace(self, context=row, choices=[end]))
-        return parts
 
 
 def score_parts(
@@ -177,23 +98,23 @@ def logits_at(base: Base, rows_N: Tensor, columns_N: Tensor) -> Iterator[None]:
 
 @torch.inference_mode()
 def score(
-    base: Base, questions: Sequence[Question], batch: Batch | None = None
+    base: Base, questions: Sequence[Question], forward: ForwardContext | None = None
 ) -> list[list[Score]]:
     """Score every choice of every question in one batch.
 
     Args:
         base: the base, with experts attached or not.
         questions: the batch.
-        batch: told what each pass reads.
+        forward: where each pass announces what it reads.
 
     Returns:
         For each question, a Score per choice.
     """
-    return score_parts(base, questions, lambda parts: score_as_is(base, parts, batch))
+    return score_parts(base, questions, lambda parts: score_as_is(base, parts, forward))
 
 
 def score_as_is(
-    base: Base, questions: Sequence[Question], batch: Batch | None = None
+    base: Base, questions: Sequence[Question], forward: ForwardContext | None = None
 ) -> list[list[Score]]:
     """`score` in the mode that torch is in, of questions that the base has room for.
 
@@ -201,7 +122,7 @@ def score_as_is(
     gathered as they are needed, `torch.no_grad` has to do.
     """
     logits = _score_encoder_decoder if base.is_encoder_decoder else _score_decoder
-    logits_PV, places, targets = logits(base, questions, batch or Batch())
+    logits_PV, places, targets = logits(base, questions, forward or ForwardContext())
     return to_scores(logits_PV, places, targets, questions)
 
 
@@ -235,7 +156,7 @@ def to_scores(
 
 
 def _score_decoder(
-    base: Base, questions: Sequence[Question], batch: Batch
+    base: Base, questions: Sequence[Question], forward: ForwardContext
 ) -> tuple[Tensor, list[int], list[int]]:
     """Logits [P, V]; the place and the token of each target, by question, choice and token."""
     pad, ids = base.tokenizer.pad_token_id, [(q.context, q.choices) for q in questions]
@@ -246,7 +167,7 @@ def _score_decoder(
     parts: list[Tensor] = []
     places: list[int] = []
     for rows in passes:
-        batch.enter("decoder", rows.counted_BL, rows.queries_B)
+        forward.announce("decoder", rows.counted_BL, rows.queries_B)
         # The choices of a question share the place that predicts their first token: project it
         # once.
         unique = list(dict.fromkeys(rows.places))
@@ -262,15 +183,15 @@ def _score_decoder(
 
 
 def _score_encoder_decoder(
-    base: Base, questions: Sequence[Question], batch: Batch
+    base: Base, questions: Sequence[Question], forward: ForwardContext
 ) -> tuple[Tensor, list[int], list[int]]:
     """Logits [P, V]; the place and the token of each target, by question, choice and token."""
     device, model, pad = base.device, base.model, base.tokenizer.pad_token_id
     ids_BL, mask_BL = (t.to(device) for t in pad_rows([q.context for q in questions], pad))
-    batch.enter("encoder", mask_BL.bool())
+    forward.announce("encoder", mask_BL.bool())
     encoded = model.get_encoder()(input_ids=ids_BL, attention_mask=mask_BL)
     start_B1 = torch.full((len(questions), 1), model.config.decoder_start_token_id, device=device)
-    batch.enter("decoder", torch.ones_like(start_B1, dtype=torch.bool))
+    forward.announce("decoder", torch.ones_like(start_B1, dtype=torch.bool))
     first = model(
         encoder_outputs=encoded, attention_mask=mask_BL, decoder_input_ids=start_B1, use_cache=True
     )
@@ -279,7 +200,7 @@ def _score_encoder_decoder(
         [i for i, question in enumerate(questions) for _ in question.choices], device=device
     )
     ids_CL, mask_CL = (t.to(device) for t in pad_rows([c[:-1] for c in choices], pad))
-    batch.enter("decoder", mask_CL.bool(), question_C)
+    forward.announce("decoder", mask_CL.bool(), question_C)
     cache = first.past_key_values
     cache.batch_select_indices(question_C)
     encoded.last_hidden_state = encoded.last_hidden_state[question_C]

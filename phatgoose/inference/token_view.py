@@ -20,8 +20,8 @@ from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
 from phatgoose.inference.model import RoutedModel
 from phatgoose.inference.routed_linear import TokenLog
-from phatgoose.inference.scoring import Question
 from phatgoose.query import Query
+from phatgoose.question import Question
 from phatgoose.tokenization import encode_context, max_length
 
 # Red, green and blue of each colour: far apart, and light enough for black letters on them.

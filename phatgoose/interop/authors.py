@@ -26,9 +26,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from phatgoose.base import Base
+from phatgoose.card import Card, LoraFactors, validate_name, with_job
 from phatgoose.errors import PhatgooseError
-from phatgoose.expert import Card, Expert, LoraFactors, validate_name, with_job
-from phatgoose.interop.peft import check_fits
+from phatgoose.interop.peft import Linears, check_fits
 
 _A, _B, _GATE = "expert_lora.layer1", "expert_lora.layer2", "router.expert_embeddings"
 _KEY = re.compile(
@@ -45,10 +45,9 @@ _DAMAGE = (
 def read_checkpoint(
     path: str | Path,
     base: Base,
-    *,
     names: Sequence[str] | None = None,
     scale: float | None = None,
-) -> list[Expert]:
+) -> list[tuple[Card, Linears]]:
     """Read every expert of a checkpoint; nothing in the file is run, and its tensors are mapped.
 
     Leave the file as it is while the experts are in use: they view it. A card's
@@ -77,10 +76,24 @@ def read_checkpoint(
             f"{len(set(names))} different names for the {count} experts of {path}: give one for "
             "each, in the file's order"
         )
-    return [
-        _expert(path, base, tensors, linears, index, validate_name(name), scale)
-        for index, name in enumerate(names)
-    ]
+    parts = []
+    for index, name in enumerate(names):
+        factors = _factors(tensors, linears, index)
+        for linear, found in factors.items():
+            check_fits(f"{path}, expert {index}", linear, found.lora_A_RD, found.lora_B_OR, base)
+        card = Card(
+            name=validate_name(name),
+            task=name,
+            base=base.name,
+            base_fingerprint=base.fingerprint,
+            data_fingerprint="unknown",
+            job="",
+            scale=_scale(path, index, factors) if scale is None else scale,
+            recipe={"authors": {"file": path.name, "index": index}},
+            metrics={},
+        )
+        parts.append((with_job(card, factors), factors))
+    return parts
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -149,37 +162,24 @@ def _key(linear: str, part: str, index: int) -> str:
     return f"{linear}._addons.{part}__{index}"
 
 
-def _expert(
-    path: Path,
-    base: Base,
-    tensors: dict[str, Tensor],
-    linears: list[str],
-    index: int,
-    name: str,
-    scale: float | None,
-) -> Expert:
-    factors = {}
-    for linear in linears:
-        # Not `.T`, which takes nothing but matrices; `check_fits` says so in plain words.
-        A_RD = tensors[_key(linear, _A, index)].transpose(0, -1)
-        B_OR = tensors[_key(linear, _B, index)].transpose(0, -1)
-        check_fits(f"{path}, expert {index}", linear, A_RD, B_OR, base)
-        factors[linear] = LoraFactors(A_RD, B_OR, tensors.get(_key(linear, _GATE, index)))
-    ranks = {f.lora_A_RD.shape[0] for f in factors.values()}
-    if scale is None and len(ranks) > 1:
-        raise PhatgooseError(
-            f"{path}, expert {index}: its linears have the ranks {sorted(ranks)}, so that 1/R is "
-            "no one number: give the scale"
+def _factors(tensors: dict[str, Tensor], linears: list[str], index: int) -> Linears:
+    """Return the factors of one expert; `transpose`, as `.T` refuses all but matrices."""
+    return {
+        linear: LoraFactors(
+            tensors[_key(linear, _A, index)].transpose(0, -1),
+            tensors[_key(linear, _B, index)].transpose(0, -1),
+            tensors.get(_key(linear, _GATE, index)),
         )
-    card = Card(
-        name=name,
-        task=name,
-        base=base.name,
-        base_fingerprint=base.fingerprint,
-        data_fingerprint="unknown",
-        job="",
-        scale=1 / max(ranks) if scale is None else scale,
-        recipe={"authors": {"file": path.name, "index": index}},
-        metrics={},
-    )
-    return with_job(card, factors)
+        for linear in linears
+    }
+
+
+def _scale(path: Path, index: int, factors: Linears) -> float:
+    """Return what the authors multiply `B A x` by: 1/R."""
+    ranks = {f.lora_A_RD.shape[0] for f in factors.values()}
+    if len(ranks) > 1:
+        raise PhatgooseError(
+            f"{path}, expert {index}: its linears have the ranks {sorted(ranks)}, so 1/R is "
+            "ambiguous: give the scale"
+        )
+    return 1 / max(ranks)

@@ -37,8 +37,8 @@ from transformers.pytorch_utils import Conv1D
 
 from phatgoose.architecture import linear_sizes
 from phatgoose.base import Base, bare_model, fingerprint, locate_base
+from phatgoose.card import Card, LoraFactors, validate_name, with_job
 from phatgoose.errors import PhatgooseError
-from phatgoose.expert import Card, Expert, LoraFactors, validate_name, with_job
 
 # The fields of a configuration that determine what an adapter adds, or that tell how it was made.
 _RECIPE = (
@@ -70,6 +70,9 @@ _MENDABLE_INITS = ("pissa", "corda", "olora", "lora_ga")
 _NAMED = 5
 _KEY = re.compile(r"(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")
 
+# From the name of each adapted linear to what an expert adds to it.
+Linears = dict[str, LoraFactors]
+
 
 @dataclass(frozen=True)
 class _Target:
@@ -81,8 +84,10 @@ class _Target:
     linears: tuple[str, ...]
 
 
-def from_peft(folder: str | Path, *, base: Base | None = None, name: str | None = None) -> Expert:
-    """Read a LoRA adapter saved by PEFT as an expert without gates.
+def read_adapter(
+    folder: str | Path, *, base: Base | None = None, name: str | None = None
+) -> tuple[Card, Linears]:
+    """Read a LoRA adapter saved by PEFT, as the card and the factors of an expert without gates.
 
     The card's scale is the one that most linears have; where a linear has another, its B is
     multiplied by the quotient, in float32 or wider. The card's `data_fingerprint` is `unknown`,
@@ -119,23 +124,23 @@ def from_peft(folder: str | Path, *, base: Base | None = None, name: str | None 
         recipe={"peft": {field: getattr(config, field) for field in _RECIPE}},
         metrics={},
     )
-    return with_job(
-        card,
-        {
-            linear: LoraFactors(A_RD, _fold(B_OR, scales[linear], scale))
-            for linear, (A_RD, B_OR) in factors.items()
-        },
-    )
+    linears = {
+        linear: LoraFactors(A_RD, _fold(B_OR, scales[linear], scale))
+        for linear, (A_RD, B_OR) in factors.items()
+    }
+    return with_job(card, linears), linears
 
 
-def to_peft(expert: Expert, folder: str | Path, *, base: Base | None = None) -> None:
+def write_adapter(
+    card: Card, linears: Linears, folder: str | Path, *, base: Base | None = None
+) -> None:
     """Write an expert as an adapter that `peft.PeftModel.from_pretrained(model, folder)` loads.
 
     The model with the adapter gives what the base gives with the expert alone, at weight 1. PEFT
     has no place for the gates and the card: they are not written, nor is any third file.
 
     Args:
-        expert: what to write.
+        card, linears: the parts of the expert to write.
         folder: where to; made if it is not there. An earlier export of the same expert is replaced.
         base: the expert's base, so that the adapter says whether it is an encoder and decoder.
 
@@ -143,7 +148,7 @@ def to_peft(expert: Expert, folder: str | Path, *, base: Base | None = None) -> 
         PhatgooseError: the folder holds something else or cannot be written, or the expert was
             made with another base.
     """
-    folder, card = Path(folder), expert.card
+    folder = Path(folder)
     if base is not None and base.fingerprint != card.base_fingerprint:
         raise PhatgooseError(
             f"expert {card.name!r} was made with the base {card.base_fingerprint[:12]}, and "
@@ -154,11 +159,11 @@ def to_peft(expert: Expert, folder: str | Path, *, base: Base | None = None) -> 
         _check_free(folder, card.name)
         folder.mkdir(parents=True, exist_ok=True)
         metadata = {"format": "pt", "expert": card.name}
-        save_file(_peft_tensors(expert), temporary, metadata=metadata)
+        save_file(_peft_tensors(linears), temporary, metadata=metadata)
         # The configuration comes last: what an interrupted export leaves is no adapter without it.
         (folder / CONFIG_NAME).unlink(missing_ok=True)
         temporary.replace(folder / SAFETENSORS_WEIGHTS_NAME)
-        _peft_config(expert, base).save_pretrained(str(folder))
+        _peft_config(card, linears, base).save_pretrained(str(folder))
     except (OSError, SafetensorError) as error:
         raise PhatgooseError(
             f"cannot write expert {card.name!r} to {folder} ({error}): choose a writable folder "
@@ -361,9 +366,9 @@ def _exported(folder: Path) -> str | None:
         return None
 
 
-def _peft_tensors(expert: Expert) -> dict[str, Tensor]:
+def _peft_tensors(linears: Linears) -> dict[str, Tensor]:
     tensors = {}
-    for linear, factors in expert.linears.items():
+    for linear, factors in linears.items():
         for letter, matrix in (("A", factors.lora_A_RD), ("B", factors.lora_B_OR)):
             # A copy, since a file takes no tensors that share memory.
             copy = matrix.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -371,18 +376,18 @@ def _peft_tensors(expert: Expert) -> dict[str, Tensor]:
     return tensors
 
 
-def _peft_config(expert: Expert, base: Base | None) -> LoraConfig:
-    ranks = {linear: f.lora_A_RD.shape[0] for linear, f in expert.linears.items()}
+def _peft_config(card: Card, linears: Linears, base: Base | None) -> LoraConfig:
+    ranks = {linear: f.lora_A_RD.shape[0] for linear, f in linears.items()}
     rank = statistics.mode(ranks.values())
     # PEFT reads the keys as regular expressions.
     others = {f"^{re.escape(linear)}": own for linear, own in ranks.items() if own != rank}
-    alphas = {own: _alpha(expert.card.scale, own) for own in ranks.values()}
+    alphas = {own: _alpha(card.scale, own) for own in ranks.values()}
     family = None
     if base is not None:
         family = TaskType.SEQ_2_SEQ_LM if base.is_encoder_decoder else TaskType.CAUSAL_LM
     config = LoraConfig(
         task_type=family,
-        base_model_name_or_path=expert.card.base if base is None else base.name,
+        base_model_name_or_path=card.base if base is None else base.name,
         r=rank,
         lora_alpha=alphas[rank],  # type: ignore[arg-type]  # declared, not enforced, as integer
         rank_pattern=others,
@@ -391,7 +396,7 @@ def _peft_config(expert: Expert, base: Base | None) -> LoraConfig:
         inference_mode=True,
     )
     # Set afterwards: the constructor makes a set of it, whose order changes from run to run.
-    config.target_modules = sorted(expert.linears)
+    config.target_modules = sorted(linears)
     return config
 
 

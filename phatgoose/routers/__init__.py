@@ -1,13 +1,9 @@
 """Routers: rules that pick experts. One file each; `make_router` finds them by name."""
 
-import dataclasses
-import difflib
-from typing import Any
-
-from phatgoose.errors import PhatgooseError
 from phatgoose.routers.ariadne import Ariadne
 from phatgoose.routers.arrow import Arrow
 from phatgoose.routers.average_activation import AverageActivation
+from phatgoose.routers.catalog import ROUTERS, make_router
 from phatgoose.routers.dare import Dare
 from phatgoose.routers.genknowsub import Genknowsub
 from phatgoose.routers.glider import Glider
@@ -36,7 +32,7 @@ from phatgoose.routers.task_arithmetic import TaskArithmetic
 from phatgoose.routers.ties import Ties
 from phatgoose.routers.uniform import Uniform
 
-ROUTERS: dict[str, type[Router]] = {
+ROUTERS |= {
     "ariadne": Ariadne,
     "arrow": Arrow,
     "average_activation": AverageActivation,
@@ -71,35 +67,3 @@ __all__ = [
     "all_needs",
     "make_router",
 ]
-
-
-def make_router(name: str, **options: Any) -> Router:
-    """Build a router by name.
-
-    Args:
-        name: a key of `ROUTERS`, or `single:<expert>`.
-        options: the fields of that router's class.
-
-    Raises:
-        PhatgooseError: there is no such router, or it has no such option or value.
-    """
-    kind, _, expert = name.partition(":")
-    if expert:
-        options = {"expert": expert, **options}
-    if kind in ("oracle", "best_individual", "multitask"):
-        raise PhatgooseError(
-            f"router {kind} exists in the harness only: it needs a whole evaluation"
-        )
-    if kind not in ROUTERS or (expert and kind != "single"):
-        near = difflib.get_close_matches(kind, ROUTERS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise PhatgooseError(f"no router {name!r}: {hint}there are {', '.join(sorted(ROUTERS))}")
-    fields = [field.name for field in dataclasses.fields(ROUTERS[kind])]  # type: ignore[arg-type]
-    for option in options:
-        if option not in fields:
-            raise PhatgooseError(f"router {kind} has no option {option!r}; it has {fields}")
-    if kind == "single" and not options.get("expert"):
-        raise PhatgooseError("router single needs an expert: call it single:<expert>")
-    router = ROUTERS[kind](**options)
-    router.check_options()
-    return router

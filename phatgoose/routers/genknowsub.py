@@ -7,6 +7,7 @@ import torch
 
 from phatgoose.errors import PhatgooseError
 from phatgoose.pool import Pool, PoolLinear, known_expert
+from phatgoose.routers.catalog import make_router
 from phatgoose.routers.interface import Router, TokenRouter, Wrapper
 
 
@@ -29,8 +30,6 @@ class Genknowsub(Wrapper):
     @property
     def inner(self) -> Router:
         """The router over what is left, with its default options."""
-        from phatgoose.routers import make_router
-
         return make_router(self.router)
 
     def check_options(self) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from phatgoose.pool import Pool, PoolLinear
+from phatgoose.routers.catalog import make_router
 from phatgoose.routers.interface import Router, Wrapper, generator_for
 
 
@@ -25,8 +26,6 @@ class RandomExperts(Wrapper):
     @property
     def inner(self) -> Router:
         """The router over the random experts, with its default options."""
-        from phatgoose.routers import make_router
-
         return make_router(self.router)
 
     def change(self, pool: Pool) -> Pool:

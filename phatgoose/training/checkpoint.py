@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import PhatgooseError
-from phatgoose.training.curve import Progress
+from phatgoose.training.curve import CurveRow
 from phatgoose.training.recipe import Recipe
 
 
@@ -42,7 +42,7 @@ class State:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    curve: list[Progress] = field(default_factory=list)
+    curve: list[CurveRow] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     weights: list[Tensor] = field(default_factory=list)
     optimizer: list[dict[str, Tensor]] = field(default_factory=list)
@@ -77,7 +77,7 @@ class State:
             raise PhatgooseError("it is damaged (its SHA-256 is another)")
         if plain.pop("owner") != owner:
             raise PhatgooseError("it is of another job, recipe or version of the code")
-        curve = [Progress(*row) for row in plain.pop("curve")]
+        curve = [CurveRow(*row) for row in plain.pop("curve")]
         return cls(**plain, curve=curve, **_groups(tensors))
 
     def _tensors(self) -> list[tuple[str, Tensor]]:

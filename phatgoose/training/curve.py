@@ -17,7 +17,7 @@ _ABOVE_A_GUESS = 2.0
 
 
 @dataclass(frozen=True)
-class Progress:
+class CurveRow:
     """One row of a training curve.
 
     Attributes:
@@ -42,7 +42,7 @@ class Progress:
     seconds: float
 
 
-def check_curve(curve: Sequence[Progress], vocabulary: int) -> None:
+def check_curve(curve: Sequence[CurveRow], vocabulary: int) -> None:
     """Raise Diverged if the newest row says so, naming stage, step, loss and the mend.
 
     A loss diverges if it is not finite, or if it explodes: the mean of the last 5 batches is above
@@ -53,8 +53,8 @@ def check_curve(curve: Sequence[Progress], vocabulary: int) -> None:
     if not math.isfinite(newest.loss):
         what = "loss" if newest.split == "train" else f"{newest.split} loss"
         raise Diverged(
-            f"the {what} became {newest.loss} {where}: lower train.{newest.stage}.lr, or set "
-            "train.retry_lr"
+            f"the {what} became {newest.loss} {where}: lower the recipe's "
+            f"{newest.stage}.lr, or set its retry_lr"
         )
     if newest.split != "train":
         return
@@ -66,6 +66,6 @@ def check_curve(curve: Sequence[Progress], vocabulary: int) -> None:
     if now > limit:
         raise Diverged(
             f"the loss exploded to {now:.3g} {where} (mean of {_BATCHES} batches; it began at "
-            f"{start:.3g}, the limit is {limit:.3g}): lower train.{newest.stage}.lr, or set "
-            "train.retry_lr"
+            f"{start:.3g}, the limit is {limit:.3g}): lower the recipe's "
+            f"{newest.stage}.lr, or set its retry_lr"
         )

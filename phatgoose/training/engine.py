@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phatgoose.base import Base
-from phatgoose.inference.scoring import Question, Score, logits_at, pad_rows, score_as_is
+from phatgoose.inference.scoring import Score, logits_at, score_as_is
+from phatgoose.question import Question
+from phatgoose.rows import pad_rows
 from phatgoose.training.recipe import Recipe, Stage
 
 
@@ -51,7 +53,7 @@ class Engine(Protocol):
     def put_weights(self, weights: Sequence[Tensor]) -> None:
         """Put other weights in their place; all ranks must."""
 
-    def memory(self) -> list[dict[str, Tensor]]:
+    def optimizer_state(self) -> list[dict[str, Tensor]]:
         """Copies of what the optimiser remembers of each weight after a step; all ranks must."""
 
     def resume(
@@ -161,7 +163,7 @@ class PlainEngine:
         """Put other weights in their place."""
         put(self._parameters, weights)
 
-    def memory(self) -> list[dict[str, Tensor]]:
+    def optimizer_state(self) -> list[dict[str, Tensor]]:
         """Copies of what AdamW remembers of each weight."""
         return [
             {name: self._optimizer.state[p][name].cpu().clone() for name in ADAM_MEMORY}
@@ -174,7 +176,7 @@ class PlainEngine:
         """Go on after so many steps."""
         self.put_weights(weights)
         for parameter, remembered in zip(self._parameters, memory, strict=True):
-            self._optimizer.state[parameter] = adam_memory(parameter, step, remembered)
+            self._optimizer.state[parameter] = adam_state(parameter, step, remembered)
         set_step(self._optimizer, self._scheduler, self._stage, step)
 
     def close(self) -> None:
@@ -197,9 +199,7 @@ def put(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
             parameter.copy_(value)
 
 
-def adam_memory(
-    parameter: Tensor, step: int, remembered: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def adam_state(parameter: Tensor, step: int, remembered: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What AdamW keeps of a parameter after so many steps."""
     moved = {name: t.to(parameter.device, copy=True) for name, t in remembered.items()}
     return {"step": torch.tensor(float(step)), **moved}

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from phatgoose.architecture import Linear, linear_sizes
+from phatgoose.architecture import Linear, find_linear, linear_sizes, replace_module
+from phatgoose.card import LoraFactors
 from phatgoose.errors import PhatgooseError
-from phatgoose.expert import Expert, LoraFactors
+from phatgoose.expert import Expert
 
 
 class GatedLora(nn.Module):
@@ -140,25 +141,3 @@ def read_factors(layers: dict[str, GatedLora]) -> dict[str, LoraFactors]:
         )
         for name, layer in layers.items()
     }
-
-
-def find_linear(model: nn.Module, name: str) -> Linear:
-    """The linear called `name` in `model`; PhatgooseError if there is none, or it is adapted."""
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        raise PhatgooseError(
-            f"the base has no module {name}: was this made for another base?"
-        ) from None
-    if not isinstance(module, Linear):
-        raise PhatgooseError(
-            f"{name} is a {type(module).__name__}, not a plain linear: is the base adapted "
-            "already? detach what is attached to it first"
-        )
-    return module
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where `name` stands in `model`."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

@@ -84,24 +84,24 @@ class Recipe:
         for name in (*counts, "max_examples", "evaluation_examples"):
             if getattr(self, name) < 1:
                 raise PhatgooseError(
-                    f"train.{name} is {getattr(self, name)}: it must be at least 1"
+                    f"recipe.{name} is {getattr(self, name)}: it must be at least 1"
                 )
         if self.max_target_tokens < 2:
             raise PhatgooseError(
-                f"train.max_target_tokens={self.max_target_tokens}: a target needs a token besides "
-                "the end. Give at least 2."
+                f"recipe.max_target_tokens={self.max_target_tokens}: a target needs a token "
+                "besides the end. Give at least 2."
             )
         if self.batch_size % self.micro_batch_size:
             raise PhatgooseError(
-                f"train.micro_batch_size={self.micro_batch_size} does not divide "
-                f"train.batch_size={self.batch_size}"
+                f"recipe.micro_batch_size={self.micro_batch_size} does not divide "
+                f"recipe.batch_size={self.batch_size}"
             )
         if not 0 <= self.retry_lr < 1:
             raise PhatgooseError(
-                f"train.retry_lr is {self.retry_lr}: it must be less than 1, and 0 for no retry"
+                f"recipe.retry_lr is {self.retry_lr}: it must be less than 1, and 0 for no retry"
             )
         if self.dtype not in ("float32", "bfloat16"):
-            raise PhatgooseError(f"train.dtype is {self.dtype!r}: float32 or bfloat16")
+            raise PhatgooseError(f"recipe.dtype is {self.dtype!r}: float32 or bfloat16")
 
     def at_lower_rate(self) -> "Recipe":
         """The recipe of the one more try."""

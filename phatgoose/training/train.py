@@ -10,17 +10,16 @@ sections 4 and 5.1). What runs a step is an engine, see `phatgoose.training.engi
 import dataclasses
 import gc
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from phatgoose.base import Base
+from phatgoose.card import Card
 from phatgoose.errors import OutOfMemory, PhatgooseError
-from phatgoose.expert import Card, Expert
-from phatgoose.training.checkpoint import Checkpoints, NoCheckpoints
-from phatgoose.training.curve import Progress
-from phatgoose.training.engine import EngineFactory, PlainEngine
+from phatgoose.expert import Expert
+from phatgoose.training.curve import CurveRow
 from phatgoose.training.gated_lora import (
     attach_expert,
     attach_lora,
@@ -28,11 +27,11 @@ from phatgoose.training.gated_lora import (
     read_factors,
 )
 from phatgoose.training.recipe import Recipe
-from phatgoose.training.trainer import Example, Examples, TrainingJob
+from phatgoose.training.trainer import Example, Examples, Hooks, TrainingJob
 
-__all__ = ["Example", "Examples", "Progress", "train_expert", "train_gates"]
+__all__ = ["CurveRow", "Example", "Examples", "train_expert", "train_gates"]
 
-_KEEP_NOTHING = NoCheckpoints()
+_NO_HOOKS = Hooks()
 # How PyTorch, CUDA and cuBLAS say that there is no memory where they raise a plain RuntimeError.
 _NO_MEMORY = (
     "not enough memory",
@@ -48,11 +47,7 @@ def train_expert(
     train: Examples,
     evaluation: Examples,
     recipe: Recipe,
-    *,
-    engine: EngineFactory = PlainEngine,
-    report: Callable[[Progress], None] = lambda _: None,
-    checkpoints: Checkpoints = _KEEP_NOTHING,
-    beat: Callable[[], None] = lambda: None,
+    hooks: Hooks = _NO_HOOKS,
 ) -> Expert:
     """Train LoRA factors on a task, then their gates; the base is left as it was.
 
@@ -62,11 +57,7 @@ def train_expert(
         train: training examples.
         evaluation: examples of the same task that are not trained on.
         recipe: how to train; without a stage `gates` the expert has none.
-        engine: what runs the steps.
-        report: called with every row of the training curve; of a job that goes on from a
-            checkpoint, with those from before too.
-        checkpoints: where the job's state is kept, and found.
-        beat: called after every forward pass, as a sign of life.
+        hooks: what runs the steps, and what is called on the way.
 
     Raises:
         PhatgooseError: a split is empty, or the base has another dtype.
@@ -84,9 +75,7 @@ def train_expert(
     )
     try:
         with _memory_errors(recipe):
-            job = TrainingJob(
-                base, layers, train, evaluation, recipe, engine, report, checkpoints, beat
-            )
+            job = TrainingJob(base, layers, train, evaluation, recipe, hooks)
             if job.resume() == "gates":
                 assert recipe.gates is not None
                 metrics = job.state.metrics
@@ -107,11 +96,7 @@ def train_gates(
     train: Examples,
     evaluation: Examples,
     recipe: Recipe,
-    *,
-    engine: EngineFactory = PlainEngine,
-    report: Callable[[Progress], None] = lambda _: None,
-    checkpoints: Checkpoints = _KEEP_NOTHING,
-    beat: Callable[[], None] = lambda: None,
+    hooks: Hooks = _NO_HOOKS,
 ) -> Expert:
     """Train gates for an expert that is there already, such as one imported from PEFT.
 
@@ -140,9 +125,7 @@ def train_gates(
     layers = attach_expert(base.model, expert)
     try:
         with _memory_errors(recipe):
-            job = TrainingJob(
-                base, layers, train, evaluation, recipe, engine, report, checkpoints, beat
-            )
+            job = TrainingJob(base, layers, train, evaluation, recipe, hooks)
             job.resume()
             metrics = card.metrics | job.train_gates(card.name, stage)
         linears = read_factors(layers)
@@ -182,5 +165,5 @@ def _memory_errors(recipe: Recipe) -> Iterator[None]:
         torch.cuda.empty_cache()
     raise OutOfMemory(
         f"memory ran out with micro-batches of {recipe.micro_batch_size} ({reason}): lower "
-        "train.micro_batch_size or train.max_input_tokens, or use more ranks with ZeRO"
+        "the recipe's micro_batch_size or max_input_tokens, or use more ranks with ZeRO"
     )

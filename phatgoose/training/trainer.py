@@ -9,11 +9,17 @@ from torch import Tensor, nn
 
 from phatgoose.base import Base
 from phatgoose.errors import Diverged, PhatgooseError
-from phatgoose.inference.scoring import Question
+from phatgoose.question import Question
 from phatgoose.training.batches import batches
-from phatgoose.training.checkpoint import Checkpoints, State, random_state, set_random_state
-from phatgoose.training.curve import Progress, check_curve
-from phatgoose.training.engine import Engine, EngineFactory, TargetLoss, copies, put
+from phatgoose.training.checkpoint import (
+    Checkpoints,
+    NoCheckpoints,
+    State,
+    random_state,
+    set_random_state,
+)
+from phatgoose.training.curve import CurveRow, check_curve
+from phatgoose.training.engine import Engine, EngineFactory, PlainEngine, TargetLoss, copies, put
 from phatgoose.training.gated_lora import GatedLora
 from phatgoose.training.recipe import Recipe, Stage
 
@@ -34,6 +40,24 @@ class Example:
 Examples = Sequence[Example] | Sequence[Question]
 
 
+@dataclass(frozen=True)
+class Hooks:
+    """What a training calls: its engine, and whoever watches and keeps it.
+
+    Attributes:
+        engine: builds what runs the steps.
+        report: called with every row of the training curve. When a job resumes from a checkpoint,
+            with the earlier rows too.
+        checkpoints: where the job's state is saved and found.
+        heartbeat: called after every forward pass, as a sign of life.
+    """
+
+    engine: EngineFactory = PlainEngine
+    report: Callable[[CurveRow], None] = lambda _: None
+    checkpoints: Checkpoints = NoCheckpoints()  # noqa: RUF009  # it has no state
+    heartbeat: Callable[[], None] = lambda: None
+
+
 class TrainingJob:
     """The stages of one expert; the arguments are those of `phatgoose.training.train.train_expert`.
 
@@ -48,10 +72,7 @@ class TrainingJob:
         train: Examples,
         evaluation: Examples,
         recipe: Recipe,
-        engine: EngineFactory,
-        report: Callable[[Progress], None],
-        checkpoints: Checkpoints,
-        beat: Callable[[], None],
+        hooks: Hooks,
     ) -> None:
         self.base, self.layers, self.recipe = base, layers, recipe
         self.train = train[: recipe.max_examples]
@@ -61,19 +82,18 @@ class TrainingJob:
         if recipe.validates and kept_out:
             self.validation = [self.encode(example) for example in self.train[-kept_out:]]
             self.train = self.train[:-kept_out]
-        self.make_engine, self.report, self.beat = engine, report, beat
-        self.checkpoints = checkpoints
+        self.hooks = hooks
         self.state = State(stage="")  # where this job is
         self.started = 0.0  # of the stage, on the monotonic clock
 
     def resume(self) -> str:
         """Go to where the newest checkpoint is, if there is one; returns its stage or nothing."""
-        state = self.checkpoints.load()
+        state = self.hooks.checkpoints.load()
         if state is None:
             return ""
         self.state = state
         for row in state.curve:
-            self.report(row)
+            self.hooks.report(row)
         if state.factors:
             put(self.factors, state.factors)
         set_random_state(state.random, self.base.device)
@@ -121,13 +141,13 @@ class TrainingJob:
 
     def run(
         self, name: str, parameters: list[nn.Parameter], stage: Stage
-    ) -> tuple[Progress, Progress]:
+    ) -> tuple[CurveRow, CurveRow]:
         """Train one stage, leaving its best state; returns its evaluation before and after."""
         if self.state.stage != name:
             self.state = State(name, curve=self.state.curve)
         self.started = time.monotonic() - self.state.seconds
         module = TargetLoss(self.base, self.recipe.dtype)
-        engine = self.make_engine(module, parameters, stage, self.recipe)
+        engine = self.hooks.engine(module, parameters, stage, self.recipe)
         try:
             before = self.start(engine)
             self.take_steps(engine, stage)
@@ -141,7 +161,7 @@ class TrainingJob:
         _check_finite(name, parameters)
         return before, after
 
-    def start(self, engine: Engine) -> Progress:
+    def start(self, engine: Engine) -> CurveRow:
         """Bring the engine to where the job is; returns the evaluation before the stage."""
         state = self.state
         if state.step:
@@ -166,7 +186,7 @@ class TrainingJob:
                 if state.best_loss is None or measured.loss < state.best_loss:
                     state.best_loss, state.best = measured.loss, engine.weights()
             if due:
-                state.weights, state.optimizer = engine.weights(), engine.memory()
+                state.weights, state.optimizer = engine.weights(), engine.optimizer_state()
                 self.save()
                 state.weights, state.optimizer = [], []
 
@@ -182,11 +202,11 @@ class TrainingJob:
             engine.backward(summed * (self.recipe.accumulation / targets))
             engine.step()
             total += float(summed.detach())
-            self.beat()
-        total, due = engine.total([total, float(self.checkpoints.due())])
+            self.hooks.heartbeat()
+        total, due = engine.total([total, float(self.hooks.checkpoints.due())])
         return total / targets, due > 0
 
-    def measure(self, engine: Engine, split: str) -> Progress:
+    def measure(self, engine: Engine, split: str) -> CurveRow:
         """Mean loss and exact match on the examples of `evaluation` or `validation`."""
         questions = self.evaluation if split == "evaluation" else self.validation
         ordered = sorted(questions, key=lambda question: question.length)
@@ -200,7 +220,7 @@ class TrainingJob:
             if own < len(parts):
                 loss -= sum(s.mean for s in scores)
                 exact += sum(s.is_greedy and s.ends_greedy for s in scores)
-            self.beat()
+            self.hooks.heartbeat()
         loss, right = (total / len(ordered) for total in engine.total([loss, float(exact)]))
         return self.note(split, self.state.step, loss, right)
 
@@ -211,28 +231,28 @@ class TrainingJob:
         loss: float,
         exact_match: float | None = None,
         lr: float | None = None,
-    ) -> Progress:
+    ) -> CurveRow:
         """Add a row to the curve; Diverged if it is not one of a training that goes well."""
         state = self.state
         state.seconds = time.monotonic() - self.started
-        row = Progress(state.stage, split, step, loss, exact_match, lr, state.tokens, state.seconds)
+        row = CurveRow(state.stage, split, step, loss, exact_match, lr, state.tokens, state.seconds)
         state.curve.append(row)
         check_curve(state.curve, self.base.model.config.vocab_size)
-        self.report(row)
+        self.hooks.report(row)
         return row
 
     def save(self) -> None:
         """Write a checkpoint."""
         self.state.random = random_state(self.base.device)
-        self.checkpoints.save(self.state)
+        self.hooks.checkpoints.save(self.state)
 
 
 def _check_finite(stage: str, parameters: Sequence[Tensor]) -> None:
     """A step whose gradients were not finite is seen in the next loss; this is for the last one."""
     if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
         raise Diverged(
-            f"the weights became NaN or infinite in the last step of stage {stage}: lower "
-            f"train.{stage}.lr, or set train.retry_lr"
+            f"the weights became NaN or infinite in the last step of stage {stage}: lower the "
+            f"recipe's {stage}.lr, or set its retry_lr"
         )
 
 
@@ -243,4 +263,6 @@ def _check_only_gates_moved(
         if not torch.equal(factor.detach().cpu(), before):  # copies are on the CPU
             raise PhatgooseError(f"expert {name}: a LoRA factor moved while gates were trained")
     if not any(gate.any() for gate in gates):
-        raise PhatgooseError(f"expert {name}: no gate moved: train.gates needs steps and a rate")
+        raise PhatgooseError(
+            f"expert {name}: no gate moved: the recipe's gates need steps and a learning rate"
+        )

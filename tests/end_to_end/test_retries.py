@@ -13,7 +13,7 @@ from harness.planning.plan import make_plan
 from harness.registry import Registry
 from harness.scheduling.cluster import Cluster
 from harness.storage import Folder
-from phatgoose.expert import Card
+from phatgoose.card import Card
 from phatgoose.training.recipe import Recipe, Stage
 from tests.failing import ShortOfMemory
 from tests.toy import prepare_toys, toy_config
@@ -63,7 +63,7 @@ def test_one_more_try_at_a_lower_rate(tmp_path: Path, llama_folder: Path) -> Non
     trained = Trained(llama_folder, tmp_path, lora=mad, retry_lr=1e-32)
     assert trained.problems == []
     [error] = trained.row["errors"]
-    assert "lower train.lora.lr" in error
+    assert "lower the recipe's lora.lr" in error
     assert trained.card is not None
     assert trained.card.recipe["lora"]["lr"] == pytest.approx(1e-2)
     assert trained.row["lr"] == pytest.approx(1e-2)

@@ -10,9 +10,9 @@ from harness.evaluation.answering import answer_chunk
 from harness.evaluation.chunks import Chunk, Request
 from phatgoose.base import Base, load_base
 from phatgoose.inference.model import RoutedModel
-from phatgoose.inference.scoring import Question
 from phatgoose.ops import mix, mix_factors, mix_reference, route
 from phatgoose.pool import Pool
+from phatgoose.question import Question
 from phatgoose.routers import make_router
 from tests.tiny import make_experts
 
@@ -98,7 +98,7 @@ def test_generation_on_a_gpu_is_that_on_a_cpu(bases: tuple[Base, Base]) -> None:
 
 
 def test_a_training_step_on_a_gpu(bases: tuple[Base, Base]) -> None:
-    from phatgoose.expert import Card
+    from phatgoose.card import Card
     from phatgoose.training.recipe import Recipe, Stage
     from phatgoose.training.train import Example, train_expert
 

@@ -11,7 +11,7 @@ from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
 from phatgoose.training.recipe import Recipe, Stage
-from phatgoose.training.train import Example, Progress, train_expert
+from phatgoose.training.train import CurveRow, Example, Hooks, train_expert
 from tests import interrupted
 from tests.tiny import make_card, state
 
@@ -62,10 +62,11 @@ def deepspeed(compiled: Path) -> Iterator[Any]:
     dist.destroy_process_group()
 
 
-def train(base: Base, recipe: Recipe = RECIPE, **options: Any) -> tuple[Expert, list[Progress]]:
-    rows: list[Progress] = []
+def train(base: Base, recipe: Recipe = RECIPE, **options: Any) -> tuple[Expert, list[CurveRow]]:
+    rows: list[CurveRow] = []
     card = make_card("toy", base)
-    return train_expert(base, card, TRAIN, EVALUATION, recipe, report=rows.append, **options), rows
+    hooks = Hooks(report=rows.append, **options)
+    return train_expert(base, card, TRAIN, EVALUATION, recipe, hooks), rows
 
 
 @pytest.mark.parametrize("micro_batch_size", [6, 2], ids=["whole", "accumulated"])
@@ -99,7 +100,7 @@ def test_deepspeed_clips_as_plain_pytorch_does(
     assert clipped[-1].loss != pytest.approx(free[-1].loss, rel=2e-3)
 
 
-def assert_alike(rows: list[Progress], expected: list[Progress], tolerance: float) -> None:
+def assert_alike(rows: list[CurveRow], expected: list[CurveRow], tolerance: float) -> None:
     assert len(rows) == len(expected) == 6 + 4 + 4
     for row, other in zip(rows, expected, strict=True):
         assert (row.stage, row.split, row.step) == (other.stage, other.split, other.step)
@@ -116,7 +117,7 @@ def test_the_same_job_gives_the_same_bits(llama: Base, deepspeed: Any) -> None:
 def test_a_failed_job_leaves_the_engine_usable(llama: Base, deepspeed: Any) -> None:
     before = state(llama)
     too_fast = dataclasses.replace(RECIPE, lora=Stage(steps=6, lr=1e30, warmup=0.0))
-    with pytest.raises(PhatgooseError, match=r"lower train\.lora\.lr"):
+    with pytest.raises(PhatgooseError, match=r"lower the recipe's lora\.lr"):
         train(llama, too_fast, engine=deepspeed)
     assert all(torch.equal(weight, before[name]) for name, weight in state(llama).items())
     expert, _ = train(llama, engine=deepspeed)

@@ -11,7 +11,7 @@ import ray
 from torch import Tensor
 
 from phatgoose.base import load_base
-from phatgoose.training.curve import Progress
+from phatgoose.training.curve import CurveRow
 from tests import interrupted
 from tests.ranks import RECIPE, Rank, tensors
 
@@ -43,7 +43,7 @@ def on_both(ranks: list[Any], *arguments: Any) -> Any:
 
 
 @functools.cache
-def alone(folder: Path) -> tuple[dict[str, Tensor], list[Progress]]:
+def alone(folder: Path) -> tuple[dict[str, Tensor], list[CurveRow]]:
     expert, rows = interrupted.train(load_base(str(folder)), RECIPE)
     return tensors(expert), rows
 

@@ -7,8 +7,9 @@ import torch
 from harness.registry import Registry
 from harness.registry.files import Manifest
 from harness.storage import Folder
+from phatgoose.card import Card, LoraFactors
 from phatgoose.errors import PhatgooseError
-from phatgoose.expert import Card, Expert, LoraFactors
+from phatgoose.expert import Expert
 
 BASE, OTHER_BASE = "ba5e" * 16, "0e4f" * 16
 

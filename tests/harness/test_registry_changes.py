@@ -3,6 +3,7 @@
 import contextlib
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from harness.registry import Registry
 from harness.registry.files import Manifest, Record
 from harness.storage import Folder
+from phatgoose.card import with_job
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
 from tests.harness.test_registry import BASE, make_expert
@@ -76,11 +78,9 @@ def test_rename(registry: Registry) -> None:
 
 
 def test_an_imported_adapter_renamed_is_as_if_imported_under_the_new_name(local: Registry) -> None:
-    from phatgoose.interop.peft import with_job
-
     def imported(name: str) -> Expert:
         expert = make_expert(1, name=name)
-        return with_job(expert.card, expert.linears)
+        return replace(expert, card=with_job(expert.card, expert.linears))
 
     first = local.publish(imported("old"))
     renamed = local.rename("old", "new")

@@ -19,7 +19,7 @@ from harness.tasks import TaskSpec
 from harness.training.job import TrainJob
 from harness.training.job_table import JobTable
 from harness.training.stage import Training
-from phatgoose.expert import Card
+from phatgoose.card import Card
 from phatgoose.training.recipe import Recipe
 
 HERE = Place("a1b2c3d4" * 7, "10.0.0.1", 77)

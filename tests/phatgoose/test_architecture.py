@@ -18,7 +18,7 @@ from phatgoose.pool import Pool
 from phatgoose.training.engine import TargetLoss
 from phatgoose.training.gated_lora import attach_lora, detach_lora
 from phatgoose.training.recipe import Recipe, Stage
-from phatgoose.training.train import Example, Progress, train_expert
+from phatgoose.training.train import CurveRow, Example, Hooks, train_expert
 from tests.architectures import DECODERS, QUESTIONS, Folders, assert_answers_plainly, assert_plain
 from tests.plain import plain_logits
 from tests.textbook import RULES, base_plus, base_with, facts_of
@@ -86,8 +86,10 @@ def test_an_expert_and_its_gates_are_trained(folders: Folders, name: str) -> Non
         evaluation_examples=2,
         dtype="float32",
     )
-    rows: list[Progress] = []
-    expert = train_expert(base, make_card("e", base), train, train[:2], recipe, report=rows.append)
+    rows: list[CurveRow] = []
+    expert = train_expert(
+        base, make_card("e", base), train, train[:2], recipe, Hooks(report=rows.append)
+    )
     losses = [row.loss for row in rows if (row.stage, row.split) == ("lora", "train")]
     assert losses[-1] < 0.9 * losses[0]
     assert expert.linears.keys() == set(base.linears)

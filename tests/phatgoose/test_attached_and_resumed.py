@@ -8,12 +8,12 @@ import torch
 from phatgoose.base import Base
 from phatgoose.errors import OutOfMemory, PhatgooseError
 from phatgoose.expert import Expert
-from phatgoose.inference.scoring import Question
 from phatgoose.query import Query
-from phatgoose.training.engine import PlainEngine, adam_memory
+from phatgoose.question import Question
+from phatgoose.training.engine import PlainEngine, adam_state
 from phatgoose.training.gated_lora import attach_expert
 from phatgoose.training.recipe import Recipe, Stage
-from phatgoose.training.train import Example, train_expert
+from phatgoose.training.train import Example, Hooks, train_expert
 from tests.tiny import make_card, make_experts
 
 EXAMPLES = [Example("Is the lake deep?", " yes"), Example("two and two is", " four")]
@@ -43,7 +43,7 @@ def test_an_expert_of_other_shapes_is_not_attached(base: Base, part: str) -> Non
 
 def test_what_adam_remembers_is_a_copy() -> None:
     remembered = {"exp_avg": torch.ones(3), "exp_avg_sq": torch.full((3,), 2.0)}
-    state = adam_memory(torch.zeros(3), 7, remembered)
+    state = adam_state(torch.zeros(3), 7, remembered)
     assert state["step"].item() == 7.0
     state["exp_avg"] += 1
     state["exp_avg_sq"] += 1
@@ -72,7 +72,7 @@ def test_running_out_of_memory_says_what_the_allocator_said(
 
     card = make_card("task", llama)
     with pytest.raises(OutOfMemory) as caught:
-        train_expert(llama, card, EXAMPLES, EXAMPLES, RECIPE, engine=Full)
+        train_expert(llama, card, EXAMPLES, EXAMPLES, RECIPE, Hooks(engine=Full))
     assert str(caught.value) == (
         f"memory ran out with micro-batches of 2 ({reason}): lower train.micro_batch_size or "
         "train.max_input_tokens, or use more ranks with ZeRO"
@@ -86,7 +86,7 @@ def test_other_errors_stay_what_they_are(llama: Base) -> None:
 
     card = make_card("task", llama)
     with pytest.raises(RuntimeError, match=r"^shapes differ$"):
-        train_expert(llama, card, EXAMPLES, EXAMPLES, RECIPE, engine=Broken)
+        train_expert(llama, card, EXAMPLES, EXAMPLES, RECIPE, Hooks(engine=Broken))
 
 
 def test_a_question_is_its_own_query_unless_another_is_given(base: Base) -> None:

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from phatgoose.base import Base, load_base
 from phatgoose.errors import PhatgooseError
-from phatgoose.expert import Expert
+from phatgoose.expert import Expert, read_checkpoint
 from phatgoose.inference.model import RoutedModel
-from phatgoose.interop.authors import read_checkpoint
 from phatgoose.pool import Pool
 from phatgoose.routers import make_router
 from tests.plain import plain_logits

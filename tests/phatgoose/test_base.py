@@ -21,7 +21,8 @@ from phatgoose.base import (
     locate_base,
 )
 from phatgoose.errors import PhatgooseError
-from phatgoose.inference.scoring import Question, score
+from phatgoose.inference.scoring import score
+from phatgoose.question import Question
 from tests.tiny import llama_tokenizer, make_llama, make_t5
 
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from phatgoose.base import Base, load_base
 from phatgoose.inference.model import RoutedModel
 from phatgoose.inference.routed_linear import RoutedLinear, RoutingLog
-from phatgoose.inference.scoring import Question
 from phatgoose.ops import mix, mix_factors, route
 from phatgoose.ops.mix import _way
 from phatgoose.pool import Pool
+from phatgoose.question import Question
 from phatgoose.routers import ROUTERS, Merge, TokenRouter, Wrapper, make_router
 from phatgoose.routers.interface import Probe, generator_for
 from tests.pools import make_profiles, make_uneven_experts, pool_of

@@ -17,7 +17,8 @@ from phatgoose.base import Base, load_base
 from phatgoose.cache import cache_dir
 from phatgoose.errors import PhatgooseError
 from phatgoose.inference.generation import generate
-from phatgoose.inference.scoring import Question, score
+from phatgoose.inference.scoring import score
+from phatgoose.question import Question
 from phatgoose.tokenization import encode_context, encode_pair
 from tests.plain import plain_generate, plain_score
 from tests.tiny import llama_tokenizer, t5_tokenizer, with_tokenizer

@@ -15,7 +15,7 @@ from phatgoose.expert import Expert
 from phatgoose.training.checkpoint import State, owner_of
 from phatgoose.training.engine import PlainEngine
 from phatgoose.training.recipe import Stage
-from phatgoose.training.train import train_gates
+from phatgoose.training.train import Hooks, train_gates
 from tests.interrupted import (
     EVALUATION,
     PASSES,
@@ -89,11 +89,11 @@ def test_gates_of_an_adapter_go_on_too(llama: Base) -> None:
     memory = Memory()
 
     def gates(**options: Any) -> Expert:
-        return train_gates(llama, adapter, TRAIN, EVALUATION, RECIPE, **options)
+        return train_gates(llama, adapter, TRAIN, EVALUATION, RECIPE, Hooks(**options))
 
     expected = gates()
     with pytest.raises(Killed):
-        gates(checkpoints=memory, beat=kill_at(8))
+        gates(checkpoints=memory, heartbeat=kill_at(8))
     assert memory.saved == [("gates", 1), ("gates", 2)]
     steps: list[int] = []
     resumed = gates(checkpoints=memory, report=lambda row: steps.append(row.step))
@@ -103,7 +103,7 @@ def test_gates_of_an_adapter_go_on_too(llama: Base) -> None:
 
 def test_every_forward_pass_is_a_sign_of_life(llama: Base) -> None:
     beats: list[None] = []
-    train(llama, beat=lambda: beats.append(None))
+    train(llama, heartbeat=lambda: beats.append(None))
     assert len(beats) == PASSES
 
 
@@ -122,7 +122,7 @@ def test_nothing_is_done_twice(llama: Base) -> None:
 def state_of(base: Base) -> Memory:
     memory = Memory("job recipe")
     with pytest.raises(Killed):
-        train(base, checkpoints=memory, beat=kill_at(9))
+        train(base, checkpoints=memory, heartbeat=kill_at(9))
     return memory
 
 

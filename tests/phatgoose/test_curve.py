@@ -3,13 +3,13 @@ import math
 import pytest
 
 from phatgoose.errors import Diverged
-from phatgoose.training.curve import Progress, check_curve
+from phatgoose.training.curve import CurveRow, check_curve
 
 VOCABULARY = 1000  # a uniform guess costs 6.9 nats
 
 
-def curve(losses: list[float], stage: str = "lora", split: str = "train") -> list[Progress]:
-    return [Progress(stage, split, i, loss, None, 1e-3, i, 0.0) for i, loss in enumerate(losses)]
+def curve(losses: list[float], stage: str = "lora", split: str = "train") -> list[CurveRow]:
+    return [CurveRow(stage, split, i, loss, None, 1e-3, i, 0.0) for i, loss in enumerate(losses)]
 
 
 def first_refused(losses: list[float]) -> int | None:
@@ -26,7 +26,7 @@ def first_refused(losses: list[float]) -> int | None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("split", ["train", "validation", "evaluation"])
 def test_a_loss_that_is_no_number_is_refused_at_once(bad: float, split: str) -> None:
-    with pytest.raises(Diverged, match=r"at step 1 of stage gates: lower train\.gates\.lr"):
+    with pytest.raises(Diverged, match=r"at step 1 of stage gates: lower the recipe's gates\.lr"):
         check_curve(curve([2.0, bad], "gates", split), VOCABULARY)
 
 
@@ -61,7 +61,7 @@ def test_only_a_batch_of_training_can_explode() -> None:
     """An evaluation is looked at only for being a number: its rows are no batches."""
     rows = curve([2.0] * 8 + [10.0] * 5)
     for split in ("evaluation", "validation"):
-        check_curve([*rows, Progress("lora", split, 13, 50.0, 0.0, None, 13, 0.0)], VOCABULARY)
+        check_curve([*rows, CurveRow("lora", split, 13, 50.0, 0.0, None, 13, 0.0)], VOCABULARY)
 
 
 def test_the_limit_is_the_larger_of_the_two() -> None:
@@ -78,6 +78,6 @@ def test_what_is_no_number_is_called_by_its_split() -> None:
         with pytest.raises(Diverged) as caught:
             check_curve(curve([math.inf], "gates", split), VOCABULARY)
         assert str(caught.value) == (
-            f"the {what} became inf at step 0 of stage gates: lower train.gates.lr, or set "
-            "train.retry_lr"
+            f"the {what} became inf at step 0 of stage gates: lower the recipe's gates.lr, or "
+            "set its retry_lr"
         )

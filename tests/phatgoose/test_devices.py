@@ -16,9 +16,10 @@ from torch.utils._pytree import tree_leaves
 
 from phatgoose.base import Base
 from phatgoose.inference.model import RoutedModel
-from phatgoose.inference.scoring import Question, score
+from phatgoose.inference.scoring import score
 from phatgoose.ops import mix, mix_factors
 from phatgoose.pool import Pool, PoolLinear
+from phatgoose.question import Question
 from phatgoose.routers import ROUTERS, Merge, TokenRouter, Wrapper, make_router
 from phatgoose.training.gated_lora import attach_expert, attach_lora, detach_lora
 from tests.pools import make_pool

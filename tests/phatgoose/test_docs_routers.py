@@ -119,10 +119,13 @@ def test_a_token_costs_what_the_table_says(
     acting = router.inner if isinstance(router, Wrapper) else router
     kept = min(getattr(acting, "top_k", 1), experts)
     for side in ("encoder", "decoder"):
-        model.batch.enter(side, torch.ones(1, tokens, dtype=torch.bool))
-    model.batch.bias_QE = torch.zeros(1, experts)
+        model.forward_context.announce(side, torch.ones(1, tokens, dtype=torch.bool))
+    model.forward_context.bias_QE = torch.zeros(1, experts)
     if isinstance(router, QueryRouter):
-        model.batch.mixture = torch.full((1, kept), 1 / kept), torch.arange(kept).unsqueeze(0)
+        model.forward_context.mixture = (
+            torch.full((1, kept), 1 / kept),
+            torch.arange(kept).unsqueeze(0),
+        )
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         linear(torch.randn(1, tokens, 32))
     sizes = {"D": 32, "O": 48, "E": experts, "K": kept, "R": rank}

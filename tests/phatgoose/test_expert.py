@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from phatgoose.card import Card, LoraFactors, validate_name
 from phatgoose.errors import PhatgooseError
-from phatgoose.expert import Card, Expert, LoraFactors, validate_name
+from phatgoose.expert import Expert
 
 CARD = Card(
     name="task-a",

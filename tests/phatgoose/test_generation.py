@@ -12,8 +12,8 @@ from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
 from phatgoose.inference.generation import answer, fits, generate
 from phatgoose.inference.model import RoutedModel
-from phatgoose.inference.scoring import Question
 from phatgoose.pool import Pool
+from phatgoose.question import Question
 from phatgoose.tokenization import encode_context
 from tests.scripted import writing
 from tests.tiny import make_experts

@@ -11,9 +11,9 @@ from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
 from phatgoose.inference.model import RoutedModel
 from phatgoose.inference.routed_linear import RoutedLinear, RoutingLog
-from phatgoose.inference.scoring import Question
 from phatgoose.ops import route
 from phatgoose.pool import Pool
+from phatgoose.question import Question
 from phatgoose.routers import make_router
 from phatgoose.routers.random import Random
 from tests.plain import plain_logits

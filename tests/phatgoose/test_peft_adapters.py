@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from phatgoose.base import Base, load_base
+from phatgoose.card import LoraFactors
 from phatgoose.errors import PhatgooseError
-from phatgoose.expert import Expert, LoraFactors
+from phatgoose.expert import Expert
 from phatgoose.inference.model import RoutedModel
-from phatgoose.interop.peft import from_peft, to_peft
 from phatgoose.pool import Pool
 from phatgoose.routers import make_router
 from tests.adapters import (
@@ -75,29 +75,29 @@ def test_an_imported_adapter_says_what_peft_says(
 
 def test_the_card_says_where_an_expert_comes_from(base: Base, tmp_path: Path) -> None:
     save_adapter(base, tmp_path / "adapter", r=3, lora_alpha=6, target_modules=["q", "q_proj"])
-    card = from_peft(tmp_path / "adapter").card
+    card = Expert.from_peft(tmp_path / "adapter").card
     assert (card.name, card.task, card.scale) == ("adapter", "adapter", 2.0)
     assert (card.base, card.base_fingerprint) == (base.name, base.fingerprint)
     assert (card.data_fingerprint, card.metrics) == ("unknown", {})
     assert card.recipe["peft"]["r"] == 3
     assert card.recipe["peft"]["lora_alpha"] == 6
     assert len(card.job) == 32
-    assert from_peft(tmp_path / "adapter", base=base, name="other").card.name == "other"
+    assert Expert.from_peft(tmp_path / "adapter", base=base, name="other").card.name == "other"
 
 
 def test_a_job_is_the_content_and_the_name(base: Base, tmp_path: Path) -> None:
     save_adapter(base, tmp_path / "one", target_modules=["q", "q_proj"])
-    first = from_peft(tmp_path / "one")
+    first = Expert.from_peft(tmp_path / "one")
     shutil.copytree(base.name, tmp_path / "base")
     moved = load_base(str(tmp_path / "base"))
     shutil.copytree(tmp_path / "one", tmp_path / "elsewhere" / "one")
     edit_config(tmp_path / "elsewhere" / "one", peft_version="0.0.0", inference_mode=False)
-    assert from_peft(tmp_path / "elsewhere" / "one", base=moved).card.job == first.card.job
-    assert from_peft(tmp_path / "one", name="two").card.job != first.card.job
+    assert Expert.from_peft(tmp_path / "elsewhere" / "one", base=moved).card.job == first.card.job
+    assert Expert.from_peft(tmp_path / "one", name="two").card.job != first.card.job
     edit_config(tmp_path / "one", lora_alpha=9)
-    other_scale = from_peft(tmp_path / "one").card.job
+    other_scale = Expert.from_peft(tmp_path / "one").card.job
     edit_tensors(tmp_path / "one", **{key_of(base, "A"): torch.ones(8, 32)})
-    assert len({first.card.job, other_scale, from_peft(tmp_path / "one").card.job}) == 3
+    assert len({first.card.job, other_scale, Expert.from_peft(tmp_path / "one").card.job}) == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -105,7 +105,7 @@ def test_factors_keep_their_bits(llama: Base, tmp_path: Path, dtype: torch.dtype
     save_adapter(llama, tmp_path, r=3, lora_alpha=5, target_modules=["q_proj"])
     halved = {key: x.to(dtype) for key, x in load_file(tmp_path / TENSORS).items()}
     edit_tensors(tmp_path, **halved)
-    expert = from_peft(tmp_path, name="e")
+    expert = Expert.from_peft(tmp_path, name="e")
     for linear, factors in expert.linears.items():
         key = f"base_model.model.{linear}.lora_"
         assert factors.lora_A_RD.dtype == factors.lora_B_OR.dtype == dtype
@@ -118,7 +118,7 @@ def test_a_fold_is_not_rounded_to_half_precision(llama: Base, tmp_path: Path) ->
     save_adapter(llama, tmp_path, r=3, lora_alpha=5, target_modules=["q_proj", "v_proj"], **pattern)
     tensors = {key: x.bfloat16() for key, x in load_file(tmp_path / TENSORS).items()}
     edit_tensors(tmp_path, **tensors)
-    expert = from_peft(tmp_path, name="e")
+    expert = Expert.from_peft(tmp_path, name="e")
     assert expert.card.scale == 5 / 3
     A, B = (tensors[key_of(llama, letter)].double() for letter in "AB")
     torch.testing.assert_close(delta(expert, Q["llama"]), 7 / 3 * B @ A, rtol=1e-6, atol=1e-7)
@@ -154,7 +154,7 @@ def test_every_linear_gets_its_own_scale(
         tensors[f"base_model.model.{name}.lora_A.weight"] = torch.full((rank, 32), 0.5)
         tensors[f"base_model.model.{name}.lora_B.weight"] = torch.full((32, rank), 3.0)
     save_file(tensors, folder / TENSORS)
-    expert = from_peft(folder, name="e")
+    expert = Expert.from_peft(folder, name="e")
     for name, rank, alpha in zip(names, ranks, alphas, strict=True):
         scale = alpha / (math.sqrt(rank) if rslora else rank)
         expected = torch.full((32, 32), scale * 1.5 * rank, dtype=torch.float64)
@@ -163,19 +163,19 @@ def test_every_linear_gets_its_own_scale(
 
 def test_keys_may_carry_the_adapters_name(base: Base, tmp_path: Path) -> None:
     save_adapter(base, tmp_path, target_modules=["q", "q_proj"])
-    plain = from_peft(tmp_path, name="e")
+    plain = Expert.from_peft(tmp_path, name="e")
     tensors = load_file(tmp_path / TENSORS)
     for rename in (
         lambda key: key.replace(".weight", ".default.weight"),
         lambda key: key.removeprefix("base_model.model."),
     ):
         save_file({rename(key): x for key, x in tensors.items()}, tmp_path / TENSORS)
-        assert from_peft(tmp_path, name="e").content_hash() == plain.content_hash()
+        assert Expert.from_peft(tmp_path, name="e").content_hash() == plain.content_hash()
 
 
 def test_an_expert_outlives_its_adapters_folder(llama: Base, tmp_path: Path) -> None:
     save_adapter(llama, tmp_path / "a", target_modules=["q_proj"])
-    expert = from_peft(tmp_path / "a")
+    expert = Expert.from_peft(tmp_path / "a")
     before = expert.content_hash()
     (tmp_path / "a" / TENSORS).write_bytes(b"")  # in place, as PEFT saves
     assert expert.content_hash() == before
@@ -183,9 +183,9 @@ def test_an_expert_outlives_its_adapters_folder(llama: Base, tmp_path: Path) -> 
 
 def test_an_adapter_can_be_read_while_a_pool_is_attached(base: Base, tmp_path: Path) -> None:
     save_adapter(base, tmp_path)
-    before = from_peft(tmp_path, base=base, name="e").content_hash()
+    before = Expert.from_peft(tmp_path, base=base, name="e").content_hash()
     RoutedModel(base, Pool.from_experts(make_experts(base)))
-    assert from_peft(tmp_path, base=base, name="e").content_hash() == before
+    assert Expert.from_peft(tmp_path, base=base, name="e").content_hash() == before
 
 
 # Export
@@ -219,7 +219,7 @@ def test_peft_loads_what_is_exported(
 
 def test_the_round_trip_through_peft_gives_the_same_bits(base: Base, tmp_path: Path) -> None:
     expected = save_adapter(base, tmp_path / "in", r=4, lora_alpha=8, use_rslora=True)
-    expert = from_peft(tmp_path / "in")
+    expert = Expert.from_peft(tmp_path / "in")
     expert.to_peft(tmp_path / "out")
     written = load_file(tmp_path / "out" / TENSORS)
     for key, tensor in load_file(tmp_path / "in" / TENSORS).items():
@@ -227,7 +227,7 @@ def test_the_round_trip_through_peft_gives_the_same_bits(base: Base, tmp_path: P
     assert not written
     model = PeftModel.from_pretrained(load_base(base.name).model, str(tmp_path / "out"))
     assert torch.equal(logits(base, model), expected)
-    again = from_peft(tmp_path / "out", name="in")
+    again = Expert.from_peft(tmp_path / "out", name="in")
     assert again.card.job == expert.card.job
 
 
@@ -239,7 +239,7 @@ def test_an_export_adapts_its_own_linears_and_no_others(base: Base, tmp_path: Pa
         factors, rank = whole.linears[linear], 1 + index % 4
         linears[linear] = LoraFactors(factors.lora_A_RD[:rank], factors.lora_B_OR[:, :rank])
     expert = Expert(make_card("e", base, scale=0.3), linears)
-    to_peft(expert, tmp_path)
+    expert.to_peft(tmp_path)
     model = PeftModel.from_pretrained(load_base(base.name).model, str(tmp_path))
     assert isinstance(model.base_model, LoraModel)
     adapted = {
@@ -251,7 +251,7 @@ def test_an_export_adapts_its_own_linears_and_no_others(base: Base, tmp_path: Pa
         assert layer.scaling["default"] == pytest.approx(0.3, rel=1e-12)
         assert torch.equal(layer.lora_A["default"].weight, factors.lora_A_RD)
     assert_same_outputs(base, expert, tmp_path)
-    back = from_peft(tmp_path, name="e")
+    back = Expert.from_peft(tmp_path, name="e")
     assert back.card.scale == pytest.approx(0.3, rel=1e-12)
     assert all(torch.equal(back.linears[x].lora_B_OR, f.lora_B_OR) for x, f in linears.items())
 
@@ -263,10 +263,10 @@ def test_tensors_that_share_memory_are_exported(llama: Base, tmp_path: Path) -> 
         make_card("e", llama),
         {x: LoraFactors(A, B) for x in llama.linears if x.endswith(("q_proj", "o_proj"))},
     )
-    to_peft(expert, tmp_path / "out")
+    expert.to_peft(tmp_path / "out")
     assert_same_outputs(llama, expert, tmp_path / "out")
     expert.save(tmp_path / "e.arrow")
-    to_peft(Expert.load(tmp_path / "e.arrow"), tmp_path / "again")
+    Expert.load(tmp_path / "e.arrow").to_peft(tmp_path / "again")
     written, again = (load_file(tmp_path / name / TENSORS) for name in ("out", "again"))
     assert written.keys() == again.keys()
     assert all(torch.equal(written[key], again[key]) for key in written)
@@ -274,15 +274,15 @@ def test_tensors_that_share_memory_are_exported(llama: Base, tmp_path: Path) -> 
 
 def test_an_export_replaces_nothing_but_itself(llama: Base, tmp_path: Path) -> None:
     expert, other = make_experts(llama, 2)
-    to_peft(expert, tmp_path / "e0")
+    expert.to_peft(tmp_path / "e0")
     changed = Expert(dataclasses.replace(expert.card, scale=0.25), expert.linears)
-    to_peft(changed, tmp_path / "e0")
-    assert from_peft(tmp_path / "e0").card.scale == 0.25
+    changed.to_peft(tmp_path / "e0")
+    assert Expert.from_peft(tmp_path / "e0").card.scale == 0.25
 
     def refused(folder: Path, who: Expert) -> None:
         before = {path: path.read_bytes() for path in folder.iterdir()}
         with pytest.raises(PhatgooseError, match=r"something else .*: choose a new folder"):
-            to_peft(who, folder)
+            who.to_peft(folder)
         assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
     refused(tmp_path / "e0", other)
@@ -293,10 +293,10 @@ def test_an_export_replaces_nothing_but_itself(llama: Base, tmp_path: Path) -> N
     refused(tmp_path / "e0", expert)
     (tmp_path / "file").write_text("")
     with pytest.raises(PhatgooseError, match=r"cannot write expert 'e0' .*: choose a writable"):
-        to_peft(expert, tmp_path / "file")
+        expert.to_peft(tmp_path / "file")
 
 
 def test_an_expert_is_not_exported_with_another_base(llama: Base, t5: Base, tmp_path: Path) -> None:
     with pytest.raises(PhatgooseError, match=f"base {llama.fingerprint[:12]}.*pass the base"):
-        to_peft(make_experts(llama, 1)[0], tmp_path / "out", base=t5)
+        make_experts(llama, 1)[0].to_peft(tmp_path / "out", base=t5)
     assert not (tmp_path / "out").exists()

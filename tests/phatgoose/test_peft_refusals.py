@@ -1,4 +1,4 @@
-"""What `from_peft` refuses: whatever is more than LoRA factors of a base's linears."""
+"""What `Expert.from_peft` refuses: whatever is more than LoRA factors of a base's linears."""
 
 import math
 import shutil
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from phatgoose.base import Base, load_base
 from phatgoose.errors import PhatgooseError
-from phatgoose.interop.peft import from_peft
+from phatgoose.expert import Expert
 from tests.adapters import (
     TENSORS,
     Q,
@@ -29,7 +29,7 @@ from tests.adapters import (
 
 def refuse(folder: Path, match: str, **options: Any) -> None:
     with pytest.raises(PhatgooseError, match=match) as caught:
-        from_peft(folder, **{"name": "e", **options})
+        Expert.from_peft(folder, **{"name": "e", **options})
     assert "\n" not in str(caught.value)
 
 
@@ -80,10 +80,10 @@ def test_what_is_more_than_plain_lora_is_refused(adapter: Path) -> None:
 
 
 def test_fields_of_other_versions_that_are_off_do_not_matter(adapter: Path) -> None:
-    before = from_peft(adapter).card.job
+    before = Expert.from_peft(adapter).card.job
     edit_config(adapter, a_field_of_next_year=False, enable_lora=None, rank_pattern=None)
     edit_config(adapter, use_dora=None, modules_to_save=[], runtime_config={"x": 1}, bias=None)
-    assert from_peft(adapter).card.job == before
+    assert Expert.from_peft(adapter).card.job == before
 
 
 def test_keys_that_are_no_factors_are_refused(base: Base, adapter: Path) -> None:
@@ -181,7 +181,7 @@ def test_pissa_is_taken_once_peft_has_made_it_plain(llama: Base, tmp_path: Path)
     model.save_pretrained(
         str(tmp_path / "plain"), path_initial_model_for_weight_conversion=str(tmp_path / "start")
     )
-    expert = from_peft(tmp_path / "plain")
+    expert = Expert.from_peft(tmp_path / "plain")
     assert expert.linears[Q["llama"]].lora_A_RD.shape == (8, 32)
     torch.testing.assert_close(merged_logits(llama, expert), expected, rtol=1e-4, atol=1e-4)
 
@@ -227,7 +227,7 @@ def test_what_peft_adapted_is_what_is_wanted(
     """PEFT saves an adapter; whole it is taken, with one linear less it is refused."""
     folder = tmp_path / "a"
     save_adapter(llama, folder, **config)
-    expert = from_peft(folder, name="e", base=llama)
+    expert = Expert.from_peft(folder, name="e", base=llama)
     last = list(expert.linears)[-1]
     without(folder, last)
     refuse(folder, rf"lacks the factors of 1 linears \({last}\)", base=llama)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from phatgoose.base import Base
+from phatgoose.card import LoraFactors
 from phatgoose.errors import PhatgooseError
-from phatgoose.expert import Expert, LoraFactors
+from phatgoose.expert import Expert
 from phatgoose.pool import Pool
 from tests.tiny import make_experts
 

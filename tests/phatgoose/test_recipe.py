@@ -47,7 +47,7 @@ def test_any_warm_up_rises_to_the_full_rate(steps: int, warmup: float) -> None:
     ],
 )
 def test_impossible_values_are_named(field: str, value: object) -> None:
-    with pytest.raises(PhatgooseError, match=rf"train\.{field}"):
+    with pytest.raises(PhatgooseError, match=rf"recipe\.{field}"):
         dataclasses.replace(Recipe(), **{field: value})
 
 

@@ -16,9 +16,10 @@ from phatgoose.base import Base
 from phatgoose.inference.generation import answer
 from phatgoose.inference.model import RoutedModel
 from phatgoose.inference.routed_linear import RoutingLog
-from phatgoose.inference.scoring import Question, score
+from phatgoose.inference.scoring import score
 from phatgoose.pool import Pool
 from phatgoose.query import Query
+from phatgoose.question import Question
 from tests.architectures import (
     APART,
     DECODERS,

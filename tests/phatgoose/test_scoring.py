@@ -8,9 +8,10 @@ from phatgoose.base import Base, load_base
 from phatgoose.inference.generation import generate
 from phatgoose.inference.model import RoutedModel
 from phatgoose.inference.routed_linear import RoutingLog
-from phatgoose.inference.scoring import Question, Score, logits_at, score
+from phatgoose.inference.scoring import Score, logits_at, score
 from phatgoose.pool import Pool
 from phatgoose.query import Query
+from phatgoose.question import Question
 from phatgoose.routers import make_router
 from phatgoose.tokenization import encode_context
 from tests.plain import plain_generate, plain_score

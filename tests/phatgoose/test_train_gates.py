@@ -8,7 +8,7 @@ import torch
 from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
 from phatgoose.training.recipe import Recipe, Stage, recipe_from_dict
-from phatgoose.training.train import Example, Progress, train_expert, train_gates
+from phatgoose.training.train import CurveRow, Example, Hooks, train_expert, train_gates
 from tests.tiny import make_card, make_experts, state
 
 EXAMPLES = [
@@ -47,11 +47,11 @@ def test_gates_trained_later_are_those_trained_at_once(base: Base) -> None:
 
 
 def test_an_expert_of_a_few_linears_gets_gates_on_those(base: Base) -> None:
-    before, rows = state(base), list[Progress]()
+    before, rows = state(base), list[CurveRow]()
     expert = make_experts(base, 1, rank=3, gates=False)[0]
     some = dict(list(expert.linears.items())[::3])
     expert = dataclasses.replace(expert, linears=some)
-    gated = train_gates(base, expert, EXAMPLES, EVALUATION, RECIPE, report=rows.append)
+    gated = train_gates(base, expert, EXAMPLES, EVALUATION, RECIPE, Hooks(report=rows.append))
     assert gated.linears.keys() == some.keys()
     for name, factors in some.items():
         assert torch.equal(gated.linears[name].lora_A_RD, factors.lora_A_RD)

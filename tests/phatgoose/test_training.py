@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from phatgoose.base import Base, load_base
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
-from phatgoose.inference.scoring import Question
+from phatgoose.question import Question
 from phatgoose.tokenization import encode_context
 from phatgoose.training.engine import PlainEngine, TargetLoss
 from phatgoose.training.recipe import Recipe, Stage
-from phatgoose.training.train import Example, Progress, train_expert
+from phatgoose.training.train import CurveRow, Example, Hooks, train_expert
 from tests.plain import plain_generate, plain_logits, plain_score
 from tests.tiny import make_card, state
 
@@ -80,18 +80,18 @@ def train(
     evaluation: Sequence[Example] = EVALUATION,
     engine: Any = Spy,
     **changes: Any,
-) -> tuple[Expert, list[Progress]]:
+) -> tuple[Expert, list[CurveRow]]:
     """Train on the examples, with changes to the recipe."""
-    rows: list[Progress] = []
+    rows: list[CurveRow] = []
     recipe = dataclasses.replace(RECIPE, **changes)
     card = make_card("task", base, scale=recipe.scale)
     trained = train_expert(
-        base, card, examples, evaluation, recipe, engine=engine, report=rows.append
+        base, card, examples, evaluation, recipe, Hooks(engine=engine, report=rows.append)
     )
     return trained, rows
 
 
-def losses(rows: list[Progress], stage: str) -> list[float]:
+def losses(rows: list[CurveRow], stage: str) -> list[float]:
     return [row.loss for row in rows if row.stage == stage and row.split == "train"]
 
 
@@ -256,11 +256,13 @@ def test_the_first_evaluation_is_of_the_bare_base(base: Base, spies: list[Spy]) 
 
 
 def test_what_was_learned_by_heart_is_an_exact_match(llama: Base, spies: list[Spy]) -> None:
-    rows: list[Progress] = []
+    rows: list[CurveRow] = []
     recipe = dataclasses.replace(
         RECIPE, lora=Stage(steps=30, lr=3e-2), batch_size=2, micro_batch_size=2
     )
-    train_expert(llama, make_card("t", llama), EVALUATION, EVALUATION, recipe, report=rows.append)
+    train_expert(
+        llama, make_card("t", llama), EVALUATION, EVALUATION, recipe, Hooks(report=rows.append)
+    )
     before, after = (row for row in rows if row.stage == "lora" and row.split == "evaluation")
     assert before.exact_match == 0
     assert after.exact_match == 1

@@ -12,13 +12,14 @@ from phatgoose.base import Base
 from phatgoose.errors import Diverged, PhatgooseError
 from phatgoose.expert import Expert
 from phatgoose.inference.model import RoutedModel
-from phatgoose.inference.scoring import Question, Score
+from phatgoose.inference.scoring import Score
 from phatgoose.pool import Pool
+from phatgoose.question import Question
 from phatgoose.training.checkpoint import NoCheckpoints
 from phatgoose.training.engine import PlainEngine, TargetLoss, copies
 from phatgoose.training.gated_lora import attach_lora
 from phatgoose.training.recipe import Recipe, Stage
-from phatgoose.training.train import Example, Progress, train_expert
+from phatgoose.training.train import CurveRow, Example, Hooks, train_expert
 from phatgoose.training.trainer import TrainingJob
 from tests.tiny import make_card
 
@@ -84,8 +85,8 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[Watched]:
 
 def train(
     base: Base, examples: Sequence[Any] = EXAMPLES, **changes: Any
-) -> tuple[Expert, list[Progress]]:
-    rows: list[Progress] = []
+) -> tuple[Expert, list[CurveRow]]:
+    rows: list[CurveRow] = []
     recipe = dataclasses.replace(RECIPE, **changes)
     trained = train_expert(
         base,
@@ -93,13 +94,12 @@ def train(
         examples,
         EVALUATION,
         recipe,
-        engine=Watched,
-        report=rows.append,
+        Hooks(engine=Watched, report=rows.append),
     )
     return trained, rows
 
 
-def validations(rows: list[Progress], stage: str) -> dict[int, float]:
+def validations(rows: list[CurveRow], stage: str) -> dict[int, float]:
     return {r.step: r.loss for r in rows if (r.stage, r.split) == (stage, "validation")}
 
 
@@ -207,9 +207,9 @@ def test_of_equal_states_the_first_is_the_best(
     monkeypatch.setattr(Scripted, "losses", losses)
     recipe = dataclasses.replace(RECIPE, gates=None)
     card = make_card("task", llama, scale=recipe.scale)
-    rows: list[Progress] = []
+    rows: list[CurveRow] = []
     expert = train_expert(
-        llama, card, EXAMPLES, EVALUATION, recipe, engine=Scripted, report=rows.append
+        llama, card, EXAMPLES, EVALUATION, recipe, Hooks(engine=Scripted, report=rows.append)
     )
     assert [*validations(rows, "lora").values()] == pytest.approx(losses)
     assert same(own(expert, "lora_A_RD", "lora_B_OR"), engines[0].after[best - 1])
@@ -221,7 +221,7 @@ def test_a_validation_loss_that_is_no_number_ends_the_training(
     monkeypatch.setattr(Scripted, "losses", (1.0, float("nan")))
     card = make_card("task", llama, scale=RECIPE.scale)
     with pytest.raises(Diverged, match="validation loss became nan at step 4 of stage lora"):
-        train_expert(llama, card, EXAMPLES, EVALUATION, RECIPE, engine=Scripted)
+        train_expert(llama, card, EXAMPLES, EVALUATION, RECIPE, Hooks(engine=Scripted))
 
 
 # Several ranks, one after the other in this process.
@@ -354,7 +354,7 @@ def test_a_weight_that_is_no_number_after_the_last_step_is_refused(llama: Base) 
     card = make_card("task", llama, scale=RECIPE.scale)
     recipe = dataclasses.replace(RECIPE, validate_every=0)
     with pytest.raises(Diverged, match=r"NaN or infinite in the last step of stage lora: lower"):
-        train_expert(llama, card, EXAMPLES, EVALUATION, recipe, engine=Broken)
+        train_expert(llama, card, EXAMPLES, EVALUATION, recipe, Hooks(engine=Broken))
 
 
 def test_examples_may_be_token_ids_already(base: Base, engines: list[Watched]) -> None:
@@ -376,7 +376,7 @@ def test_a_factor_that_moves_with_the_gates_is_named(llama: Base) -> None:
 
     card = make_card("wanderer", llama, scale=RECIPE.scale)
     with pytest.raises(PhatgooseError, match="expert wanderer: a LoRA factor moved while gates"):
-        train_expert(llama, card, EXAMPLES, EVALUATION, RECIPE, engine=Moving)
+        train_expert(llama, card, EXAMPLES, EVALUATION, RECIPE, Hooks(engine=Moving))
 
 
 def with_gates_at_zero(count: int) -> type[PlainEngine]:
@@ -396,10 +396,10 @@ def test_a_gate_may_stay_at_zero_but_not_all(llama: Base) -> None:
     recipe = dataclasses.replace(RECIPE, validate_every=0)
     first, *rest = llama.linears
     engine = with_gates_at_zero(1)
-    expert = train_expert(llama, card, EXAMPLES, EVALUATION, recipe, engine=engine)
+    expert = train_expert(llama, card, EXAMPLES, EVALUATION, recipe, Hooks(engine=engine))
     gates = {name: factors.gate_D for name, factors in expert.linears.items()}
     assert not gates[first].any()  # type: ignore[union-attr]
     assert all(gates[name].any() for name in rest)  # type: ignore[union-attr]
     engine = with_gates_at_zero(len(llama.linears))
-    with pytest.raises(PhatgooseError, match=r"expert task: no gate moved: train\.gates needs"):
-        train_expert(llama, card, EXAMPLES, EVALUATION, recipe, engine=engine)
+    with pytest.raises(PhatgooseError, match="expert task: no gate moved: the recipe's gates need"):
+        train_expert(llama, card, EXAMPLES, EVALUATION, recipe, Hooks(engine=engine))

@@ -14,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from harness.planning.plan import _expert_bytes
 from phatgoose.architecture import linear_sizes
 from phatgoose.base import Base, bare_model, load_base
+from phatgoose.card import LoraFactors
 from phatgoose.errors import PhatgooseError
-from phatgoose.expert import LoraFactors
 from phatgoose.inference.model import RoutedModel
 from phatgoose.interop.peft import from_peft, to_peft
 from phatgoose.pool import Pool

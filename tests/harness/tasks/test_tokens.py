@@ -10,7 +10,7 @@ from harness.tasks.store import read_records, read_task, write_task
 from harness.tasks.tokens import tokenise
 from phatgoose.base import Base, load_base
 from phatgoose.errors import PhatgooseError
-from phatgoose.inference.scoring import Question
+from phatgoose.question import Question
 from phatgoose.training.recipe import Recipe
 from phatgoose.training.train import Example, train_expert
 from tests.tiny import make_card

@@ -10,9 +10,9 @@ from phatgoose.base import Base, load_base
 from phatgoose.errors import PhatgooseError
 from phatgoose.inference.generation import generate
 from phatgoose.inference.model import RoutedModel
-from phatgoose.inference.scoring import Question
 from phatgoose.pool import Pool
 from phatgoose.query import Query
+from phatgoose.question import Question
 from phatgoose.routers import ROUTERS, Merge, QueryRouter, TokenRouter, all_needs, make_router
 from phatgoose.routers.average_activation import AverageActivation
 from phatgoose.routers.merged import Merged

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from phatgoose.base import Base, load_base
 from phatgoose.inference.model import RoutedModel
-from phatgoose.inference.scoring import Question
 from phatgoose.pool import Pool, PoolLinear
+from phatgoose.question import Question
 from phatgoose.routers import Merge, make_router
 from tests.plain import plain_generate, plain_logits, plain_score
 from tests.pools import FakeEncoder, make_uneven_experts, pool_of

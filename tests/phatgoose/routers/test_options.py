@@ -9,8 +9,8 @@ import torch
 from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
 from phatgoose.inference.model import RoutedModel
-from phatgoose.inference.scoring import Question
 from phatgoose.pool import Pool
+from phatgoose.question import Question
 from phatgoose.routers import ROUTERS, all_needs, make_router
 from phatgoose.routers import stacked_profiles as profiles
 from phatgoose.routers.interface import Router, Scorer, TokenRouter, side_information

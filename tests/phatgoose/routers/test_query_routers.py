@@ -12,9 +12,9 @@ from phatgoose.base import Base, load_base
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
 from phatgoose.inference.model import RoutedModel
-from phatgoose.inference.scoring import Question
 from phatgoose.pool import Pool
 from phatgoose.query import Query
+from phatgoose.question import Question
 from phatgoose.routers import QueryRouter, make_router
 from phatgoose.routers.ariadne import Ariadne
 from phatgoose.routers.interface import Probe

@@ -8,12 +8,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from phatgoose.base import Base, load_base
+from phatgoose.card import Card, LoraFactors
 from phatgoose.errors import PhatgooseError
-from phatgoose.expert import Card, Expert, LoraFactors
+from phatgoose.expert import Expert
 from phatgoose.inference.model import RoutedModel
-from phatgoose.inference.scoring import Question
 from phatgoose.pool import Pool, PoolLinear
 from phatgoose.query import Query
+from phatgoose.question import Question
 from phatgoose.routers import TokenRouter, make_router
 from phatgoose.routers.glider import Glider
 from phatgoose.routers.lag import Lag

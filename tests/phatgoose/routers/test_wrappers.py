@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from phatgoose.base import Base
+from phatgoose.card import LoraFactors
 from phatgoose.errors import PhatgooseError
-from phatgoose.expert import Expert, LoraFactors
+from phatgoose.expert import Expert
 from phatgoose.inference.model import RoutedModel
 from phatgoose.inference.routed_linear import RoutingLog
-from phatgoose.inference.scoring import Question
 from phatgoose.pool import Pool, PoolLinear
 from phatgoose.query import Query
+from phatgoose.question import Question
 from phatgoose.routers import TokenRouter, Wrapper, make_router
 from phatgoose.routers.genknowsub import Genknowsub
 from phatgoose.routers.random_experts import RandomExperts
