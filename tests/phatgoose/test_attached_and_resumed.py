@@ -14,7 +14,7 @@ from phatgoose.query import Query
 from phatgoose.recipe import Recipe, Stage
 from phatgoose.scoring import Question
 from phatgoose.training import Example, train_expert
-from tests.tiny import make_card, make_experts
+from tests.support.tiny import make_card, make_experts
 
 EXAMPLES = [Example("Is the lake deep?", " yes"), Example("two and two is", " four")]
 RECIPE = Recipe(

@@ -22,7 +22,7 @@ from phatgoose.base import (
 )
 from phatgoose.errors import PhatgooseError
 from phatgoose.scoring import Question, score
-from tests.tiny import llama_tokenizer, make_llama, make_t5
+from tests.support.tiny import llama_tokenizer, make_llama, make_t5
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
 from phatgoose.recipe import Stage
 from phatgoose.training import train_gates
-from tests.interrupted import (
+from tests.support.interrupted import (
     EVALUATION,
     PASSES,
     RECIPE,
@@ -28,7 +28,7 @@ from tests.interrupted import (
     train,
     train_interrupted,
 )
-from tests.tiny import make_experts
+from tests.support.tiny import make_experts
 
 
 @pytest.mark.parametrize("at", [[3], [5], [12], [15], [16], [19], [24], [7, 9, 4]])

@@ -21,8 +21,8 @@ from phatgoose.ops import mix, mix_factors
 from phatgoose.pool import Pool, PoolLinear
 from phatgoose.routers import ROUTERS, Merge, TokenRouter, Wrapper, make_router
 from phatgoose.scoring import Question, score
-from tests.pools import make_pool
-from tests.tiny import make_experts
+from tests.support.pools import make_pool
+from tests.support.tiny import make_experts
 
 META = torch.device("meta")
 NAMES = [n for n, r in ROUTERS.items() if issubclass(r, TokenRouter | Merge | Wrapper)]

@@ -17,8 +17,8 @@ from transformers import AutoModel, AutoTokenizer
 from phatgoose import encoder as encoder_module
 from phatgoose.encoder import PACKAGED_ENCODERS, PackagedEncoder, load_encoder
 from phatgoose.errors import PhatgooseError
-from tests.tiny import SENTENCES
-from tests.tiny_encoder import DIMENSIONS, MAX_TOKENS, make_encoder, set_pooling
+from tests.support.tiny import SENTENCES
+from tests.support.tiny_encoder import DIMENSIONS, MAX_TOKENS, make_encoder, set_pooling
 
 LONG = "the lake " * 40
 TEXTS = [*SENTENCES, "goose", "", LONG, "Is it 7 o'clock? naïve ☃", "goose"]

@@ -14,7 +14,7 @@ from torch import Tensor
 from phatgoose.base import Base, load_base
 from phatgoose.errors import PhatgooseError
 from phatgoose.peft_adapters import from_peft
-from tests.adapters import (
+from tests.support.adapters import (
     TENSORS,
     Q,
     edit_config,

@@ -9,7 +9,7 @@ from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert, LoraFactors
 from phatgoose.pool import Pool
-from tests.tiny import make_experts
+from tests.support.tiny import make_experts
 
 
 def alter(expert: Expert, *, linears: dict[str, LoraFactors] | None = None, **card: str) -> Expert:

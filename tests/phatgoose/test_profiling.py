@@ -15,9 +15,9 @@ from phatgoose.profile import ProfileConfig
 from phatgoose.profiling import measure_profile
 from phatgoose.tokenization import encode_pair
 from phatgoose.training import Example
-from tests.plain import plain_logits
-from tests.tiny import add_to_weight, make_decoder, make_experts, state
-from tests.tiny_encoder import make_encoder
+from tests.support.plain import plain_logits
+from tests.support.tiny import add_to_weight, make_decoder, make_experts, state
+from tests.support.tiny_encoder import make_encoder
 
 EXAMPLES = [
     Example("Is the lake deep?", " yes", (" yes", " no")),

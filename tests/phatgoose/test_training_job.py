@@ -20,7 +20,7 @@ from phatgoose.recipe import Recipe, Stage
 from phatgoose.scoring import Question, Score
 from phatgoose.training import Example, Progress, train_expert
 from phatgoose.training_job import TrainingJob
-from tests.tiny import make_card
+from tests.support.tiny import make_card
 
 WORDS = ("the goose", "the swan", "a bird", "the lake", "the flock")
 EXAMPLES = [

@@ -20,8 +20,8 @@ from phatgoose.gated_lora import attach_expert, attach_lora, detach_lora, read_f
 from phatgoose.model import RoutedModel
 from phatgoose.peft_adapters import from_peft, to_peft
 from phatgoose.pool import Pool
-from tests.adapters import logits, merged_logits, save_adapter
-from tests.tiny import make_decoder, make_experts, state
+from tests.support.adapters import logits, merged_logits, save_adapter
+from tests.support.tiny import make_decoder, make_experts, state
 
 # Inputs and outputs of a layer's linears, in the model's order.
 SIZES = {"attn.c_attn": (16, 48), "attn.c_proj": (16, 16), "mlp.c_fc": (16, 64)}

@@ -27,8 +27,8 @@ from phatgoose.view import (
     to_terminal,
     token_routes,
 )
-from tests.plain import plain_logits
-from tests.tiny import make_experts
+from tests.support.plain import plain_logits
+from tests.support.tiny import make_experts
 
 TEXT, ANSWER = "The goose flies over the lake", " and swims"
 EXPERTS = ("e0", "e1", "e2")
