@@ -9,7 +9,7 @@ import pytest
 
 if TYPE_CHECKING:
     from phatgoose.base import Base
-    from tests.s3_server import S3Server
+    from tests.support.s3_server import S3Server
 
 # Before anything imports torch or huggingface_hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -24,7 +24,7 @@ def _session_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def s3() -> "Iterator[S3Server]":
     """An S3-compatible server on this machine; the credentials are in the environment."""
-    from tests.s3_server import s3_server
+    from tests.support.s3_server import s3_server
 
     with s3_server() as server:
         yield server
@@ -33,7 +33,7 @@ def s3() -> "Iterator[S3Server]":
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory that `load_base` reads as a tiny Llama-like base."""
-    from tests.tiny import make_llama
+    from tests.support.tiny import make_llama
 
     return make_llama(tmp_path_factory.mktemp("bases") / "llama")
 
@@ -41,7 +41,7 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory that `load_base` reads as a tiny T5-like base."""
-    from tests.tiny import make_t5
+    from tests.support.tiny import make_t5
 
     return make_t5(tmp_path_factory.mktemp("bases") / "t5")
 

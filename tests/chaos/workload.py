@@ -12,9 +12,9 @@ from typing import Any
 
 from harness.config.load import load_config
 from harness.tasks import TaskSpec, prepare_all
-from tests.tiny import make_llama
-from tests.tiny_encoder import make_encoder
-from tests.toy import choice_task, from_archive, generation_task, write_archive
+from tests.support.tiny import make_llama
+from tests.support.tiny_encoder import make_encoder
+from tests.support.toy import choice_task, from_archive, generation_task, write_archive
 
 _ANSWERS = ("goose", "five", "nine", "yes", "no", "swan")
 

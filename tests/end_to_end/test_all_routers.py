@@ -15,8 +15,8 @@ from harness.run import run
 from harness.storage import Folder
 from phatgoose.base import load_base
 from phatgoose.errors import PhatgooseError
-from tests.adapters import save_adapter
-from tests.toy import prepare_toys, toy_config
+from tests.support.adapters import save_adapter
+from tests.support.toy import prepare_toys, toy_config
 
 pytestmark = pytest.mark.slow
 

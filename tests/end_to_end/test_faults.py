@@ -22,8 +22,8 @@ from harness.run import run
 from harness.scheduling.settings import ClusterConfig
 from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
-from tests.small_disk import small_disk
-from tests.toy import prepare_toys, toy_config
+from tests.support.small_disk import small_disk
+from tests.support.toy import prepare_toys, toy_config
 
 pytestmark = pytest.mark.slow
 

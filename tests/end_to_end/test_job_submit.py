@@ -19,8 +19,8 @@ import pytest
 from harness import run_folder
 from harness.config.load import load_config
 from harness.storage import Folder
-from tests.tiny_encoder import make_encoder
-from tests.toy import prepare_toys, toy_arguments
+from tests.support.tiny_encoder import make_encoder
+from tests.support.toy import prepare_toys, toy_arguments
 
 pytestmark = pytest.mark.slow
 

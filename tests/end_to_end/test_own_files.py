@@ -9,7 +9,7 @@ from harness import run_folder
 from harness.config.load import load_config
 from harness.run import run
 from harness.storage import Folder
-from tests.tiny_encoder import make_encoder
+from tests.support.tiny_encoder import make_encoder
 
 
 @pytest.mark.slow

@@ -15,8 +15,8 @@ from harness.scheduling.cluster import Cluster
 from harness.storage import Folder
 from phatgoose.card import Card
 from phatgoose.training.recipe import Recipe, Stage
-from tests.failing import ShortOfMemory
-from tests.toy import prepare_toys, toy_config
+from tests.support.failing import ShortOfMemory
+from tests.support.toy import prepare_toys, toy_config
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ from harness import run_folder
 from harness.config.schema import RunConfig
 from harness.run import run
 from harness.storage import Folder
-from tests.toy import prepare_toys, toy_config
+from tests.support.toy import prepare_toys, toy_config
 
 pytestmark = pytest.mark.slow
 

@@ -11,8 +11,8 @@ from harness.config.schema import RunConfig, RunSection
 from harness.registry.verify import Check, verify
 from harness.run import run
 from harness.storage import Folder
-from tests.s3_server import S3Server
-from tests.toy import prepare_toys, toy_config
+from tests.support.s3_server import S3Server
+from tests.support.toy import prepare_toys, toy_config
 
 pytestmark = pytest.mark.slow
 

@@ -21,7 +21,7 @@ from harness.scheduling.cluster import room
 from harness.scheduling.workers import Failure, Watch, Workers
 from harness.training.job import TrainJob
 from phatgoose.training.recipe import Stage
-from tests.toy import prepare_toys, toy_config
+from tests.support.toy import prepare_toys, toy_config
 
 pytestmark = pytest.mark.slow
 

@@ -1,7 +1,8 @@
 """A registry and a run folder that version 0.1.0 wrote stay usable.
 
-`tests/golden/version_0_1_0.tar.gz` is the toy run of `tests.toy` over `tests.tiny.make_llama`, made
-by the code of version 0.1.0 in an empty folder, without its plots and logs.
+`tests/golden/version_0_1_0.tar.gz` is the toy run of `tests.support.toy` over
+`tests.support.tiny.make_llama`, made by the code of version 0.1.0 in an empty folder, without its
+plots and logs.
 """
 
 import math
@@ -17,8 +18,8 @@ from harness.registry.__main__ import main as registry_command
 from harness.run import run
 from harness.storage import Folder
 from phatgoose import Pool, Question, RoutedModel, load_base, make_router
-from tests.tiny import make_llama
-from tests.toy import prepare_toys, toy_config
+from tests.support.tiny import make_llama
+from tests.support.toy import prepare_toys, toy_config
 
 ARCHIVE = Path(__file__).parents[1] / "golden" / "version_0_1_0.tar.gz"
 ROUTERS = ("base", "phatgoose", "merged", "arrow", "single", "oracle")

@@ -12,8 +12,8 @@ import pytest
 
 from harness import run_folder
 from harness.storage import Folder
-from tests.tiny_encoder import make_encoder
-from tests.toy import prepare_toys, toy_arguments, toy_config
+from tests.support.tiny_encoder import make_encoder
+from tests.support.toy import prepare_toys, toy_arguments, toy_config
 
 pytestmark = pytest.mark.slow
 

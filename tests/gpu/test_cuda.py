@@ -14,7 +14,7 @@ from phatgoose.ops import mix, mix_factors, mix_reference, route
 from phatgoose.pool import Pool
 from phatgoose.question import Question
 from phatgoose.routers import make_router
-from tests.tiny import make_experts
+from tests.support.tiny import make_experts
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 

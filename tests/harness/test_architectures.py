@@ -15,9 +15,9 @@ from phatgoose.base import load_base
 from phatgoose.errors import PhatgooseError
 from phatgoose.routers import make_router
 from phatgoose.tokenization import encode_context, encode_pair
-from tests.plain import plain_generate, plain_score
-from tests.tiny import build, llama_tokenizer, make_decoder, make_experts
-from tests.toy import local_actor, members_of, prepare_toys, toy_config
+from tests.support.plain import plain_generate, plain_score
+from tests.support.tiny import build, llama_tokenizer, make_decoder, make_experts
+from tests.support.toy import local_actor, members_of, prepare_toys, toy_config
 
 
 @pytest.fixture

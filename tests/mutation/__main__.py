@@ -64,13 +64,13 @@ SOURCES = (
 # Tests without a cluster.
 TESTS = (
     "tests/phatgoose",
-    "tests/harness/test_eval_actor.py",
-    "tests/harness/test_lm.py",
-    "tests/harness/test_report.py",
-    "tests/harness/test_statistics.py",
-    "tests/harness/test_summary.py",
+    "tests/harness/evaluation/test_actor.py",
+    "tests/harness/evaluation/test_lm.py",
+    "tests/harness/reporting/test_report.py",
+    "tests/harness/reporting/test_statistics.py",
+    "tests/harness/reporting/test_summary.py",
     "tests/harness/tasks/test_clusters.py",
-    "tests/harness/test_what_routers_see.py",
+    "tests/harness/evaluation/test_what_routers_see.py",
 )
 
 

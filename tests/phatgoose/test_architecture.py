@@ -19,10 +19,16 @@ from phatgoose.training.engine import TargetLoss
 from phatgoose.training.gated_lora import attach_lora, detach_lora
 from phatgoose.training.recipe import Recipe, Stage
 from phatgoose.training.train import CurveRow, Example, Hooks, train_expert
-from tests.architectures import DECODERS, QUESTIONS, Folders, assert_answers_plainly, assert_plain
-from tests.plain import plain_logits
-from tests.textbook import RULES, base_plus, base_with, facts_of
-from tests.tiny import (
+from tests.support.architectures import (
+    DECODERS,
+    QUESTIONS,
+    Folders,
+    assert_answers_plainly,
+    assert_plain,
+)
+from tests.support.plain import plain_logits
+from tests.support.textbook import RULES, base_plus, base_with, facts_of
+from tests.support.tiny import (
     build,
     decoder_sizes,
     make_card,

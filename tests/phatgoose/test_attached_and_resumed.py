@@ -14,7 +14,7 @@ from phatgoose.training.engine import PlainEngine, adam_state
 from phatgoose.training.gated_lora import attach_expert
 from phatgoose.training.recipe import Recipe, Stage
 from phatgoose.training.train import Example, Hooks, train_expert
-from tests.tiny import make_card, make_experts
+from tests.support.tiny import make_card, make_experts
 
 EXAMPLES = [Example("Is the lake deep?", " yes"), Example("two and two is", " four")]
 RECIPE = Recipe(

@@ -17,7 +17,7 @@ from phatgoose.expert import Expert, read_checkpoint
 from phatgoose.inference.model import RoutedModel
 from phatgoose.pool import Pool
 from phatgoose.routers import make_router
-from tests.plain import plain_logits
+from tests.support.plain import plain_logits
 
 RANK, COUNT = 4, 3
 Q = "encoder.block.0.layer.0.SelfAttention.q"

@@ -23,7 +23,7 @@ from phatgoose.base import (
 from phatgoose.errors import PhatgooseError
 from phatgoose.inference.scoring import score
 from phatgoose.question import Question
-from tests.tiny import llama_tokenizer, make_llama, make_t5
+from tests.support.tiny import llama_tokenizer, make_llama, make_t5
 
 
 @pytest.fixture

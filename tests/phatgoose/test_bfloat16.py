@@ -20,9 +20,9 @@ from phatgoose.pool import Pool
 from phatgoose.question import Question
 from phatgoose.routers import ROUTERS, Merge, TokenRouter, Wrapper, make_router
 from phatgoose.routers.interface import Probe, generator_for
-from tests.pools import make_profiles, make_uneven_experts, pool_of
-from tests.textbook import RULES, Fact, Facts, Rule, facts_of, gate_score, output_norm
-from tests.tiny import make_experts
+from tests.support.pools import make_profiles, make_uneven_experts, pool_of
+from tests.support.textbook import RULES, Fact, Facts, Rule, facts_of, gate_score, output_norm
+from tests.support.tiny import make_experts
 
 EXPERTS = 12
 TEXTS = [

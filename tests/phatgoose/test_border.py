@@ -20,8 +20,8 @@ from phatgoose.inference.generation import generate
 from phatgoose.inference.scoring import score
 from phatgoose.question import Question
 from phatgoose.tokenization import encode_context, encode_pair
-from tests.plain import plain_generate, plain_score
-from tests.tiny import llama_tokenizer, t5_tokenizer, with_tokenizer
+from tests.support.plain import plain_generate, plain_score
+from tests.support.tiny import llama_tokenizer, t5_tokenizer, with_tokenizer
 
 # The user's cache, looked up on import: the tests have one of their own.
 ARCHIVE = cache_dir() / "downloads" / "bigbench-1.0.0.tar.gz"

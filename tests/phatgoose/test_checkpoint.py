@@ -16,7 +16,7 @@ from phatgoose.training.checkpoint import State, owner_of
 from phatgoose.training.engine import PlainEngine
 from phatgoose.training.recipe import Stage
 from phatgoose.training.train import Hooks, train_gates
-from tests.interrupted import (
+from tests.support.interrupted import (
     EVALUATION,
     PASSES,
     RECIPE,
@@ -28,7 +28,7 @@ from tests.interrupted import (
     train,
     train_interrupted,
 )
-from tests.tiny import make_experts
+from tests.support.tiny import make_experts
 
 
 @pytest.mark.parametrize("at", [[3], [5], [12], [15], [16], [19], [24], [7, 9, 4]])

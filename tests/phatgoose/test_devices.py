@@ -22,8 +22,8 @@ from phatgoose.pool import Pool, PoolLinear
 from phatgoose.question import Question
 from phatgoose.routers import ROUTERS, Merge, TokenRouter, Wrapper, make_router
 from phatgoose.training.gated_lora import attach_expert, attach_lora, detach_lora
-from tests.pools import make_pool
-from tests.tiny import make_experts
+from tests.support.pools import make_pool
+from tests.support.tiny import make_experts
 
 META = torch.device("meta")
 NAMES = [n for n, r in ROUTERS.items() if issubclass(r, TokenRouter | Merge | Wrapper)]

@@ -20,9 +20,9 @@ from phatgoose.routers import ROUTERS, QueryRouter, Wrapper, make_router
 from phatgoose.routers.lorauter import Lorauter
 from phatgoose.training.recipe import Recipe, Stage
 from phatgoose.training.train import Example
-from tests.pools import pool_of
-from tests.tiny import SENTENCES, make_experts
-from tests.tiny_encoder import make_encoder
+from tests.support.pools import pool_of
+from tests.support.tiny import SENTENCES, make_experts
+from tests.support.tiny_encoder import make_encoder
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "routers.md").read_text(encoding="utf-8")

@@ -17,8 +17,8 @@ from transformers import AutoModel, AutoTokenizer
 from phatgoose import sentence_encoder as encoder_module
 from phatgoose.errors import PhatgooseError
 from phatgoose.sentence_encoder import PACKAGED_ENCODERS, PackagedEncoder, load_encoder
-from tests.tiny import SENTENCES
-from tests.tiny_encoder import DIMENSIONS, MAX_TOKENS, make_encoder, set_pooling
+from tests.support.tiny import SENTENCES
+from tests.support.tiny_encoder import DIMENSIONS, MAX_TOKENS, make_encoder, set_pooling
 
 LONG = "the lake " * 40
 TEXTS = [*SENTENCES, "goose", "", LONG, "Is it 7 o'clock? naïve ☃", "goose"]

@@ -5,7 +5,7 @@ from torch import nn
 from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
 from phatgoose.training.gated_lora import GatedLora, attach_lora, detach_lora, read_factors
-from tests.tiny import state
+from tests.support.tiny import state
 
 OPTIONS = {"rank": 3, "scale": 0.25, "init_std": 0.01}
 

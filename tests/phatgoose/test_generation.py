@@ -15,8 +15,8 @@ from phatgoose.inference.model import RoutedModel
 from phatgoose.pool import Pool
 from phatgoose.question import Question
 from phatgoose.tokenization import encode_context
-from tests.scripted import writing
-from tests.tiny import make_experts
+from tests.support.scripted import writing
+from tests.support.tiny import make_experts
 
 PROMPTS = ["the", "Is the lake deep?", "Question: which bird flies in the flock?\nAnswer:"]
 

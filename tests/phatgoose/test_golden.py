@@ -23,7 +23,7 @@ from phatgoose.routers import make_router
 from phatgoose.routers.arrow import arrow_scorer
 from phatgoose.routers.retrieval import nearest_example
 from phatgoose.training.gated_lora import GatedLora
-from tests.tiny import llama_tokenizer
+from tests.support.tiny import llama_tokenizer
 
 OWN = Path(__file__).parents[1] / "golden"
 AUTHORS = OWN / "authors"

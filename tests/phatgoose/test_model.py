@@ -16,8 +16,8 @@ from phatgoose.pool import Pool
 from phatgoose.question import Question
 from phatgoose.routers import make_router
 from phatgoose.routers.random import Random
-from tests.plain import plain_logits
-from tests.tiny import make_experts, state
+from tests.support.plain import plain_logits
+from tests.support.tiny import make_experts, state
 
 CONTEXT, TARGET = [5, 9, 11, 20, 33, 8], [12, 30, 7]
 QUESTIONS = [

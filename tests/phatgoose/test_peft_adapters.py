@@ -20,7 +20,7 @@ from phatgoose.expert import Expert
 from phatgoose.inference.model import RoutedModel
 from phatgoose.pool import Pool
 from phatgoose.routers import make_router
-from tests.adapters import (
+from tests.support.adapters import (
     TENSORS,
     Q,
     edit_config,
@@ -30,7 +30,7 @@ from tests.adapters import (
     merged_logits,
     save_adapter,
 )
-from tests.tiny import make_card, make_experts
+from tests.support.tiny import make_card, make_experts
 
 
 def routed_logits(base: Base, expert: Expert) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from phatgoose.base import Base, load_base
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
-from tests.adapters import (
+from tests.support.adapters import (
     TENSORS,
     Q,
     edit_config,

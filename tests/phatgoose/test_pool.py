@@ -10,7 +10,7 @@ from phatgoose.card import LoraFactors
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
 from phatgoose.pool import Pool
-from tests.tiny import make_experts
+from tests.support.tiny import make_experts
 
 
 def alter(expert: Expert, *, linears: dict[str, LoraFactors] | None = None, **card: str) -> Expert:

@@ -14,7 +14,7 @@ from phatgoose.errors import PhatgooseError
 from phatgoose.pool import Pool
 from phatgoose.profile import Profile, ProfileConfig
 from phatgoose.routers.stacked_profiles import embeddings, mean_activations, norms
-from tests.pools import ABSENT, make_profiles, make_uneven_experts, pool_of
+from tests.support.pools import ABSENT, make_profiles, make_uneven_experts, pool_of
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from phatgoose.profile_measurement import measure_profile
 from phatgoose.sentence_encoder import load_encoder
 from phatgoose.tokenization import encode_pair
 from phatgoose.training.train import Example
-from tests.plain import plain_logits
-from tests.tiny import add_to_weight, make_decoder, make_experts, state
-from tests.tiny_encoder import make_encoder
+from tests.support.plain import plain_logits
+from tests.support.tiny import add_to_weight, make_decoder, make_experts, state
+from tests.support.tiny_encoder import make_encoder
 
 EXAMPLES = [
     Example("Is the lake deep?", " yes", (" yes", " no")),

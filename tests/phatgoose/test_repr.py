@@ -2,8 +2,8 @@
 
 from phatgoose.base import Base
 from phatgoose.pool import Pool
-from tests.pools import make_profiles
-from tests.tiny import make_experts
+from tests.support.pools import make_profiles
+from tests.support.tiny import make_experts
 
 
 def test_each_says_what_it_is_in_a_line(llama: Base) -> None:

@@ -20,7 +20,7 @@ from phatgoose.inference.scoring import score
 from phatgoose.pool import Pool
 from phatgoose.query import Query
 from phatgoose.question import Question
-from tests.architectures import (
+from tests.support.architectures import (
     APART,
     DECODERS,
     QUESTIONS,
@@ -30,9 +30,9 @@ from tests.architectures import (
     assert_plain,
     assert_same,
 )
-from tests.plain import plain_logits
-from tests.pools import FakeEncoder, make_pool
-from tests.tiny import (
+from tests.support.plain import plain_logits
+from tests.support.pools import FakeEncoder, make_pool
+from tests.support.tiny import (
     make_experts,
 )
 

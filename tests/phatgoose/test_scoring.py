@@ -14,8 +14,8 @@ from phatgoose.query import Query
 from phatgoose.question import Question
 from phatgoose.routers import make_router
 from phatgoose.tokenization import encode_context
-from tests.plain import plain_generate, plain_score
-from tests.tiny import make_experts
+from tests.support.plain import plain_generate, plain_score
+from tests.support.tiny import make_experts
 
 ROUTERS = ["base", "phatgoose", "random", "merged", "single:e1"]
 QUESTIONS = [

@@ -17,7 +17,7 @@ from phatgoose.tokenization import (
     max_length,
     spaces_moved,
 )
-from tests.tiny import llama_tokenizer
+from tests.support.tiny import llama_tokenizer
 
 
 def encode_as_lm_eval(base: Base, context: str, target: str) -> tuple[list[int], list[int]]:

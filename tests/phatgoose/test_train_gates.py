@@ -9,7 +9,7 @@ from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
 from phatgoose.training.recipe import Recipe, Stage, recipe_from_dict
 from phatgoose.training.train import CurveRow, Example, Hooks, train_expert, train_gates
-from tests.tiny import make_card, make_experts, state
+from tests.support.tiny import make_card, make_experts, state
 
 EXAMPLES = [
     Example("Is the lake deep?", " yes"),

@@ -17,8 +17,8 @@ from phatgoose.tokenization import encode_context
 from phatgoose.training.engine import PlainEngine, TargetLoss
 from phatgoose.training.recipe import Recipe, Stage
 from phatgoose.training.train import CurveRow, Example, Hooks, train_expert
-from tests.plain import plain_generate, plain_logits, plain_score
-from tests.tiny import make_card, state
+from tests.support.plain import plain_generate, plain_logits, plain_score
+from tests.support.tiny import make_card, state
 
 EXAMPLES = [
     Example("Is the lake deep?", " yes"),

@@ -21,7 +21,7 @@ from phatgoose.training.gated_lora import attach_lora
 from phatgoose.training.recipe import Recipe, Stage
 from phatgoose.training.train import CurveRow, Example, Hooks, train_expert
 from phatgoose.training.trainer import TrainingJob
-from tests.tiny import make_card
+from tests.support.tiny import make_card
 
 WORDS = ("the goose", "the swan", "a bird", "the lake", "the flock")
 EXAMPLES = [

@@ -16,12 +16,12 @@ from phatgoose.architecture import linear_sizes
 from phatgoose.base import Base, bare_model, load_base
 from phatgoose.card import LoraFactors
 from phatgoose.errors import PhatgooseError
+from phatgoose.expert import Expert
 from phatgoose.inference.model import RoutedModel
-from phatgoose.interop.peft import from_peft, to_peft
 from phatgoose.pool import Pool
 from phatgoose.training.gated_lora import attach_expert, attach_lora, detach_lora, read_factors
-from tests.adapters import logits, merged_logits, save_adapter
-from tests.tiny import make_decoder, make_experts, state
+from tests.support.adapters import logits, merged_logits, save_adapter
+from tests.support.tiny import make_decoder, make_experts, state
 
 # Inputs and outputs of a layer's linears, in the model's order.
 SIZES = {"attn.c_attn": (16, 48), "attn.c_proj": (16, 16), "mlp.c_fc": (16, 64)}
@@ -86,7 +86,7 @@ def test_an_expert_adds_what_peft_adds(gpt2: Base, rank: int) -> None:
 @pytest.mark.parametrize("pass_base", [True, False])
 def test_an_adapter_of_peft_is_read(gpt2: Base, tmp_path: Path, pass_base: bool) -> None:
     expected = save_adapter(gpt2, tmp_path, r=3, lora_alpha=5, fan_in_fan_out=True)
-    expert = from_peft(tmp_path, base=gpt2 if pass_base else None, name="e")
+    expert = Expert.from_peft(tmp_path, base=gpt2 if pass_base else None, name="e")
     assert expert.linears.keys() == set(gpt2.linears)
     RoutedModel(gpt2, Pool.from_experts([expert]), "single:e")
     torch.testing.assert_close(logits(gpt2), expected, rtol=1e-4, atol=1e-4)
@@ -104,7 +104,7 @@ def test_an_export_is_what_peft_takes_for_gpt2(gpt2: Base, tmp_path: Path) -> No
     torch.testing.assert_close(logits(gpt2, model), expected, rtol=1e-4, atol=1e-4)
     merged = model.merge_and_unload()
     torch.testing.assert_close(logits(gpt2, merged), expected, rtol=1e-4, atol=1e-4)
-    back = from_peft(tmp_path / "out", base=gpt2, name="e1")
+    back = Expert.from_peft(tmp_path / "out", base=gpt2, name="e1")
     for name, factors in expert.linears.items():
         assert torch.equal(back.linears[name].lora_A_RD, factors.lora_A_RD)
         assert torch.equal(back.linears[name].lora_B_OR, factors.lora_B_OR)
@@ -132,7 +132,7 @@ def test_factors_the_wrong_way_round_are_refused(gpt2: Base, tmp_path: Path) -> 
         RoutedModel(gpt2, Pool.from_experts([wrong]))
     to_peft(wrong, tmp_path / "e")
     with pytest.raises(PhatgooseError, match=r"do not fit \[R, 16\] and \[64, R\]"):
-        from_peft(tmp_path / "e", base=gpt2)
+        Expert.from_peft(tmp_path / "e", base=gpt2)
 
 
 def test_detaching_restores_the_base(gpt2: Base) -> None:

@@ -27,8 +27,8 @@ from phatgoose.routers import QueryRouter, Router
 from phatgoose.routers.interface import Probe
 from phatgoose.routers.logo import Logo
 from phatgoose.tokenization import encode_pair
-from tests.plain import plain_logits
-from tests.tiny import make_experts
+from tests.support.plain import plain_logits
+from tests.support.tiny import make_experts
 
 TEXT, ANSWER = "The goose flies over the lake", " and swims"
 EXPERTS = ("e0", "e1", "e2")

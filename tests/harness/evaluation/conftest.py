@@ -6,9 +6,9 @@ import pytest
 
 from harness.tasks import TaskData
 from phatgoose.base import Base
-from tests.evaluations import EXPERTS, SUMS, SWANS, Run
-from tests.tiny import make_experts
-from tests.toy import LocalWorkers, local_actor, members_of, prepare_toys
+from tests.support.evaluations import EXPERTS, SUMS, SWANS, Run
+from tests.support.tiny import make_experts
+from tests.support.toy import LocalWorkers, local_actor, members_of, prepare_toys
 
 
 @pytest.fixture

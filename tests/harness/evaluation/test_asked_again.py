@@ -14,8 +14,8 @@ from harness.reporting.report import make_report
 from harness.tasks import TaskData
 from phatgoose.errors import PhatgooseError
 from phatgoose.routers import Router, make_router
-from tests.evaluations import NoWorkers, Run, routers
-from tests.toy import LocalWorkers, setting
+from tests.support.evaluations import NoWorkers, Run, routers
+from tests.support.toy import LocalWorkers, setting
 
 
 def test_a_second_run_asks_nothing_and_says_the_same(

@@ -15,7 +15,7 @@ from harness.tasks.sources.p3 import Options
 from harness.tasks.sources.promptsource import templates_of
 from harness.tasks.sources.source import options_of
 from phatgoose.errors import PhatgooseError
-from tests.harness.tasks.hub_copies import write_copy, write_parquet_branch, write_saved
+from tests.support.hub_copies import write_copy, write_parquet_branch, write_saved
 
 LISTS = Path(harness.tasks.__path__[0]) / "lists"
 # How many tasks, and the first and the last.

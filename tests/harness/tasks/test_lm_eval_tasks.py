@@ -12,7 +12,7 @@ from harness.tasks.lm_eval_tasks import evaluation_table, make_task
 from harness.tasks.records import Record, Split
 from harness.tasks.store import read_records, write_task
 from phatgoose.errors import PhatgooseError
-from tests.toy import from_archive
+from tests.support.toy import from_archive
 
 Archive = Callable[[dict[str, Any]], Path]
 

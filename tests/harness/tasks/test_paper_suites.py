@@ -13,7 +13,7 @@ from harness.tasks import TaskSpec, prepare_all, prepare_here, task_specs, write
 from harness.tasks.lm_eval_tasks import make_task
 from harness.tasks.sources import bigbench
 from harness.tasks.store import read_records
-from tests.toy import write_archive
+from tests.support.toy import write_archive
 
 GENERATED = {
     "multistep_arithmetic_two": 8,

@@ -11,7 +11,7 @@ from harness.tasks import TaskData, TaskSpec, prepare_all, task_specs
 from harness.tasks.records import Record
 from harness.tasks.store import read_records
 from phatgoose.errors import PhatgooseError
-from tests.toy import from_archive
+from tests.support.toy import from_archive
 
 Archive = Callable[[dict[str, Any]], Path]
 

@@ -13,8 +13,8 @@ from phatgoose.errors import PhatgooseError
 from phatgoose.question import Question
 from phatgoose.training.recipe import Recipe
 from phatgoose.training.train import Example, train_expert
-from tests.tiny import make_card
-from tests.toy import toy_config
+from tests.support.tiny import make_card
+from tests.support.toy import toy_config
 
 INPUTS = [f"the goose {deed} {'very ' * i}" for i, deed in enumerate(["flies", "swims", "is"] * 5)]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.pools import FakeEncoder
+from tests.support.pools import FakeEncoder
 
 
 @pytest.fixture

@@ -21,9 +21,9 @@ from phatgoose.routers.phatgoose import Phatgoose
 from phatgoose.routers.random import Random
 from phatgoose.routers.random_experts import RandomExperts
 from phatgoose.routers.single import Single
-from tests.plain import plain_logits
-from tests.pools import FakeEncoder, make_pool
-from tests.tiny import make_experts, state
+from tests.support.plain import plain_logits
+from tests.support.pools import FakeEncoder, make_pool
+from tests.support.tiny import make_experts, state
 
 # Every router that a pool can be given, by the options it cannot do without.
 ALL: dict[str, dict[str, Any]] = {

@@ -10,10 +10,10 @@ from phatgoose.inference.model import RoutedModel
 from phatgoose.pool import Pool, PoolLinear
 from phatgoose.question import Question
 from phatgoose.routers import Merge, make_router
-from tests.plain import plain_generate, plain_logits, plain_score
-from tests.pools import FakeEncoder, make_uneven_experts, pool_of
-from tests.textbook import Facts, base_plus, facts_of
-from tests.tiny import make_experts
+from tests.support.plain import plain_generate, plain_logits, plain_score
+from tests.support.pools import FakeEncoder, make_uneven_experts, pool_of
+from tests.support.textbook import Facts, base_plus, facts_of
+from tests.support.tiny import make_experts
 
 # From what is known of the experts on one linear to what a merge adds to its weight.
 Formula = Callable[[Facts], Tensor]

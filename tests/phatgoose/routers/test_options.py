@@ -18,8 +18,8 @@ from phatgoose.routers.logo import Logo
 from phatgoose.routers.phatgoose import Phatgoose
 from phatgoose.routers.random_experts import RandomExperts
 from phatgoose.routers.ties import Ties
-from tests.pools import FakeEncoder, fake_embedding, pool_of
-from tests.tiny import make_experts
+from tests.support.pools import FakeEncoder, fake_embedding, pool_of
+from tests.support.tiny import make_experts
 
 COUNT = "a whole number of at least 1"
 NUMBER = "a number"

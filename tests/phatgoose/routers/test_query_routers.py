@@ -21,8 +21,8 @@ from phatgoose.routers.interface import Probe
 from phatgoose.routers.lorauter import Lorauter
 from phatgoose.routers.retrieval import Retrieval, nearest_example
 from phatgoose.routers.stacked_profiles import embed
-from tests.plain import plain_generate, plain_logits, plain_score
-from tests.pools import (
+from tests.support.plain import plain_generate, plain_logits, plain_score
+from tests.support.pools import (
     FakeEncoder,
     fake_embedding,
     make_profiles,
@@ -30,7 +30,7 @@ from tests.pools import (
     pool_of,
     without,
 )
-from tests.textbook import base_with, facts_of, mixed
+from tests.support.textbook import base_with, facts_of, mixed
 
 QUERIES = [
     Query("Question: which bird flies in the flock?\nAnswer:", (" the goose", " swan", " a")),

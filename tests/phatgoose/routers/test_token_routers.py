@@ -19,9 +19,15 @@ from phatgoose.routers import TokenRouter, make_router
 from phatgoose.routers.glider import Glider
 from phatgoose.routers.lag import Lag
 from phatgoose.routers.random import Random
-from tests.plain import plain_generate, plain_score
-from tests.pools import FakeEncoder, fake_embedding, make_profiles, make_uneven_experts, pool_of
-from tests.textbook import (
+from tests.support.plain import plain_generate, plain_score
+from tests.support.pools import (
+    FakeEncoder,
+    fake_embedding,
+    make_profiles,
+    make_uneven_experts,
+    pool_of,
+)
+from tests.support.textbook import (
     RULES,
     Rule,
     arrow,

@@ -17,10 +17,10 @@ from phatgoose.question import Question
 from phatgoose.routers import TokenRouter, Wrapper, make_router
 from phatgoose.routers.genknowsub import Genknowsub
 from phatgoose.routers.random_experts import RandomExperts
-from tests.plain import plain_logits, plain_score
-from tests.pools import FakeEncoder, make_profiles, make_uneven_experts, pool_of, without
-from tests.textbook import RULES, Fact, base_with, facts_of
-from tests.tiny import make_experts
+from tests.support.plain import plain_logits, plain_score
+from tests.support.pools import FakeEncoder, make_profiles, make_uneven_experts, pool_of, without
+from tests.support.textbook import RULES, Fact, base_with, facts_of
+from tests.support.tiny import make_experts
 
 QUERIES = [
     Query("Question: which bird flies in the flock?\nAnswer:", (" the goose", " swan"), "birds"),

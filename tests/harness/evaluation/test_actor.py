@@ -1,0 +1,83 @@
+"""What an evaluation actor hands over can be read on a machine without a GPU."""
+
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.evaluation.actor import EvalActor
+from harness.evaluation.chunks import Chunk, Request
+from phatgoose.base import Base
+from phatgoose.inference.routed_linear import RoutingLog
+from phatgoose.routers import make_router
+from tests.support.tiny import make_experts
+from tests.support.toy import local_actor, members_of
+
+GPU = torch.device("cuda", 0)
+
+CHUNKS = [
+    Chunk("swans", "score", (Request("Is the lake deep?", (" yes", " no")),)),
+    Chunk("sums", "generate", (Request("two and two is", (" four",), 3),)),
+    Chunk("sums", "generate", (Request("two and two is ", (" four",), 3),)),  # read twice
+]
+
+
+class OnGpu(Tensor):
+    """Stands for a tensor on a GPU: so is what is made of it, and a head cannot unpickle it."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return GPU
+
+    def cpu(self, *_: Any) -> Tensor:
+        return self.as_subclass(Tensor)  # type: ignore[arg-type]
+
+    def to(self, *args: Any, **options: Any) -> Any:
+        moved = super().to(*args, **options)
+        return moved.cpu() if "cpu" in map(str, [*args, *options.values()]) else moved
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        raise RuntimeError("Attempting to deserialize object on a CUDA device")
+
+
+class LogOnGpu(RoutingLog):
+    """A log of a model whose routing weights are on a GPU."""
+
+    def add(
+        self, linear: str, weights_TK: Tensor, indices_TK: Tensor, mask_T: Tensor, experts: int
+    ) -> None:
+        super().add(linear, weights_TK.as_subclass(OnGpu), indices_TK, mask_T, experts)
+
+
+def test_what_stands_for_a_gpu_behaves_like_one() -> None:
+    log = LogOnGpu()
+    log.add("q", torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.long), torch.ones(2), 3)
+    assert log.weights["q"].device == GPU
+    with pytest.raises(RuntimeError, match="CUDA device"):
+        pickle.dumps(log.weights)
+    for moved in (log.weights["q"].cpu(), log.weights["q"].to("cpu")):
+        assert moved.device.type == "cpu"
+        assert moved.tolist() == [2.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("router", ["phatgoose", "uniform"])
+def test_an_answer_holds_cpu_tensors_only(
+    base: Base, router: str, chunk: Chunk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = make_experts(base, 3)
+    actor: EvalActor = local_actor(base, experts)
+    asked = make_router(router), chunk, "", members_of(experts)
+    expected = actor.answer(*asked)
+    assert expected.routing.keys() == expected.routed.keys() == set(base.linears)
+    monkeypatch.setattr("harness.evaluation.answering.RoutingLog", LogOnGpu)
+    answer = pickle.loads(pickle.dumps(actor.answer(*asked)))
+    assert answer.routing.keys() == expected.routing.keys()
+    for linear, weights_E in answer.routing.items():
+        assert type(weights_E) is Tensor
+        assert weights_E.device.type == "cpu"
+        assert torch.equal(weights_E, expected.routing[linear])
+    assert answer.scores == expected.scores
+    assert answer.texts == expected.texts

@@ -1,0 +1,357 @@
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from harness.evaluation.actor import EvalActor
+from harness.evaluation.chunks import Answer, Chunk
+from harness.evaluation.lm import Ask, ShardedLM
+from phatgoose.base import Base
+from phatgoose.errors import PhatgooseError
+from phatgoose.routers import make_router
+from phatgoose.tokenization import encode_pair
+from tests.support.plain import plain_score
+from tests.support.scripted import writing
+from tests.support.tiny import make_experts
+from tests.support.toy import local_actor, members_of
+
+# As BIG-bench writes prompts, with a space or a line at the end, and without.
+DOCUMENTS = [
+    ("Q: Is the lake deep?\nA: ", ["yes", "no"]),
+    ("Q: Is the lake deep?\nA:", [" yes", " no"]),
+    ("Question: which bird flies in the flock?\nAnswer:  ", ["the goose", "swan", "a"]),
+    ("The grey goose flies over the lake, and the", [" swan swims.", " goose", "."]),
+    ("two and three is\n", ["five", "nine"]),
+    ("two and three is five; four and five is", [" nine", " five", " two", " three", " four"]),
+    ("the", ["goose"]),
+]
+CONTEXTS = [
+    "the",
+    "Q: Is the lake deep?\nA:",
+    "Question: which bird flies in the flock?\nAnswer:",
+    "The grey goose flies over the lake, and the swan",
+]
+
+
+def choice_requests(task: str = "choices") -> list[Instance]:
+    """A request per choice, in the order in which lm-eval makes them."""
+    return [
+        Instance("loglikelihood", {}, (context, choice), i, (task, document, 1))
+        for document, (context, choices) in enumerate(DOCUMENTS)
+        for i, choice in enumerate(choices)
+    ]
+
+
+def generation_requests(
+    contexts: Sequence[str], task: str = "generation", **options: Any
+) -> list[Instance]:
+    return [
+        Instance("generate_until", {}, (context, options), 0, (task, document, 1))
+        for document, context in enumerate(contexts)
+    ]
+
+
+def pool_actor(base: Base) -> EvalActor:
+    return local_actor(base, make_experts(base, 4))
+
+
+def ask(actor: EvalActor, router: str, order: Callable[[list[int]], list[int]] = list) -> Ask:
+    """Let an actor answer chunks in some order."""
+    members = members_of(make_experts(actor._base, 4))
+
+    def answers(chunks: Sequence[Chunk]) -> Iterator[tuple[int, Answer]]:
+        for index in order(list(range(len(chunks)))):
+            yield index, actor.answer(make_router(router), chunks[index], "", members)
+
+    return answers
+
+
+def shuffled(places: list[int]) -> list[int]:
+    assert len(places) > 3  # enough to be shuffled
+    return random.Random(0).sample(places, len(places))
+
+
+@pytest.mark.parametrize("router", ["base", "phatgoose", "merged", "single:e2"])
+def test_answers_do_not_depend_on_who_answers_when(base: Base, router: str) -> None:
+    actor, characters = pool_actor(base), 60
+    requests = [*choice_requests(), *choice_requests("again")]
+    in_order = ShardedLM(ask(actor, router), characters)
+    shuffling = ShardedLM(ask(actor, router, shuffled), characters)
+    expected = in_order.loglikelihood(requests)
+    assert shuffling.loglikelihood(requests) == expected  # equal chunks: equal bits
+    assert shuffling.scores == in_order.scores
+    for task, usage in in_order.usage.items():
+        same = shuffling.usage[task]
+        assert (same.tokens, same.routed) == (usage.tokens, usage.routed)
+        for linear, weights_E in usage.routing.items():
+            assert torch.equal(weights_E, same.routing[linear])
+
+    at_once = ShardedLM(ask(actor, router), 10**6)
+    for (one, one_greedy), (many, many_greedy) in zip(
+        at_once.loglikelihood(requests), expected, strict=True
+    ):
+        assert one == pytest.approx(many, abs=1e-4)
+        assert one_greedy == many_greedy
+    assert at_once.usage["choices"].tokens == in_order.usage["choices"].tokens
+    assert at_once.usage["choices"].routed == in_order.usage["choices"].routed
+
+
+@pytest.mark.parametrize("router", ["base", "random"])
+def test_generated_text_does_not_depend_on_who_writes_when(base: Base, router: str) -> None:
+    actor = pool_actor(base)
+    requests = generation_requests(CONTEXTS, max_gen_toks=6)
+    one_by_one = ShardedLM(ask(actor, router, shuffled), 1).generate_until(requests)
+    assert one_by_one == ShardedLM(ask(actor, router), 1).generate_until(requests)
+    assert one_by_one == ShardedLM(ask(actor, router), 10**6).generate_until(requests)
+    assert any(one_by_one)
+
+
+def test_each_choice_has_its_own_score(llama: Base) -> None:
+    lm = ShardedLM(ask(pool_actor(llama), "single:e0"), 100)
+    results = lm.loglikelihood(choice_requests())
+    place = 0
+    for document, (context, choices) in enumerate(DOCUMENTS):
+        scores = lm.scores["choices", document]
+        assert len(scores) == len(choices)
+        for choice, score in zip(choices, scores, strict=True):
+            expected = plain_score(llama, *encode_pair(llama, context, choice))
+            assert score.loglikelihood == pytest.approx(expected.loglikelihood, abs=1e-4)
+            # The paper's: the mean over the tokens of the choice and the end of the sequence.
+            total = expected.loglikelihood + expected.eos_loglikelihood
+            assert score.mean == pytest.approx(total / (expected.tokens + 1), abs=1e-4)
+            assert results[place] == (score.loglikelihood, score.is_greedy)
+            place += 1
+
+
+def test_a_question_is_asked_once_for_all_its_choices(llama: Base) -> None:
+    asked: list[Chunk] = []
+
+    def answers(chunks: Sequence[Chunk]) -> Iterator[tuple[int, Answer]]:
+        asked.extend(chunks)
+        return ask(pool_actor(llama), "base")(chunks)
+
+    ShardedLM(answers, 10**6).loglikelihood(choice_requests())
+    [chunk] = asked
+    contexts = {request.context: list(request.choices) for request in chunk.requests}
+    assert contexts == dict(DOCUMENTS)
+
+
+@pytest.fixture
+def reference(llama: Base) -> HFLM:
+    """lm-eval's own language model over the same base."""
+    return HFLM(pretrained=llama.model, tokenizer=llama.tokenizer, batch_size=2, device="cpu")
+
+
+def test_loglikelihoods_are_those_of_lm_eval(llama: Base, reference: HFLM) -> None:
+    expected = reference.loglikelihood(choice_requests(), disable_tqdm=True)
+    actual = ShardedLM(ask(pool_actor(llama), "base"), 100).loglikelihood(choice_requests())
+    for (value, greedy), (known, known_greedy) in zip(actual, expected, strict=True):
+        assert value == pytest.approx(known, abs=1e-4)
+        assert greedy == known_greedy
+
+
+def test_greedy_is_told_as_lm_eval_tells_it(llama: Base, reference: HFLM) -> None:
+    requests = []
+    for document, context in enumerate(CONTEXTS):
+        options = {"until": [], "max_gen_toks": 3, "do_sample": False}
+        [text] = reference.generate_until(
+            generation_requests([context], **options), disable_tqdm=True
+        )
+        for i, choice in enumerate((text, text + " goose")):
+            requests.append(Instance("loglikelihood", {}, (context, choice), i, ("t", document, 1)))
+    expected = reference.loglikelihood(requests, disable_tqdm=True)
+    actual = ShardedLM(ask(pool_actor(llama), "base"), 100).loglikelihood(requests)
+    assert [greedy for _, greedy in actual] == [greedy for _, greedy in expected]
+    assert any(greedy for _, greedy in actual)
+    assert not all(greedy for _, greedy in actual)
+
+
+def test_generation_is_that_of_lm_eval(llama: Base, reference: HFLM) -> None:
+    options: dict[str, Any] = {"until": [], "max_gen_toks": 8, "do_sample": False}
+    lm = ShardedLM(ask(pool_actor(llama), "base"), 100)
+    whole = reference.generate_until(generation_requests(CONTEXTS, **options), disable_tqdm=True)
+    assert lm.generate_until(generation_requests(CONTEXTS, **options)) == whole
+    assert all(len(text) > 3 for text in whole)
+    # Stop strings that do come, at different places, one of them inside a token or across two.
+    options["until"] = [whole[0][2:4], whole[1][1:2], "never"]
+    cut = reference.generate_until(generation_requests(CONTEXTS, **options), disable_tqdm=True)
+    assert lm.generate_until(generation_requests(CONTEXTS, **options)) == cut
+    assert cut != whole
+
+
+def test_the_space_after_a_prompt_is_not_part_of_the_answer(llama: Base, reference: HFLM) -> None:
+    options: dict[str, Any] = {"until": ["\n"], "max_gen_toks": 8, "do_sample": False}
+    lm = ShardedLM(ask(pool_actor(llama), "base"), 100)
+    bare = reference.generate_until(generation_requests(CONTEXTS, **options), disable_tqdm=True)
+    spaced = [context + " " for context in CONTEXTS]
+    expected = [text.removeprefix(" ") for text in bare]
+    assert lm.generate_until(generation_requests(spaced, **options)) == expected
+
+
+def test_one_stop_string_may_be_given_bare(llama: Base) -> None:
+    lm = ShardedLM(ask(pool_actor(llama), "base"), 100)
+    [text] = lm.generate_until(generation_requests(CONTEXTS[:1], until=[], max_gen_toks=8))
+    stop = text[3:5]
+    cut = generation_requests(CONTEXTS[:1], until=stop, max_gen_toks=8)
+    assert lm.generate_until(cut) == [text.split(stop)[0]]
+
+
+def test_usage_is_counted_by_task(llama: Base) -> None:
+    lm = ShardedLM(ask(pool_actor(llama), "phatgoose"), 60)
+    lm.loglikelihood(choice_requests("one") + choice_requests("two")[:4])
+    one, two = lm.usage["one"], lm.usage["two"]
+    assert one.tokens > two.tokens > 0
+    for linear in llama.linears:
+        # The weights of a token's two experts are softmax over all experts: less than one.
+        assert 0 < float(one.routing[linear].sum()) < one.routed[linear]
+        assert one.routed[linear] > two.routed[linear] > 0
+    assert not math.isnan(one.seconds)
+
+
+def test_what_is_not_offered_is_refused(llama: Base) -> None:
+    lm = ShardedLM(ask(pool_actor(llama), "base"), 100)
+    with pytest.raises(PhatgooseError, match="task wikitext asks for rolling log-likelihoods"):
+        lm.loglikelihood_rolling(
+            [Instance("loglikelihood_rolling", {}, ("text",), 0, ("wikitext", 0, 1))]
+        )
+    for options in ({"do_sample": True}, {"temperature": 0.7}):
+        with pytest.raises(PhatgooseError, match="only greedy"):
+            lm.generate_until(generation_requests(CONTEXTS, **options))
+
+
+@pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens", "max_tokens"])
+def test_every_name_of_the_limit_is_obeyed_as_in_lm_eval(
+    llama: Base, reference: HFLM, name: str
+) -> None:
+    lm = ShardedLM(ask(pool_actor(llama), "base"), 100)
+    options = {"until": ["zzz"], name: 3, "do_sample": False}
+    expected = reference.generate_until(generation_requests(CONTEXTS, **options), disable_tqdm=True)
+    assert lm.generate_until(generation_requests(CONTEXTS, **options)) == expected
+    longer = {**options, name: 9}
+    assert lm.generate_until(generation_requests(CONTEXTS, **longer)) != expected
+
+
+def test_an_empty_stop_string_ends_nothing(base: Base) -> None:
+    lm = ShardedLM(ask(pool_actor(base), "base"), 100)
+    whole = lm.generate_until(generation_requests(CONTEXTS, until=[], max_gen_toks=8))
+    for until in ("", [""], None):
+        requests = generation_requests(CONTEXTS, until=until, max_gen_toks=8)
+        assert lm.generate_until(requests) == whole
+    assert any(whole)
+
+
+@pytest.mark.parametrize("right", [{}, {"generation": [" nine"]}], ids=["alone", "scored"])
+def test_a_stop_string_of_a_space_ends_the_second_word(
+    llama: Base, right: dict[str, list[str]]
+) -> None:
+    """The space behind the prompt is the prompt's, as in lm-eval, which leaves it there."""
+    lm = ShardedLM(ask(pool_actor(llama), "base"), 10**6, right)
+    options: dict[str, Any] = {"max_gen_toks": 6, "until": [" "]}
+    with writing(llama, llama.tokenizer.encode(" goose flies")):
+        assert lm.generate_until(generation_requests(["the "], **options)) == ["goose"]
+    with writing(llama, llama.tokenizer.encode(" goose flies")):
+        assert lm.generate_until(generation_requests(["the"], **options)) == [""]
+
+
+def test_requests_of_one_chunk_end_each_in_its_own_way(base: Base) -> None:
+    """They may differ where a task makes its requests itself."""
+    lm = ShardedLM(ask(pool_actor(base), "base"), 10**6)
+    options = [{"max_gen_toks": 2}, {"max_gen_toks": 9}, {"max_gen_toks": 9, "until": "e"}, {}]
+    each = [
+        lm.generate_until(generation_requests([context], **o))
+        for context, o in zip(CONTEXTS, options, strict=True)
+    ]
+    together = [
+        Instance("generate_until", {}, (context, o), 0, ("generation", document, 1))
+        for document, (context, o) in enumerate(zip(CONTEXTS, options, strict=True))
+    ]
+    assert lm.generate_until(together) == [text for (text,) in each]
+
+
+LONG = "the grey goose flies over the lake, and the swan swims. " * 40 + "Is the lake deep?"
+
+
+def test_a_prompt_that_is_too_long_is_cut_as_lm_eval_cuts_it_and_counted(
+    llama: Base, reference: HFLM
+) -> None:
+    assert len(encode_pair(llama, LONG, "x")[0]) > 512
+    lm = ShardedLM(ask(pool_actor(llama), "base"), 10**6)
+    choices = [
+        Instance("loglikelihood", {}, (context, choice), i, ("choices", document, 1))
+        for document, context in enumerate(["the", LONG, "Is the lake deep?"])
+        for i, choice in enumerate((" yes", " it is not deep", " no"))
+    ]
+    expected = reference.loglikelihood(choices, disable_tqdm=True)
+    for (value, greedy), (known, known_greedy) in zip(
+        lm.loglikelihood(choices), expected, strict=True
+    ):
+        assert value == pytest.approx(known, abs=1e-4)
+        assert greedy == known_greedy
+    options = {"until": ["zzz"], "max_gen_toks": 8, "do_sample": False}
+    generation = generation_requests(["the", LONG], **options)
+    written = [reference.generate_until([request], disable_tqdm=True)[0] for request in generation]
+    assert lm.generate_until(generation) == written
+    assert lm.cut == {("choices", 1), ("generation", 1)}
+
+
+def test_the_answer_after_a_prompt_that_is_too_long_is_scored(base: Base) -> None:
+    right = {"generation": [" yes", " yes"]}
+    lm = ShardedLM(ask(pool_actor(base), "phatgoose"), 10**6, right)
+    base.model.config.n_positions = 64
+    lm.generate_until(generation_requests([LONG, "the"], max_gen_toks=4))
+    assert lm.cut == {("generation", 0)}
+    for document, context in enumerate((LONG, "the")):
+        request = Instance("loglikelihood", {}, (context, " yes"), 0, ("alone", document, 1))
+        lm.loglikelihood([request])
+        (expected,) = lm.scores["alone", document]
+        (found,) = lm.scores["generation", document]
+        assert found.mean == pytest.approx(expected.mean, abs=1e-4)
+
+
+def test_a_query_router_answers_for_what_is_left_of_a_prompt(base: Base) -> None:
+    base.model.config.n_positions = 64
+    actor = pool_actor(base)
+    lm = ShardedLM(ask(actor, "logo"), 10**6)
+    requests = [
+        Instance("loglikelihood", {}, (context, choice), i, ("choices", document, 1))
+        for document, context in enumerate([LONG, "the"])
+        for i, choice in enumerate((" yes", " it is not"))
+    ]
+    found = lm.loglikelihood(requests)
+    alone = [
+        ShardedLM(ask(actor, "logo"), 1).loglikelihood([request])[0] for request in requests[2:]
+    ]
+    assert [value for value, _ in found[2:]] == pytest.approx([v for v, _ in alone], abs=1e-4)
+    assert lm.cut == {("choices", 0)}
+
+
+def test_a_prompt_that_is_cut_only_for_its_answer_is_counted(llama: Base) -> None:
+    right = {"generation": [" the grey goose flies over"]}
+    context, target = encode_pair(llama, LONG, right["generation"][0])
+    assert len(target) > 4
+    llama.model.config.max_position_embeddings = len(context) + 1
+    lm = ShardedLM(ask(pool_actor(llama), "base"), 10**6, right)
+    lm.generate_until(generation_requests([LONG], max_gen_toks=1))
+    assert lm.cut == {("generation", 0)}
+
+
+def test_no_pass_of_any_router_reads_more_than_the_base_has_positions(base: Base) -> None:
+    base.model.config.n_positions = 64
+    longest = 0
+
+    def measure(_: Any, __: Any, kwargs: dict[str, Any]) -> None:
+        nonlocal longest
+        longest = max(longest, kwargs["input_ids"].shape[1])
+
+    inner = base.model.get_encoder() if base.is_encoder_decoder else base.model.base_model
+    inner.register_forward_pre_hook(measure, with_kwargs=True)
+    lm = ShardedLM(ask(pool_actor(base), "logo"), 10**6)  # it probes the base before each batch
+    lm.generate_until(generation_requests([LONG], max_gen_toks=4))
+    assert 32 < longest <= 64
+    lm.loglikelihood([Instance("loglikelihood", {}, (LONG, " yes"), 0, ("choices", 0, 1))])
+    assert longest == 64

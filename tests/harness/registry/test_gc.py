@@ -1,0 +1,226 @@
+"""What gc removes and what it never removes, also while others write."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from harness.registry import Registry
+from harness.registry.__main__ import main
+from harness.registry.files import object_file, profile_file
+from harness.registry.gc import DAY, collect
+from harness.registry.packs import open_pool
+from harness.registry.verify import Check, verify
+from harness.storage import Folder
+from phatgoose.errors import PhatgooseError
+from phatgoose.expert import Expert
+from tests.support.registries import BASE, make_expert
+
+ID = "0123456789abcdef"
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    """A registry of task-1, task-2 and task-3."""
+    registry = Registry(tmp_path / "pool", BASE)
+    for number in (1, 2, 3):
+        registry.publish(make_expert(number))
+    return registry
+
+
+def store(registry: Registry, expert: Expert) -> str:
+    """Only the object of an expert, as of a publish that was cut short; its file."""
+    file = object_file(expert.content_hash())
+    registry.folder.write(file, expert.to_bytes())
+    return file
+
+
+def age(registry: Registry) -> None:
+    """Let all files there are be two days old."""
+    then = time.time() - 2 * DAY
+    for parent, _, files in os.walk(registry.folder.uri):
+        for file in files:
+            os.utime(Path(parent) / file, (then, then))
+
+
+def files(registry: Registry) -> set[str]:
+    return {entry.path for entry in registry.folder.entries(hidden=True)}
+
+
+def removed(registry: Registry, **options: object) -> set[str]:
+    return {garbage.file for garbage in collect(registry.folder, **options)}  # type: ignore[arg-type]
+
+
+def test_a_registry_in_use_has_no_garbage(registry: Registry) -> None:
+    registry.remove("task-1")  # older manifests name it
+    registry.publish(make_expert(4), enter=False)  # finished, and not entered yet
+    registry.put_profile(registry.find("task-2"), ID, b"a profile")
+    age(registry)
+    before = files(registry)
+    assert removed(registry) == set()
+    assert files(registry) == before
+    assert registry.finished(make_expert(4).card.job) == registry.find("task-4")
+
+
+def test_garbage_goes_when_it_is_old(registry: Registry, tmp_path: Path) -> None:
+    kept = files(registry)
+    orphan = make_expert(9)
+    garbage = {
+        store(registry, orphan): orphan.to_bytes(),
+        profile_file(orphan.content_hash(), ID): b"a profile",
+        f"check-{'0' * 32}": b"",
+        f"objects/.host-7-{'1' * 32}.tmp": b"half",
+        f"packs/.host-7-{'1' * 32}.tmp/new/pool.safetensors": b"half",
+        "packs/.0123456789abcdef.lock": b"",
+        "packs/0123456789abcdef/pool.safetensors": b"no index",
+    }
+    for file, data in garbage.items():
+        path = tmp_path / "pool" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    (tmp_path / "pool/objects/notes.txt").write_text("somebody's own file")
+    assert removed(registry) == set()  # too young
+    age(registry)
+    registry.folder.write("check-" + "2" * 32, b"")  # a run that starts just now
+    kept |= {"objects/notes.txt", "check-" + "2" * 32}
+
+    told = collect(registry.folder, dry_run=True)
+    assert {g.file for g in told} == garbage.keys()
+    assert {g.file: g.bytes for g in told} == {file: len(data) for file, data in garbage.items()}
+    assert files(registry) == kept | garbage.keys()
+    assert collect(registry.folder) == told
+    assert files(registry) == kept
+    assert not (tmp_path / "pool/packs/0123456789abcdef").exists()
+    assert verify(registry.folder) == Check(3)
+
+
+def test_old_manifests_and_what_only_they_named(registry: Registry) -> None:
+    gone = registry.remove("task-1")
+    assert gone is not None
+    registry.put_profile(gone, ID, b"a profile")
+    age(registry)
+    assert removed(registry, keep_manifests=2) == {"manifests/1.json", "manifests/2.json"}
+    assert registry.load(gone).card.name == "task-1"  # manifest 3 names it
+    expected = {"manifests/3.json", object_file(gone), profile_file(gone, ID)}
+    assert removed(registry, keep_manifests=1, dry_run=True) == expected
+    assert removed(registry, keep_manifests=1) == expected
+    assert set(registry.manifest().experts) == {"task-2", "task-3"}
+    assert registry.publish(make_expert(1)) == gone
+    assert registry.manifest().number == 5
+    assert verify(registry.folder, every_manifest=True) == Check(3)
+    with pytest.raises(PhatgooseError, match="at least the newest must stay"):
+        collect(registry.folder, keep_manifests=0)
+
+
+def test_a_pack_goes_with_its_experts(registry: Registry, tmp_path: Path) -> None:
+    pool = registry.manifest().experts
+    open_pool(registry, pool, registry.load)
+    open_pool(registry, {name: pool[name] for name in ("task-2", "task-3")}, registry.load)
+    registry.remove("task-1")
+    age(registry)
+    assert all(file.endswith(".lock") for file in removed(registry))
+    assert len(list((tmp_path / "pool/packs").glob("[!.]*"))) == 2
+    collect(registry.folder, keep_manifests=1)
+    assert len(list((tmp_path / "pool/packs").glob("[!.]*"))) == 1
+    assert verify(registry.folder) == Check(2)
+
+
+@pytest.mark.parametrize("file", ["manifests/1.json", "manifests/3.json", "jobs/{}.json"])
+def test_it_refuses_where_it_cannot_know_what_is_named(registry: Registry, file: str) -> None:
+    store(registry, make_expert(9))
+    registry.folder.write(file.format(make_expert(1).card.job), b"{")
+    age(registry)
+    before = files(registry)
+    with pytest.raises(PhatgooseError, match=r"is malformed .*delete it"):
+        collect(registry.folder)
+    assert files(registry) == before
+
+
+@pytest.mark.parametrize("moment", ["listed", "read", "deleted", "looked again"])
+@pytest.mark.parametrize("enter", [False, True])
+def test_an_object_published_again_meanwhile_is_not_lost(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, moment: str, enter: bool
+) -> None:
+    """A publish finds the old object in place at every moment of a gc; the object must stay."""
+    expert = make_expert(9)
+    file = store(registry, expert)
+    age(registry)
+    find, delete, names = Folder.find, Folder.delete, Folder.names
+
+    def publish() -> None:
+        monkeypatch.undo()
+        registry.publish(expert, enter=enter)
+
+    def before(call: Callable, when: Callable[[str], bool]) -> Callable:
+        def patched(self: Folder, name: str = "", **options: object) -> object:
+            if when(name):
+                publish()
+            return call(self, name, **options)
+
+        return patched
+
+    def after_delete(self: Folder, name: str, **options: bool) -> None:
+        delete(self, name, **options)
+        if name == file:
+            publish()
+
+    if moment == "listed":  # the objects were listed, their names are still to be read again
+        count = iter(range(9))
+        again = before(names, lambda name: name == "manifests/" and next(count) == 1)
+        monkeypatch.setattr(Folder, "names", again)
+    elif moment == "read":  # what is named was read; the object is still there
+        monkeypatch.setattr(Folder, "find", before(find, lambda name: name == file))
+    elif moment == "deleted":
+        monkeypatch.setattr(Folder, "delete", after_delete)
+    removed(registry)
+    if moment == "looked again":
+        publish()
+    assert registry.recorded(expert.card.job) == expert.content_hash()
+    assert registry.load(expert.content_hash()).card.name == "task-9"
+
+
+def test_a_publish_notices_that_the_object_it_found_was_collected(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole gc happens after the publish found the object and before its record is there."""
+    expert = make_expert(9)
+    file = store(registry, expert)
+    age(registry)
+    create = Folder.create
+
+    def collect_first(self: Folder, name: str, data: bytes) -> bool:
+        monkeypatch.undo()
+        assert removed(registry) == {file}
+        return create(self, name, data)
+
+    monkeypatch.setattr(Folder, "create", collect_first)
+    registry.publish(expert)
+    assert registry.load(registry.find("task-9")).card == expert.card
+
+
+def test_on_an_object_store(s3: object, tmp_path: Path) -> None:
+    registry = Registry(s3.uri(f"{tmp_path.name}/pool"), BASE)  # type: ignore[attr-defined]
+    registry.publish(make_expert(1))
+    file = store(registry, make_expert(9))
+    assert removed(registry) == set()
+    assert removed(registry, older_than=-60) == {file}  # its clock has seconds only
+    assert verify(registry.folder, every_manifest=True) == Check(1)
+
+
+def test_the_command(registry: Registry, capsys: pytest.CaptureFixture[str]) -> None:
+    file = store(registry, make_expert(9))
+    age(registry)
+    pool = registry.folder.uri
+    assert main(["gc", pool, "--older-than", "3d"]) == 0
+    assert capsys.readouterr().out == "0 files removed, 0.0 KiB\n"
+    assert main(["gc", pool, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith(f"{file}  ")
+    assert lines[-1].startswith("1 file to remove, ")
+    assert main(["gc", pool, "--older-than", "12h"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("1 file removed, ")
+    with pytest.raises(SystemExit):
+        main(["gc", pool, "--older-than", "soon"])
+    assert "'soon': give a number and s, m, h or d, such as 1d" in capsys.readouterr().err

@@ -1,0 +1,204 @@
+import hashlib
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harness.registry import Registry
+from harness.registry.packs import INDEX_FILE, POOL_FILE, open_pool, pool_id, read_index
+from phatgoose.errors import PhatgooseError
+from phatgoose.expert import Expert
+from tests.support.registries import BASE, make_expert
+from tests.support.small_disk import small_disk
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    registry = Registry(tmp_path / "pool", BASE)
+    for number in range(4):
+        registry.publish(make_expert(number, value=number + 1.0))
+    return registry
+
+
+def folder_of(registry: Registry) -> Path:
+    packs = registry.folder.local("packs")
+    assert packs is not None
+    return packs / pool_id(registry.manifest().experts)
+
+
+def check(pool: Any) -> None:
+    assert pool.experts == tuple(f"task-{number}" for number in range(4))
+    A_ERD = pool.linears["layers.0.q"].lora_A_ERD
+    assert torch.equal(A_ERD[:, 0, 0], torch.tensor([1.0, 2.0, 3.0, 4.0]))
+
+
+def test_a_pack_is_made_once(registry: Registry) -> None:
+    experts = registry.manifest().experts
+    check(open_pool(registry, experts, registry.load))
+
+    def never(content: str) -> Expert:
+        raise AssertionError("it is there already")
+
+    check(open_pool(registry, experts, never))
+    names = {path.name for path in folder_of(registry).parent.iterdir()}
+    assert names - {f".{folder_of(registry).name}.lock"} == {folder_of(registry).name}
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "no index", "no file", "other index", "empty"])
+def test_a_damaged_or_stale_pack_is_made_anew(registry: Registry, damage: str) -> None:
+    experts = registry.manifest().experts
+    open_pool(registry, experts, registry.load)
+    folder = folder_of(registry)
+    file, index = folder / POOL_FILE, folder / INDEX_FILE
+    data = bytearray(file.read_bytes())
+    if damage == "flip":
+        data[-1] ^= 1
+        file.write_bytes(data)
+    elif damage == "cut":
+        file.write_bytes(data[:-8])
+    elif damage == "no index":
+        index.unlink()
+    elif damage == "no file":
+        file.unlink()
+    elif damage == "other index":
+        index.write_text(index.read_text().replace("task-1", "task-9"))
+    else:
+        file.unlink()
+        index.unlink()
+    with pytest.raises(PhatgooseError, match=r"is no whole pack .*the next run .* makes it anew"):
+        read_index(folder)
+    check(open_pool(registry, experts, registry.load))
+    assert list(read_index(folder).items()) == list(experts.items())
+
+
+@pytest.mark.parametrize("code", ["0" * 16, None], ids=["other", "of 0.1.0"])
+def test_a_pack_that_other_code_stacked_is_made_again(registry: Registry, code: str | None) -> None:
+    experts = registry.manifest().experts
+    open_pool(registry, experts, registry.load)
+    index = folder_of(registry) / INDEX_FILE
+    before = json.loads(index.read_bytes())
+    rest = {name: value for name, value in before.items() if name not in ("code", "sha256")}
+    if code is not None:
+        rest["code"] = code
+        text = json.dumps(rest, sort_keys=True)
+        rest["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    index.write_text(json.dumps(rest))
+    assert list(read_index(folder_of(registry))) == list(experts)  # it is whole
+    loaded = []
+
+    def load(content: str) -> Expert:
+        loaded.append(content)
+        return registry.load(content)
+
+    check(open_pool(registry, experts, load))
+    assert loaded == list(experts.values())
+    assert json.loads(index.read_bytes())["code"] == before["code"]
+
+
+def test_an_expert_that_cannot_be_read_leaves_no_pack(registry: Registry) -> None:
+    experts = registry.manifest().experts
+    registry.folder.delete(f"objects/{experts['task-2']}.arrow")
+    with pytest.raises(PhatgooseError, match="is missing: run again"):
+        open_pool(registry, experts, registry.load)
+    packs = folder_of(registry).parent
+    assert [path for path in packs.iterdir() if not path.name.endswith(".lock")] == []
+
+
+def _open_again_and_again(uri: str, number: int, failures: Any) -> None:
+    """Open a pack, now and then damage or delete it before."""
+    try:
+        registry = Registry(uri, BASE)
+        experts = registry.manifest().experts
+        file = folder_of(registry) / POOL_FILE
+        for turn in range(12):
+            check(open_pool(registry, experts, registry.load))
+            if turn % 3 == number:
+                try:
+                    if turn % 2:
+                        file.unlink()
+                    else:  # another file in its place, as maps of the old one are in use
+                        other = file.with_name(f"other-{number}")
+                        other.write_bytes(file.read_bytes()[:-1])
+                        other.replace(file)
+                except FileNotFoundError:
+                    pass  # another process was before this one
+        failures.put(None)
+    except BaseException as error:
+        failures.put(repr(error))
+
+
+@pytest.mark.parametrize("with_locks", [True, False])
+def test_no_process_gets_a_half_written_pack(
+    registry: Registry, with_locks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not with_locks:
+        monkeypatch.setenv("TEST_PACK_WITHOUT_LOCKS", "1")
+    context = multiprocessing.get_context("spawn")
+    failures = context.Queue()
+    openers = [
+        context.Process(target=_opener, args=(registry.folder.uri, number, failures))
+        for number in range(3)
+    ]
+    for opener in openers:
+        opener.start()
+    assert [failures.get(timeout=240) for _ in openers] == [None] * 3
+    for opener in openers:
+        opener.join(60)
+    check(open_pool(registry, registry.manifest().experts, registry.load))
+    assert not list(folder_of(registry).parent.glob(".*.tmp"))
+
+
+def _opener(uri: str, number: int, failures: Any) -> None:
+    if "TEST_PACK_WITHOUT_LOCKS" in os.environ:
+        from harness.registry import packs as pack
+
+        def refuse(*_: Any, **__: Any) -> None:
+            raise NotImplementedError("no locks here")
+
+        pack.FileLock = refuse  # type: ignore[assignment, misc]
+    _open_again_and_again(uri, number, failures)
+
+
+def _note_loads(uri: str, loads: Any) -> None:
+    registry = Registry(uri, BASE)
+
+    def load(content: str) -> Expert:
+        loads.put(content)
+        return registry.load(content)
+
+    check(open_pool(registry, registry.manifest().experts, load))
+    loads.put("done")
+
+
+def test_one_process_makes_it_and_the_others_wait(registry: Registry) -> None:
+    context = multiprocessing.get_context("spawn")
+    loads = context.Queue()
+    openers = [
+        context.Process(target=_note_loads, args=(registry.folder.uri, loads)) for _ in range(3)
+    ]
+    for opener in openers:
+        opener.start()
+    said: list[str] = []
+    while said.count("done") < 3:
+        said.append(loads.get(timeout=120))
+    for opener in openers:
+        opener.join(60)
+    assert len(said) - 3 == 4
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "pool" / "packs", "8k") as disk:
+        yield disk
+
+
+def test_a_full_disk_is_one_line(registry: Registry, small: Path) -> None:
+    (small / "fill").write_bytes(bytes(8000))
+    with pytest.raises(PhatgooseError, match=r"^cannot write the pack .* \(.*No space.*\): free"):
+        open_pool(registry, registry.manifest().experts, registry.load)
+    assert not [path for path in small.iterdir() if path.name.endswith(".tmp")]

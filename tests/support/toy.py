@@ -1,0 +1,202 @@
+"""A tiny BIG-bench, actors without Ray, and requests: what the tests of the harness share.
+
+The tasks' words are those that the tokenizers of `tests.support.tiny` know.
+"""
+
+import io
+import itertools
+import json
+import sys
+import tarfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.evaluation.actor import EvalActor
+from harness.evaluation.conditions import Conditions
+from harness.evaluation.stage import Setting
+from harness.registry.packs import Members
+from harness.scheduling.workers import Failure
+from harness.storage import Folder
+from harness.tasks import TaskData, TaskSpec, prepare_all, write_all
+from harness.tasks.sources import bigbench
+from phatgoose.base import Base
+from phatgoose.errors import PhatgooseError
+from phatgoose.expert import Expert
+from phatgoose.pool import Pool
+from tests.support.tiny_encoder import make_encoder
+
+_NAMES = ("goose", "swan", "bird", "lake", "flock", "question")
+_DEEDS = ("flies", "swims", "is deep", "is dry", "answers", "is grey")
+
+
+def generation_task(first: str, answer: str) -> dict[str, Any]:
+    """A task of 36 documents whose answer is always the same: what an expert can learn.
+
+    `first` stands before each, so that no two tasks share a document.
+    """
+    pairs = itertools.product(_NAMES, _DEEDS)
+    examples = [{"input": f"{first} the {name} {deed}", "target": answer} for name, deed in pairs]
+    return {"examples": examples}
+
+
+def choice_task(first: str, *choices: str) -> dict[str, Any]:
+    """A task of 36 documents with these choices; now this one is right, now that one."""
+    examples = []
+    for i, (name, deed) in enumerate(itertools.product(_NAMES, _DEEDS)):
+        right = i % len(choices)
+        scores = {choice: float(place == right) for place, choice in enumerate(choices)}
+        examples.append({"input": f"{first} the {name} {deed}?", "target_scores": scores})
+    return {"examples": examples}
+
+
+TASKS = {
+    "birds": generation_task("bird", "goose"),
+    "lakes": choice_task("lake", "yes", "no"),
+    "numbers": generation_task("two", "five"),
+    "swans": choice_task("swan", "the swan", "the grey goose", "no"),
+    "sums": generation_task("four", "nine"),
+}
+
+
+def write_archive(path: Path, tasks: Mapping[str, Any]) -> Path:
+    """Write tasks into an archive laid out like BIG-bench's source distribution."""
+    with tarfile.open(path, "w:gz") as tar:
+        for member, definition in tasks.items():
+            data = json.dumps(definition).encode()
+            info = tarfile.TarInfo(f"bigbench-1.0.0/bigbench/benchmark_tasks/{member}/task.json")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def prepare_toys(specs: Sequence[TaskSpec], folder: Path) -> list[TaskData]:
+    """Put tasks whose members are in `TASKS` into the cache, where runs and actors find them."""
+    return prepare_all(specs, from_archive(write_archive(folder / "toys.tar.gz", TASKS)))
+
+
+def from_archive(path: Path) -> Callable[[Sequence[TaskSpec]], None]:
+    """Makes the files of tasks of BIG-bench from this archive."""
+    return lambda specs: write_all(bigbench.read_archive(path, specs))
+
+
+def toy_config(base: Path, run_dir: Path, **changes: Any) -> Any:
+    """A run of three experts and two held-out tasks, small enough for a test."""
+    from harness.config.schema import RunConfig, RunSection
+    from harness.scheduling.settings import BaseConfig, ClusterConfig
+    from phatgoose.profile import ProfileConfig
+    from phatgoose.training.recipe import Recipe, Stage
+
+    encoder = run_dir.parent / "encoder"
+    if not encoder.exists():
+        make_encoder(encoder)
+
+    def group(name: str, *tasks: str, **defaults: Any) -> dict[str, Any]:
+        return {"name": name, "tasks": {task: {"members": [task]} for task in tasks}, **defaults}
+
+    values: dict[str, Any] = {
+        "base": BaseConfig(str(base)),
+        "pool": group("toys", "birds", "lakes", "numbers"),
+        "suites": [group("held", "swans", "sums", split="all", limit=8, max_new_tokens=4)],
+        "router": {"base": {}, "phatgoose": {"top_k": 2}, "merged": {}, "random": {}, "oracle": {}},
+        "train": Recipe(
+            rank=2,
+            scale=1.0,
+            init_std=0.1,
+            lora=Stage(steps=4, lr=1e-2),
+            gates=Stage(steps=2, lr=1e-2),
+            batch_size=4,
+            micro_batch_size=4,
+            evaluation_examples=4,
+            dtype="float32",
+        ),
+        "profile": ProfileConfig(str(encoder), embedded_examples=8, activation_examples=4),
+        "cluster": ClusterConfig(),
+        "run": RunSection(str(run_dir)),
+        "registry": str(run_dir / "registry"),
+        "chunk_characters": 200,
+    }
+    return RunConfig(**{**values, **changes})
+
+
+def toy_arguments(base: Path, run_dir: Path) -> list[str]:
+    """The toy run as a command line; one actor, so that experts come one after the other."""
+    return [
+        f"base={base}",
+        f"run.dir={run_dir}",
+        "pool.name=toys",
+        "~pool.tasks",
+        *(f"+pool.tasks.{task}.members=[{task}]" for task in ("birds", "lakes", "numbers")),
+        "suite.name=held",
+        "suite.limit=12",
+        "suite.max_new_tokens=4",
+        "~suite.tasks",
+        *(f"+suite.tasks.{task}.members=[{task}]" for task in ("swans", "sums")),
+        "router=[base,phatgoose,oracle]",
+        "train.rank=2",
+        "train.lora.steps=40",
+        "train.gates.steps=20",
+        "train.batch_size=4",
+        "train.micro_batch_size=4",
+        "train.evaluation_examples=4",
+        "cluster.max_actors=1",
+        "chunk_characters=60",
+        f"profile.encoder={run_dir.parent / 'encoder'}",
+        "profile.activation_examples=4",
+    ]
+
+
+def local_actor(base: Base, experts: Sequence[Expert]) -> EvalActor:
+    """An evaluation actor in this process: its constructor would take over standard output."""
+    actor = object.__new__(EvalActor)
+    actor._base, actor._model, actor._attached, actor._done = base, None, None, 0
+    by_hash = {expert.content_hash(): expert for expert in experts}
+    actor._open = lambda members: Pool.from_experts(  # type: ignore[method-assign]
+        [by_hash[content_hash] for content_hash in members.experts.values()]
+    )
+    return actor
+
+
+def members_of(experts: Sequence[Expert]) -> Members:
+    """What an evaluation says of a pool of these."""
+    return Members({expert.card.name: expert.content_hash() for expert in experts})
+
+
+def setting(
+    folder: Path, workers: "LocalWorkers", characters: int, dtype: str = "float32"
+) -> Setting:
+    """The setting of evaluations in this run folder."""
+    conditions = Conditions.here("tiny's fingerprint", dtype, "cpu")
+    return Setting(Folder(folder), "tiny", conditions, workers, characters)  # type: ignore[arg-type]
+
+
+class LocalWorkers:
+    """Stands for `Workers`: calls one object in this process, in an order of choice.
+
+    Attributes:
+        calls: how many calls there were.
+        most: how many are answered in one step.
+    """
+
+    def __init__(self, worker: Any, order: Callable[[list[int]], list[int]] = list) -> None:
+        self.worker, self.order, self.calls = worker, order, 0
+        self.most = sys.maxsize
+        self._waiting: dict[int, tuple[str, tuple[Any, ...]]] = {}
+        self._added = 0
+
+    def add(self, method: str, calls: Sequence[tuple[Any, ...]]) -> range:
+        keys = range(self._added, self._added + len(calls))
+        self._added += len(calls)
+        self._waiting |= {key: (method, call) for key, call in zip(keys, calls, strict=True)}
+        return keys
+
+    def step(self, timeout: float) -> list[tuple[int, Any]]:
+        results: list[tuple[int, Any]] = []
+        for key in self.order(sorted(self._waiting))[: self.most]:
+            method, call = self._waiting.pop(key)
+            self.calls += 1
+            try:
+                results.append((key, getattr(self.worker, method)(*call)))
+            except PhatgooseError as error:
+                results.append((key, Failure(str(error))))
+        return results
