@@ -50,6 +50,7 @@ SOURCES = (
     "phatgoose/routers/*.py",
     "phatgoose/inference/scoring.py",
     "phatgoose/inference/generation.py",
+    "phatgoose/question.py",
     "phatgoose/rows.py",
     "phatgoose/tokenization.py",
     "phatgoose/training/train.py",

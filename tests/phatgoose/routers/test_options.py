@@ -170,14 +170,6 @@ def test_single_wants_an_expert(name: str, options: dict[str, Any]) -> None:
     assert make_router("single:e1") == make_router("single", expert="e1")
 
 
-@pytest.mark.parametrize("name", ["oracle", "best_individual", "multitask"])
-def test_routers_of_the_harness_are_named(name: str) -> None:
-    with pytest.raises(PhatgooseError) as caught:
-        make_router(name)
-    words = f"router {name} exists in the harness only: it needs a whole evaluation"
-    assert str(caught.value) == words
-
-
 def test_an_unknown_router_or_option_is_answered_with_what_there_is() -> None:
     all_names = ", ".join(sorted(ROUTERS))
     with pytest.raises(PhatgooseError) as caught:

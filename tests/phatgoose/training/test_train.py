@@ -392,7 +392,7 @@ def test_a_loss_that_is_no_number_ends_the_training(
 ) -> None:
     monkeypatch.setattr(Diverging, "at", at, raising=False)
     before = state(llama)
-    with pytest.raises(PhatgooseError, match=f"loss became nan at {where}: lower train"):
+    with pytest.raises(PhatgooseError, match=f"loss became nan at {where}: lower the recipe's"):
         train(llama, engine=Diverging)
     assert all(spy.closed for spy in spies)
     assert_is_bare(llama, before)

@@ -74,8 +74,8 @@ def test_running_out_of_memory_says_what_the_allocator_said(
     with pytest.raises(OutOfMemory) as caught:
         train_expert(llama, card, EXAMPLES, EXAMPLES, RECIPE, Hooks(engine=Full))
     assert str(caught.value) == (
-        f"memory ran out with micro-batches of 2 ({reason}): lower train.micro_batch_size or "
-        "train.max_input_tokens, or use more ranks with ZeRO"
+        f"memory ran out with micro-batches of 2 ({reason}): lower the recipe's "
+        "micro_batch_size or max_input_tokens, or use more ranks with ZeRO"
     )
 
 

@@ -95,7 +95,7 @@ def test_an_adapter_of_peft_is_read(gpt2: Base, tmp_path: Path, pass_base: bool)
 def test_an_export_is_what_peft_takes_for_gpt2(gpt2: Base, tmp_path: Path) -> None:
     """Without a warning, and also where PEFT merges it into the transposed weights."""
     expert = make_experts(gpt2, 2)[1]
-    to_peft(expert, tmp_path / "out", base=gpt2)
+    expert.to_peft(tmp_path / "out", base=gpt2)
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["fan_in_fan_out"]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -109,13 +109,13 @@ def test_an_export_is_what_peft_takes_for_gpt2(gpt2: Base, tmp_path: Path) -> No
         assert torch.equal(back.linears[name].lora_A_RD, factors.lora_A_RD)
         assert torch.equal(back.linears[name].lora_B_OR, factors.lora_B_OR)
     RoutedModel(gpt2, Pool.from_experts([expert]))  # also while linears are wrapped
-    to_peft(expert, tmp_path / "wrapped", base=gpt2)
+    expert.to_peft(tmp_path / "wrapped", base=gpt2)
     config = (tmp_path / "wrapped" / "adapter_config.json").read_text()
     assert config == (tmp_path / "out" / "adapter_config.json").read_text()
 
 
 def test_a_llama_is_not_exported_as_transposed(llama: Base, tmp_path: Path) -> None:
-    to_peft(make_experts(llama, 1)[0], tmp_path / "out", base=llama)
+    make_experts(llama, 1)[0].to_peft(tmp_path / "out", base=llama)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["fan_in_fan_out"] is False
 
@@ -130,7 +130,7 @@ def test_factors_the_wrong_way_round_are_refused(gpt2: Base, tmp_path: Path) -> 
         attach_expert(gpt2.model, wrong)
     with pytest.raises(PhatgooseError, match=rf"\(64, 16\) on {name}, the base \(16, 64\)"):
         RoutedModel(gpt2, Pool.from_experts([wrong]))
-    to_peft(wrong, tmp_path / "e")
+    wrong.to_peft(tmp_path / "e")
     with pytest.raises(PhatgooseError, match=r"do not fit \[R, 16\] and \[64, R\]"):
         Expert.from_peft(tmp_path / "e", base=gpt2)
 

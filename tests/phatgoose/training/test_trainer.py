@@ -260,10 +260,7 @@ def job_of(base: Base, beat: Callable[[], None] = lambda: None, **changes: Any) 
     generator = torch.Generator().manual_seed(1)
     for layer in layers.values():
         layer.lora_B_OR.data = torch.randn(layer.lora_B_OR.shape, generator=generator) / 4
-    return TrainingJob(
-        base, layers, EXAMPLES, EXAMPLES[:11], recipe, PlainEngine, lambda _: None,
-        NoCheckpoints(), beat,
-    )  # fmt: skip
+    return TrainingJob(base, layers, EXAMPLES, EXAMPLES[:11], recipe, Hooks(heartbeat=beat))
 
 
 def rank_of(job: TrainingJob, rank: int, ranks: int) -> Rank:
