@@ -336,7 +336,7 @@ class Due(NoCheckpoints):
 
 def test_a_checkpoint_is_due_if_any_rank_says_so(llama: Base) -> None:
     job = job_of(llama)
-    job.checkpoints = Due()
+    job.hooks = dataclasses.replace(job.hooks, checkpoints=Due())
     batch = [job.encode(example) for example in EXAMPLES[:4]]
     assert job.take_step(rank_of(job, 0, 2), batch)[1] is True
 
