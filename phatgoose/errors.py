@@ -1,6 +1,8 @@
-"""The one exception for mistakes that a user can fix."""
+"""The one exception for mistakes that a user can fix, and the parts of its messages."""
 
+import difflib
 import errno
+from collections.abc import Iterable, Sequence
 
 # What an operating system may refuse, and the fix.
 FIXES = {
@@ -28,6 +30,22 @@ class Diverged(PhatgooseError):
 
 class OutOfMemory(PhatgooseError):
     """Less memory than the work needs."""
+
+
+def near_names(wanted: str, names: Iterable[str], *, cutoff: float = 0.6) -> list[str]:
+    """Return up to three of `names` that `wanted` may have meant, the nearest first.
+
+    Without a near one, names that contain `wanted` are returned.
+    """
+    names = list(dict.fromkeys(names))
+    near: Sequence[str] = difflib.get_close_matches(wanted, names, cutoff=cutoff)
+    return list(near or [name for name in names if wanted and wanted in name][:3])
+
+
+def did_you_mean(wanted: str, names: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """Return `did you mean a or b?` with the near names; empty if there are none."""
+    near = near_names(wanted, names, cutoff=cutoff)
+    return f"did you mean {' or '.join(near)}?" if near else ""
 
 
 def refusal(error: OSError) -> str | None:

@@ -21,7 +21,6 @@ by its job, and the name in the pool stands for the one that was entered last.
 """
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -45,7 +44,7 @@ from harness.registry.files import (
 )
 from harness.source_code import digest
 from harness.storage import Folder
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, near_names
 from phatgoose.expert import Expert, validate_name, with_job
 from phatgoose.profile import Profile
 
@@ -257,7 +256,7 @@ class Registry:
         pool = manifest.experts
         missing = [name for name in names if name not in pool]
         if missing:
-            near = sorted({n for name in missing for n in difflib.get_close_matches(name, pool)})
+            near = sorted({near for name in missing for near in near_names(name, pool)})
             hint = (
                 f"did you mean {', '.join(near)}?"
                 if near

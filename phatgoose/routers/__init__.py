@@ -1,10 +1,9 @@
 """Routers: rules that pick experts. One file each; `make_router` finds them by name."""
 
 import dataclasses
-import difflib
 from typing import Any
 
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, did_you_mean
 from phatgoose.routers.ariadne import Ariadne
 from phatgoose.routers.arrow import Arrow
 from phatgoose.routers.average_activation import AverageActivation
@@ -91,9 +90,8 @@ def make_router(name: str, **options: Any) -> Router:
             f"router {kind} exists in the harness only: it needs a whole evaluation"
         )
     if kind not in ROUTERS or (expert and kind != "single"):
-        near = difflib.get_close_matches(kind, ROUTERS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise PhatgooseError(f"no router {name!r}: {hint}there are {', '.join(sorted(ROUTERS))}")
+        hint = f"{did_you_mean(kind, ROUTERS)} there are {', '.join(sorted(ROUTERS))}".strip()
+        raise PhatgooseError(f"no router {name!r}: {hint}")
     fields = [field.name for field in dataclasses.fields(ROUTERS[kind])]  # type: ignore[arg-type]
     for option in options:
         if option not in fields:

@@ -2,7 +2,7 @@ import pickle
 
 import pytest
 
-from phatgoose.errors import Diverged, OutOfMemory, PhatgooseError
+from phatgoose.errors import Diverged, OutOfMemory, PhatgooseError, did_you_mean, near_names
 
 
 @pytest.mark.parametrize("kind", [PhatgooseError, Diverged, OutOfMemory])
@@ -12,3 +12,27 @@ def test_an_error_is_one_line_whatever_it_quotes(kind: type[PhatgooseError], mar
     assert str(error).splitlines() == ["column  a b: there is none"]
     # Actors send it to the driver.
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "near"),
+    [
+        ("operatos", ["operators"]),
+        ("task-3", ["task-2", "task-1"]),
+        ("plural", ["linguistic/plural"]),  # a part of a name is enough
+        ("xyz", []),
+        ("", []),
+    ],
+)
+def test_near_names(wanted: str, near: list[str]) -> None:
+    names = ["task-1", "operators", "task-2", "operators", "linguistic/plural"]
+    assert near_names(wanted, iter(names)) == near
+    hint = f"did you mean {' or '.join(near)}?" if near else ""
+    assert did_you_mean(wanted, names) == hint
+
+
+def test_near_names_are_three_at_most() -> None:
+    names = [f"task-{number}" for number in range(9)]
+    assert len(near_names("task", names)) == len(near_names("ask", names)) == 3
+    assert near_names("q", ["ab", "cd"]) == []
+    assert len(near_names("q", ["ab", "cd"], cutoff=0.0)) == 2

@@ -8,7 +8,6 @@ where the choices stand in an order that BIG-bench draws anew, with the same see
 Distribution and task files are Apache-2.0; the data sets inside keep their own licences.
 """
 
-import difflib
 import fnmatch
 import json
 import tarfile
@@ -33,7 +32,7 @@ from harness.tasks.records import (
 from harness.tasks.sources.source import TaskRecords, no_tasks, options_of
 from harness.tasks.spec import TaskSpec
 from phatgoose.cache import fetch_distribution
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -156,9 +155,7 @@ def _check_all_found(spec: TaskSpec, names: Sequence[str]) -> None:
     for member in spec.members:
         if any(_is_among(name, [member]) for name in names):
             continue
-        near = difflib.get_close_matches(member, names, n=3)
-        near = near or [name for name in names if member in name][:3]
-        hint = f"did you mean {' or '.join(near)}?" if near else "see the task list of BIG-bench"
+        hint = did_you_mean(member, names) or "see the task list of BIG-bench"
         raise PhatgooseError(f"task {spec.name}: BIG-bench has no task {member}: {hint}")
 
 

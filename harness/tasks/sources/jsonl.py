@@ -12,7 +12,6 @@ as questions about one passage, see `harness.tasks.clusters`.
 """
 
 import csv
-import difflib
 import glob
 import json
 import math
@@ -29,7 +28,7 @@ from harness.tasks.files import file_digest
 from harness.tasks.records import Record, Split, check_record, named, split_of
 from harness.tasks.sources.source import TaskRecords, options_of
 from harness.tasks.spec import TaskSpec
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, did_you_mean
 
 _SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 # No example is so long; a line that is would be read whole before it could be refused.
@@ -321,10 +320,9 @@ def _record(task: str, example: Mapping[str, Any], where: str, options: Options)
 def _column(example: Mapping[str, Any], name: str, option: str, where: str) -> Any:
     if name in example:
         return example[name]
-    near = difflib.get_close_matches(name, example, n=1)
-    hint = f"is it {near[0]}? " if near else ""
+    hint = did_you_mean(name, example)
     raise PhatgooseError(
-        f"{where}: it has no {name}, only {_printable(example)}: {hint}"
+        f"{where}: it has no {name}, only {_printable(example)}: {f'{hint} ' if hint else ''}"
         f"load_opts.{option} gives the column's name"
     )
 

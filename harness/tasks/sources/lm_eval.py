@@ -9,7 +9,6 @@ files: {bbh_*: {dataset_path: json, dataset_kwargs: {data_files: ...}, dataset_n
 """
 
 import contextlib
-import difflib
 import fnmatch
 import glob
 import hashlib
@@ -34,7 +33,7 @@ from harness.tasks.sources.hub import HubData
 from harness.tasks.sources.source import TaskRecords, options_of
 from harness.tasks.spec import TaskSpec
 from phatgoose.cache import cache_dir
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, did_you_mean
 
 # What belongs to a definition, beside its YAML file.
 _CODE = ("*.py", "*.yaml", "*.yml", "*.jinja", "*.jinja2", "*.txt")
@@ -272,8 +271,7 @@ def _leaves(name: str, include_path: str | None) -> Iterator[str]:
     index = _manager(include_path).task_index
     entry = index.get(name)
     if entry is None:
-        near = difflib.get_close_matches(name, index, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see `lm-eval ls tasks`"
+        hint = did_you_mean(name, index) or "see `lm-eval ls tasks`"
         raise PhatgooseError(f"lm-eval has no task or group {name}: {hint}")
     if entry.kind is Kind.TAG:
         for member in sorted(entry.tags):
