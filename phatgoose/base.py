@@ -36,7 +36,7 @@ from phatgoose.architecture import (
     warn_of_unadapted,
 )
 from phatgoose.cache import cache_dir, fetch_distribution
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, reason_of
 from phatgoose.rows import why_not_shared
 
 _LOG = logging.getLogger(__name__)
@@ -182,10 +182,9 @@ def _read_config(name: str, folder: Path, trust_remote_code: bool) -> PreTrained
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
         raise PhatgooseError(
-            f"base={name}: transformers cannot read its config.json ({reason}). Give the folder "
-            "of a model that this version of transformers knows."
+            f"base={name}: transformers cannot read its config.json ({reason_of(error)}). Give the "
+            "folder of a model that this version of transformers knows."
         ) from error
     _named(name, architecture_of, config)
     return config
@@ -296,11 +295,10 @@ def _download(name: str, revision: str | None) -> Path:
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     # The hub client raises errors of several libraries; each means that the base cannot be had.
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         packaged = ", ".join(PACKAGED_MODELS)
         raise PhatgooseError(
             f"base {name}: not a directory or packaged model ({packaged}), and the hub does not "
-            f"give it: {reason}"
+            f"give it: {reason_of(error, first_line=True)}"
         ) from error
     return folder
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from phatgoose.curve import Progress
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, reason_of
 from phatgoose.recipe import Recipe
 
 
@@ -71,7 +71,7 @@ class State:
             whole = metadata["sha256"] == _digest(metadata["state"], tensors)
         # What a damaged file may raise: of JSON, of Unicode, of safetensors' own.
         except Exception as error:
-            reason = " ".join(str(error).split())[:100]
+            reason = reason_of(error)
             raise PhatgooseError(f"it is damaged ({type(error).__name__}: {reason})") from None
         if not whole:
             raise PhatgooseError("it is damaged (its SHA-256 is another)")

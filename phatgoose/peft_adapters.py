@@ -37,7 +37,7 @@ from transformers.pytorch_utils import Conv1D
 
 from phatgoose.architecture import linear_sizes
 from phatgoose.base import Base, bare_model, fingerprint, locate_base
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, reason_of
 from phatgoose.expert import Card, Expert, LoraFactors, validate_name, with_job
 
 # The fields of a configuration that determine what an adapter adds, or that tell how it was made.
@@ -309,7 +309,7 @@ def _find_base(folder: Path, config: LoraConfig) -> _Target:
     except (PhatgooseError, OSError, ValueError) as error:
         raise PhatgooseError(
             f"adapter {folder} was trained on {name}, which cannot be opened "
-            f"({' '.join(str(error).split())}): {mend}"
+            f"({reason_of(error)}): {mend}"
         ) from error
     return _Target(name, fingerprint(local), model, linears)
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, reason_of
 
 _MEAN, _NORMS = "mean_activation/", "norms/"
 # What reading a damaged file may raise.
@@ -139,9 +139,9 @@ def _checksum(tensors: dict[str, Tensor], texts: dict[str, str]) -> str:
 
 
 def _damaged(source: str, error: Exception) -> PhatgooseError:
-    reason = " ".join(str(error).split())[:100]
     return PhatgooseError(
-        f"{source} is no whole profile ({reason}): delete it, and the next run measures it again"
+        f"{source} is no whole profile ({reason_of(error)}): delete it, and the next run measures "
+        "it again"
     )
 
 

@@ -19,7 +19,7 @@ from phatgoose.base import Base
 from phatgoose.checkpoint import Checkpoints, NoCheckpoints
 from phatgoose.curve import Progress
 from phatgoose.engine import EngineFactory, PlainEngine
-from phatgoose.errors import OutOfMemory, PhatgooseError
+from phatgoose.errors import OutOfMemory, PhatgooseError, reason_of
 from phatgoose.expert import Card, Expert
 from phatgoose.gated_lora import (
     attach_expert,
@@ -173,7 +173,7 @@ def _memory_errors(recipe: Recipe) -> Iterator[None]:
         refused = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not refused and not any(said in text for said in _NO_MEMORY):
             raise
-        reason = " ".join(text.split())[:200] or type(error).__name__
+        reason = reason_of(error)
         traceback.clear_frames(error.__traceback__)  # they hold the tensors of the step
     else:
         return

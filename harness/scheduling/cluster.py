@@ -22,7 +22,7 @@ from ray.autoscaler.sdk import request_resources
 
 from harness.scheduling.settings import ClusterConfig
 from harness.storage import Folder
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, reason_of
 
 _MOST_REQUESTED = 1000  # actors, of the autoscaler at a time
 _LOCAL_OBJECT_STORE = 512 * 2**20  # an expert at a time passes through it
@@ -98,7 +98,7 @@ def _cannot_start(error: OSError) -> PhatgooseError:
     """Why no local Ray could be started, which keeps sockets and logs in a temporary folder."""
     variable = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
     where = f"{variable}={os.environ.get(variable, tempfile.gettempdir())}"
-    reason = " ".join(str(error.strerror or error).split())[:200]
+    reason = reason_of(error)
     if "AF_UNIX" in reason:
         return PhatgooseError(
             f"{where}: the name is too long for Ray's sockets, whose paths have at most 107 "

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, reason_of
 
 
 def file_digest(path: Path) -> str:
@@ -20,7 +20,7 @@ def file_digest(path: Path) -> str:
         stamp = (state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
         return _digest(str(path), stamp)
     except OSError as error:
-        raise PhatgooseError(f"cannot read {path}: {error.strerror or error}") from error
+        raise PhatgooseError(f"cannot read {path}: {reason_of(error)}") from error
 
 
 def folder_digests(folder: Path, patterns: Iterable[str] = ("*",)) -> list[list[str]]:

@@ -33,7 +33,7 @@ from harness.tasks.sources.hub import HubData
 from harness.tasks.sources.source import TaskRecords, options_of
 from harness.tasks.spec import TaskSpec
 from phatgoose.cache import cache_dir
-from phatgoose.errors import PhatgooseError, did_you_mean
+from phatgoose.errors import PhatgooseError, did_you_mean, reason_of
 
 # What belongs to a definition, beside its YAML file.
 _CODE = ("*.py", "*.yaml", "*.yml", "*.jinja", "*.jinja2", "*.txt")
@@ -228,10 +228,10 @@ def _load(name: str, load_opts: str, determined_by: str) -> Any:
             # Only a group, here of one, may change fields of its tasks.
             (task,) = manager.load([{"group": "one", "task": [fields]}])["tasks"].values()
     except Exception as error:  # whatever data sets, the network and task code raise
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise PhatgooseError(
-            f"task {name} of lm-eval cannot be loaded ({type(error).__name__}: {reason}); its data "
-            "set is looked for on the hub and in the hub's cache; overlay= names local files"
+            f"task {name} of lm-eval cannot be loaded ({type(error).__name__}: "
+            f"{reason_of(error)}); its data set is looked for on the hub and in the hub's cache; "
+            "overlay= names local files"
         ) from error
     if task.OUTPUT_TYPE not in _OUTPUT_TYPES:
         raise PhatgooseError(
@@ -341,10 +341,9 @@ def _records(spec: TaskSpec, task: Any) -> Iterator[tuple[Split, Record]]:
         try:
             record = _record(spec, task, number, doc)
         except Exception as error:  # whatever templates and the task's own code raise
-            reason = " ".join(str(error).split())[:300]
             raise PhatgooseError(
-                f"{where}: it cannot be read ({type(error).__name__}: {reason}). Fix the task's "
-                "definition, or leave the task out of the suite."
+                f"{where}: it cannot be read ({type(error).__name__}: {reason_of(error)}). Fix "
+                "the task's definition, or leave the task out of the suite."
             ) from error
         check_record(record, where)
         yield "evaluation", record
