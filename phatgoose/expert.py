@@ -11,9 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import re
-import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +24,7 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import PhatgooseError, reason_of
+from phatgoose.files import replacing
 
 if TYPE_CHECKING:
     from phatgoose.base import Base
@@ -175,18 +174,15 @@ class Expert:
     def save(self, path: str | Path) -> None:
         """Write the expert's file; a file that is there is replaced, never changed in place."""
         path = Path(path)
-        temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
         try:
-            temporary.write_bytes(self.to_bytes())
             # Not a plain write: an expert loaded from `path` would have its tensors cut off.
-            os.replace(temporary, path)  # noqa: PTH105
+            with replacing(path) as temporary:
+                temporary.write_bytes(self.to_bytes())
         except OSError as error:
             raise PhatgooseError(
                 f"cannot save expert {self.card.name!r} as {path} ({reason_of(error)}): "
                 "choose an existing, writable folder with space"
             ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> "Expert":

@@ -32,8 +32,8 @@ from harness.registry.files import (
 from harness.registry.packs import LOCK, read_index
 from harness.storage import Folder
 from harness.storage.stores import Entry
-from harness.storage.temporary import TEMPORARY
 from phatgoose.errors import PhatgooseError
+from phatgoose.files import TEMPORARY
 
 DAY = 86400.0
 # Objects deleted between two looks at what is named; so much is in memory.

@@ -25,10 +25,10 @@ from safetensors import SafetensorError
 
 from harness.registry import Registry
 from harness.source_code import code_of, digest
-from harness.storage.temporary import temporary_name
 from phatgoose.cache import cache_dir
 from phatgoose.errors import PhatgooseError, reason_of
 from phatgoose.expert import Expert
+from phatgoose.files import temporary_name
 from phatgoose.pool import Pool
 
 POOL_FILE, INDEX_FILE = "pool.safetensors", "pack.json"

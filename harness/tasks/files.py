@@ -1,7 +1,10 @@
-"""Hash the content of files, since sizes and times do not tell whether a file was changed."""
+"""Open archives of data, and hash files, since sizes and times do not tell of every change."""
 
 import hashlib
-from collections.abc import Iterable
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -34,6 +37,22 @@ def folder_digests(folder: Path, patterns: Iterable[str] = ("*",)) -> list[list[
         for path in sorted(files)
         if not {".git", ".cache", "__pycache__"} & {*path.relative_to(folder).parts}
     ]
+
+
+@contextmanager
+def open_archive(path: Path) -> Iterator[tarfile.TarFile]:
+    """Open a source distribution of the package index, a .tar.gz file.
+
+    Raises:
+        PhatgooseError: it is damaged, which may show while it is read.
+    """
+    try:
+        with tarfile.open(path, "r:gz") as archive:
+            yield archive
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+        raise PhatgooseError(
+            f"{path} is damaged ({reason_of(error)}): delete it and start again to fetch it anew"
+        ) from error
 
 
 @lru_cache(maxsize=2**16)

@@ -10,8 +10,6 @@ Distribution and task files are Apache-2.0; the data sets inside keep their own 
 
 import fnmatch
 import json
-import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from harness.tasks.files import open_archive
 from harness.tasks.records import (
     Record,
     Split,
@@ -118,30 +117,25 @@ def read_archive(archive: Path, specs: Sequence[TaskSpec]) -> Iterator[TaskRecor
     waiting = dict(enumerate(specs))
     seen: list[str] = []
     kept: dict[int, dict[str, Any]] = {number: {} for number in waiting}
-    try:
-        with tarfile.open(archive, "r:gz") as tar:
-            for info in tar:
-                if not (info.name.startswith(_ROOT) and info.name.endswith(_FILE)):
-                    continue
-                member = info.name[len(_ROOT) : -len(_FILE)]
-                seen.append(member)
-                takers = [n for n, s in waiting.items() if _is_among(member, s.members)]
-                file = tar.extractfile(info) if takers else None
-                if file is None:
-                    continue
-                source = file.read()
-                for number in takers:
-                    spec, found = waiting[number], kept[number]
-                    found[member] = parse_member(member, source, options_of(Options, spec))
-                    if found.keys() == set(spec.members):  # no pattern is left open
-                        del waiting[number]
-                        yield _task(spec, kept.pop(number))
-                if not waiting:
-                    return
-    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise PhatgooseError(
-            f"{archive} is damaged ({error}): delete it and start again to fetch it anew"
-        ) from error
+    with open_archive(archive) as tar:
+        for info in tar:
+            if not (info.name.startswith(_ROOT) and info.name.endswith(_FILE)):
+                continue
+            member = info.name[len(_ROOT) : -len(_FILE)]
+            seen.append(member)
+            takers = [n for n, s in waiting.items() if _is_among(member, s.members)]
+            file = tar.extractfile(info) if takers else None
+            if file is None:
+                continue
+            source = file.read()
+            for number in takers:
+                spec, found = waiting[number], kept[number]
+                found[member] = parse_member(member, source, options_of(Options, spec))
+                if found.keys() == set(spec.members):  # no pattern is left open
+                    del waiting[number]
+                    yield _task(spec, kept.pop(number))
+            if not waiting:
+                return
     for number, spec in waiting.items():
         _check_all_found(spec, seen)
         yield _task(spec, kept.pop(number))
