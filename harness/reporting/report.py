@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from harness.command_line import aligned
 from harness.extra_routers import BEST_INDIVIDUAL, MULTITASK, SINGLE
 from harness.metrics import LOWER_IS_BETTER, PRIMARY, primary_metric
 from harness.reporting.summary import RESAMPLES, summary_rows
@@ -257,26 +258,16 @@ def _aligned(
         if sum(widths[j] + 2 for j in [*blocks[-1], i]) - 2 > WIDTH:
             blocks.append([0])
         blocks[-1].append(i)
-    return "\n\n".join(_block(header, body, widths, block, ruled_last) for block in blocks)
+    return "\n\n".join(_block(header, body, block, ruled_last) for block in blocks)
 
 
-def _block(
-    header: list[str], body: list[list[str]], widths: list[int], block: list[int], ruled_last: bool
-) -> str:
+def _block(header: list[str], body: list[list[str]], block: list[int], ruled_last: bool) -> str:
     heads = [header[i].split("\n") for i in block]
     height = max(map(len, heads))
     padded = [[""] * (height - len(head)) + head for head in heads]
     lines = [*zip(*padded, strict=True), *([line[i] for i in block] for line in body)]
-    text = []
-    for line in lines:
-        cells = [line[0].ljust(widths[block[0]])]
-        cells += [cell.rjust(widths[i]) for i, cell in zip(block[1:], line[1:], strict=True)]
-        text.append("  ".join(cells).rstrip())
-    rule = "-" * (sum(widths[i] + 2 for i in block) - 2)
-    text.insert(height, rule)
-    if ruled_last:
-        text.insert(-1, rule)
-    return "\n".join(text)
+    rules = [height, *([len(lines) - 1] if ruled_last else [])]
+    return aligned(lines, right=range(1, len(block)), rules=rules)
 
 
 def _draw(folder: Folder) -> list[str]:
