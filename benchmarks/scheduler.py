@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import psutil
 import ray
@@ -32,6 +31,7 @@ from harness.scheduling.settings import ClusterConfig
 from harness.scheduling.workers import Workers
 from harness.storage import Folder
 from harness.tasks import TaskSpec
+from harness.training.actor import Trained
 from harness.training.job import TrainJob
 from harness.training.job_table import JobTable
 from harness.training.stage import Training
@@ -51,7 +51,7 @@ class Waiter(Actor):
         super().__init__(code_version())
         self._seconds = seconds
 
-    def train(self, job: TrainJob) -> tuple[list[dict[str, Any]], ray.ObjectRef, None]:
+    def train(self, job: TrainJob) -> Trained:
         """As `TrainActor.train`."""
         time.sleep(self._seconds)
         self._done += 1
@@ -71,7 +71,7 @@ class Waiter(Actor):
             {**names, **curve, "split": "evaluation", "step": step, "loss": 1.0}
             for step in (0, _STEPS)
         ]
-        return rows, ray.put(Expert(job.card, {"linear": factors})), None
+        return Trained(rows, ray.put(Expert(job.card, {"linear": factors})))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -126,7 +126,7 @@ def measure(path: Path, count: int, nodes: int, wait: float) -> None:
 
     with Progress(folder, "train", count * _STEPS, "token", count) as progress:
         progress.say = lambda line: None  # type: ignore[method-assign]
-        failures = Training(jobs, tokens, folder, workers, keeper, table, progress).run(look)
+        failures = Training(jobs, folder, workers, keeper, table, progress).run(look)
     seconds, busy = time.monotonic() - started, cpu(process) - busy
     actors = len(workers.places)
     workers.close()

@@ -217,7 +217,7 @@ class Registry:
 
     def profiles(self) -> set[tuple[str, str]]:
         """Of all profiles, the content hash of the expert and the profile's id."""
-        return {(content_hash, id_) for _, content_hash, id_ in profile_files(self.folder)}
+        return {(found.expert, found.profile_id) for found in profile_files(self.folder)}
 
     def profile(self, content_hash: str, profile_id: str) -> Profile:
         """Read a profile; on a local disk it is mapped.

@@ -51,8 +51,8 @@ class Template:
         rendered = _compiled(self.answer_choices).render(**_protected(row))
         return [_plain(part) for part in rendered.split("|||")]
 
-    def apply(self, row: Mapping[str, Any], number: int) -> tuple[str, str, list[str]] | None:
-        """Prompt, answer and choices for a row; None if the template does not fit it.
+    def apply(self, row: Mapping[str, Any], number: int) -> "Prompted | None":
+        """Return what the template makes of a row; None if it does not fit.
 
         Args:
             row: the row of the data set, by column.
@@ -69,7 +69,16 @@ class Template:
             return None
         if len(parts) != 2 or not all(parts):
             return None
-        return parts[0], parts[1], choices
+        return Prompted(parts[0], parts[1], choices)
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """What a template makes of a row: the prompt, the right answer, and the choices if any."""
+
+    prompt: str
+    answer: str
+    choices: list[str]
 
 
 @lru_cache
