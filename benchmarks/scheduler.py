@@ -19,7 +19,6 @@ from pathlib import Path
 import psutil
 import ray
 import torch
-from ray._private import ray_constants
 from ray.cluster_utils import Cluster as Nodes
 
 from harness.registry import Registry
@@ -27,6 +26,7 @@ from harness.registry.actor import registry_actor
 from harness.scheduling.actor import Actor, code_version
 from harness.scheduling.cluster import actor_options, room
 from harness.scheduling.progress import Progress
+from harness.scheduling.ray_internals import loopback_only
 from harness.scheduling.settings import ClusterConfig
 from harness.scheduling.workers import Workers
 from harness.storage import Folder
@@ -92,18 +92,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def simulated(nodes: int) -> Iterator[None]:
     """A head without work, and so many nodes with cores that are only numbers."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray_constants.ENABLE_RAY_CLUSTER = False  # stay on 127.0.0.1
     common = {"node_ip_address": "127.0.0.1", "object_store_memory": 100 * 2**20}
     head = {**common, "num_cpus": 0, "include_dashboard": False}
-    cluster = Nodes(initialize_head=True, head_node_args=head)
-    try:
-        for _ in range(nodes):
-            cluster.add_node(num_cpus=_CORES, **common)
-        ray.init(address=cluster.address, namespace="phatgoose", log_to_driver=False)
-        yield
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
+    with loopback_only():
+        cluster = Nodes(initialize_head=True, head_node_args=head)
+        try:
+            for _ in range(nodes):
+                cluster.add_node(num_cpus=_CORES, **common)
+            ray.init(address=cluster.address, namespace="phatgoose", log_to_driver=False)
+            yield
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
 
 
 def measure(path: Path, count: int, nodes: int, wait: float) -> None:

@@ -124,7 +124,7 @@ class Groups:
 
     def __init__(self, settings: TrainSettings, options: Mapping[str, Any]) -> None:
         self._settings, self._options = settings, dict(options)
-        self._groups: dict[Any, PlacementGroup] = {}  # by the actor's id
+        self._groups: dict[Any, PlacementGroup] = {}  # by the actor's handle
 
     def make(self) -> Any:
         """Start a group where there is room for all of its ranks, on few nodes if possible."""
@@ -139,12 +139,12 @@ class Groups:
             num_cpus=0, label_selector=labels, max_concurrency=2
         )
         handle = remote.remote(self._settings, self._options, group)
-        self._groups[handle._actor_id] = group
+        self._groups[handle] = group
         return handle
 
     def ended(self, handle: Any) -> None:
         """Free what a group had; its actor was ended."""
-        remove_placement_group(self._groups.pop(handle._actor_id))
+        remove_placement_group(self._groups.pop(handle))
 
 
 def _results(references: Sequence[Any]) -> list[Any]:
