@@ -15,12 +15,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import psutil
 import ray
 import torch
-from ray._private import ray_constants
 from ray.cluster_utils import Cluster as Nodes
 
 from harness.registry import Registry
@@ -28,10 +26,12 @@ from harness.registry.actor import registry_actor
 from harness.scheduling.actor import Actor, code_version
 from harness.scheduling.cluster import actor_options, room
 from harness.scheduling.progress import Progress
+from harness.scheduling.ray_internals import loopback_only
 from harness.scheduling.settings import ClusterConfig
 from harness.scheduling.workers import Workers
 from harness.storage import Folder
 from harness.tasks import TaskSpec
+from harness.training.actor import Trained
 from harness.training.job import TrainJob
 from harness.training.job_table import JobTable
 from harness.training.stage import Training
@@ -52,7 +52,7 @@ class Waiter(Actor):
         super().__init__(code_version())
         self._seconds = seconds
 
-    def train(self, job: TrainJob) -> tuple[list[dict[str, Any]], ray.ObjectRef, None]:
+    def train(self, job: TrainJob) -> Trained:
         """As `TrainActor.train`."""
         time.sleep(self._seconds)
         self._done += 1
@@ -72,7 +72,7 @@ class Waiter(Actor):
             {**names, **curve, "split": "evaluation", "step": step, "loss": 1.0}
             for step in (0, _STEPS)
         ]
-        return rows, ray.put(Expert(job.card, {"linear": factors})), None
+        return Trained(rows, ray.put(Expert(job.card, {"linear": factors})))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -93,18 +93,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def simulated(nodes: int) -> Iterator[None]:
     """A head without work, and so many nodes with cores that are only numbers."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray_constants.ENABLE_RAY_CLUSTER = False  # stay on 127.0.0.1
     common = {"node_ip_address": "127.0.0.1", "object_store_memory": 100 * 2**20}
     head = {**common, "num_cpus": 0, "include_dashboard": False}
-    cluster = Nodes(initialize_head=True, head_node_args=head)
-    try:
-        for _ in range(nodes):
-            cluster.add_node(num_cpus=_CORES, **common)
-        ray.init(address=cluster.address, namespace="phatgoose", log_to_driver=False)
-        yield
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
+    with loopback_only():
+        cluster = Nodes(initialize_head=True, head_node_args=head)
+        try:
+            for _ in range(nodes):
+                cluster.add_node(num_cpus=_CORES, **common)
+            ray.init(address=cluster.address, namespace="phatgoose", log_to_driver=False)
+            yield
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
 
 
 def measure(path: Path, count: int, nodes: int, wait: float) -> None:
@@ -127,7 +127,7 @@ def measure(path: Path, count: int, nodes: int, wait: float) -> None:
 
     with Progress(folder, "train", count * _STEPS, "token", count) as progress:
         progress.say = lambda line: None  # type: ignore[method-assign]
-        failures = Training(jobs, tokens, folder, workers, keeper, table, progress).run(look)
+        failures = Training(jobs, folder, workers, keeper, table, progress).run(look)
     seconds, busy = time.monotonic() - started, cpu(process) - busy
     actors = len(workers.places)
     workers.close()

@@ -4,9 +4,11 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from tabulate import tabulate
 
 from phatgoose.errors import PhatgooseError, refusal
 
@@ -53,15 +55,29 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def table(header: list[str], rows: list[list[str]], right: set[int]) -> str:
-    """A table as text; the columns in `right` to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = []
-    for row in (header, *rows):
-        cells = [
-            cell.rjust(width) if place in right else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    rule = "-" * (sum(widths) + 2 * len(widths) - 2)
-    return "\n".join([lines[0], rule, *lines[1:], rule])
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[int]) -> str:
+    """Return a table as text, between rules; the columns in `right` are aligned to the right."""
+    return aligned([header, *rows], right, rules=[1, 1 + len(rows)])
+
+
+def aligned(lines: Sequence[Sequence[str]], right: Collection[int], rules: Collection[int]) -> str:
+    """Return lines of cells as columns of text.
+
+    Args:
+        lines: the cells, those of the header too.
+        right: the columns to align to the right.
+        rules: a rule is drawn above the lines of these indices; `len(lines)` is the end.
+    """
+    sides = ["right" if column in right else "left" for column in range(len(lines[0]))]
+    # Text, not numbers: their digits were chosen before.
+    text = tabulate(
+        lines,
+        tablefmt="plain",
+        colalign=sides,
+        disable_numparse=True,
+        preserve_whitespace=True,
+    ).split("\n")
+    width = sum(max(map(len, column)) + 2 for column in zip(*lines, strict=True)) - 2
+    for index in sorted(rules, reverse=True):
+        text.insert(index, "-" * width)
+    return "\n".join(text)

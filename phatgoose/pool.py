@@ -3,7 +3,6 @@
 Shape suffixes: E experts, R LoRA rank (the largest of the pool), D input and O output features.
 """
 
-import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, did_you_mean
 from phatgoose.expert import Expert
 from phatgoose.profile import Profile
 
@@ -159,11 +158,8 @@ class Pool:
 def known_expert(expert: str, experts: Sequence[str]) -> str:
     """The name, if it is one of these; else PhatgooseError."""
     if expert not in experts:
-        near = difflib.get_close_matches(expert, experts, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise PhatgooseError(
-            f"the pool has no expert {expert!r}: {hint}it has {', '.join(experts)}"
-        )
+        hint = f"{did_you_mean(expert, experts)} it has {', '.join(experts)}".strip()
+        raise PhatgooseError(f"the pool has no expert {expert!r}: {hint}")
     return expert
 
 

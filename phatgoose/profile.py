@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, reason_of
+from phatgoose.files import safetensors_metadata
 
 _MEAN, _NORMS = "mean_activation/", "norms/"
 # What reading a damaged file may raise.
@@ -109,9 +110,7 @@ class Profile:
     def from_bytes(data: bytes, source: str) -> "Profile":
         """Read the bytes of a saved profile; `source` names them in errors."""
         try:
-            # The library reads metadata from files only; the layout is its published format.
-            size = int.from_bytes(data[:8], "little")
-            return _from_parts(load(data), json.loads(data[8 : 8 + size])["__metadata__"])
+            return _from_parts(load(data), safetensors_metadata(data))
         except _DAMAGE as error:
             raise _damaged(source, error) from error
 
@@ -139,9 +138,9 @@ def _checksum(tensors: dict[str, Tensor], texts: dict[str, str]) -> str:
 
 
 def _damaged(source: str, error: Exception) -> PhatgooseError:
-    reason = " ".join(str(error).split())[:100]
     return PhatgooseError(
-        f"{source} is no whole profile ({reason}): delete it, and the next run measures it again"
+        f"{source} is no whole profile ({reason_of(error)}): delete it, and the next run measures "
+        "it again"
     )
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from phatgoose.architecture import architecture_of
+from phatgoose.errors import reason_of
 
 # Relative differences of logits up to this may be rounding in float32.
 _ROUNDING = 5e-5
@@ -152,8 +153,7 @@ def why_not_shared(model: PreTrainedModel) -> str | None:
             together = _logits(model, [shared_rows(model, 0, questions)])
         # A model that takes no positions or masks from outside may raise anything.
         except Exception as error:
-            reason = str(error).strip().splitlines()
-            return f"{type(error).__name__}: {reason[0] if reason else 'no message'}"
+            return f"{type(error).__name__}: {reason_of(error, first_line=True)}"
     relative_P = (together - separate).norm(dim=-1) / separate.norm(dim=-1)
     difference = float(relative_P.max())
     if difference <= _ROUNDING:

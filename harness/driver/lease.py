@@ -25,8 +25,8 @@ from typing import Any
 import psutil
 
 from harness.storage import Folder
-from harness.storage.temporary import MACHINE
 from phatgoose.errors import PhatgooseError
+from phatgoose.files import MACHINE
 
 _RENEW_SECONDS = 4.0
 _EXPIRE_SECONDS = 20.0

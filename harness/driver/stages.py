@@ -21,7 +21,7 @@ from harness.scheduling.cluster import Cluster, actor_options, check_room, reque
 from harness.scheduling.progress import Progress
 from harness.scheduling.settings import ClusterConfig
 from harness.scheduling.workers import TICK_SECONDS, Workers
-from harness.training.actor import TrainActor
+from harness.training.actor import TrainActor, TrainSettings
 from harness.training.checkpoints import delete_checkpoints
 from harness.training.job import TrainJob
 from harness.training.job_table import JobTable
@@ -73,9 +73,7 @@ class Stages:
         trainers = self._trainers(jobs)
         self._is_training = True
         with Progress(plan.folder, "train", total, "token", len(plan.all_jobs), done) as progress:
-            training = Training(
-                jobs, plan.tokens, plan.folder, trainers, self._keeper, self.table, progress
-            )
+            training = Training(jobs, plan.folder, trainers, self._keeper, self.table, progress)
             early = self._early(training, trainers) if "evaluate" in self._config.stages else None
             try:
                 failures = training.run(early.step if early else lambda: None)
@@ -220,14 +218,15 @@ class Stages:
         ranks, nodes = config.ranks.ranks_per_expert, config.cluster.train_nodes
         gpus = config.ranks.gpus_per_rank(config.cluster)
         options = actor_options(config.cluster, nodes, gpus)
-        arguments = (
-            config.base,
-            self._plan.base_fingerprint,
-            profile,
-            config.run.dir,
-            code_version(),
-            config.cluster.checkpoint_seconds,
-            config.ranks.zero_stage,
+        settings = TrainSettings(
+            base=config.base,
+            base_fingerprint=self._plan.base_fingerprint,
+            run_dir=config.run.dir,
+            code=code_version(),
+            profile=profile,
+            checkpoint_seconds=config.cluster.checkpoint_seconds,
+            zero_stage=config.ranks.zero_stage,
+            ranks=ranks,
         )
         most = config.cluster.max_actors
 
@@ -237,12 +236,12 @@ class Stages:
         if ranks == 1:
             remote = ray.remote(TrainActor).options(**options, max_concurrency=2)
             return Workers(
-                lambda: remote.remote(*arguments),
+                lambda: remote.remote(settings),
                 lambda: room(options, most),
                 want=want,
                 **self._patience,
             )
-        groups = Groups(code_version(), options, ranks, config.run.dir, arguments)
+        groups = Groups(settings, options)
         return Workers(
             groups.make,
             lambda: room(options, most, ranks=ranks),

@@ -12,6 +12,7 @@ from safetensors.torch import load, save
 from harness.evaluation.chunks import Answer
 from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
+from phatgoose.files import safetensors_metadata
 from phatgoose.inference.scoring import Score
 
 
@@ -78,9 +79,7 @@ def _checksum(key: str, text: str, weights_LE: torch.Tensor) -> str:
 
 
 def _from_bytes(key: str, data: bytes) -> Answer:
-    # The library reads metadata from files only; the header's layout is its published format.
-    size = int.from_bytes(data[:8], "little")
-    metadata = json.loads(data[8 : 8 + size])["__metadata__"]
+    metadata = safetensors_metadata(data)
     weights_LE = load(data)["routing"]
     if metadata["sha256"] != _checksum(key, metadata["answer"], weights_LE):
         raise ValueError("its checksum is another")

@@ -18,7 +18,6 @@ import hashlib
 import json
 import re
 import sys
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -35,6 +34,7 @@ from harness.tasks.lm_eval_tasks import evaluation_table
 from harness.tasks.records import normal
 from harness.tasks.store import read_batches
 from phatgoose.cache import cache_dir
+from phatgoose.files import replacing
 
 _LENGTH = 8
 # A sequence in more than this share of a task's documents, and more than so many, is its wording.
@@ -289,6 +289,5 @@ def _digest(table: pa.Table) -> Iterator[str]:
 
 def _write(path: Path, overlaps: Sequence[Overlap]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # another run may write it too
-    temporary.write_text(json.dumps([asdict(overlap) for overlap in overlaps]))
-    temporary.replace(path)
+    with replacing(path) as temporary:  # another run may write it too
+        temporary.write_text(json.dumps([asdict(overlap) for overlap in overlaps]))

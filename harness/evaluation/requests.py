@@ -25,7 +25,7 @@ from harness.storage import Folder
 from harness.tasks import TaskData, describe, folder_of
 from harness.tasks.lm_eval_tasks import make_task
 from harness.tasks.sources.lm_eval import check_documents, lm_eval_seeds
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, reason_of
 
 
 @dataclass(frozen=True)
@@ -157,10 +157,9 @@ def _instances(task: Any, documents: int, where: str) -> list[Instance]:
         try:
             task.build_all_requests(samples=list(range(documents)), rank=0, world_size=1)
         except Exception as error:  # whatever a task's own code raises
-            reason = " ".join(str(error).split())[:300]
             raise PhatgooseError(
                 f"task {where}: lm-eval cannot build its requests ({type(error).__name__}: "
-                f"{reason}). Fix its definition, or leave it out of the suite."
+                f"{reason_of(error)}). Fix its definition, or leave it out of the suite."
             ) from error
     instances: list[Instance] = task.instances
     return instances

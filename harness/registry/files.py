@@ -74,11 +74,20 @@ def profile_file(content_hash: str, profile_id: str) -> str:
     return f"profiles/{content_hash}-{profile_id}.safetensors"
 
 
-def profile_files(folder: Folder) -> list[tuple[str, str, str]]:
-    """Of all profiles: the file, the content hash of its expert, the profile's id."""
+@dataclass(frozen=True)
+class ProfileFile:
+    """The file of a profile, the content hash of its expert, and the profile's id."""
+
+    file: str
+    expert: str
+    profile_id: str
+
+
+def profile_files(folder: Folder) -> list[ProfileFile]:
+    """Return the files of all profiles."""
     pattern = rf"profiles/([0-9a-f]{{64}})-({_PROFILE_ID})\.safetensors"
     matches = (re.fullmatch(pattern, name) for name in folder.names("profiles/"))
-    return [(match[0], match[1], match[2]) for match in matches if match]
+    return [ProfileFile(match[0], match[1], match[2]) for match in matches if match]
 
 
 def job_file(job: str) -> str:

@@ -32,8 +32,8 @@ from harness.registry.files import (
 from harness.registry.packs import LOCK, read_index
 from harness.storage import Folder
 from harness.storage.stores import Entry
-from harness.storage.temporary import TEMPORARY
 from phatgoose.errors import PhatgooseError
+from phatgoose.files import TEMPORARY
 
 DAY = 86400.0
 # Objects deleted between two looks at what is named; so much is in memory.
@@ -158,9 +158,9 @@ def _batches(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
 
 def _rest(folder: Folder, old: dict[str, Entry], objects: set[str]) -> Iterator[Garbage]:
     """What is neither an object nor a manifest."""
-    for file, content, _ in profile_files(folder):
-        if file in old and object_file(content) not in objects:
-            yield _garbage(old[file], "its expert is gone")
+    for profile in profile_files(folder):
+        if profile.file in old and object_file(profile.expert) not in objects:
+            yield _garbage(old[profile.file], "its expert is gone")
     lost: dict[str, bool] = {}
     for path, entry in old.items():
         first, _, below = path.partition("/")

@@ -25,10 +25,10 @@ from safetensors import SafetensorError
 
 from harness.registry import Registry
 from harness.source_code import code_of, digest
-from harness.storage.temporary import temporary_name
 from phatgoose.cache import cache_dir
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, reason_of
 from phatgoose.expert import Expert
+from phatgoose.files import temporary_name
 from phatgoose.pool import Pool
 
 POOL_FILE, INDEX_FILE = "pool.safetensors", "pack.json"
@@ -94,10 +94,9 @@ def open_pool(
                     _make(folder, experts, load, beat)
                     pool = _open_whole(folder, beat)
         except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
             raise PhatgooseError(
-                f"cannot write the pack {folder} ({reason}): free some space there, or see that "
-                "it may be written to"
+                f"cannot write the pack {folder} ({reason_of(error)}): free some space there, or "
+                "see that it may be written to"
             ) from error
     if pool is None:
         raise PhatgooseError(f"the pack {folder} was damaged while it was made: check the disk")
@@ -125,10 +124,9 @@ def _read_index(folder: Path, beat: Callable[[], None]) -> tuple[dict[str, str],
         if _hash(folder / POOL_FILE, beat) != index["xxh3_128"]:
             raise ValueError(f"{POOL_FILE} was altered or cut short")
     except (OSError, LookupError, TypeError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
         raise PhatgooseError(
-            f"{folder} is no whole pack ({reason}): delete it, or leave it; the next run that "
-            "needs it makes it anew"
+            f"{folder} is no whole pack ({reason_of(error)}): delete it, or leave it; the next run "
+            "that needs it makes it anew"
         ) from error
     return experts, index.get("code")
 

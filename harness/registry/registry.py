@@ -21,7 +21,6 @@ by its job, and the name in the pool stands for the one that was entered last.
 """
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -46,7 +45,7 @@ from harness.registry.files import (
 from harness.source_code import digest
 from harness.storage import Folder
 from phatgoose.card import validate_name, with_job
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, near_names
 from phatgoose.expert import Expert
 from phatgoose.profile import Profile
 
@@ -219,7 +218,7 @@ class Registry:
 
     def profiles(self) -> set[tuple[str, str]]:
         """Of all profiles, the content hash of the expert and the profile's id."""
-        return {(content_hash, id_) for _, content_hash, id_ in profile_files(self.folder)}
+        return {(found.expert, found.profile_id) for found in profile_files(self.folder)}
 
     def profile(self, content_hash: str, profile_id: str) -> Profile:
         """Read a profile; on a local disk it is mapped.
@@ -258,7 +257,7 @@ class Registry:
         pool = manifest.experts
         missing = [name for name in names if name not in pool]
         if missing:
-            near = sorted({n for name in missing for n in difflib.get_close_matches(name, pool)})
+            near = sorted({near for name in missing for near in near_names(name, pool)})
             hint = (
                 f"did you mean {', '.join(near)}?"
                 if near

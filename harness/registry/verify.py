@@ -78,11 +78,11 @@ def verify(folder: Folder, *, every_manifest: bool = False) -> Check:
         *(_misfits(newest, cards) if newest else ()),
         *bad_records,
         *_record_problems(folder, records, objects, cards),
-        *_profile_problems(folder, [file for file, c, _ in profiles if object_file(c) in objects]),
+        *_profile_problems(folder, [p.file for p in profiles if object_file(p.expert) in objects]),
         *_pack_problems(folder),
     ]
     orphans = sorted(objects - named - recorded)
-    orphans += [file for file, content, _ in profiles if object_file(content) not in objects]
+    orphans += [p.file for p in profiles if object_file(p.expert) not in objects]
     unnamed = [f for f, r in records.items() if object_file(r.object) in objects - named]
     return Check(len(wanted), problems, orphans, unnamed)
 

@@ -3,19 +3,18 @@
 The tables are plain text, at most WIDTH columns wide as long as names are of ordinary length.
 """
 
-import importlib.util
 import itertools
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from harness.command_line import aligned
 from harness.extra_routers import BEST_INDIVIDUAL, MULTITASK, SINGLE
 from harness.metrics import LOWER_IS_BETTER, PRIMARY, primary_metric
+from harness.reporting.plots import plot_routers, plot_routing
 from harness.reporting.summary import RESAMPLES, summary_rows
 from harness.run_folder import (
     ROUTING,
@@ -34,11 +33,11 @@ from harness.run_folder import (
 )
 from harness.storage import Folder
 from harness.tasks.metrics import NORMALIZED
+from phatgoose.errors import reason_of
 
 WIDTH = 120
 _NAME_WIDTH = 10
 _NONE = "-"
-_SCRIPTS = Path(__file__).resolve().parents[2] / "results"
 
 
 def make_report(folder: Folder) -> str:
@@ -257,47 +256,27 @@ def _aligned(
         if sum(widths[j] + 2 for j in [*blocks[-1], i]) - 2 > WIDTH:
             blocks.append([0])
         blocks[-1].append(i)
-    return "\n\n".join(_block(header, body, widths, block, ruled_last) for block in blocks)
+    return "\n\n".join(_block(header, body, block, ruled_last) for block in blocks)
 
 
-def _block(
-    header: list[str], body: list[list[str]], widths: list[int], block: list[int], ruled_last: bool
-) -> str:
+def _block(header: list[str], body: list[list[str]], block: list[int], ruled_last: bool) -> str:
     heads = [header[i].split("\n") for i in block]
     height = max(map(len, heads))
     padded = [[""] * (height - len(head)) + head for head in heads]
     lines = [*zip(*padded, strict=True), *([line[i] for i in block] for line in body)]
-    text = []
-    for line in lines:
-        cells = [line[0].ljust(widths[block[0]])]
-        cells += [cell.rjust(widths[i]) for i, cell in zip(block[1:], line[1:], strict=True)]
-        text.append("  ".join(cells).rstrip())
-    rule = "-" * (sum(widths[i] + 2 for i in block) - 2)
-    text.insert(height, rule)
-    if ruled_last:
-        text.insert(-1, rule)
-    return "\n".join(text)
+    rules = [height, *([len(lines) - 1] if ruled_last else [])]
+    return aligned(lines, right=range(1, len(block)), rules=rules)
 
 
 def _draw(folder: Folder) -> list[str]:
-    """Draw the pictures with the scripts in results/; a line for each, or why there is none."""
-    summary = folder.local(SUMMARY_FILE)
-    if summary is None or not _SCRIPTS.is_dir() or not importlib.util.find_spec("matplotlib"):
-        return [
-            "no pictures (they need a checkout, matplotlib and a local run folder); to draw them: "
-            "python results/plot_routers.py RUN_DIR; python results/plot_routing.py RUN_DIR"
-        ]
-    scripts = ["plot_routers.py"]
+    """Draw the pictures; return a line for each, with the reason if there is none."""
+    plots: list[Callable[[Folder], Path]] = [plot_routers]
     if len(read_folder(folder, ROUTING_FOLDER, ROUTING)):
-        scripts.append("plot_routing.py")
-    return [_run_script(script, summary.parent) for script in scripts]
-
-
-def _run_script(script: str, run_dir: Path) -> str:
-    """Run a plotting script, which prints the file it wrote. Its failure does not end the run."""
-    command = [sys.executable, str(_SCRIPTS / script), str(run_dir)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = (done.stderr.strip() or "no message").splitlines()[-1]
-        return f"no picture from results/{script}: {reason}"
-    return f"picture: {done.stdout.strip()}"
+        plots.append(plot_routing)
+    lines = []
+    for plot in plots:
+        try:
+            lines.append(f"picture: {plot(folder)}")
+        except Exception as error:  # whatever it is, a run does not end for want of a picture
+            lines.append(f"no picture ({plot.__name__}): {reason_of(error)}")
+    return lines

@@ -1,5 +1,6 @@
 """The Ray cluster a run works on: the one that is running, or a local one while the run lasts."""
 
+import contextlib
 import logging
 import os
 import sys
@@ -16,13 +17,17 @@ os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
 
 import ray
 import torch
-from ray._private import ray_constants, services
-from ray._private.state import available_resources_per_node, state
 from ray.autoscaler.sdk import request_resources
 
+from harness.scheduling.ray_internals import (
+    available_resources_by_node,
+    draining_nodes,
+    local_ray,
+    started_address,
+)
 from harness.scheduling.settings import ClusterConfig
 from harness.storage import Folder
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, reason_of
 
 _MOST_REQUESTED = 1000  # actors, of the autoscaler at a time
 _LOCAL_OBJECT_STORE = 512 * 2**20  # an expert at a time passes through it
@@ -38,13 +43,12 @@ class Cluster:
     """
 
     def __init__(self) -> None:
-        self._ours = False
+        self._connection = contextlib.ExitStack()
 
     def connect(self) -> None:
         """Connect, if that was not done yet."""
         if ray.is_initialized():
             return
-        self._ours = True
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "phatgoose"}
         running = _running()
         if running:
@@ -56,17 +60,11 @@ class Cluster:
                     f"the Ray at {running} does not answer: start it, or end what is left of it "
                     "with `ray stop` and unset RAY_ADDRESS to have a local one started"
                 ) from error
+            self._connection.callback(ray.shutdown)
         else:
-            # Or Ray takes this machine's outer address for 127.0.0.1, and listens on all of them.
-            ray_constants.ENABLE_RAY_CLUSTER = False
             try:
-                ray.init(
-                    address="local",
-                    num_cpus=len(os.sched_getaffinity(0)),
-                    include_dashboard=False,
-                    object_store_memory=_LOCAL_OBJECT_STORE,
-                    _node_ip_address="127.0.0.1",
-                    **quiet,
+                self._connection.enter_context(
+                    local_ray(len(os.sched_getaffinity(0)), _LOCAL_OBJECT_STORE, **quiet)
                 )
             except OSError as error:
                 raise _cannot_start(error) from error
@@ -90,15 +88,14 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         """Close the connection, and end the Ray that was started for it."""
-        if self._ours:
-            ray.shutdown()
+        self._connection.close()
 
 
 def _cannot_start(error: OSError) -> PhatgooseError:
     """Why no local Ray could be started, which keeps sockets and logs in a temporary folder."""
     variable = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
     where = f"{variable}={os.environ.get(variable, tempfile.gettempdir())}"
-    reason = " ".join(str(error.strerror or error).split())[:200]
+    reason = reason_of(error)
     if "AF_UNIX" in reason:
         return PhatgooseError(
             f"{where}: the name is too long for Ray's sockets, whose paths have at most 107 "
@@ -111,17 +108,9 @@ def _cannot_start(error: OSError) -> PhatgooseError:
 
 
 def _running() -> str | None:
-    """The address of a Ray that is there to be shared: in RAY_ADDRESS, or of `ray start` here.
-
-    `address="auto"` would also take the Ray that another run started for itself, and end with it.
-    """
-    address = os.environ.get("RAY_ADDRESS") or services.find_bootstrap_address(None)
+    """The address of a Ray that is there to be shared: in RAY_ADDRESS, or of `ray start` here."""
+    address = os.environ.get("RAY_ADDRESS") or started_address()
     return None if address == "local" else address
-
-
-def draining_nodes() -> frozenset[str]:
-    """The ids of nodes that are about to leave, such as spot machines that were called back."""
-    return frozenset(state.get_draining_nodes())
 
 
 def actor_options(
@@ -153,7 +142,7 @@ def room(
         ranks: count groups of so many actors, which may be on several nodes.
     """
     labels = options.get("label_selector", {})
-    available = available_resources_per_node() if free else {}
+    available = available_resources_by_node() if free else {}
     leaving = draining_nodes()
     count = 0
     for node in ray.nodes():

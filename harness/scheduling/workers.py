@@ -22,7 +22,7 @@ import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from harness.scheduling.actor import Place
-from harness.scheduling.cluster import draining_nodes
+from harness.scheduling.ray_internals import draining_nodes
 from phatgoose.errors import OutOfMemory, PhatgooseError
 
 ATTEMPTS = 3  # of a call that fails by an error of its own

@@ -11,7 +11,7 @@ import re
 import shutil
 
 from harness.storage.folder import Folder
-from harness.storage.temporary import MACHINE
+from phatgoose.files import MACHINE
 
 _NAME = re.compile(rf"\.{MACHINE}-(\d+)-[^.]+\.tmp")
 

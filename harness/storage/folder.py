@@ -5,7 +5,6 @@ writer leaves behind on a local disk is never taken for a file;
 `harness.storage.cleanup` removes it.
 """
 
-import os
 import re
 import uuid
 from collections.abc import Iterable, Iterator
@@ -20,7 +19,7 @@ from pyarrow import fs
 
 from harness.storage.object_store import SCHEMES, open_store
 from harness.storage.stores import ArrowStore, Entry, LocalStore, Store
-from phatgoose.errors import FIXES, PhatgooseError
+from phatgoose.errors import FIXES, PhatgooseError, reason_of
 
 # What the stores and the libraries behind them raise.
 _REFUSALS = (OSError, NotImplementedError, pa.ArrowException, obstore.exceptions.BaseError)
@@ -41,7 +40,7 @@ class Folder:
         try:
             self._store, root = _open(self.uri)
         except (*_REFUSALS, ValueError) as error:
-            reason = _one_line(error) if isinstance(error, ValueError) else type(error).__name__
+            reason = reason_of(error) if isinstance(error, ValueError) else type(error).__name__
             raise PhatgooseError(
                 f"cannot open the folder {_without_secrets(self.uri)} ({reason}): "
                 "use a path, or a URI such as file:///data/pool or s3://bucket/pool"
@@ -195,7 +194,7 @@ class Folder:
         except _REFUSALS as error:
             place = f"{self}/{name}".rstrip("/")
             raise PhatgooseError(
-                f"cannot {action} {place} ({_reason(error)}): {_mend(error)}"
+                f"cannot {action} {place} ({reason_of(error, first_line=True)}): {_mend(error)}"
             ) from error
 
 
@@ -206,17 +205,6 @@ def _open(uri: str) -> tuple[Store, str]:
     filesystem, root = fs.FileSystem.from_uri(uri)
     local = isinstance(filesystem, fs.LocalFileSystem)
     return (LocalStore() if local else ArrowStore(filesystem)), root
-
-
-def _reason(error: BaseException) -> str:
-    number = getattr(error, "errno", None)
-    if number:
-        return os.strerror(number)
-    return _one_line(error)
-
-
-def _one_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0][:300]
 
 
 def _mend(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from pyarrow import fs
 
-from harness.storage.temporary import temporary_name
+from phatgoose.files import flush_folder, replacing
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,12 @@ class LocalStore:
 
     def write(self, path: str, data: bytes) -> None:
         """Write a file whole, over the one that may be there."""
-        _place(Path(path), data, os.replace)
+        _write(Path(path), data, os.replace)
 
     def create(self, path: str, data: bytes) -> bool:
         """Write a file whole if none is there; say whether this call made it."""
         try:
-            _place(Path(path), data, _link)
+            _write(Path(path), data, _link)
         except FileExistsError:
             return False
         return True
@@ -112,19 +112,10 @@ def _link(temporary: Path, path: Path) -> None:
             raise
 
 
-def _place(path: Path, data: bytes, place: Callable[[Path, Path], None]) -> None:
-    """Write a hidden file, flush it, and `place` it (rename or link) at `path`."""
+def _write(path: Path, data: bytes, publish: Callable[[Path, Path], None]) -> None:
     _make_folder(path.parent)
-    temporary = path.with_name(temporary_name())
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        place(temporary, path)
-        flush_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path, publish) as temporary:
+        temporary.write_bytes(data)
 
 
 def _make_folder(folder: Path) -> None:
@@ -132,15 +123,6 @@ def _make_folder(folder: Path) -> None:
         _make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
         flush_folder(folder.parent)
-
-
-def flush_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class ArrowStore:

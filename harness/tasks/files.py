@@ -1,11 +1,14 @@
-"""Hash the content of files, since sizes and times do not tell whether a file was changed."""
+"""Open archives of data, and hash files, since sizes and times do not tell of every change."""
 
 import hashlib
-from collections.abc import Iterable
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, reason_of
 
 
 def file_digest(path: Path) -> str:
@@ -20,7 +23,7 @@ def file_digest(path: Path) -> str:
         stamp = (state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
         return _digest(str(path), stamp)
     except OSError as error:
-        raise PhatgooseError(f"cannot read {path}: {error.strerror or error}") from error
+        raise PhatgooseError(f"cannot read {path}: {reason_of(error)}") from error
 
 
 def folder_digests(folder: Path, patterns: Iterable[str] = ("*",)) -> list[list[str]]:
@@ -34,6 +37,22 @@ def folder_digests(folder: Path, patterns: Iterable[str] = ("*",)) -> list[list[
         for path in sorted(files)
         if not {".git", ".cache", "__pycache__"} & {*path.relative_to(folder).parts}
     ]
+
+
+@contextmanager
+def open_archive(path: Path) -> Iterator[tarfile.TarFile]:
+    """Open a source distribution of the package index, a .tar.gz file.
+
+    Raises:
+        PhatgooseError: it is damaged, which may show while it is read.
+    """
+    try:
+        with tarfile.open(path, "r:gz") as archive:
+            yield archive
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+        raise PhatgooseError(
+            f"{path} is damaged ({reason_of(error)}): delete it and start again to fetch it anew"
+        ) from error
 
 
 @lru_cache(maxsize=2**16)

@@ -1,12 +1,11 @@
 """Check lm-eval's options of generation: each one is obeyed, changes nothing, or is refused."""
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, near_names
 
 _OBEYED = ("until", "do_sample")
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -116,7 +115,7 @@ def _check(task: str, key: str, value: Any) -> None:
             raise _refusal(task, key, value, "it is not a number", "Remove it")
     elif key not in (*_OBEYED, *_WITHOUT_EFFECT):
         known = [*_OBEYED, *_LENGTHS, *_WITHOUT_EFFECT, *_NEUTRAL]
-        near = [_INSTEAD[key]] if key in _INSTEAD else difflib.get_close_matches(key, known, n=1)
+        near = [_INSTEAD[key]] if key in _INSTEAD else near_names(key, known)
         fix = f"Use {near[0]}" if near else "Remove it"
         raise _refusal(task, key, value, "greedy decoding has no such option", fix)
 

@@ -1,12 +1,11 @@
 """A task of a pool or a suite, as its YAML file describes it."""
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, did_you_mean
 
 # bigbench: as BIG-bench prompts. paper: as PHATGOOSE's authors prompted BIG-bench, which is the
 # same prompt, then "\nAnswer:", and the longest of the accepted answers as the target.
@@ -80,6 +79,5 @@ def one_of(value: object, allowed: Iterable[str], where: str) -> None:
     """Raise PhatgooseError, with a near name, for a value that is none of these."""
     allowed = list(allowed)
     if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"it is one of {', '.join(allowed)}"
+        hint = did_you_mean(str(value), allowed) or f"it is one of {', '.join(allowed)}"
         raise PhatgooseError(f"{where}: there is no {value!r}; {hint}")

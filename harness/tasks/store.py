@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from harness.tasks.records import SCHEMA, Kind, Record, Split
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, reason_of
 
 _FILE = "task.json"
 _DIGITS = "0123456789abcdef"
@@ -104,7 +104,7 @@ def read_task(folder: Path) -> TaskFile:
     try:
         return TaskFile(**json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError) as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(path, reason_of(error)) from error
 
 
 def shards(split: Path) -> list[Path]:
@@ -127,7 +127,7 @@ def read_batches(split: Path, columns: list[str] | None = None) -> Iterator[pa.R
                         raise _unreadable(path, "its columns are not those of records")
                     yield batch
         except (OSError, pa.ArrowException) as error:
-            raise _unreadable(path, error) from error
+            raise _unreadable(path, reason_of(error)) from error
 
 
 def read_table(split: Path, columns: list[str] | None = None, limit: int | None = None) -> pa.Table:
@@ -275,8 +275,7 @@ class _Shards:
         self._rows_before = self._rows
 
 
-def _unreadable(path: Path, reason: object) -> PhatgooseError:
-    text = " ".join(str(reason).split())
+def _unreadable(path: Path, reason: str) -> PhatgooseError:
     return PhatgooseError(
-        f"{path} cannot be read ({text}): delete its folder and start again to make it anew"
+        f"{path} cannot be read ({reason}): delete its folder and start again to make it anew"
     )

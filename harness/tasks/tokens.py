@@ -8,7 +8,6 @@ the base's), and the code that makes them.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, overload
 
@@ -19,6 +18,7 @@ from harness.tasks.records import Split
 from harness.tasks.store import read_batches
 from phatgoose.base import Base
 from phatgoose.cache import cache_dir
+from phatgoose.files import replacing
 from phatgoose.question import Question
 from phatgoose.tokenization import encode_pairs, max_length
 from phatgoose.training.recipe import Recipe
@@ -80,15 +80,13 @@ def tokenise(
     path = cache_dir() / "tokens" / f"{key}.arrow"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with pa.ipc.new_file(str(temporary), _SCHEMA) as writer:
-                for batch in _encoded(base, data, split, *limits):
-                    writer.write_batch(batch)
-                    beat()
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with (
+            replacing(path) as temporary,
+            pa.ipc.new_file(str(temporary), _SCHEMA) as writer,
+        ):
+            for batch in _encoded(base, data, split, *limits):
+                writer.write_batch(batch)
+                beat()
     return TokenisedExamples(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
 
 

@@ -1,7 +1,7 @@
 """The actor that trains experts: one job after the other, over one base."""
 
 import functools
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray
@@ -22,52 +22,78 @@ from phatgoose.sentence_encoder import load_encoder
 from phatgoose.training.train import CurveRow, Hooks
 
 
+@dataclass(frozen=True)
+class TrainSettings:
+    """What all training actors of a run are given.
+
+    Attributes:
+        base: which base to load.
+        base_fingerprint: what it must be.
+        run_dir: where to write the log and the checkpoints.
+        code: what `code_version` said in the driver's process.
+        profile: how profiles are measured; None if none are.
+        checkpoint_seconds: how old a job's checkpoint gets before it is replaced.
+        zero_stage: what the ranks of one expert partition among them.
+        ranks: how many there are; of several, each must `join` the others before its first job.
+    """
+
+    base: BaseConfig
+    base_fingerprint: str
+    run_dir: str
+    code: str
+    profile: ProfileConfig | None = None
+    checkpoint_seconds: float = 60
+    zero_stage: int = 0
+    ranks: int = 1
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training actor made of a job.
+
+    Attributes:
+        curve: the rows of the training curve.
+        expert: a reference to the expert.
+        profile: a reference to the bytes of its profile; None if it has none.
+    """
+
+    curve: list[dict[str, Any]]
+    expert: ray.ObjectRef
+    profile: ray.ObjectRef | None = None
+
+
 class TrainActor(Actor):
     """Trains experts and measures profiles, in a process of its own.
 
     Args:
-        base: which base to load.
-        fingerprint: what it must be.
-        profile: how profiles are measured; None if none are.
-        run_dir: where to write the log and the checkpoints.
-        checkpoint_seconds: how old a job's checkpoint gets before it is replaced.
-        zero_stage: what the ranks of one expert partition among them.
-        rank: which of them this actor is.
-        ranks: how many there are; of several, each must `join` the others before its first job.
+        settings: what all training actors of the run are given.
+        rank: which of the ranks of one expert this actor is.
     """
 
-    def __init__(
-        self,
-        base: BaseConfig,
-        fingerprint: str,
-        profile: ProfileConfig | None,
-        run_dir: str,
-        code: str,
-        checkpoint_seconds: float = 60,
-        zero_stage: int = 0,
-        rank: int = 0,
-        ranks: int = 1,
-    ) -> None:
-        log_to_run_folder(run_dir, "train")
-        super().__init__(code)
-        self._folder, self._checkpoint_seconds = Folder(run_dir), checkpoint_seconds
-        self._profile = profile
-        if profile is not None:
-            load_encoder(profile.encoder)  # to fail now, if it must, and not after a training
+    def __init__(self, settings: TrainSettings, rank: int = 0) -> None:
+        log_to_run_folder(settings.run_dir, "train")
+        super().__init__(settings.code)
+        self._settings, self._rank = settings, rank
+        self._folder = Folder(settings.run_dir)
+        if settings.profile is not None:
+            load_encoder(settings.profile.encoder)  # to fail now, if it must, not after a training
         from harness.training.engine import DeepSpeedEngine, start_deepspeed  # slow to import
 
-        self._rank, self._ranks = rank, ranks
-        if ranks == 1:
+        if settings.ranks == 1:
             start_deepspeed()
-        self._engine = functools.partial(DeepSpeedEngine, zero_stage=zero_stage)
-        # Stage 3 puts its partitions on the device; the whole may be too large for it.
-        self._base = load_base_on_actor(base, fingerprint, on_host=zero_stage == 3)
+        self._engine = functools.partial(DeepSpeedEngine, zero_stage=settings.zero_stage)
+        self._base = load_base_on_actor(
+            settings.base,
+            settings.base_fingerprint,
+            # Stage 3 puts its partitions on the device; the whole may be too large for it.
+            on_host=settings.zero_stage == 3,
+        )
 
     def open_store(self) -> tuple[str, int]:
         """Of the first rank: open the place where the ranks meet; returns its address and port."""
         from harness.training.rendezvous import open_store
 
-        self._store = open_store(self._ranks)
+        self._store = open_store(self._settings.ranks)
         return self._store.host, self._store.port
 
     def join(self, host: str, port: int) -> None:
@@ -75,21 +101,16 @@ class TrainActor(Actor):
         from harness.training.engine import start_deepspeed
         from harness.training.rendezvous import join_store
 
-        store = self._store if self._rank == 0 else join_store(host, port, self._ranks)
-        start_deepspeed(store, self._rank, self._ranks)
+        ranks = self._settings.ranks
+        store = self._store if self._rank == 0 else join_store(host, port, ranks)
+        start_deepspeed(store, self._rank, ranks)
 
-    def train(
-        self, job: TrainJob, checkpoint: bytes | None = None
-    ) -> tuple[list[dict[str, Any]], ray.ObjectRef, ray.ObjectRef | None] | None:
-        """Make one expert.
+    def train(self, job: TrainJob, checkpoint: bytes | None = None) -> Trained | None:
+        """Make one expert; returns None on a rank that is not the first.
 
         Args:
             job: what to make; of several ranks, all must be given it.
             checkpoint: the job's checkpoint; it is looked for if None.
-
-        Returns:
-            Its training curve, a reference to the expert, and one to its profile's bytes if it has
-            a profile. None of a rank that is not the first.
         """
         rows: list[dict[str, Any]] = []
         self._steps = 0
@@ -104,7 +125,7 @@ class TrainActor(Actor):
             self._folder,
             job.card.job,
             job.recipe,
-            self._checkpoint_seconds,
+            self._settings.checkpoint_seconds,
             given=checkpoint,
             writes=self._rank == 0,
         )
@@ -121,7 +142,7 @@ class TrainActor(Actor):
             # An expert is worth more than its profile, which can be measured again.
             except Exception as error:
                 print(f"no profile of {job.card.name}: {error}", flush=True)
-        return rows, ray.put(expert), profile
+        return Trained(rows, ray.put(expert), profile)
 
     def profile(self, job: TrainJob, content_hash: str, keeper: Any) -> bytes:
         """Measure the profile of an expert that the registry has; returns its bytes."""
@@ -144,6 +165,7 @@ class TrainActor(Actor):
         return data
 
     def _measure(self, job: TrainJob, expert: Expert) -> bytes:
-        assert self._profile is not None  # the plan's, where any job has a profile
+        config = self._settings.profile
+        assert config is not None  # the plan's, where any job has a profile
         (data,) = self._data(job)
-        return expert_profile(self._base, expert, data, self._profile, self._beat)
+        return expert_profile(self._base, expert, data, config, self._beat)

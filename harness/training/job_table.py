@@ -34,7 +34,7 @@ class JobTable:
         tokens: Mapping[str, int],
         finished: Mapping[str, str],
     ) -> None:
-        self._folder = folder
+        self._folder, self.tokens = folder, tokens
         self._started: dict[str, float] = {}
         self._saved = -float("inf")
         before = self._before()

@@ -21,7 +21,7 @@ from harness.scheduling.actor import Actor, Place
 from harness.scheduling.cluster import log_to_run_folder
 from harness.scheduling.workers import last_line
 from harness.storage import Folder
-from harness.training.actor import TrainActor
+from harness.training.actor import TrainActor, Trained, TrainSettings
 from harness.training.checkpoints import FolderCheckpoints
 from harness.training.job import TrainJob
 from phatgoose.errors import OutOfMemory, PhatgooseError
@@ -33,27 +33,18 @@ class TrainGroup(Actor):
     """The ranks of one expert.
 
     Args:
-        code: what `code_version` said in the driver's process.
+        settings: of the ranks.
         options: what a rank asks of Ray, as `actor_options` says.
-        ranks: how many there are.
-        run_dir: where the log and the checkpoints are.
-        arguments: of TrainActor, up to the rank.
         group: a placement group with a bundle per rank.
     """
 
     def __init__(
-        self,
-        code: str,
-        options: Mapping[str, Any],
-        ranks: int,
-        run_dir: str,
-        arguments: Sequence[Any],
-        group: PlacementGroup,
+        self, settings: TrainSettings, options: Mapping[str, Any], group: PlacementGroup
     ) -> None:
-        log_to_run_folder(run_dir, "group")
-        super().__init__(code)
-        self._folder, self._arguments = Folder(run_dir), tuple(arguments)
-        self._options, self._count, self._group = dict(options), ranks, group
+        log_to_run_folder(settings.run_dir, "group")
+        super().__init__(settings.code)
+        self._settings, self._folder = settings, Folder(settings.run_dir)
+        self._options, self._group = dict(options), group
         self._ranks: list[Any] = []
         while not self._group.wait(_LOOK_SECONDS):
             print("waiting for nodes with room for all ranks", flush=True)
@@ -71,12 +62,13 @@ class TrainGroup(Actor):
         beat: tuple[int, int] = ray.get(self._ranks[0].beat.remote())
         return beat
 
-    def train(self, job: TrainJob) -> Any:
+    def train(self, job: TrainJob) -> Trained:
         """Make one expert; returns what `TrainActor.train` does."""
         if not self._ranks:
             self._start()
         checkpoint = FolderCheckpoints(self._folder, job.card.job, job.recipe).read()
-        return self._first([rank.train.remote(job, checkpoint) for rank in self._ranks])
+        trained: Trained = self._first([rank.train.remote(job, checkpoint) for rank in self._ranks])
+        return trained
 
     def profile(self, job: TrainJob, content_hash: str, keeper: Any) -> bytes:
         """Measure the profile of an expert that the registry has, on the first rank."""
@@ -115,8 +107,8 @@ class TrainGroup(Actor):
                 num_gpus=self._options["num_gpus"],
                 max_concurrency=2,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, rank),
-            ).remote(*self._arguments, rank, self._count)
-            for rank in range(self._count)
+            ).remote(self._settings, rank)
+            for rank in range(self._settings.ranks)
         ]
         host, port = ray.get(self._ranks[0].open_store.remote())
         _results([rank.join.remote(host, port) for rank in self._ranks])
@@ -130,36 +122,29 @@ class TrainGroup(Actor):
 class Groups:
     """Starts and ends groups for `Workers`; the arguments are those of TrainGroup."""
 
-    def __init__(
-        self,
-        code: str,
-        options: Mapping[str, Any],
-        ranks: int,
-        run_dir: str,
-        arguments: Sequence[Any],
-    ) -> None:
-        self._options, self._ranks = options, ranks
-        self._arguments = (code, dict(options), ranks, run_dir, tuple(arguments))
-        self._groups: dict[Any, PlacementGroup] = {}  # by the actor's id
+    def __init__(self, settings: TrainSettings, options: Mapping[str, Any]) -> None:
+        self._settings, self._options = settings, dict(options)
+        self._groups: dict[Any, PlacementGroup] = {}  # by the actor's handle
 
     def make(self) -> Any:
         """Start a group where there is room for all of its ranks, on few nodes if possible."""
         labels = dict(self._options.get("label_selector", {}))
         asks = {"CPU": self._options["num_cpus"], "GPU": self._options["num_gpus"]}
         bundle = {name: amount for name, amount in asks.items() if amount > 0}
+        ranks = self._settings.ranks
         group = placement_group(
-            [bundle] * self._ranks, strategy="PACK", bundle_label_selector=[labels] * self._ranks
+            [bundle] * ranks, strategy="PACK", bundle_label_selector=[labels] * ranks
         )
         remote = ray.remote(TrainGroup).options(
             num_cpus=0, label_selector=labels, max_concurrency=2
         )
-        handle = remote.remote(*self._arguments, group)
-        self._groups[handle._actor_id] = group
+        handle = remote.remote(self._settings, self._options, group)
+        self._groups[handle] = group
         return handle
 
     def ended(self, handle: Any) -> None:
         """Free what a group had; its actor was ended."""
-        remove_placement_group(self._groups.pop(handle._actor_id))
+        remove_placement_group(self._groups.pop(handle))
 
 
 def _results(references: Sequence[Any]) -> list[Any]:

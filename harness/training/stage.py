@@ -14,6 +14,7 @@ from harness.scheduling.progress import Progress
 from harness.scheduling.workers import ATTEMPTS, TICK_SECONDS, Failure, Watch, Workers, last_line
 from harness.source_code import PROFILES, TRAINING, code_of
 from harness.storage import Folder
+from harness.training.actor import Trained
 from harness.training.checkpoints import FolderCheckpoints
 from harness.training.job import TrainJob
 from harness.training.job_table import JobTable
@@ -32,7 +33,6 @@ class Training(Watch):
 
     Args:
         jobs: in the order in which to start them.
-        tokens: by job id, how much it trains on.
         folder: the run folder.
         workers: the training actors.
         keeper: the registry's actor.
@@ -43,14 +43,13 @@ class Training(Watch):
     def __init__(
         self,
         jobs: Sequence[TrainJob],
-        tokens: Mapping[str, int],
         folder: Folder,
         workers: Workers,
         keeper: Any,
         table: JobTable,
         progress: Progress,
     ) -> None:
-        self._tokens, self._folder, self._workers, self._keeper = tokens, folder, workers, keeper
+        self._folder, self._workers, self._keeper = folder, workers, keeper
         self._table, self._progress = table, progress
         self._code = code_of(TRAINING)  # the actors have the same, see `harness.scheduling.actor`
         self._jobs: dict[int, TrainJob] = {}  # by the key of the call
@@ -140,7 +139,7 @@ class Training(Watch):
         self._progress.say(f"trained   {name}: {said}")
 
     def _ended(self, job: TrainJob) -> None:
-        self._trained_tokens += self._tokens[job.card.job]
+        self._trained_tokens += self._table.tokens[job.card.job]
         self._steps.pop(job.card.job, None)
 
     def _fail(self, job: TrainJob, error: str, traceback: str) -> None:
@@ -149,16 +148,15 @@ class Training(Watch):
         self._table.end(job, error, traceback)
         self._progress.say(f"failed    {job.card.name}: {error}")
 
-    def _publish(self, job: TrainJob, result: tuple[Any, ...]) -> str:
+    def _publish(self, job: TrainJob, trained: Trained) -> str:
         """Keep one job's curve and expert; returns a line that says what was learnt."""
-        rows, expert, profile = result
-        if rows:
+        if trained.curve:
             file = run_folder.training_file(job.card.name)
-            run_folder.write_table(self._folder, file, run_folder.TRAINING, rows)
+            run_folder.write_table(self._folder, file, run_folder.TRAINING, trained.curve)
         try:
             # References are passed on: experts go from actor to actor, not through the driver.
             publish = self._keeper.publish.remote
-            content_hash = answer_of(publish(expert, enter=False, code=self._code))
+            content_hash = answer_of(publish(trained.expert, enter=False, code=self._code))
         except RayError:
             # The registry's actor may have died after its work, and found the expert gone when Ray
             # repeated the call.
@@ -166,15 +164,16 @@ class Training(Watch):
             if recorded is None:
                 raise
             content_hash = recorded
-        if profile is not None:
+        if trained.profile is not None:
             try:
-                answer_of(self._keeper.put_profile.remote(content_hash, job.profile_id, profile))
+                put_profile = self._keeper.put_profile.remote
+                answer_of(put_profile(content_hash, job.profile_id, trained.profile))
             except (RayError, PhatgooseError) as error:  # it is measured again before it is needed
                 self._progress.say(f"no profile of {job.card.name}: {last_line(error)}")
         self.experts[job.card.name] = content_hash
         self._unnamed.append(job.card.job)
         self._published += 1
-        return _learnt(rows)
+        return _learnt(trained.curve)
 
     def _name_all(self) -> None:
         """Let the registry's newest manifest name what was published.
@@ -192,7 +191,7 @@ class Training(Watch):
             if job is not None and steps > self._steps.get(job.card.job, 0):
                 self._steps[job.card.job] = steps
         begun = sum(
-            self._tokens[job] * steps // max(1, self._all_steps[job])
+            self._table.tokens[job] * steps // max(1, self._all_steps[job])
             for job, steps in self._steps.items()
         )
         counts, places = self._table.counts(), self._workers.places

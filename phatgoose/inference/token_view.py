@@ -8,7 +8,6 @@ Shape suffixes: T tokens, E experts.
 A token has the colour of its strongest expert, the paler the less that expert weighs.
 """
 
-import difflib
 import html
 import os
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from phatgoose.base import Base
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, near_names
 from phatgoose.inference.model import RoutedModel
 from phatgoose.inference.routed_linear import TokenLog
 from phatgoose.query import Query
@@ -189,7 +188,7 @@ def _check_linear(model: RoutedModel, linear: str) -> None:
     known = list(model.pool.linears)
     if linear in known:
         return
-    near = difflib.get_close_matches(linear, known, n=3, cutoff=0.0)
+    near = near_names(linear, known, cutoff=0.0)
     why = "no expert of the pool adapts" if linear in model.base.linears else "the base has no"
     raise PhatgooseError(f"{why} linear {linear!r}: near it are {', '.join(near)}")
 

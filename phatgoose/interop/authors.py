@@ -27,7 +27,7 @@ from torch import Tensor
 
 from phatgoose.base import Base
 from phatgoose.card import Card, LoraFactors, validate_name, with_job
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, reason_of
 from phatgoose.interop.peft import Linears, check_fits
 
 _A, _B, _GATE = "expert_lora.layer1", "expert_lora.layer2", "router.expert_embeddings"
@@ -105,9 +105,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
     except _DAMAGE as error:
-        reason = " ".join(str(error).split())[:200]
         raise PhatgooseError(
-            f"cannot read the checkpoint {path} ({reason}): check the path, or copy it again"
+            f"cannot read the checkpoint {path} ({reason_of(error)}): check the path, or copy it "
+            "again"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
         raise PhatgooseError(f"{path} is not a dictionary of tensors: pass the authors' best.pt")

@@ -13,7 +13,6 @@ import json
 import math
 import re
 import statistics
-import uuid
 from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +37,8 @@ from transformers.pytorch_utils import Conv1D
 from phatgoose.architecture import linear_sizes
 from phatgoose.base import Base, bare_model, fingerprint, locate_base
 from phatgoose.card import Card, LoraFactors, validate_name, with_job
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, reason_of
+from phatgoose.files import replacing
 
 # The fields of a configuration that determine what an adapter adds, or that tell how it was made.
 _RECIPE = (
@@ -154,24 +154,20 @@ def write_adapter(
             f"expert {card.name!r} was made with the base {card.base_fingerprint[:12]}, and "
             f"{base.name} is {base.fingerprint[:12]}: pass the base that it was made with"
         )
-    temporary = folder / f".{uuid.uuid4().hex}.tmp"
     try:
         _check_free(folder, card.name)
         folder.mkdir(parents=True, exist_ok=True)
         metadata = {"format": "pt", "expert": card.name}
-        save_file(_peft_tensors(linears), temporary, metadata=metadata)
-        # The configuration comes last: what an interrupted export leaves is no adapter without it.
-        (folder / CONFIG_NAME).unlink(missing_ok=True)
-        temporary.replace(folder / SAFETENSORS_WEIGHTS_NAME)
+        with replacing(folder / SAFETENSORS_WEIGHTS_NAME) as temporary:
+            save_file(_peft_tensors(linears), temporary, metadata=metadata)
+            # The configuration comes last: without it, an interrupted export is no adapter.
+            (folder / CONFIG_NAME).unlink(missing_ok=True)
         _peft_config(card, linears, base).save_pretrained(str(folder))
     except (OSError, SafetensorError) as error:
         raise PhatgooseError(
             f"cannot write expert {card.name!r} to {folder} ({error}): choose a writable folder "
             "with space"
         ) from error
-    finally:
-        if temporary.exists():
-            temporary.unlink()
 
 
 def check_fits(
@@ -314,7 +310,7 @@ def _find_base(folder: Path, config: LoraConfig) -> _Target:
     except (PhatgooseError, OSError, ValueError) as error:
         raise PhatgooseError(
             f"adapter {folder} was trained on {name}, which cannot be opened "
-            f"({' '.join(str(error).split())}): {mend}"
+            f"({reason_of(error)}): {mend}"
         ) from error
     return _Target(name, fingerprint(local), model, linears)
 

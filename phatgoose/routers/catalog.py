@@ -4,10 +4,9 @@ The package fills `ROUTERS`; wrappers find their inner routers here.
 """
 
 import dataclasses
-import difflib
 from typing import Any
 
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, did_you_mean
 from phatgoose.routers.interface import Router
 
 ROUTERS: dict[str, type[Router]] = {}
@@ -27,9 +26,8 @@ def make_router(name: str, **options: Any) -> Router:
     if expert:
         options = {"expert": expert, **options}
     if kind not in ROUTERS or (expert and kind != "single"):
-        near = difflib.get_close_matches(kind, ROUTERS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise PhatgooseError(f"no router {name!r}: {hint}there are {', '.join(sorted(ROUTERS))}")
+        hint = f"{did_you_mean(kind, ROUTERS)} there are {', '.join(sorted(ROUTERS))}".strip()
+        raise PhatgooseError(f"no router {name!r}: {hint}")
     fields = [field.name for field in dataclasses.fields(ROUTERS[kind])]  # type: ignore[arg-type]
     for option in options:
         if option not in fields:

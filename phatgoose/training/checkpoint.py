@@ -14,7 +14,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, reason_of
+from phatgoose.files import safetensors_metadata
 from phatgoose.training.curve import CurveRow
 from phatgoose.training.recipe import Recipe
 
@@ -64,14 +65,13 @@ class State:
     def from_bytes(cls, data: bytes, owner: str) -> "State":
         """Read a file's bytes; PhatgooseError if it is damaged or of another owner."""
         try:
-            length = int.from_bytes(data[:8], "little")
-            metadata = json.loads(data[8 : 8 + length])["__metadata__"]
+            metadata = safetensors_metadata(data)
             tensors = safetensors.torch.load(data)
             plain = json.loads(metadata["state"])
             whole = metadata["sha256"] == _digest(metadata["state"], tensors)
         # What a damaged file may raise: of JSON, of Unicode, of safetensors' own.
         except Exception as error:
-            reason = " ".join(str(error).split())[:100]
+            reason = reason_of(error)
             raise PhatgooseError(f"it is damaged ({type(error).__name__}: {reason})") from None
         if not whole:
             raise PhatgooseError("it is damaged (its SHA-256 is another)")

@@ -17,7 +17,7 @@ import torch
 
 from phatgoose.base import Base
 from phatgoose.card import Card
-from phatgoose.errors import OutOfMemory, PhatgooseError
+from phatgoose.errors import OutOfMemory, PhatgooseError, reason_of
 from phatgoose.expert import Expert
 from phatgoose.training.curve import CurveRow
 from phatgoose.training.gated_lora import (
@@ -156,7 +156,7 @@ def _memory_errors(recipe: Recipe) -> Iterator[None]:
         refused = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not refused and not any(said in text for said in _NO_MEMORY):
             raise
-        reason = " ".join(text.split())[:200] or type(error).__name__
+        reason = reason_of(error)
         traceback.clear_frames(error.__traceback__)  # they hold the tensors of the step
     else:
         return

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from harness.command_line import table
+from harness.scheduling.ray_internals import loopback_only
 from tests.chaos.runs import Run, disturbed, environment, undisturbed
 from tests.chaos.workload import Workload
 
@@ -30,9 +31,10 @@ def main() -> int:
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        return chaos(
-            folder, options.seed or [1, 2, 3], options.kills, options.experts, options.steps
-        )
+        with loopback_only():
+            return chaos(
+                folder, options.seed or [1, 2, 3], options.kills, options.experts, options.steps
+            )
     finally:
         if not options.out:
             shutil.rmtree(folder)

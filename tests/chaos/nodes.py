@@ -147,12 +147,14 @@ def left_in_cluster(address: str, seconds: float = 30.0) -> list[str]:
     It waits for them so long: those of a driver that has just ended take a moment to go.
     """
     import ray
-    from ray._private.state import actors
+
+    from harness.scheduling.ray_internals import actor_states
 
     deadline = time.monotonic() + seconds
     with _connected(address):
         while True:
-            found = [f"actor {a['Name']}" for a in actors().values() if a["State"] != "DEAD"]
+            states = actor_states()
+            found = [f"actor {name}" for name, state in states.items() if state != "DEAD"]
             names = ray.util.list_named_actors(all_namespaces=True)
             found += [f"named actor {name}" for name in names]
             groups = ray.util.placement_group_table().values()

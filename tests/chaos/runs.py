@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from ray._private import ray_constants
 
 from tests.chaos.checks import differences, faults, published_twice, trained_again
 from tests.chaos.killer import KINDS, Kill, Killer, has_every_kind, plan
@@ -76,7 +75,6 @@ def environment(folder: Path) -> None:
         RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
     )
     os.environ.pop("RAY_ADDRESS", None)
-    ray_constants.ENABLE_RAY_CLUSTER = False  # the same, for this process
 
 
 def undisturbed(workload: Workload, folder: Path) -> Run:

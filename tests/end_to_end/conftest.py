@@ -18,12 +18,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(autouse=True)
 def ray_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """No Ray of this machine is in sight; the folder's path is short, as Ray's sockets need it."""
-    from ray._private import ray_constants
+    from harness.scheduling.ray_internals import loopback_only
 
     folder = tempfile.mkdtemp(prefix="ray-")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", folder)
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", False)  # stay on 127.0.0.1
-    yield folder
+    with loopback_only():
+        yield folder
     shutil.rmtree(folder, ignore_errors=True)

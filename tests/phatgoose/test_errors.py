@@ -1,8 +1,16 @@
 import pickle
+from pathlib import Path
 
 import pytest
 
-from phatgoose.errors import Diverged, OutOfMemory, PhatgooseError
+from phatgoose.errors import (
+    Diverged,
+    OutOfMemory,
+    PhatgooseError,
+    did_you_mean,
+    near_names,
+    reason_of,
+)
 
 
 @pytest.mark.parametrize("kind", [PhatgooseError, Diverged, OutOfMemory])
@@ -12,3 +20,47 @@ def test_an_error_is_one_line_whatever_it_quotes(kind: type[PhatgooseError], mar
     assert str(error).splitlines() == ["column  a b: there is none"]
     # Actors send it to the driver.
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "near"),
+    [
+        ("operatos", ["operators"]),
+        ("task-3", ["task-2", "task-1"]),
+        ("plural", ["linguistic/plural"]),  # a part of a name is enough
+        ("xyz", []),
+        ("", []),
+    ],
+)
+def test_near_names(wanted: str, near: list[str]) -> None:
+    names = ["task-1", "operators", "task-2", "operators", "linguistic/plural"]
+    assert near_names(wanted, iter(names)) == near
+    hint = f"did you mean {' or '.join(near)}?" if near else ""
+    assert did_you_mean(wanted, names) == hint
+
+
+def test_near_names_are_three_at_most() -> None:
+    names = [f"task-{number}" for number in range(9)]
+    assert len(near_names("task", names)) == len(near_names("ask", names)) == 3
+    assert near_names("q", ["ab", "cd"]) == []
+    assert len(near_names("q", ["ab", "cd"], cutoff=0.0)) == 2
+
+
+def test_the_reason_of_an_error_is_one_line_and_short() -> None:
+    dump = ValueError(" no such key\n\n  full_key: a.b ")
+    assert reason_of(dump) == "no such key full_key: a.b"
+    assert reason_of(dump, first_line=True) == "no such key"
+    assert reason_of(KeyError()) == "KeyError"
+    assert reason_of(ValueError("\n"), first_line=True) == "ValueError"
+    assert reason_of(RuntimeError("long " * 1000)) == ("long " * 1000)[:300]
+    own = PhatgooseError("long " * 1000)
+    assert reason_of(own) == str(own)  # another of ours, which is quoted whole
+
+
+def test_the_reason_of_a_refusal_names_neither_number_nor_path(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="missing") as caught:
+        (tmp_path / "missing").read_bytes()
+    assert reason_of(caught.value) == "No such file or directory"
+    assert reason_of(OSError("path too long")) == "path too long"
+    # A resolver's errors have numbers of their own.
+    assert reason_of(OSError(-3, "name resolution failed")) == "name resolution failed"

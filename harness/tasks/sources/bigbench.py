@@ -8,11 +8,8 @@ where the choices stand in an order that BIG-bench draws anew, with the same see
 Distribution and task files are Apache-2.0; the data sets inside keep their own licences.
 """
 
-import difflib
 import fnmatch
 import json
-import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from harness.tasks.files import open_archive
 from harness.tasks.records import (
     Record,
     Split,
@@ -33,7 +31,7 @@ from harness.tasks.records import (
 from harness.tasks.sources.source import TaskRecords, no_tasks, options_of
 from harness.tasks.spec import TaskSpec
 from phatgoose.cache import fetch_distribution
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -119,30 +117,25 @@ def read_archive(archive: Path, specs: Sequence[TaskSpec]) -> Iterator[TaskRecor
     waiting = dict(enumerate(specs))
     seen: list[str] = []
     kept: dict[int, dict[str, Any]] = {number: {} for number in waiting}
-    try:
-        with tarfile.open(archive, "r:gz") as tar:
-            for info in tar:
-                if not (info.name.startswith(_ROOT) and info.name.endswith(_FILE)):
-                    continue
-                member = info.name[len(_ROOT) : -len(_FILE)]
-                seen.append(member)
-                takers = [n for n, s in waiting.items() if _is_among(member, s.members)]
-                file = tar.extractfile(info) if takers else None
-                if file is None:
-                    continue
-                source = file.read()
-                for number in takers:
-                    spec, found = waiting[number], kept[number]
-                    found[member] = parse_member(member, source, options_of(Options, spec))
-                    if found.keys() == set(spec.members):  # no pattern is left open
-                        del waiting[number]
-                        yield _task(spec, kept.pop(number))
-                if not waiting:
-                    return
-    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise PhatgooseError(
-            f"{archive} is damaged ({error}): delete it and start again to fetch it anew"
-        ) from error
+    with open_archive(archive) as tar:
+        for info in tar:
+            if not (info.name.startswith(_ROOT) and info.name.endswith(_FILE)):
+                continue
+            member = info.name[len(_ROOT) : -len(_FILE)]
+            seen.append(member)
+            takers = [n for n, s in waiting.items() if _is_among(member, s.members)]
+            file = tar.extractfile(info) if takers else None
+            if file is None:
+                continue
+            source = file.read()
+            for number in takers:
+                spec, found = waiting[number], kept[number]
+                found[member] = parse_member(member, source, options_of(Options, spec))
+                if found.keys() == set(spec.members):  # no pattern is left open
+                    del waiting[number]
+                    yield _task(spec, kept.pop(number))
+            if not waiting:
+                return
     for number, spec in waiting.items():
         _check_all_found(spec, seen)
         yield _task(spec, kept.pop(number))
@@ -156,9 +149,7 @@ def _check_all_found(spec: TaskSpec, names: Sequence[str]) -> None:
     for member in spec.members:
         if any(_is_among(name, [member]) for name in names):
             continue
-        near = difflib.get_close_matches(member, names, n=3)
-        near = near or [name for name in names if member in name][:3]
-        hint = f"did you mean {' or '.join(near)}?" if near else "see the task list of BIG-bench"
+        hint = did_you_mean(member, names) or "see the task list of BIG-bench"
         raise PhatgooseError(f"task {spec.name}: BIG-bench has no task {member}: {hint}")
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.tasks.files import folder_digests
 from phatgoose.cache import cache_dir
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, reason_of
 
 if TYPE_CHECKING:
     import datasets
@@ -117,8 +117,7 @@ def rows(data: HubData, split: str, folder: str | None) -> "datasets.Dataset":
             f"revision: {PARQUET} with data_dir: <its configuration>"
         ) from error
     except (ValueError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise PhatgooseError(f"data set {data}, split {split}: {reason}") from error
+        raise PhatgooseError(f"data set {data}, split {split}: {reason_of(error)}") from error
 
 
 def origin(data: HubData, folder: str | None) -> dict[str, str]:
@@ -167,7 +166,7 @@ def _download(data: HubData) -> Path:
             allow_patterns=_patterns(data),
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise PhatgooseError(f"data set {data} cannot be downloaded: {_reason(error)}") from error
+        raise PhatgooseError(f"data set {data} cannot be downloaded: {reason_of(error)}") from error
     return Path(path)
 
 
@@ -208,15 +207,11 @@ def _newest(path: str, revision: str) -> str:
     try:
         return str(HfApi().dataset_info(path, revision=revision, timeout=20).sha)
     except HfHubHTTPError as error:
-        raise PhatgooseError(f"the hub does not give it: {_reason(error)}") from error
+        raise PhatgooseError(f"the hub does not give it: {reason_of(error)}") from error
     except Exception as error:  # whatever the network does: a second question would wait as long
-        _SILENT.append(f"the hub cannot be reached: {_reason(error)}")
+        _SILENT.append(f"the hub cannot be reached: {reason_of(error)}")
         raise PhatgooseError(_SILENT[0]) from error
 
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -12,7 +12,6 @@ as questions about one passage, see `harness.tasks.clusters`.
 """
 
 import csv
-import difflib
 import glob
 import json
 import math
@@ -29,7 +28,7 @@ from harness.tasks.files import file_digest
 from harness.tasks.records import Record, Split, check_record, named, split_of
 from harness.tasks.sources.source import TaskRecords, options_of
 from harness.tasks.spec import TaskSpec
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, did_you_mean, reason_of
 
 _SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 # No example is so long; a line that is would be read whole before it could be refused.
@@ -166,8 +165,7 @@ def _examples(
         else:
             yield from _csv(file, "\t" if suffix == ".tsv" else ",", options)
     except OSError as error:
-        reason = " ".join(str(error.strerror or error).split())[:200]
-        raise PhatgooseError(f"cannot read {file}: {reason}") from error
+        raise PhatgooseError(f"cannot read {file}: {reason_of(error)}") from error
 
 
 def _json_lines(file: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -280,12 +278,12 @@ def _parquet(file: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
                     number += 1
                     yield f"{file}, row {number}", {k: v for k, v in row.items() if v is not None}
     except pa.ArrowException as error:
-        reason = " ".join(str(error).split())[:200]
-        raise PhatgooseError(f"{file} is no parquet file: {reason}") from error
+        raise PhatgooseError(f"{file} is no parquet file: {reason_of(error)}") from error
     # What Arrow's values raise where Python has none like them, such as a year of 20,000.
     except (ValueError, OverflowError, TypeError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise PhatgooseError(f"{file}, after row {number}: it cannot be read ({reason})") from error
+        raise PhatgooseError(
+            f"{file}, after row {number}: it cannot be read ({reason_of(error)})"
+        ) from error
 
 
 def _record(task: str, example: Mapping[str, Any], where: str, options: Options) -> Record:
@@ -321,10 +319,9 @@ def _record(task: str, example: Mapping[str, Any], where: str, options: Options)
 def _column(example: Mapping[str, Any], name: str, option: str, where: str) -> Any:
     if name in example:
         return example[name]
-    near = difflib.get_close_matches(name, example, n=1)
-    hint = f"is it {near[0]}? " if near else ""
+    hint = did_you_mean(name, example)
     raise PhatgooseError(
-        f"{where}: it has no {name}, only {_printable(example)}: {hint}"
+        f"{where}: it has no {name}, only {_printable(example)}: {f'{hint} ' if hint else ''}"
         f"load_opts.{option} gives the column's name"
     )
 

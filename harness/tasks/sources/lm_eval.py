@@ -9,7 +9,6 @@ files: {bbh_*: {dataset_path: json, dataset_kwargs: {data_files: ...}, dataset_n
 """
 
 import contextlib
-import difflib
 import fnmatch
 import glob
 import hashlib
@@ -34,7 +33,7 @@ from harness.tasks.sources.hub import HubData
 from harness.tasks.sources.source import TaskRecords, options_of
 from harness.tasks.spec import TaskSpec
 from phatgoose.cache import cache_dir
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, did_you_mean, reason_of
 
 # What belongs to a definition, beside its YAML file.
 _CODE = ("*.py", "*.yaml", "*.yml", "*.jinja", "*.jinja2", "*.txt")
@@ -229,10 +228,10 @@ def _load(name: str, load_opts: str, determined_by: str) -> Any:
             # Only a group, here of one, may change fields of its tasks.
             (task,) = manager.load([{"group": "one", "task": [fields]}])["tasks"].values()
     except Exception as error:  # whatever data sets, the network and task code raise
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise PhatgooseError(
-            f"task {name} of lm-eval cannot be loaded ({type(error).__name__}: {reason}); its data "
-            "set is looked for on the hub and in the hub's cache; overlay= names local files"
+            f"task {name} of lm-eval cannot be loaded ({type(error).__name__}: "
+            f"{reason_of(error)}); its data set is looked for on the hub and in the hub's cache; "
+            "overlay= names local files"
         ) from error
     if task.OUTPUT_TYPE not in _OUTPUT_TYPES:
         raise PhatgooseError(
@@ -272,8 +271,7 @@ def _leaves(name: str, include_path: str | None) -> Iterator[str]:
     index = _manager(include_path).task_index
     entry = index.get(name)
     if entry is None:
-        near = difflib.get_close_matches(name, index, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see `lm-eval ls tasks`"
+        hint = did_you_mean(name, index) or "see `lm-eval ls tasks`"
         raise PhatgooseError(f"lm-eval has no task or group {name}: {hint}")
     if entry.kind is Kind.TAG:
         for member in sorted(entry.tags):
@@ -343,10 +341,9 @@ def _records(spec: TaskSpec, task: Any) -> Iterator[tuple[Split, Record]]:
         try:
             record = _record(spec, task, number, doc)
         except Exception as error:  # whatever templates and the task's own code raise
-            reason = " ".join(str(error).split())[:300]
             raise PhatgooseError(
-                f"{where}: it cannot be read ({type(error).__name__}: {reason}). Fix the task's "
-                "definition, or leave the task out of the suite."
+                f"{where}: it cannot be read ({type(error).__name__}: {reason_of(error)}). Fix "
+                "the task's definition, or leave the task out of the suite."
             ) from error
         check_record(record, where)
         yield "evaluation", record

@@ -169,7 +169,7 @@ def _row(
         template = templates[number % len(templates)]
         if template.original:
             said = template.apply({**row, "no_answer": True}, number)
-            row = {**row, "answers": [said[1]] if said else []}
+            row = {**row, "answers": [said.answer] if said else []}
     return row
 
 
@@ -184,7 +184,7 @@ def _record(
     made = template.apply(row, number)
     if made is None:
         return None
-    prompt, target, choices = with_space(made[0]), made[1], made[2]
+    prompt, target, choices = with_space(made.prompt), made.answer, made.choices
     targets, correct = [target], []
     if split == "train" or options.interface == "gen":
         choices = []

@@ -12,7 +12,7 @@ from typing import Any
 
 from harness.tasks.sources.source import TaskRecords
 from harness.tasks.spec import TaskSpec
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, reason_of
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
@@ -78,7 +78,7 @@ def _folder(where: str) -> str:
     try:
         return snapshot_download(name, revision=revision or None, allow_patterns=list(_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0][:200]
+        reason = reason_of(error, first_line=True)
         raise PhatgooseError(
             f"adapter {where} is no folder here, and the hub does not give it ({reason}): give a "
             "folder that PEFT saved, or check the id and the network"

@@ -6,7 +6,6 @@ after 2,048 characters, and a template that does not fit a row gives another num
 """
 
 import random
-import tarfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +16,9 @@ import jinja2
 import yaml
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from harness.tasks.files import open_archive
 from harness.tasks.spec import one_of
 from phatgoose.cache import fetch_distribution
-from phatgoose.errors import PhatgooseError
 
 _SHA256 = "f106c889778a0fe5590e7183904bf964e1a01691c8a29451e44f3df5ddef05f5"
 _ROOT = "promptsource-0.2.3/promptsource/templates/"
@@ -52,8 +51,8 @@ class Template:
         rendered = _compiled(self.answer_choices).render(**_protected(row))
         return [_plain(part) for part in rendered.split("|||")]
 
-    def apply(self, row: Mapping[str, Any], number: int) -> tuple[str, str, list[str]] | None:
-        """Prompt, answer and choices for a row; None if the template does not fit it.
+    def apply(self, row: Mapping[str, Any], number: int) -> "Prompted | None":
+        """Return what the template makes of a row; None if it does not fit.
 
         Args:
             row: the row of the data set, by column.
@@ -70,7 +69,16 @@ class Template:
             return None
         if len(parts) != 2 or not all(parts):
             return None
-        return parts[0], parts[1], choices
+        return Prompted(parts[0], parts[1], choices)
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """What a template makes of a row: the prompt, the right answer, and the choices if any."""
+
+    prompt: str
+    answer: str
+    choices: list[str]
 
 
 @lru_cache
@@ -110,16 +118,11 @@ def _sources() -> dict[str, bytes]:
         any_python=True,  # only its data is used
     )
     found = {}
-    try:
-        with tarfile.open(archive, "r:gz") as tar:
-            for info in tar:
-                file = tar.extractfile(info) if info.name.endswith(_FILE) else None
-                if file is not None:
-                    found[info.name[len(_ROOT) : -len(_FILE)]] = file.read()
-    except (OSError, EOFError, tarfile.TarError) as error:
-        raise PhatgooseError(
-            f"{archive} is damaged ({error}): delete it and start again to fetch it anew"
-        ) from error
+    with open_archive(archive) as tar:
+        for info in tar:
+            file = tar.extractfile(info) if info.name.endswith(_FILE) else None
+            if file is not None:
+                found[info.name[len(_ROOT) : -len(_FILE)]] = file.read()
     return found
 
 

@@ -2,9 +2,11 @@
 
 import itertools
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -147,13 +149,40 @@ def test_long_names_are_wrapped(name: str, lines: list[str]) -> None:
 def test_pictures_that_fail_do_not_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scripts = tmp_path / "scripts"
-    scripts.mkdir()
-    (scripts / "plot_routers.py").write_text("raise SystemExit('no ink')")
-    monkeypatch.setattr(report, "_SCRIPTS", scripts)
+    def plot_routers(folder: Folder) -> Path:
+        raise RuntimeError("no ink\nno paper")
+
+    monkeypatch.setattr(report, "plot_routers", plot_routers)
     folder = Folder(tmp_path / "run")
     write_run(folder, {"t": {"phatgoose": {"acc": [1.0, 0.0]}}})
-    assert "no picture from results/plot_routers.py: no ink" in report.make_report(folder)
+    assert "no picture (plot_routers): no ink no paper\n" in report.make_report(folder)
+
+
+def test_a_report_without_matplotlib_says_how_to_get_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    folder = Folder(tmp_path)
+    write_run(folder, {"t": {"phatgoose": {"acc": [1.0, 0.0]}}})
+    text = report.make_report(folder)
+    assert "phatgoose" in text
+    assert "no picture (plot_routers): pictures need matplotlib: install it with" in text
+    assert not (tmp_path / "plots" / "routers.png").exists()
+
+
+def test_a_report_draws_into_the_run_folder_and_leaves_the_backend(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    write_run(folder, {"t": {"phatgoose": {"acc": [1.0, 0.0]}}})
+    before = matplotlib.get_backend()
+    assert f"picture: {tmp_path}/plots/routers.png" in report.make_report(folder)
+    assert (tmp_path / "plots" / "routers.png").read_bytes().startswith(b"\x89PNG")
+    assert matplotlib.get_backend() == before
+
+
+def test_a_report_elsewhere_than_on_a_local_disk_has_no_pictures() -> None:
+    folder = Folder("memory:///run")
+    write_run(folder, {"t": {"phatgoose": {"acc": [1.0, 0.0]}}})
+    assert "no picture (plot_routers): memory:///run is not a local" in report.make_report(folder)
 
 
 def test_a_router_measured_otherwise_gets_no_difference_and_a_mark(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import psutil
 import pytest
 import ray
-from ray._private import ray_constants
 
 from harness.scheduling.cluster import Cluster, _running
 
@@ -14,9 +13,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def _own_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No Ray of this machine is in sight; Ray's settings are put back."""
+    """No Ray of this machine is in sight."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", ray_constants.ENABLE_RAY_CLUSTER)
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         monkeypatch.setenv("RAY_TMPDIR", folder)
         yield

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from harness.storage import Folder
 from harness.storage.cleanup import remove_left_over
-from harness.storage.temporary import temporary_name
+from phatgoose.files import temporary_name
 
 WRITE = """
-from harness.storage.temporary import temporary_name
+from phatgoose.files import temporary_name
 print(temporary_name())
 """
 

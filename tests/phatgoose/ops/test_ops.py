@@ -23,11 +23,11 @@ sizes = st.fixed_dictionaries(
 )
 
 
-def make_case(
-    *, tokens: int, experts: int, top_k: int, rank: int, inputs: int, outputs: int, seed: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def make_case(**sizes: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Inputs, factors, chosen experts and weights, as `mix` takes them, in float32."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(sizes["seed"])
+    tokens, experts, top_k = (sizes[name] for name in ("tokens", "experts", "top_k"))
+    rank, inputs, outputs = (sizes[name] for name in ("rank", "inputs", "outputs"))
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)

@@ -71,8 +71,8 @@ def defaults(router: Any) -> list[Any]:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("phatgose", "no router 'phatgose': did you mean 'phatgoose'"),
-        ("marged", "did you mean 'merged'"),
+        ("phatgose", "no router 'phatgose': did you mean phatgoose"),
+        ("marged", "did you mean merged"),
         ("xyz", "no router 'xyz': there are ariadne, arrow, average_activation, base, dare, "),
         ("merged:a", "no router 'merged:a'"),
         ("single", "expert"),
@@ -126,7 +126,7 @@ def test_values_that_cannot_be(name: str, option: str, value: Any, message: str)
 
 @pytest.mark.parametrize("name", ["random_experts", "genknowsub"])
 def test_a_wrapped_router_that_there_is_not_is_refused_at_once(name: str) -> None:
-    with pytest.raises(PhatgooseError, match="no router 'phatgose': did you mean 'phatgoose'"):
+    with pytest.raises(PhatgooseError, match="no router 'phatgose': did you mean phatgoose"):
         make_router(name, router="phatgose")
 
 

@@ -145,7 +145,11 @@ GOOD = '{"input": "a", "target": "b"}\n'
             GOOD + '{"inptu": "a", "target": "b"}',
             r"line 2: it has no input, only inptu,",
         ),
-        ("a.jsonl", '{"inptu": "a"}', r"is it inptu\? load_opts\.input gives the column's name"),
+        (
+            "a.jsonl",
+            '{"inptu": "a"}',
+            r"did you mean inptu\? load_opts\.input gives the column's name",
+        ),
         ("a.jsonl", GOOD + '{"input": "a"}', r"line 2: it has no target, only input"),
         ("a.jsonl", GOOD + '{"input": "a", "target": " "}', "line 2: the target is empty"),
         ("a.jsonl", GOOD + '{"input": "a", "target": []}', "line 2: the target is empty"),

@@ -1,0 +1,84 @@
+"""Files that appear whole or not at all, and what stands in the header of a safetensors file.
+
+A file is written under a hidden name, which says what process writes it, and renamed when it is
+complete. So a reader never sees a part of it, and what a killed process left can be told apart.
+"""
+
+import hashlib
+import json
+import os
+import re
+import socket
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# What every temporary name is like, on any machine.
+TEMPORARY = re.compile(r"\.[A-Za-z0-9]+-\d+-[0-9a-f]{32}\.tmp")
+
+
+def _machine() -> str:
+    """What only the processes that see each other's numbers have in common.
+
+    Two machines may have one name, and so may two containers that number their processes apart.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        numbers = str(Path("/proc/self/ns/pid").readlink())
+    except OSError:  # not Linux
+        boot, numbers = socket.gethostname(), ""
+    return hashlib.sha256(f"{boot}{numbers}".encode()).hexdigest()[:16]
+
+
+MACHINE = _machine()
+
+
+def temporary_name() -> str:
+    """A new hidden name for a file or folder that this process is about to finish."""
+    return f".{MACHINE}-{os.getpid()}-{uuid.uuid4().hex}.tmp"
+
+
+@contextmanager
+def replacing(path: Path, publish: Callable[[Path, Path], None] = os.replace) -> Iterator[Path]:
+    """Yield a hidden path to write to, which becomes `path` when the block ends without an error.
+
+    The content reaches the disk before the name does, so the file survives a power cut. Whoever
+    has mapped the file that was there before keeps its content.
+
+    Args:
+        path: the file to write, in a folder that exists.
+        publish: gives the written file its name; by default it replaces one that is there.
+    """
+    temporary = path.with_name(temporary_name())
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        publish(temporary, path)
+        flush_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def safetensors_metadata(data: bytes) -> dict[str, str]:
+    """Return the metadata of a safetensors file's bytes.
+
+    The library reads metadata from files only. The layout is its published format: the length of
+    the header in 8 bytes, then the header as JSON.
+
+    Raises:
+        LookupError, ValueError: the header is damaged, or there is no metadata.
+    """
+    size = int.from_bytes(data[:8], "little")
+    metadata: dict[str, str] = json.loads(data[8 : 8 + size])["__metadata__"]
+    return metadata

@@ -1,0 +1,69 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from phatgoose.files import TEMPORARY, replacing, safetensors_metadata
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("before")
+    with replacing(path) as temporary:
+        assert TEMPORARY.fullmatch(temporary.name)
+        temporary.write_text("after")
+        assert path.read_text() == "before"
+    assert path.read_text() == "after"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_leaves_the_file_before_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("before")
+
+    def fail() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("after")
+            raise ValueError("half")
+
+    with pytest.raises(ValueError, match="half"):
+        fail()
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_content_is_on_the_disk_before_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    sync = os.fsync
+
+    def note(descriptor: int) -> None:
+        calls.append(path.exists())
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    path = tmp_path / "file"
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"all of it")
+    assert calls == [False, True]  # the content; then, with the name, the folder
+
+
+def test_a_file_that_may_not_be_replaced_stays(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("before")
+    with pytest.raises(FileExistsError), replacing(path, os.link) as temporary:
+        temporary.write_text("after")
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_metadata_of_safetensors() -> None:
+    metadata = {"a": "é", "b": '{"c": 1}'}
+    data = save({"x": torch.ones(2)}, metadata)
+    assert safetensors_metadata(data) == metadata
+    for damaged in (save({"x": torch.ones(2)}), data[:20], b"", data[1:]):
+        with pytest.raises((LookupError, ValueError)):
+            safetensors_metadata(damaged)
