@@ -218,7 +218,7 @@ def linear_sizes(linear: nn.Module) -> tuple[int, int]:
 def warn_of_unadapted(name: str, model: PreTrainedModel, linears: tuple[str, ...]) -> None:
     """Log a warning if the base has weights, besides embeddings, that no expert adapts.
 
-    Such are the blocks of a mixture of experts that are held as 3-D tensors.
+    An example are the blocks of a mixture of experts that are stored as 3-D tensors.
 
     Args:
         name: of the base.
@@ -244,7 +244,7 @@ def warn_of_unadapted(name: str, model: PreTrainedModel, linears: tuple[str, ...
 
 
 def find_linear(model: nn.Module, name: str) -> Linear:
-    """The linear called `name` in `model`; PhatgooseError if there is none, or it is adapted."""
+    """Return the linear `name` of `model`; raise PhatgooseError if it is missing or adapted."""
     try:
         module = model.get_submodule(name)
     except AttributeError:
@@ -254,12 +254,12 @@ def find_linear(model: nn.Module, name: str) -> Linear:
     if not isinstance(module, Linear):
         raise PhatgooseError(
             f"{name} is a {type(module).__name__}, not a plain linear: is the base adapted "
-            "already? detach what is attached to it first"
+            "already? Detach the adapter first."
         )
     return module
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where `name` stands in `model`."""
+    """Replace the module `name` of `model`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)

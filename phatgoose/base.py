@@ -75,8 +75,8 @@ class Base:
         model: in evaluation mode, no parameter trainable.
         tokenizer: always has a padding token.
         linears: names of the adapted linears, in the order of the model.
-        shares_context: whether all choices of a question may be read in one row. Without it, each
-            has a row of its own, which is right for every model.
+        shares_context: True if all choices of a question may be read in one row. Otherwise each
+            choice has its own row, which is correct for every model.
     """
 
     name: str
@@ -93,12 +93,12 @@ class Base:
 
     @property
     def is_encoder_decoder(self) -> bool:
-        """Whether inputs go to an encoder and targets to a decoder (T5), or both to one decoder."""
+        """True if inputs go to an encoder and targets to a decoder (T5)."""
         return bool(self.model.config.is_encoder_decoder)
 
     @property
     def device(self) -> torch.device:
-        """Where the model lies."""
+        """The device of the model."""
         return self.model.device
 
 
@@ -212,7 +212,7 @@ def _shares_context(name: str, model: PreTrainedModel) -> bool:
 
 
 def locate_base(name: str, *, revision: str | None = None) -> Path:
-    """The local directory of a base, after fetching or converting what is missing.
+    """Return the local directory of a base, after fetching or converting what is missing.
 
     Raises:
         PhatgooseError: no packaged model, directory or reachable Hugging Face id has this name.
@@ -239,7 +239,7 @@ def last_query_projection(base: Base, adapted: Container[str]) -> str | None:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over a base's weights, configuration, tokenizer and own code, in hexadecimal."""
+    """Return the SHA-256 (hexadecimal) over a base's weights, configuration, tokenizer and code."""
     config = json.loads((folder / "config.json").read_text())
     for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
         config.pop(volatile, None)
@@ -252,7 +252,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def _weights_digest(folder: Path) -> str:
-    """SHA-256 over the weight files.
+    """Return the SHA-256 over the weight files.
 
     Reading gigabytes takes seconds, so the result is cached under the files' sizes and times.
     """

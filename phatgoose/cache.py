@@ -14,7 +14,7 @@ from phatgoose.errors import PhatgooseError
 
 
 def cache_dir() -> Path:
-    """The folder for what can be made again: `PHATGOOSE_CACHE`, else the user's cache folder."""
+    """Return the folder for reproducible data: `PHATGOOSE_CACHE`, or the user's cache folder."""
     chosen = os.environ.get("PHATGOOSE_CACHE")
     if chosen:
         return Path(chosen).expanduser().absolute()
@@ -101,7 +101,7 @@ def check_sha256(path: Path, expected: str) -> None:
     if actual != expected:
         raise PhatgooseError(
             f"{path} is damaged ({path.stat().st_size} bytes, SHA-256 {actual[:12]} instead of "
-            f"{expected[:12]}): delete it and start again to fetch it anew"
+            f"{expected[:12]}): delete it, and start again to fetch it again"
         )
 
 

@@ -38,7 +38,7 @@ def validate_name(name: str) -> str:
 class LoraFactors:
     """What an expert adds to one linear: `y = W x + scale * B A x`, and the gate that routes to it.
 
-    A field with the default None is optional, in the file as well.
+    A field whose default is None is optional, also in the file.
     """
 
     lora_A_RD: Tensor
@@ -46,7 +46,7 @@ class LoraFactors:
     gate_D: Tensor | None = None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors that are there, by field name."""
+        """Yield the name and the tensor of each field that is set."""
         for field in dataclasses.fields(self):
             tensor = getattr(self, field.name)
             if tensor is not None:
@@ -55,7 +55,7 @@ class LoraFactors:
 
 @dataclass(frozen=True)
 class Card:
-    """Where an expert comes from.
+    """The origin of an expert.
 
     `recipe` and `metrics` become what JSON makes of them, so that a card equals itself after it
     was stored (tuples turn into lists). Raises PhatgooseError if JSON has no form for them.
@@ -85,7 +85,7 @@ class Card:
             object.__setattr__(self, name, value)
 
     def to_json(self) -> str:
-        """The card as canonical JSON (sorted keys, one line)."""
+        """Return the card as canonical JSON (sorted keys, one line)."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True, allow_nan=False)
 
 

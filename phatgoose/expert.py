@@ -86,7 +86,7 @@ class Expert:
         return content_hash(self.card, self.linears)
 
     def to_bytes(self) -> bytes:
-        """The bytes of the expert's file."""
+        """Return the bytes of the expert's file."""
         names = sorted(self.linears)
         fields = [field.name for field in dataclasses.fields(LoraFactors)]
         columns = [pa.array(names, pa.string())]
@@ -102,7 +102,7 @@ class Expert:
         return sink.getvalue().to_pybytes()
 
     def save(self, path: str | Path) -> None:
-        """Write the expert's file; a file that is there is replaced, never changed in place."""
+        """Write the expert's file; an existing file is replaced, never changed in place."""
         path = Path(path)
         try:
             # Not a plain write: an expert loaded from `path` would have its tensors cut off.
@@ -131,7 +131,7 @@ class Expert:
 
     @classmethod
     def from_buffer(cls, buffer: "pa.Buffer | bytes", source: str) -> "Expert":
-        """Read the bytes of an expert's file without a copy; `source` names them in errors."""
+        """Read the bytes of an expert's file without a copy; errors begin with `source`."""
         try:
             return _read(pa.ipc.open_file(pa.py_buffer(buffer)), source)
         except _NewerFileError:
@@ -188,7 +188,7 @@ def _to_arrow(tensor: Tensor | None) -> dict[str, Any] | None:
 
 
 def _from_arrow(column: "pa.StructArray", row: int) -> Tensor:
-    """The tensor in one row, as a view; what a damaged file may hold is an error."""
+    """Return the tensor in one row, as a view; raise ValueError if the file is damaged."""
     shape = column.field("shape")[row].as_py()
     dtype = DTYPES[column.field("dtype")[row].as_py()]
     # Not `values[row].as_buffer()`, which copies.

@@ -1,7 +1,7 @@
-"""Files that appear whole or not at all, and what stands in the header of a safetensors file.
+"""Write files atomically, and read the header of a safetensors file.
 
-A file is written under a hidden name, which says what process writes it, and renamed when it is
-complete. So a reader never sees a part of it, and what a killed process left can be told apart.
+A file is written under a hidden name that identifies the process, and renamed when it is complete.
+So a reader never sees a part of it, and what a killed process left behind can be recognized.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ TEMPORARY = re.compile(r"\.[A-Za-z0-9]+-\d+-[0-9a-f]{32}\.tmp")
 
 
 def _machine() -> str:
-    """What only the processes that see each other's numbers have in common.
+    """Return a hash that only processes with a common process table share.
 
     Two machines may have one name, and so may two containers that number their processes apart.
     """
@@ -35,7 +35,7 @@ MACHINE = _machine()
 
 
 def temporary_name() -> str:
-    """A new hidden name for a file or folder that this process is about to finish."""
+    """Return a new hidden name for a file or folder that this process is about to write."""
     return f".{MACHINE}-{os.getpid()}-{uuid.uuid4().hex}.tmp"
 
 

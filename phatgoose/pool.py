@@ -77,7 +77,7 @@ class Pool:
         return Pool(first.card.base_fingerprint, tuple(names), linears)
 
     def with_profiles(self, profiles: Sequence[Profile]) -> "Pool":
-        """The same pool with a profile for each expert, in its order.
+        """Return the same pool with a profile for each expert, in its order.
 
         Raises:
             PhatgooseError: there is not one for each, or they come from different encoders.
@@ -91,7 +91,7 @@ class Pool:
         return replace(self, profiles=tuple(profiles))
 
     def __repr__(self) -> str:
-        """The names of its experts, without the tensors."""
+        """Return the names of its experts, without the tensors."""
         return f"Pool({', '.join(self.experts)}; {len(self.linears)} linears)"
 
     def save(self, folder: str | Path) -> None:
@@ -151,12 +151,12 @@ class Pool:
         return Pool(fingerprint, experts, linears)
 
     def index(self, expert: str) -> int:
-        """The place of an expert; PhatgooseError if the pool has none of that name."""
+        """Return the index of an expert; raise PhatgooseError if the pool does not have it."""
         return self.experts.index(known_expert(expert, self.experts))
 
 
 def known_expert(expert: str, experts: Sequence[str]) -> str:
-    """The name, if it is one of these; else PhatgooseError."""
+    """Return the name if it is one of these; raise PhatgooseError otherwise."""
     if expert not in experts:
         hint = f"{did_you_mean(expert, experts)} it has {', '.join(experts)}".strip()
         raise PhatgooseError(f"the pool has no expert {expert!r}: {hint}")
@@ -175,7 +175,7 @@ def _stack(linear: str, experts: Sequence[Expert]) -> PoolLinear:
     dtype = torch.float32
     for factors in present.values():
         dtype = torch.promote_types(dtype, factors.lora_A_RD.dtype)
-    # Zeros fill up lower ranks and stand for absent experts: they add nothing to `B A x`.
+    # Zeros pad lower ranks and absent experts: they add nothing to `B A x`.
     lora_A_ERD = torch.zeros(len(experts), rank, inputs, dtype=dtype)
     lora_B_EOR = torch.zeros(len(experts), outputs, rank, dtype=dtype)
     gate_ED: Tensor | None = torch.zeros(len(experts), inputs, dtype=dtype)

@@ -1,4 +1,4 @@
-"""A profile: what some routers know of an expert besides its weights and gates.
+"""A profile: what some routers need to know about an expert besides its weights and gates.
 
 Shape suffixes: D input features of a linear, N examples, S features of a sentence embedding.
 
@@ -78,7 +78,7 @@ class Profile:
         return f"Profile({len(self.norms)} linears, {len(self.embeddings_NS)} embedded examples)"
 
     def to_bytes(self) -> bytes:
-        """The profile as a safetensors file."""
+        """Return the profile as the bytes of a safetensors file."""
         tensors = {f"{_MEAN}{linear}": t for linear, t in self.mean_activation.items()}
         tensors |= {f"{_NORMS}{linear}": t for linear, t in self.norms.items()}
         tensors["embeddings"] = self.embeddings_NS
@@ -129,7 +129,7 @@ def _from_parts(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Profile
 
 
 def _checksum(tensors: dict[str, Tensor], texts: dict[str, str]) -> str:
-    """The SHA-256 of all that the file says, in an order of its own."""
+    """Return the SHA-256 of the file's content, independent of its order."""
     sha256 = hashlib.sha256(json.dumps(texts, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -139,8 +139,8 @@ def _checksum(tensors: dict[str, Tensor], texts: dict[str, str]) -> str:
 
 def _damaged(source: str, error: Exception) -> PhatgooseError:
     return PhatgooseError(
-        f"{source} is no whole profile ({reason_of(error)}): delete it, and the next run measures "
-        "it again"
+        f"{source} is not a complete profile ({reason_of(error)}): delete it, and the next run "
+        "measures it again"
     )
 
 

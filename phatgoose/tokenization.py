@@ -8,7 +8,7 @@ These rules hold at the border between a prompt and what follows it, for every t
    text, what comes after them is the target. Otherwise, and if nothing comes after them, the
    target is encoded on its own, as an encoder-decoder's target always is.
 3. A target has at least one token besides the end. A target that gives none is refused.
-4. A special token that the user wrote stays where it was written. The start token stands in front
+4. A special token that the user wrote stays where it was written. The start token comes before
    once, also where the text begins with it. The end token is added behind targets and behind an
    encoder's input, and nowhere else.
 5. What is too long loses the beginning of its prompt, as in lm-evaluation-harness, but the start
@@ -184,7 +184,7 @@ def _training_pair(
 
 
 def _training_cut(base: Base, ids: list[int], max_tokens: int | None) -> list[int]:
-    """Cut a context as training does: an encoder's input loses its end, but for the end token."""
+    """Cut a context as training does: an encoder's input loses its last tokens, except the end."""
     if max_tokens is None or len(ids) <= max_tokens:
         return ids
     if base.is_encoder_decoder:
@@ -200,13 +200,13 @@ def _complete(base: Base, ids: list[int]) -> list[int]:
 
 
 def _start_id(base: Base) -> int:
-    """Return what a decoder reads where there is no prompt."""
+    """Return what a decoder reads in place of an empty prompt."""
     bos, eos = base.tokenizer.bos_token_id, base.tokenizer.eos_token_id
     return int(eos if bos is None else bos)
 
 
 def _start_of(base: Base, ids: list[int]) -> list[int]:
-    """Return the start token in front of a prompt, whoever put it there; empty without one."""
+    """Return the start token of a prompt, by whatever it was added; empty without one."""
     front = _front(base)
     if front and ids[: len(front)] == front:
         return front

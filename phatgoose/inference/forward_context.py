@@ -1,4 +1,4 @@
-"""What the rows and positions of the pass under way are, for whoever listens inside the model.
+"""Describe the rows and positions of the current forward pass to modules inside the model.
 
 Shape suffixes: B rows, L positions, T = B * L, Q queries, E experts, K experts kept.
 
@@ -13,13 +13,13 @@ from torch import Tensor
 
 @dataclass
 class ForwardContext:
-    """Set by what runs a pass, read by the routed linears.
+    """The state of the current pass: set by its caller, read by the routed linears.
 
     Attributes:
         masks: which positions are tokens and not padding, by side, bool [B, L].
         queries: which query each row belongs to, by side, int64 [B].
         mixture: a query router's choice for each query: `weights_QK` and `indices_QK`.
-        bias_QE: what is added to every score of a query's tokens, if anything is.
+        bias_QE: added to every score of a query's tokens; None for no bias.
         bare: True while the experts are left out.
     """
 
@@ -30,17 +30,17 @@ class ForwardContext:
     bare: bool = False
 
     def announce(self, side: str, mask_BL: Tensor, queries_B: Tensor | None = None) -> None:
-        """Say what the next pass of one side reads; without `queries_B` row b is query b."""
+        """Set what the next pass of one side reads; without `queries_B`, row b is query b."""
         if queries_B is None:
             queries_B = torch.arange(len(mask_BL), device=mask_BL.device)
         self.masks[side], self.queries[side] = mask_BL, queries_B
 
     def clear(self) -> None:
-        """Forget the passes before: what comes now was not announced."""
+        """Forget the earlier passes: the next one has not been announced."""
         self.masks, self.queries = {}, {}
         self.mixture = self.bias_QE = None
 
     def query_T(self, side: str, tokens: int) -> Tensor:  # a shape suffix
-        """The query that each of a pass's tokens, row after row, belongs to."""
+        """Return the query of each token of a pass, row after row."""
         queries_B = self.queries[side]
         return queries_B.repeat_interleave(tokens // len(queries_B))

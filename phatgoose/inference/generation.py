@@ -216,7 +216,7 @@ def _can_cut_back(
 def _after_the_prompt(
     base: Base, written: _Written, rows: Sequence[list[int]], forward: ForwardContext
 ) -> Tensor:
-    """Logits [P, V] at every token of these rows, which stand behind the prompts."""
+    """Return logits [P, V] at every token of these rows, which follow the prompts."""
     places = [(row, column) for row, ids in enumerate(rows) for column in range(len(ids))]
     if not places:
         return written.first_BV[:0]
@@ -252,7 +252,7 @@ class _Ending:
     """Where generated rows end, and the text of what was written before.
 
     Args:
-        base: its end tokens are the one that experts are taught, and those it has besides.
+        base: its end tokens are the one that experts are trained with, and its other ones.
         stops: as for `generate`.
         spaces: of each row, as for `generate`.
     """
@@ -269,7 +269,7 @@ class _Ending:
         self.tokens = sorted({base.tokenizer.eos_token_id, *others} - {None})
 
     def is_reached(self, row: int, ids: list[int]) -> bool:
-        """Return whether a stop string stands in what a row wrote."""
+        """Return whether the text of a row contains a stop string."""
         text = self._own(row, self._decode(ids))
         return any(stop in text for stop in self.stops)
 

@@ -78,8 +78,8 @@ class RoutedModel:
         """Route by `router`, or the router of that name, from now on.
 
         Raises:
-            PhatgooseError: there is no router of that name, an option of it cannot be, or the pool
-                lacks what it needs; then the router before it stays.
+            PhatgooseError: there is no router of that name, an option is invalid, or the pool
+                lacks what the router needs. The previous router then stays.
         """
         router = make_router(router) if isinstance(router, str) else router
         router.check_options()
@@ -247,7 +247,7 @@ class RoutedModel:
         return last_query_projection(self.base, self.pool.linears) or ""
 
     def _probe(self, contexts: Sequence[list[int]]) -> Tensor:
-        """What `Probe.run` returns: x_QD of the query projection, under the bare base."""
+        """Return the value of `Probe.run`: x_QD of the query projection, under the bare base."""
         name, base = self._probe_linear(), self.base
         if not name:
             raise PhatgooseError(

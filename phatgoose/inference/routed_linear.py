@@ -33,7 +33,7 @@ class RoutingLog:
     def add(
         self, linear: str, weights_TK: Tensor, indices_TK: Tensor, mask_T: Tensor, experts: int
     ) -> None:
-        """Count one call of a linear; `mask_T` is True where a token stands."""
+        """Count one call of a linear; `mask_T` is True for tokens and False for padding."""
         kept_TK = weights_TK.double() * mask_T.unsqueeze(-1)
         total_E = self.weights.setdefault(linear, kept_TK.new_zeros(experts))
         total_E.index_add_(0, indices_TK.flatten(), kept_TK.flatten())
@@ -80,7 +80,7 @@ class RoutedLinear(nn.Module):
         self.side = side
         self.log: RoutingLog | None = None
         self.clear()
-        # Shared and not a submodule: whoever runs a pass announces it here.
+        # Shared and not a submodule: the caller of a pass announces it here.
         self._forward = forward
 
     @property

@@ -1,4 +1,4 @@
-"""Log-likelihoods of targets, with logits only where a target stands, and a context read once.
+"""Score targets by log-likelihood: logits only at the targets, and each context read once.
 
 Shape suffixes: B rows, L positions, C choices, N target tokens, P distinct places where target
 tokens are predicted (the first tokens of a question's choices share one), V vocabulary.
@@ -28,7 +28,7 @@ _ROWS = 16
 
 @dataclass(frozen=True)
 class Score:
-    """What a base says of one target.
+    """The scores of one target.
 
     Attributes:
         loglikelihood: summed over the target's tokens, end-of-sequence left out.
@@ -67,7 +67,7 @@ def _join(parts: list[list[Score]]) -> list[Score]:
         return parts[0]
     return [
         Score(
-            # The last token of the choice stands where the end does otherwise.
+            # The last token of the choice is at the place where the end token normally is.
             loglikelihood=target.loglikelihood + target.eos_loglikelihood,
             eos_loglikelihood=end.eos_loglikelihood,
             tokens=target.tokens + 1,
@@ -80,7 +80,7 @@ def _join(parts: list[list[Score]]) -> list[Score]:
 
 @contextmanager
 def logits_at(base: Base, rows_N: Tensor, columns_N: Tensor) -> Iterator[None]:
-    """Within it, a forward pass of the base returns logits [1, N, V] for these places only.
+    """Make forward passes of the base return logits [1, N, V] for these places only.
 
     The hidden states are cut in front of the vocabulary projection, so that whatever the
     architecture does before and after it (scaling, soft caps) stays as it is.
@@ -116,7 +116,7 @@ def score(
 def score_as_is(
     base: Base, questions: Sequence[Question], forward: ForwardContext | None = None
 ) -> list[list[Score]]:
-    """`score` in the mode that torch is in, of questions that the base has room for.
+    """Score questions that the base has room for, in the current gradient mode of torch.
 
     Weights that are gathered in inference mode can never be trained with, so where they are
     gathered as they are needed, `torch.no_grad` has to do.
@@ -129,7 +129,7 @@ def score_as_is(
 def to_scores(
     logits_PV: Tensor, places: list[int], targets: list[int], questions: Sequence[Question]
 ) -> list[list[Score]]:
-    """Scores out of logits: the row and the token of each target, in the questions' order."""
+    """Compute scores from logits, with the row and the token of each target in order."""
     total_P = torch.cat([rows_NV.float().logsumexp(-1) for rows_NV in logits_PV.split(_ROWS)])
     places_N = torch.tensor(places, device=logits_PV.device)
     targets_N = torch.tensor(targets, device=logits_PV.device)
@@ -158,7 +158,7 @@ def to_scores(
 def _score_decoder(
     base: Base, questions: Sequence[Question], forward: ForwardContext
 ) -> tuple[Tensor, list[int], list[int]]:
-    """Logits [P, V]; the place and the token of each target, by question, choice and token."""
+    """Return logits [P, V], and each target's place and token by question, choice and token."""
     pad, ids = base.tokenizer.pad_token_id, [(q.context, q.choices) for q in questions]
     if base.shares_context:
         passes = [shared_rows(base.model, pad, ids)]
@@ -185,7 +185,7 @@ def _score_decoder(
 def _score_encoder_decoder(
     base: Base, questions: Sequence[Question], forward: ForwardContext
 ) -> tuple[Tensor, list[int], list[int]]:
-    """Logits [P, V]; the place and the token of each target, by question, choice and token."""
+    """Return logits [P, V], and each target's place and token by question, choice and token."""
     device, model, pad = base.device, base.model, base.tokenizer.pad_token_id
     ids_BL, mask_BL = (t.to(device) for t in pad_rows([q.context for q in questions], pad))
     forward.announce("encoder", mask_BL.bool())
@@ -204,7 +204,7 @@ def _score_encoder_decoder(
     cache = first.past_key_values
     cache.batch_select_indices(question_C)
     encoded.last_hidden_state = encoded.last_hidden_state[question_C]
-    # The first token of every choice is predicted where its question's start token stands.
+    # The first token of every choice is predicted at its question's start token.
     logits_PV = first.logits[:, 0]
     places = [(row, column) for row, c in enumerate(choices) for column in range(len(c) - 1)]
     if places:

@@ -5,7 +5,7 @@ Shape suffixes: T tokens, E experts.
     routes = token_routes(model, "The goose flies.", "model.layers.3.mlp.up_proj")
     print(to_terminal(routes, model.pool.experts))
 
-A token has the colour of its strongest expert, the paler the less that expert weighs.
+A token has the color of its strongest expert. The smaller the weight, the paler the color.
 """
 
 import html
@@ -23,7 +23,7 @@ from phatgoose.query import Query
 from phatgoose.question import Question
 from phatgoose.tokenization import encode_context, max_length
 
-# Red, green and blue of each colour: far apart, and light enough for black letters on them.
+# Red, green and blue of each color: far apart, and light enough for black letters on them.
 COLOURS = (
     (255, 140, 46),  # orange
     (74, 144, 255),  # blue
@@ -57,7 +57,7 @@ ul {{ list-style: none; padding: 0; line-height: 1.9; }}
 <body>
 <h1>{title}</h1>
 <pre>{tokens}</pre>
-<p>Each token has the colour of its strongest expert, the paler the less it weighs. Point at a token
+<p>Each token has the color of its strongest expert, the paler the less it weighs. Point at a token
 to see all its weights. Mean weight over these tokens:</p>
 <ul>
 {legend}
@@ -134,7 +134,7 @@ def _question(base: Base, text: str, answer: str, query: Query) -> Question:
 
 
 def to_terminal(routes: Sequence[TokenRoute], experts: Sequence[str]) -> str:
-    """The tokens in 24-bit colours and a legend; with NO_COLOR set, a line for each token.
+    """Return the tokens in 24-bit colors and a legend; with NO_COLOR set, a line for each token.
 
     Args:
         routes: what `token_routes` gave.
@@ -161,7 +161,7 @@ def to_terminal(routes: Sequence[TokenRoute], experts: Sequence[str]) -> str:
 
 
 def to_html(routes: Sequence[TokenRoute], experts: Sequence[str], title: str) -> str:
-    """The tokens as one HTML page that needs nothing else, with each token's weights as a tooltip.
+    """Return the tokens as one self-contained HTML page, with each token's weights as a tooltip.
 
     Args:
         routes: what `token_routes` gave.
@@ -194,7 +194,7 @@ def _check_linear(model: RoutedModel, linear: str) -> None:
 
 
 def _ids_read(base: Base, question: Question, linear: str) -> list[int]:
-    """The tokens that a linear reads when the question is scored."""
+    """Return the tokens that a linear reads when the question is scored."""
     answer = question.choices[0][:-1]
     if not base.is_encoder_decoder:
         return [*question.context, *answer]
@@ -228,13 +228,13 @@ def _legend(routes: Sequence[TokenRoute], experts: Sequence[str]) -> list[tuple[
         if mean > 0:
             entries.append((expert, f"{name} {mean:.1%}"))
     if len(experts) > len(COLOURS):
-        note = f"(there are {len(experts)} experts: colours repeat after {len(COLOURS)})"
+        note = f"(there are {len(experts)} experts: colors repeat after {len(COLOURS)})"
         entries.append((None, note))
     return entries
 
 
 def _weights(route: TokenRoute, experts: Sequence[str]) -> str:
-    """The experts that a token went to with their weights, the strongest first."""
+    """Return the experts that a token went to with their weights, the strongest first."""
     chosen = sorted(zip(route.weights, experts, strict=True), key=lambda pair: -pair[0])
     return ", ".join(f"{name} {weight:.2f}" for weight, name in chosen if weight > 0)
 
@@ -246,7 +246,7 @@ def _visible(text: str) -> str:
 
 
 def _paint(text: str, expert: int, weight: float) -> str:
-    """Black letters on the expert's colour, mixed with white as far as it does not weigh."""
+    """Set black letters on the expert's color, mixed with white in proportion to its weight."""
     mixed = [round(255 + (part - 255) * weight) for part in COLOURS[expert % len(COLOURS)]]
     red, green, blue = mixed
     return f"\x1b[38;2;0;0;0;48;2;{red};{green};{blue}m{text}\x1b[0m"

@@ -8,10 +8,10 @@ One file holds all experts of a pool. For expert i and each adapted linear it ha
     <linear>._addons.expert_lora.layer2__i            [R, O]   B, transposed
     <linear>._addons.router.expert_embeddings__i      [D]      the gate, if gates were trained
 
-with T5's own names for the linears, and the base's token embeddings besides. The authors divide
-`x layer1 layer2` by R, so the scale is 1/R. The experts stand in the order of the data sets in the
+with T5's own names for the linears, and the base's token embeddings. The authors divide
+`x layer1 layer2` by R, so the scale is 1/R. The experts are in the order of the data sets in the
 authors' scripts/concatenate.py; the file does not name them. In the checkpoint of the average-
-activation baseline, mean activations stand in the gates' place.
+activation baseline, mean activations take the place of the gates.
 """
 
 import pickle
@@ -35,7 +35,7 @@ _KEY = re.compile(
     rf"(.+)\._addons\.({re.escape(_A)}|{re.escape(_B)}|{re.escape(_GATE)})__(0|[1-9]\d*)"
 )
 _EMBEDDINGS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-# What reading a file that is no checkpoint may raise.
+# What reading a file that is not a checkpoint may raise.
 _DAMAGE = (
     *(OSError, EOFError, SafetensorError, pickle.UnpicklingError),
     *(RuntimeError, ValueError, LookupError),
@@ -60,8 +60,8 @@ def read_checkpoint(
         scale: what `B A x` is multiplied by; 1/R if None, as the authors do.
 
     Raises:
-        PhatgooseError: the file cannot be read or lacks tensors, does not fit the base, or `names`
-            are not one valid name for each expert.
+        PhatgooseError: the file cannot be read or tensors are missing, it does not fit the base, or
+            `names` are not one valid name for each expert.
     """
     path = Path(path)
     tensors = _read_tensors(path)
@@ -115,7 +115,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _check_embeddings(path: Path, found: Tensor, base: Base) -> None:
-    """The authors' files carry the base's token embeddings: a mix-up of bases shows in them."""
+    """Compare the file's token embeddings with the base's, which reveals a mix-up of bases."""
     embedding = base.model.get_input_embeddings()
     expected = embedding.get_parameter("weight").detach().cpu().float()
     # Either may have been rounded to bfloat16, by 2^-8 of its value at most.
@@ -127,14 +127,15 @@ def _check_embeddings(path: Path, found: Tensor, base: Base) -> None:
 
 
 def _check_keys(path: Path, tensors: dict[str, Tensor], base: Base) -> tuple[int, list[str]]:
-    """How many experts there are and which linears they adapt, if nothing lacks or is unknown."""
+    """Return the number of experts and the linears they adapt, after checking all keys."""
     found: dict[str, None] = {}
     parts, count, adapted = [_A, _B], 0, set(base.linears)
     for key in tensors:
         match = _KEY.fullmatch(key)
         if match is None:
             raise PhatgooseError(
-                f"{path} holds {key}, which belongs to no expert: pass a checkpoint of all experts"
+                f"{path} holds {key}, which is not part of an expert: pass a checkpoint of all "
+                "experts"
             )
         linear, part, index = match.groups()
         if linear not in adapted:
@@ -152,8 +153,8 @@ def _check_keys(path: Path, tensors: dict[str, Tensor], base: Base) -> tuple[int
         wanted = (_key(n, p, i) for i in range(count) for n in found for p in parts)
         missing = next(key for key in wanted if key not in tensors)
         raise PhatgooseError(
-            f"{path} holds {count} experts of {len(found)} linears, and lacks {missing}: copy it "
-            "again"
+            f"{path} holds {count} experts of {len(found)} linears, and {missing} is missing: "
+            "copy it again"
         )
     return count, list(found)
 

@@ -4,7 +4,7 @@ Shape suffixes: D input features of a linear, O its output features, R LoRA rank
 
 An adapter is a folder with `adapter_config.json` and `adapter_model.safetensors`. The file holds
 `base_model.model.<linear>.lora_A.weight` [R, D] and `....lora_B.weight` [O, R], and the linear
-becomes `y = W x + s B A x` with `s = alpha / R`, or `alpha / sqrt(R)` for rank-stabilised LoRA
+becomes `y = W x + s B A x` with `s = alpha / R`, or `alpha / sqrt(R)` for rank-stabilized LoRA
 (arXiv 2312.03732). Patterns in the configuration may give linears their own R and alpha.
 """
 
@@ -63,10 +63,10 @@ _REFUSED = {
     "target_parameters": "it adapts bare parameters: train it with target_modules only",
     "alora_invocation_tokens": "it acts on some tokens only: train it without invocation tokens",
 }
-# Initialisations that leave the base's weights as they are.
+# Initializations that leave the base's weights as they are.
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 # Those that change them in a way that PEFT can undo when it saves the adapter.
-_MENDABLE_INITS = ("pissa", "corda", "olora", "lora_ga")
+_REVERSIBLE_INITS = ("pissa", "corda", "olora", "lora_ga")
 _NAMED = 5
 _KEY = re.compile(r"(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")
 
@@ -99,7 +99,7 @@ def read_adapter(
         name: of the expert; the folder's if None.
 
     Raises:
-        PhatgooseError: there is no adapter, its base cannot be had, it does not fit the base, its
+        PhatgooseError: there is no adapter, its base is unavailable, it does not fit the base, its
             factors are not those of the linears that its configuration names, or it is more than
             plain LoRA factors on linears.
     """
@@ -176,7 +176,7 @@ def check_fits(
     """Raise PhatgooseError, which begins with `where`, if factors do not fit the base's linear."""
     if linear not in base.linears:
         raise PhatgooseError(
-            f"{where}: {linear!r} is no linear that experts of {base.name} adapt (such as "
+            f"{where}: {linear!r} is not a linear that experts of {base.name} adapt (such as "
             f"{base.linears[0]}): was it made for another base?"
         )
     inputs, outputs = linear_sizes(base.model.get_submodule(linear))
@@ -189,12 +189,12 @@ def check_fits(
 
 
 def _read_config(folder: Path) -> LoraConfig:
-    """The adapter's configuration, if it describes plain LoRA."""
+    """Return the adapter's configuration; raise PhatgooseError unless it is plain LoRA."""
     path = folder / CONFIG_NAME
     if not path.is_file():
         nested = [str(found.parent) for found in sorted(folder.glob(f"*/{CONFIG_NAME}"))]
-        mend = f"pass {' or '.join(nested)}" if nested else "pass a folder that PEFT saved"
-        raise PhatgooseError(f"no adapter in {folder}, it has no {CONFIG_NAME}: {mend}")
+        fix = f"pass {' or '.join(nested)}" if nested else "pass a folder that PEFT saved"
+        raise PhatgooseError(f"no adapter in {folder}, it has no {CONFIG_NAME}: {fix}")
     try:
         raw = json.loads(path.read_text())
         kind = raw.get("peft_type")
@@ -229,23 +229,23 @@ def _check_plain(folder: Path, raw: dict[str, Any]) -> None:
     init = raw.get("init_lora_weights", True)
     if not isinstance(init, str) or init.lower() in _PLAIN_INITS:
         return
-    mend = "train it with a plain initialisation"
-    if init.lower().startswith(_MENDABLE_INITS):
-        mend = "save it again with path_initial_model_for_weight_conversion, which makes it plain"
+    fix = "train it with a plain initialization"
+    if init.lower().startswith(_REVERSIBLE_INITS):
+        fix = "save it again with path_initial_model_for_weight_conversion, which makes it plain"
     raise PhatgooseError(
         f"adapter {folder} has init_lora_weights = {init!r}, which changes the base's weights: "
-        f"{mend}"
+        f"{fix}"
     )
 
 
 def _read_factors(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B by linear, if the file holds nothing else."""
+    """Return A and B by linear; raise PhatgooseError if the file holds anything else."""
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
-        mend = "check the folder"
+        fix = "check the folder"
         if (folder / WEIGHTS_NAME).exists():
-            mend = f"load {WEIGHTS_NAME} with PEFT and save it as safetensors (pickles run code)"
-        raise PhatgooseError(f"adapter {folder} has no {SAFETENSORS_WEIGHTS_NAME}: {mend}")
+            fix = f"load {WEIGHTS_NAME} with PEFT and save it as safetensors (pickles run code)"
+        raise PhatgooseError(f"adapter {folder} has no {SAFETENSORS_WEIGHTS_NAME}: {fix}")
     try:
         # Not mapped: PEFT saves in place, which would cut a mapped expert off.
         tensors = load(path.read_bytes())
@@ -256,8 +256,8 @@ def _read_factors(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
         match = _KEY.fullmatch(key.removeprefix("base_model.model."))
         if match is None or tensor.ndim != 2:
             raise PhatgooseError(
-                f"adapter {folder} holds {key} {list(tensor.shape)}, which is no LoRA factor of a "
-                "linear: train it without embeddings, convolutions and whole modules"
+                f"adapter {folder} holds {key} {list(tensor.shape)}, which is not a LoRA factor of "
+                "a linear: train it without embeddings, convolutions and whole modules"
             )
         linear, letter = match.groups()
         if letter in found.setdefault(linear, {}):
@@ -266,7 +266,9 @@ def _read_factors(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     for linear, letters in found.items():
         if len(letters) < 2:
             missing = "B" if "A" in letters else "A"
-            raise PhatgooseError(f"adapter {folder} lacks {missing} of {linear}: save it again")
+            raise PhatgooseError(
+                f"adapter {folder}: {missing} of {linear} is missing: save it again"
+            )
     if not found:
         raise PhatgooseError(f"adapter {folder} holds no factors: save it again")
     return {linear: (letters["A"], letters["B"]) for linear, letters in found.items()}
@@ -288,7 +290,7 @@ def _check_complete(
     named = list(dict.fromkeys([*(n for n in base.linears if n in wanted), *others]))
     missing = [name for name in named if name not in factors]
     extra = [name for name in base.linears if name not in wanted and name in factors]
-    for names, what in ((missing, "lacks the factors of"), (extra, "also has factors of")):
+    for names, what in ((missing, "is missing the factors of"), (extra, "also has factors of")):
         if names:
             shown = ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
             raise PhatgooseError(
@@ -299,24 +301,24 @@ def _check_complete(
 
 
 def _find_base(folder: Path, config: LoraConfig) -> _Target:
-    """The base that the adapter names, as a model without weights."""
+    """Return the base that the adapter names, as a model without weights."""
     name = config.base_model_name_or_path
-    mend = "load the base and pass it as `base`"
+    fix = "load the base and pass it as `base`"
     if not name:
-        raise PhatgooseError(f"adapter {folder} does not name its base: {mend}")
+        raise PhatgooseError(f"adapter {folder} does not name its base: {fix}")
     try:
         local = locate_base(name, revision=config.revision)
         model, linears = bare_model(name, local)
     except (PhatgooseError, OSError, ValueError) as error:
         raise PhatgooseError(
             f"adapter {folder} was trained on {name}, which cannot be opened "
-            f"({reason_of(error)}): {mend}"
+            f"({reason_of(error)}): {fix}"
         ) from error
     return _Target(name, fingerprint(local), model, linears)
 
 
 def _scale(folder: Path, config: LoraConfig, linear: str, lora_A_RD: Tensor) -> float:
-    """What PEFT multiplies `B A x` by on a linear, after checking the rank that it expects."""
+    """Return what PEFT multiplies `B A x` by on a linear, after checking the rank."""
     ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
     rank = ranks.get(get_pattern_key(list(ranks), linear), config.r)
     alpha = alphas.get(get_pattern_key(list(alphas), linear), config.lora_alpha)
@@ -327,13 +329,13 @@ def _scale(folder: Path, config: LoraConfig, linear: str, lora_A_RD: Tensor) -> 
         )
     if not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha == 0:
         raise PhatgooseError(
-            f"adapter {folder}: with alpha {alpha} on {linear} it adds nothing: mend lora_alpha"
+            f"adapter {folder}: with alpha {alpha} on {linear} it adds nothing: correct lora_alpha"
         )
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 def _fold(lora_B_OR: Tensor, own: float, scale: float) -> Tensor:
-    """B with `scale * B` being what `own * B` was."""
+    """Rescale B so that `scale * B` is what `own * B` was."""
     if math.isclose(own, scale, rel_tol=1e-9):
         return lora_B_OR
     # Half precision would round the products away from what PEFT computes.
@@ -354,7 +356,7 @@ def _check_free(folder: Path, name: str) -> None:
 
 
 def _exported(folder: Path) -> str | None:
-    """The name of the expert that was exported to a folder."""
+    """Return the name of the expert that was exported to a folder; None if there is none."""
     try:
         with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
             return (file.metadata() or {}).get("expert")
@@ -403,6 +405,6 @@ def _stored_transposed(base: Base) -> bool:
 
 
 def _alpha(scale: float, rank: int) -> float:
-    """What PEFT divides by the rank to get the scale; an integer if it is one, as PEFT has it."""
+    """Return what PEFT divides by the rank to get the scale, as an integer where possible."""
     alpha = scale * rank
     return int(alpha) if alpha.is_integer() else alpha

@@ -100,7 +100,7 @@ def mix_reference(
     weights_TK: Tensor,
     scale: float = 1.0,
 ) -> Tensor:
-    """The plain meaning of `mix`, for tests: every expert for every token, then the sum."""
+    """Compute `mix` plainly, for tests: every expert for every token, then the sum."""
     weights_TE = x_TD.new_zeros(x_TD.shape[0], lora_A_ERD.shape[0])
     weights_TE.scatter_add_(1, indices_TK, weights_TK.to(x_TD.dtype))
     y_TEO = torch.einsum("td,erd,eor->teo", x_TD, lora_A_ERD, lora_B_EOR)
@@ -108,7 +108,7 @@ def mix_reference(
 
 
 def _way(lora_A_ERD: Tensor, lora_B_EOR: Tensor, indices_TK: Tensor) -> str:
-    """The fastest way of those that can take these shapes: `dense`, `grouped` or `loop`.
+    """Return the fastest of the methods that support these shapes: `dense`, `grouped` or `loop`.
 
     The borders were measured (benchmarks/mix.py).
     """
@@ -149,7 +149,7 @@ def _sum_experts(h_TER: Tensor, lora_B_EOR: Tensor) -> Tensor:
 
 
 def _sort(indices_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """The order of the pairs sorted by expert, and how many pairs each expert has."""
+    """Return the order of the pairs sorted by expert, and how many pairs each expert has."""
     experts_N, order_N = indices_TK.flatten().sort(stable=True)
     return order_N, torch.bincount(experts_N, minlength=experts)
 
@@ -170,7 +170,7 @@ def _product_grouped(x_ND: Tensor, weight_EOD: Tensor, counts_E: Tensor) -> Tens
 
 
 def _product_loop(x_ND: Tensor, weight_EOD: Tensor, counts_E: Tensor) -> Tensor:
-    """The same, one product for each expert that has rows."""
+    """Multiply the same way, with one product for each expert that has rows."""
     y_NO = x_ND.new_empty(x_ND.shape[0], weight_EOD.shape[1])
     start = 0
     for expert, rows in enumerate(counts_E.tolist()):

@@ -44,7 +44,7 @@ class Ariadne(QueryRouter):
 
 @lru_cache(maxsize=4096)  # every batch asks again, and k-means takes seconds for a large pool
 def _centroids(profile: Profile, count: int) -> Tensor:
-    """The centroids of an expert's examples, [C, S]."""
+    """Return the centroids of an expert's examples, [C, S]."""
     from sklearn.cluster import KMeans
 
     rows_NS = profile.embeddings_NS

@@ -1,4 +1,4 @@
-"""Arrow: an expert's own strongest direction stands for what it is good at."""
+"""Arrow: route by the strongest direction of each expert's own update."""
 
 import math
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Arrow(TokenRouter):
 
 
 def arrow_scorer(prototype_ED: Tensor, temperature: float, divide_by_sqrt_d: bool) -> Scorer:
-    """What scores tokens against unit-length prototypes, up to sign."""
+    """Return a scorer of tokens against unit-length prototypes, up to sign."""
     divisor = temperature * (math.sqrt(prototype_ED.shape[1]) if divide_by_sqrt_d else 1.0)
 
     def score(x_TD: Tensor) -> Tensor:

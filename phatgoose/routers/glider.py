@@ -25,7 +25,7 @@ class Glider(TokenRouter):
         score_TE = standardise(x_TD) . standardise(gate_ED) / sqrt(D)
                    + gamma * cos(embed(evaluation task's description), embed(expert's description))
 
-    It is told which evaluation task a query belongs to: task-level information that the other
+    It knows which evaluation task a query belongs to: task-level information that the other
     routers do not have, so it is labelled. Li et al., "Glider: Global and Local Instruction-Driven
     Expert Router", 2024 (arXiv 2410.07172), whose scripts set gamma per suite between 3 and 1000.
     """

@@ -49,8 +49,8 @@ class _Allowed:
 
 _COUNT = _Allowed("a whole number of at least 1", lambda v: isinstance(v, int) and v >= 1)
 
-# Options of one name mean the same in every router of this package. What a router of somebody else
-# calls its options is its own affair, but for those of the kind that it is.
+# An option has the same meaning in every router of this package. Third-party routers are free to
+# name their options, except those of their kind.
 _OURS = __name__.rpartition(".")[0] + "."
 _ALLOWED = {
     "temperature": _Allowed("a positive number", lambda value: 0 < value < math.inf),
@@ -74,8 +74,8 @@ def _holds(allowed: _Allowed, value: Any) -> bool:
 _NOT_AN_OPTION = object()
 
 UNANNOUNCED = (
-    "a router that looks at whole queries, and recording, must be told what a pass reads: use the "
-    "routed model's own `score` and `generate`"
+    "routers of whole queries, and recording, need to know what a pass reads: use the routed "
+    "model's own `score` and `generate`"
 )
 
 
@@ -96,11 +96,11 @@ class Router:
 
     @classmethod
     def name(cls) -> str:
-        """The router's name in messages: `AverageActivation` is `average_activation`."""
+        """Return the router's name in messages: `average_activation` for `AverageActivation`."""
         return re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
 
     def check_options(self) -> None:
-        """Raise PhatgooseError for an option that cannot be."""
+        """Raise PhatgooseError for an invalid option."""
         checks = dict(_ALLOWED) if type(self).__module__.startswith(_OURS) else {}
         if isinstance(self, TokenRouter) or checks:
             checks["top_k"] = _COUNT
@@ -158,11 +158,11 @@ class TokenRouter(Router, ABC):
         """
 
     def bias(self, pool: Pool, queries: Sequence[Query]) -> Tensor:
-        """What is added to every score of a query's tokens, `bias_QE`, if `biased`."""
+        """Return what is added to every score of a query's tokens, `bias_QE`, if `biased`."""
         raise NotImplementedError
 
     def rule(self, pool: Pool, linear: str) -> TokenRule:
-        """The choice of experts on one linear: the best scores of those that adapt it."""
+        """Return the rule that picks experts on one linear: the best scores among its experts."""
         score, absent_E = self.scorer(pool, linear), pool.linears[linear].absent_E
 
         def rule(x_TD: Tensor, bias_TE: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -205,7 +205,7 @@ class QueryRouter(Router, ABC):
 
     @abstractmethod
     def mixture(self, pool: Pool, queries: Sequence[Query], probe: Probe) -> tuple[Tensor, Tensor]:
-        """The mixture of each query: `weights_QK` and `indices_QK`."""
+        """Return the mixture of each query: `weights_QK` and `indices_QK`."""
 
 
 class Merge(Router, ABC):
@@ -213,7 +213,7 @@ class Merge(Router, ABC):
 
     @abstractmethod
     def merge(self, pool: Pool, linear: str) -> tuple[Tensor, ...]:
-        """The static expert on one linear: `(lora_A_RD, lora_B_OR)` or `(delta_OD,)`."""
+        """Return the static expert on one linear: `(lora_A_RD, lora_B_OR)` or `(delta_OD,)`."""
 
 
 class Wrapper(Router, ABC):
@@ -226,10 +226,10 @@ class Wrapper(Router, ABC):
 
     @abstractmethod
     def change(self, pool: Pool) -> Pool:
-        """The changed pool: the same experts in the same places, with other factors."""
+        """Return the changed pool: the same experts in the same order, with other factors."""
 
     def check_options(self) -> None:
-        """Raise PhatgooseError for an option that cannot be, or an inner router that is none."""
+        """Raise PhatgooseError for an invalid option, or an invalid inner router."""
         super().check_options()
         self.inner.check_options()
 
@@ -244,18 +244,18 @@ class Wrapper(Router, ABC):
 
 
 def all_needs(router: Router) -> tuple[str, ...]:
-    """What a router needs, its inner router's needs included."""
+    """Return what a router needs, including the needs of its inner router."""
     inner = all_needs(router.inner) if isinstance(router, Wrapper) else ()
     return tuple(dict.fromkeys([*router.needs, *inner]))
 
 
 def needs_profiles(routers: Iterable[Router]) -> bool:
-    """Whether any of these routers looks at the experts' profiles."""
+    """Return whether any of these routers looks at the experts' profiles."""
     return any(need != "gates" for router in routers for need in all_needs(router))
 
 
 def side_information(router: Router) -> str | None:
-    """What a router, or its inner router, knows besides the pool and the query."""
+    """Return what a router, or its inner router, knows besides the pool and the query."""
     inner = side_information(router.inner) if isinstance(router, Wrapper) else None
     return router.side_information or inner
 
@@ -276,6 +276,6 @@ def _has(pool: Pool, need: str) -> bool:
 
 
 def generator_for(seed: int, linear: str) -> torch.Generator:
-    """A source of random numbers that depends on a seed and a linear's name alone."""
+    """Return a generator that depends only on a seed and a linear's name."""
     digest = hashlib.sha256(f"{seed}/{linear}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

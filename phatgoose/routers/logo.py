@@ -24,7 +24,7 @@ class Logo(QueryRouter):
         keep the top_k largest; weights proportional to the scores
 
     The scale is in B. "LoGo: LoRA on the Go", 2025 (arXiv 2511.07129): top 20, one mixture per
-    query. Its released code listens in front of that block's normalisation, with all adapters
+    query. Its released code listens before that block's normalization, with all adapters
     active at once; here, as in the formula, the base alone is asked.
     """
 

@@ -11,5 +11,5 @@ class NoExpert(Router):
 
     @classmethod
     def name(cls) -> str:
-        """The router's name."""
+        """Return the router's name."""
         return "base"

@@ -38,7 +38,7 @@ class Retrieval(QueryRouter):
 
 
 def nearest_example(query_QS: Tensor, library: Sequence[Tensor]) -> Tensor:
-    """The expert, int64 [Q], that has the row of the greatest cosine with each query.
+    """Return the expert, int64 [Q], with the row of the greatest cosine with each query.
 
     Args:
         query_QS: embedded queries.

@@ -24,6 +24,6 @@ class Single(Merge):
         known_expert(self.expert, experts)
 
     def merge(self, pool: Pool, linear: str) -> tuple[Tensor, ...]:
-        """The expert's own factors."""
+        """Return the expert's own factors."""
         factors, index = pool.linears[linear], pool.index(self.expert)
         return factors.lora_A_ERD[index], factors.lora_B_EOR[index]

@@ -32,7 +32,7 @@ class Spectr(TokenRouter):
 
 
 def norm_scorer(pool: Pool, linear: str) -> Scorer:
-    """What scores tokens by the norm of what each expert adds: 2 E R D operations a token."""
+    """Return a scorer by the norm of what each expert adds: 2 E R D operations per token."""
     factors = pool.linears[linear]
     m_ERD = output_projection(factors.lora_A_ERD, factors.lora_B_EOR)
     m_ND = m_ERD.flatten(0, 1)

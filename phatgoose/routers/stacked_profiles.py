@@ -1,4 +1,4 @@
-"""What routers read from the experts' profiles, stacked in the order of the pool.
+"""Stack what routers read from the experts' profiles, in the order of the pool.
 
 Shape suffixes: E experts, D input features, N examples, S embedding features, Q queries.
 """
@@ -39,7 +39,7 @@ def embeddings(pool: Pool) -> list[Tensor]:
 
 
 def descriptions(pool: Pool) -> list[str]:
-    """What each expert's task is about."""
+    """Return the description of each expert's task."""
     return [profile.description for profile in _profiles(pool)]
 
 

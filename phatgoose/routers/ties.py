@@ -50,7 +50,7 @@ class Ties(Merge):
         return (merged_OD.to(factors.lora_A_ERD),)
 
     def _least(self, delta_OD: Tensor) -> Tensor:
-        """The smallest magnitude that is kept."""
+        """Return the smallest magnitude that is kept."""
         kept = max(1, round(self.density * delta_OD.numel()))
         return delta_OD.abs().flatten().topk(kept, sorted=False).values.min()
 

@@ -1,4 +1,4 @@
-"""In which order training reads its examples."""
+"""The order in which training reads its examples."""
 
 from collections.abc import Iterator
 
@@ -6,13 +6,13 @@ import torch
 
 
 def batches(examples: int, batch_size: int, seed: int, skip: int = 0) -> Iterator[list[int]]:
-    """Batches of indices without end: all examples in a new order each time round.
+    """Yield endless batches of indices: all examples in a new order in each epoch.
 
     Args:
         examples: how many there are.
-        batch_size: indices per batch; a batch may reach into the next round.
+        batch_size: indices per batch; a batch may reach into the next epoch.
         seed: of the orders.
-        skip: batches to leave out at the start, as they were read before.
+        skip: batches to leave out at the start, as they have been read.
     """
     generator = torch.Generator().manual_seed(seed)
     rounds, position = divmod(skip * batch_size, examples)

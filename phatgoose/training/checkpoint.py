@@ -1,7 +1,7 @@
-"""Where a training job is, in one safetensors file: enough to go on from there, bit by bit.
+"""The state of a training job, in one safetensors file: enough to resume it bit by bit.
 
-Tensors are in the file's tensors, everything else is JSON in its metadata. A state is whole,
-whatever the number of processes that made it, so another number may go on from it.
+Tensors are stored as the file's tensors, everything else as JSON in its metadata. A state is
+complete whatever the number of ranks that saved it, so any number of ranks may resume from it.
 """
 
 import dataclasses
@@ -22,17 +22,17 @@ from phatgoose.training.recipe import Recipe
 
 @dataclass
 class State:
-    """Where a job is. The order of its examples follows from the recipe and the steps done.
+    """The state of a job. The order of its examples follows from the recipe and the steps done.
 
     Attributes:
-        stage: `lora` or `gates`: the one under way.
-        step: optimiser steps done in this stage.
+        stage: the current one, `lora` or `gates`.
+        step: optimizer steps done in this stage.
         tokens: tokens read in this stage.
         seconds: time spent in this stage.
         curve: the rows of the training curve so far, of all stages.
         metrics: of the stages before this one.
-        weights: what is trained in this stage; nothing if no step was done.
-        optimizer: of each weight, what the optimiser remembers by name.
+        weights: what is trained in this stage; empty before the first step.
+        optimizer: the optimizer state of each weight, by name.
         best_loss: the lowest validation loss of this stage, if any was measured.
         best: the weights at that time.
         factors: the finished factors, in stage `gates`.
@@ -53,7 +53,7 @@ class State:
     random: dict[str, Tensor] = field(default_factory=dict)
 
     def to_bytes(self, owner: str) -> bytes:
-        """The bytes of the file; `owner` is what only the same job has."""
+        """Return the bytes of the file; `owner` identifies the job."""
         plain = {name: getattr(self, name) for name in _PLAIN}
         plain["curve"] = [dataclasses.astuple(row) for row in self.curve]
         text = json.dumps({"owner": owner, **plain})
@@ -63,7 +63,7 @@ class State:
 
     @classmethod
     def from_bytes(cls, data: bytes, owner: str) -> "State":
-        """Read a file's bytes; PhatgooseError if it is damaged or of another owner."""
+        """Read a file's bytes; raise PhatgooseError if it is damaged or has another owner."""
         try:
             metadata = safetensors_metadata(data)
             tensors = safetensors.torch.load(data)
@@ -76,12 +76,12 @@ class State:
         if not whole:
             raise PhatgooseError("it is damaged (its SHA-256 is another)")
         if plain.pop("owner") != owner:
-            raise PhatgooseError("it is of another job, recipe or version of the code")
+            raise PhatgooseError("it belongs to another job, recipe or version of the code")
         curve = [CurveRow(*row) for row in plain.pop("curve")]
         return cls(**plain, curve=curve, **_groups(tensors))
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
-        """Every tensor by its name in the file: `group.index` or `optimizer.index.name`."""
+        """Return every tensor by its name in the file: `group.index` or `optimizer.index.name`."""
         named = [(f"random.{name}", tensor) for name, tensor in self.random.items()]
         for group in _LISTS:
             named += [(f"{group}.{i}", tensor) for i, tensor in enumerate(getattr(self, group))]
@@ -95,27 +95,27 @@ _LISTS = ("weights", "best", "factors")
 
 
 class Checkpoints(Protocol):
-    """Where a job keeps its state; several processes of one job each have one."""
+    """The storage of a job's state; each rank of a job has its own."""
 
     def load(self) -> State | None:
-        """The newest state; None if there is none, or none that can be used."""
+        """Return the newest usable state, or None."""
 
     def due(self) -> bool:
-        """Whether the newest state is old enough to be replaced."""
+        """Return whether the newest state is old enough to be replaced."""
 
     def save(self, state: State) -> None:
-        """Keep a state instead of the one before."""
+        """Save a state in place of the previous one."""
 
 
 class NoCheckpoints:
-    """Keeps nothing."""
+    """Checkpoints that save nothing."""
 
     def load(self) -> State | None:
-        """There is none."""
+        """Return None."""
         return None
 
     def due(self) -> bool:
-        """Never."""
+        """Return False."""
         return False
 
     def save(self, state: State) -> None:
@@ -123,9 +123,9 @@ class NoCheckpoints:
 
 
 def owner_of(job: str, recipe: Recipe) -> str:
-    """What a state must say to be this job's: a try at another rate must not go on from it.
+    """Return what identifies a job's states: its id and its recipe, with the learning rates.
 
-    With another micro-batch it may, as losses do not depend on that but for rounding.
+    The micro-batch size is left out: losses depend on it by rounding only.
     """
     values = dataclasses.asdict(recipe)
     del values["micro_batch_size"]
@@ -133,7 +133,7 @@ def owner_of(job: str, recipe: Recipe) -> str:
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The states of the generators that training on this device may draw from."""
+    """Return the states of the generators that training on this device may draw from."""
     found = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         found["cuda"] = torch.cuda.get_rng_state(device)
@@ -141,14 +141,14 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_state(states: dict[str, Tensor], device: torch.device) -> None:
-    """Put the generators back into these states."""
+    """Restore the generators' states."""
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def _groups(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The fields of a State that tensors make up."""
+    """Return the fields of a State that are tensors."""
     indexed: dict[str, dict[int, Any]] = {group: {} for group in (*_LISTS, "optimizer")}
     random: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""A training curve: its rows, and when they say that training has gone wrong."""
+"""A training curve: its rows, and how to detect from them that training diverged."""
 
 import math
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ from phatgoose.errors import Diverged
 _BATCHES = 5
 # ... this many times the loss of the first so many batches, and ...
 _TIMES_THE_START = 3.0
-# ... so many nats per token worse than a guess that holds all tokens for alike. No batch of a model
-# that learns is: its worst is the base's own loss, and a base that is worse than such a guess from
-# the start is allowed three times that.
+# ... so many nats per token worse than a uniform guess. A model that learns has no such batch: its
+# worst loss is the base's own. A base that starts worse than a uniform guess is allowed three times
+# its first loss.
 _ABOVE_A_GUESS = 2.0
 
 
@@ -24,8 +24,8 @@ class CurveRow:
         stage: `lora` or `gates`.
         split: `train` (loss of a step's batch), `validation` (of examples kept out of training) or
             `evaluation` (of the task's evaluation examples).
-        step: optimiser steps done before this loss was measured.
-        loss: mean token cross-entropy; but for `train`, averaged per example first.
+        step: optimizer steps done before this loss was measured.
+        loss: mean token cross-entropy; averaged per example first, except for `train`.
         exact_match: share of examples that greedy decoding gets right; None in training.
         lr: learning rate of the step; None but in training.
         tokens: tokens read so far in this stage.
@@ -43,7 +43,7 @@ class CurveRow:
 
 
 def check_curve(curve: Sequence[CurveRow], vocabulary: int) -> None:
-    """Raise Diverged if the newest row says so, naming stage, step, loss and the mend.
+    """Raise Diverged if the newest row shows it, naming stage, step, loss and the fix.
 
     A loss diverges if it is not finite, or if it explodes: the mean of the last 5 batches is above
     3 times that of the stage's first 5, and 2 nats above that of a uniform guess.

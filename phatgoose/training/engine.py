@@ -1,4 +1,4 @@
-"""What runs optimiser steps: from a micro-batch to its loss, its gradients, and a step.
+"""Run optimizer steps: from a micro-batch to its loss, its gradients, and a step.
 
 `PlainEngine` is plain PyTorch; the harness has one of DeepSpeed. Several processes, the ranks, may
 train one expert together: each runs the same code, with its share of every batch. What an engine
@@ -22,7 +22,7 @@ from phatgoose.training.recipe import Recipe, Stage
 
 
 class Engine(Protocol):
-    """What runs optimiser steps.
+    """An interface that runs optimizer steps.
 
     Attributes:
         rank: which of the ranks this is.
@@ -33,28 +33,28 @@ class Engine(Protocol):
     ranks: int
 
     def loss(self, questions: Sequence[Question]) -> Tensor:
-        """The summed cross-entropy of a micro-batch's targets."""
+        """Return the summed cross-entropy of a micro-batch's targets."""
 
     def backward(self, loss: Tensor) -> None:
         """Add a micro-batch's gradients, divided by the number of micro-batches per step."""
 
     def step(self) -> None:
-        """Called after every micro-batch; takes an optimiser step after the last one."""
+        """Take an optimizer step after the last micro-batch of a batch; call it after every one."""
 
     def score(self, questions: Sequence[Question]) -> list[Score]:
-        """What the model says of the questions' first choices; all ranks must."""
+        """Score the questions' first choices. Every rank must call it."""
 
     def total(self, values: Sequence[float]) -> list[float]:
-        """Each value's sum over the ranks; all ranks must."""
+        """Return each value's sum over the ranks. Every rank must call it."""
 
     def weights(self) -> list[Tensor]:
-        """Copies of what is trained, on the CPU; all ranks must."""
+        """Return copies of the trained weights on the CPU. Every rank must call it."""
 
     def put_weights(self, weights: Sequence[Tensor]) -> None:
-        """Put other weights in their place; all ranks must."""
+        """Replace the trained weights. Every rank must call it."""
 
     def optimizer_state(self) -> list[dict[str, Tensor]]:
-        """Copies of what the optimiser remembers of each weight after a step; all ranks must."""
+        """Return copies of the optimizer state of each weight. Every rank must call it."""
 
     def resume(
         self, weights: Sequence[Tensor], memory: Sequence[dict[str, Tensor]], step: int
@@ -78,7 +78,7 @@ class TargetLoss(nn.Module):
         self.autocast = dtype == "bfloat16"
 
     def forward(self, questions: Sequence[Question], scores: bool = False) -> Any:
-        """Summed cross-entropy of the questions' first choices (scalar, float32).
+        """Return the summed cross-entropy of the questions' first choices (scalar, float32).
 
         With `scores`, a list of their Scores instead.
         """
@@ -129,7 +129,7 @@ class PlainEngine:
         self._micro_batches = 0
 
     def loss(self, questions: Sequence[Question]) -> Tensor:
-        """The summed cross-entropy of a micro-batch's targets."""
+        """Return the summed cross-entropy of a micro-batch's targets."""
         loss: Tensor = self._module(questions)
         return loss
 
@@ -138,7 +138,7 @@ class PlainEngine:
         (loss / self._recipe.accumulation).backward()
 
     def step(self) -> None:
-        """Take an optimiser step after the last micro-batch of a batch."""
+        """Take an optimizer step after the last micro-batch of a batch."""
         self._micro_batches += 1
         if self._micro_batches % self._recipe.accumulation == 0:
             nn.utils.clip_grad_norm_(self._parameters, self._recipe.clip)
@@ -147,16 +147,16 @@ class PlainEngine:
             self._optimizer.zero_grad()
 
     def score(self, questions: Sequence[Question]) -> list[Score]:
-        """What the model says of the questions' first choices."""
+        """Score the questions' first choices."""
         scores: list[Score] = self._module(questions, scores=True)
         return scores
 
     def total(self, values: Sequence[float]) -> list[float]:
-        """The values: there is one rank."""
+        """Return the values, as there is one rank."""
         return list(values)
 
     def weights(self) -> list[Tensor]:
-        """Copies of what is trained."""
+        """Return copies of the trained weights."""
         return copies(self._parameters)
 
     def put_weights(self, weights: Sequence[Tensor]) -> None:
@@ -164,7 +164,7 @@ class PlainEngine:
         put(self._parameters, weights)
 
     def optimizer_state(self) -> list[dict[str, Tensor]]:
-        """Copies of what AdamW remembers of each weight."""
+        """Return copies of AdamW's state of each weight."""
         return [
             {name: self._optimizer.state[p][name].cpu().clone() for name in ADAM_MEMORY}
             for p in self._parameters
@@ -183,12 +183,12 @@ class PlainEngine:
         """Nothing is held."""
 
 
-# What AdamW remembers of a weight, besides the number of steps.
+# AdamW's state of a weight, besides the number of steps.
 ADAM_MEMORY = ("exp_avg", "exp_avg_sq")
 
 
 def copies(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Copies on the CPU."""
+    """Return copies on the CPU."""
     return [parameter.detach().cpu().clone() for parameter in parameters]
 
 
@@ -200,7 +200,7 @@ def put(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 
 def adam_state(parameter: Tensor, step: int, remembered: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What AdamW keeps of a parameter after so many steps."""
+    """Return AdamW's state of a parameter after so many steps."""
     moved = {name: t.to(parameter.device, copy=True) for name, t in remembered.items()}
     return {"step": torch.tensor(float(step)), **moved}
 
@@ -211,19 +211,19 @@ def set_step(
     stage: Stage,
     step: int,
 ) -> None:
-    """Let a fresh schedule stand where it stands after so many steps."""
+    """Advance a new schedule by so many steps."""
     scheduler.last_epoch = step
     for group in optimizer.param_groups:
         group["lr"] = stage.lr * stage.lr_factor(step)
 
 
 def make_optimizer(parameters: list[nn.Parameter], stage: Stage) -> torch.optim.Optimizer:
-    """AdamW as the paper sets it: eps 1e-8, no weight decay."""
+    """Return AdamW with the paper's settings: eps 1e-8, no weight decay."""
     return torch.optim.AdamW(parameters, lr=stage.lr, eps=1e-8, weight_decay=0.0)
 
 
 def make_scheduler(
     optimizer: torch.optim.Optimizer, stage: Stage
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """A constant rate after a linear warm-up."""
+    """Return a constant learning rate after a linear warm-up."""
     return torch.optim.lr_scheduler.LambdaLR(optimizer, stage.lr_factor)

@@ -71,7 +71,7 @@ def attach_lora(
     """Freeze `model` and put a GatedLora in place of each named linear.
 
     A starts normal with standard deviation `init_std`, B at zero, so that each layer starts as the
-    linear it stands for.
+    linear it replaces.
 
     Returns:
         The new layers by the linear's name, in the order given.

@@ -12,7 +12,7 @@ class Stage:
     """One of the two stages of training.
 
     Attributes:
-        steps: optimiser steps.
+        steps: optimizer steps.
         lr: learning rate after the warm-up.
         warmup: the fraction of the steps in which the rate grows linearly to `lr`.
     """
@@ -30,7 +30,7 @@ class Stage:
             )
 
     def lr_factor(self, step: int) -> float:
-        """What `lr` is multiplied by at a step, counted from 0."""
+        """Return what `lr` is multiplied by at a step, counted from 0."""
         return min(1.0, (step + 1) / max(1, math.ceil(self.steps * self.warmup)))
 
 
@@ -44,7 +44,7 @@ class Recipe:
         init_std: standard deviation of A's start (B starts at zero).
         lora: the stage that trains A and B.
         gates: the stage that trains the gates; None trains none.
-        batch_size: sequences per optimiser step.
+        batch_size: sequences per optimizer step.
         micro_batch_size: sequences per forward pass; divides `batch_size`.
         clip: the largest norm of a step's gradient.
         max_input_tokens: inputs are cut to it, and to what the base's positions leave.
@@ -104,12 +104,12 @@ class Recipe:
             raise PhatgooseError(f"recipe.dtype is {self.dtype!r}: float32 or bfloat16")
 
     def at_lower_rate(self) -> "Recipe":
-        """The recipe of the one more try."""
+        """Return the recipe for the one retry."""
         gates = self.gates and replace(self.gates, lr=self.gates.lr * self.retry_lr)
         return replace(self, lora=replace(self.lora, lr=self.lora.lr * self.retry_lr), gates=gates)
 
     def with_half_micro_batch(self) -> "Recipe | None":
-        """The recipe with half as many sequences per forward pass; None if it is one already."""
+        """Return the recipe with half as many sequences per forward pass; None if it has one."""
         if self.micro_batch_size % 2:
             return None
         return replace(self, micro_batch_size=self.micro_batch_size // 2)
@@ -131,7 +131,7 @@ class Recipe:
 
     @property
     def accumulation(self) -> int:
-        """Forward passes per optimiser step."""
+        """Forward passes per optimizer step."""
         return self.batch_size // self.micro_batch_size
 
 

@@ -32,7 +32,7 @@ from phatgoose.training.trainer import Example, Examples, Hooks, TrainingJob
 __all__ = ["CurveRow", "Example", "Examples", "train_expert", "train_gates"]
 
 _NO_HOOKS = Hooks()
-# How PyTorch, CUDA and cuBLAS say that there is no memory where they raise a plain RuntimeError.
+# How PyTorch, CUDA and cuBLAS report a lack of memory when they raise a plain RuntimeError.
 _NO_MEMORY = (
     "not enough memory",
     "can't allocate memory",
@@ -53,16 +53,16 @@ def train_expert(
 
     Args:
         base: the frozen model, in the dtype of the recipe, with nothing attached.
-        card: what the expert will say of itself; its metrics are added here.
+        card: the expert's card; its metrics are added here.
         train: training examples.
-        evaluation: examples of the same task that are not trained on.
-        recipe: how to train; without a stage `gates` the expert has none.
+        evaluation: held-out examples of the same task.
+        recipe: how to train; without a stage `gates` the expert gets no gates.
         hooks: what runs the steps, and what is called on the way.
 
     Raises:
         PhatgooseError: a split is empty, or the base has another dtype.
         Diverged: a loss or a weight is not finite, or the loss exploded (see `check_curve`).
-        OutOfMemory: the allocator had no more.
+        OutOfMemory: memory ran out.
     """
     _check(base, card, train, evaluation, recipe)
     layers = attach_lora(
@@ -98,7 +98,7 @@ def train_gates(
     recipe: Recipe,
     hooks: Hooks = _NO_HOOKS,
 ) -> Expert:
-    """Train gates for an expert that is there already, such as one imported from PEFT.
+    """Train gates for an existing expert, such as one imported from PEFT.
 
     Arguments and errors are those of `train_expert`; of the recipe only the stage `gates` counts,
     and the expert's own rank and scale stay. The factors come out as they went in, in float32.
@@ -120,7 +120,7 @@ def train_gates(
             f"expert {card.name} was made with base {card.base_fingerprint[:12]}, and {base.name} "
             f"is {base.fingerprint[:12]}: load the base it was made with"
         )
-    if recipe.validate_every > stage.steps:  # nothing need be kept out of training
+    if recipe.validate_every > stage.steps:  # nothing has to be held out of training
         recipe = dataclasses.replace(recipe, validate_every=0)
     layers = attach_expert(base.model, expert)
     try:
@@ -148,7 +148,7 @@ def _check(base: Base, card: Card, train: Examples, evaluation: Examples, recipe
 
 @contextmanager
 def _memory_errors(recipe: Recipe) -> Iterator[None]:
-    """Make an allocator's refusal an OutOfMemory, after freeing what the work had."""
+    """Turn an allocator's refusal into OutOfMemory, after freeing the memory of the work."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

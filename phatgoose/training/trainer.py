@@ -1,4 +1,4 @@
-"""One expert under way: its two stages, step by step, from wherever its checkpoint is."""
+"""Train one expert: its two stages, step by step, resumed from its checkpoint."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -36,13 +36,13 @@ class Example:
     choices: tuple[str, ...] = ()
 
 
-# What is trained on: texts, or the same as token ids, cut to the recipe's lengths already.
+# What is trained on: texts, or token ids that are already cut to the recipe's lengths.
 Examples = Sequence[Example] | Sequence[Question]
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a training calls: its engine, and whoever watches and keeps it.
+    """What a training calls: its engine, its observers and its checkpoints.
 
     Attributes:
         engine: builds what runs the steps.
@@ -87,7 +87,7 @@ class TrainingJob:
         self.started = 0.0  # of the stage, on the monotonic clock
 
     def resume(self) -> str:
-        """Go to where the newest checkpoint is, if there is one; returns its stage or nothing."""
+        """Restore the newest checkpoint; return its stage, or an empty string without one."""
         state = self.hooks.checkpoints.load()
         if state is None:
             return ""
@@ -100,14 +100,14 @@ class TrainingJob:
         return state.stage
 
     def train_factors(self) -> dict[str, float]:
-        """The first stage; returns its metrics."""
+        """Run the first stage; return its metrics."""
         before, after = self.run("lora", self.factors, self.recipe.lora)
         return {"nll_base": before.loss, "nll_lora": after.loss}
 
     def train_gates(
         self, name: str, stage: Stage, metrics: dict[str, float] | None = None
     ) -> dict[str, float]:
-        """The second stage, which nothing but the gates comes out of changed.
+        """Run the second stage, which changes nothing but the gates; return its metrics.
 
         Args:
             name: of the expert.
@@ -115,7 +115,7 @@ class TrainingJob:
             metrics: of the stage before; None if there was none in this process.
         """
         factors, trained = self.factors, copies(self.factors)
-        if metrics is not None:  # from now on, the first stage need not be done again
+        if metrics is not None:  # from now on, the first stage is not repeated
             self.state = State("gates", curve=self.state.curve, metrics=metrics)
             self.state.factors = trained
             self.save()
@@ -133,7 +133,7 @@ class TrainingJob:
         return [p for layer in self.layers.values() for p in (layer.lora_A_RD, layer.lora_B_OR)]
 
     def encode(self, example: Example | Question) -> Question:
-        """An example as token ids, cut to the recipe's lengths."""
+        """Return an example as token ids, cut to the recipe's lengths."""
         if isinstance(example, Question):
             return example
         limits = self.recipe.max_input_tokens, self.recipe.max_target_tokens
@@ -142,7 +142,7 @@ class TrainingJob:
     def run(
         self, name: str, parameters: list[nn.Parameter], stage: Stage
     ) -> tuple[CurveRow, CurveRow]:
-        """Train one stage, leaving its best state; returns its evaluation before and after."""
+        """Train one stage, leaving its best state; return its evaluation before and after."""
         if self.state.stage != name:
             self.state = State(name, curve=self.state.curve)
         self.started = time.monotonic() - self.state.seconds
@@ -162,7 +162,7 @@ class TrainingJob:
         return before, after
 
     def start(self, engine: Engine) -> CurveRow:
-        """Bring the engine to where the job is; returns the evaluation before the stage."""
+        """Bring the engine to the job's state; return the evaluation before the stage."""
         state = self.state
         if state.step:
             engine.resume(state.weights, state.optimizer, state.step)
@@ -172,7 +172,7 @@ class TrainingJob:
         return self.measure(engine, "evaluation")
 
     def take_steps(self, engine: Engine, stage: Stage) -> None:
-        """The steps that are left of a stage."""
+        """Take the remaining steps of a stage."""
         state, recipe = self.state, self.recipe
         order = batches(len(self.train), recipe.batch_size, recipe.seed, skip=state.step)
         for step in range(state.step, stage.steps):
@@ -191,7 +191,7 @@ class TrainingJob:
                 state.weights, state.optimizer = [], []
 
     def take_step(self, engine: Engine, batch: list[Question]) -> tuple[float, bool]:
-        """One optimiser step; the batch's mean token cross-entropy, and if a checkpoint is due."""
+        """Take an optimizer step; return the mean token loss, and whether a checkpoint is due."""
         # Rows of like length waste little padding; every token weighs the same.
         batch = sorted(batch, key=lambda question: question.length)
         targets = sum(len(question.choices[0]) for question in batch)
@@ -207,7 +207,7 @@ class TrainingJob:
         return total / targets, due > 0
 
     def measure(self, engine: Engine, split: str) -> CurveRow:
-        """Mean loss and exact match on the examples of `evaluation` or `validation`."""
+        """Measure mean loss and exact match on the examples of `evaluation` or `validation`."""
         questions = self.evaluation if split == "evaluation" else self.validation
         ordered = sorted(questions, key=lambda question: question.length)
         rows = 4 * self.recipe.micro_batch_size  # nothing is kept for a backward pass
@@ -232,7 +232,7 @@ class TrainingJob:
         exact_match: float | None = None,
         lr: float | None = None,
     ) -> CurveRow:
-        """Add a row to the curve; Diverged if it is not one of a training that goes well."""
+        """Add a row to the curve; raise Diverged if it shows that training diverged."""
         state = self.state
         state.seconds = time.monotonic() - self.started
         row = CurveRow(state.stage, split, step, loss, exact_match, lr, state.tokens, state.seconds)
@@ -248,7 +248,7 @@ class TrainingJob:
 
 
 def _check_finite(stage: str, parameters: Sequence[Tensor]) -> None:
-    """A step whose gradients were not finite is seen in the next loss; this is for the last one."""
+    """Check the weights after the last step: an earlier fault shows in the next loss."""
     if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
         raise Diverged(
             f"the weights became NaN or infinite in the last step of stage {stage}: lower the "
