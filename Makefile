@@ -6,7 +6,7 @@ SEED ?= 1
 COUNT ?= 600
 WORKERS ?= 2
 
-.PHONY: demo routers test chaos mutants lint setup clean
+.PHONY: demo routers test chaos mutants lint docs setup clean
 
 demo: setup  ## train the demo pool, evaluate every router, end with a table and two pictures
 	$(BIN)/python -m harness.run pool=demo "run.dir='$(RUN_DIR)'"
@@ -29,6 +29,9 @@ lint: setup  ## formatting, lint, types, and which room may import which
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+docs: setup  ## the documentation as a site in docs/_build/html; warnings are errors
+	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --nitpicky --quiet docs docs/_build/html
 
 setup: .venv/.ready
 
