@@ -61,7 +61,7 @@ def test_there_are_commands_of_each_kind() -> None:
 
 
 def marked(command: Command) -> Any:
-    """The command as a parameter; lm-eval takes long to read its catalog."""
+    """Return the command as a parameter; lm-eval takes long to read its catalog."""
     is_slow = any(word.startswith("suite=lm_eval:") for word in command.words)
     return pytest.param(command, marks=[pytest.mark.slow] if is_slow else [], id=str(command))
 
@@ -141,7 +141,7 @@ def test_targets_and_variables_of_make_exist() -> None:
 
 
 def keys_of(group: str) -> set[str]:
-    """The keys of a group's files, and of the configuration's own section of that name."""
+    """Return the keys of a group's files, and of the configuration's own section of that name."""
     files = [yaml.safe_load(file.read_text()) for file in (CONF / group).glob("*.yaml")]
     own = yaml.safe_load((CONF / "config.yaml").read_text()).get(group)
     return {key for content in [*files, own] if isinstance(content, dict) for key in content}
