@@ -1,6 +1,7 @@
 """The API reference, the columns of results and the project's metadata agree with the code."""
 
 import re
+import sys
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -90,3 +91,13 @@ def test_what_is_reached_by_internal_names_has_an_upper_bound(name: str) -> None
     (found,) = [r for r in requirements() if r.name == name]
     assert any(one.operator == "<" for one in found.specifier)
     assert version(name) in found.specifier
+
+
+def test_hooks_are_tools_of_the_environment() -> None:
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    hooks = [hook for repository in config["repos"] for hook in repository["hooks"]]
+    assert {repository["repo"] for repository in config["repos"]} == {"local"}
+    for hook in hooks:
+        tool = Path(hook["entry"].split()[0])
+        assert tool.parent == Path(".venv/bin"), hook["id"]
+        assert Path(sys.executable).with_name(tool.name).exists(), hook["id"]
