@@ -6,7 +6,7 @@ SEED ?= 1
 COUNT ?= 600
 WORKERS ?= 2
 
-.PHONY: demo routers test chaos mutants lint setup clean
+.PHONY: demo routers test chaos mutants lint docs setup clean
 
 demo: setup  ## train the demo pool, evaluate every router, end with a table and two pictures
 	$(BIN)/python -m harness.run pool=demo "run.dir='$(RUN_DIR)'"
@@ -24,11 +24,16 @@ chaos: setup  ## runs whose processes are killed again and again end as one that
 mutants: setup  ## small changes of the code that computes numbers: at most 15 % may go unnoticed
 	$(BIN)/python -m tests.mutation --seed $(SEED) --count $(COUNT) --workers $(WORKERS)
 
-lint: setup  ## formatting, lint, types, and which room may import which
+lint: setup  ## formatting, lint, types, spelling, and which room may import which
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/codespell --builtin en-GB_to_en-US --ignore-words-list standardise *.md docs/*.md docs/*.py
 	$(BIN)/lint-imports --no-logo
+
+docs: setup  ## the documentation as a site in docs/_build/html; warnings are errors
+	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --nitpicky --quiet docs docs/_build/html
 
 setup: .venv/.ready
 

@@ -1,7 +1,7 @@
-"""The table of all routers in docs/routers.md, made from the code.
+"""Make the table of all routers in docs/routers.md from the code.
 
     python docs/tables.py           print it
-    python docs/tables.py --write   put it into docs/routers.md
+    python docs/tables.py --write   write it into docs/routers.md
 
 In formulas: D input and O output features of a linear, E experts in the pool, K experts kept per
 token, R LoRA rank.
@@ -35,7 +35,7 @@ from phatgoose.routers.interface import side_information
 PAGE = Path(__file__).parent / "routers.md"
 START, END = "<!-- table: python docs/tables.py --write -->", "<!-- end of table -->"
 
-# What a token costs on one linear, in the order of the page; wrappers with their default router.
+# The cost of a token on one linear, in the order of the page; wrappers with their default router.
 COSTS = {
     "phatgoose": "2 E D + 2 K R (D + O)",
     "arrow": "2 E D + 2 K R (D + O)",
@@ -65,7 +65,7 @@ COSTS = {
     "oracle": "2 R (D + O)",
     "multitask": "2 R (D + O)",
 }
-# What a query costs besides.
+# The additional cost of a query.
 PER_QUERY = {
     "glider": "embedding the task's description",
     "retrieval": "embedding it",
@@ -93,26 +93,26 @@ _KINDS: dict[type[Router], tuple[str, str]] = {
     QueryRouter: ("query", "query"),
     Merge: ("merge", "pool"),
 }
-# What is read off from the scores of single experts is no class, and says so here.
+# Routers derived from the scores of single experts have no class.
 _DERIVED_PER = {"oracle": "evaluation task and metric", "best_individual": "suite"}
 
 
 def table() -> str:
-    """The table in Markdown.
+    """Return the table in Markdown.
 
     Raises:
-        SystemExit: a router has no cost here.
+        SystemExit: a router has no cost in COSTS.
     """
     written = {file.stem for file in (CONF / "router").glob("*.yaml")} - {"all"}
     missing = {*ROUTERS, *written} - COSTS.keys()
     if missing:
-        raise SystemExit(f"docs/tables.py: add to COSTS what {', '.join(sorted(missing))} costs")
+        raise SystemExit(f"docs/tables.py: add the cost of {', '.join(sorted(missing))} to COSTS")
     lines = [COLUMNS, ["---"] * len(COLUMNS), *map(_row, COSTS)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def with_table(page: str) -> str:
-    """The page with the table between its two markers."""
+    """Return the page with the table between its two markers."""
     before, _, rest = page.partition(START)
     _, end, after = rest.partition(END)
     if not end:
@@ -121,7 +121,7 @@ def with_table(page: str) -> str:
 
 
 def operations(cost: str, **sizes: int) -> int:
-    """The number that a formula of COSTS stands for; `sizes` are its letters."""
+    """Return the value of a formula of COSTS; `sizes` are its letters."""
     return int(eval(re.sub(r"(?<=[\w)]) (?=[\w(])", "*", cost), {"min": min}, sizes))
 
 
@@ -154,7 +154,7 @@ def _row(name: str) -> list[str]:
 
 
 def _yaml(name: str) -> dict[str, Any]:
-    """What the configuration says of a router: its options, and its kind if it is a variant."""
+    """Return a router's options from the configuration, and its kind if it is a variant."""
     container = OmegaConf.to_container(OmegaConf.load(CONF / "router" / f"{name}.yaml"))
     assert isinstance(container, dict)
     return dict(container[name])
@@ -171,7 +171,7 @@ def _defaults(router: type[Router]) -> dict[str, Any]:
 
 
 def _options(options: dict[str, Any]) -> str:
-    """Options as a command line writes them."""
+    """Return options as a command line writes them."""
 
     def written(name: str, value: Any) -> str:
         if value is dataclasses.MISSING or value == "":
@@ -196,7 +196,7 @@ def _share(cost: str, top_k: int) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table, or write it into the page."""
     parser = argparse.ArgumentParser(description="Make the table of all routers.")
-    parser.add_argument("--write", action="store_true", help=f"put it into {PAGE.name}")
+    parser.add_argument("--write", action="store_true", help=f"write it into {PAGE.name}")
     if parser.parse_args(arguments).write:
         PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     else:

@@ -1,4 +1,4 @@
-"""docs/routers.md tells of every router, and what it says is what the code does."""
+"""docs/routers.md describes every router, and agrees with the code."""
 
 import re
 import shlex
@@ -49,7 +49,7 @@ def test_the_table_is_what_the_code_says(tables: ModuleType) -> None:
     assert tables.with_table(PAGE) == PAGE, "run: python docs/tables.py --write"
 
 
-def test_the_table_tells_of_options_needs_and_what_routers_know(tables: ModuleType) -> None:
+def test_the_table_has_options_needs_and_side_information(tables: ModuleType) -> None:
     rows = {line.split("`")[1]: line.split(" | ") for line in tables.table().splitlines()[2:]}
     assert all(len(row) == len(tables.COLUMNS) for row in rows.values())
     assert rows["arrow_phatgoose"][1] == "token"
@@ -85,11 +85,11 @@ def test_a_router_without_a_cost_is_an_error(
 ) -> None:
     known = {name: cost for name, cost in tables.COSTS.items() if name != "spectr"}
     monkeypatch.setattr(tables, "COSTS", known)
-    with pytest.raises(SystemExit, match="add to COSTS what spectr costs"):
+    with pytest.raises(SystemExit, match="add the cost of spectr to COSTS"):
         tables.table()
 
 
-def test_write_mends_the_page(
+def test_write_updates_the_page(
     tables: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     page = tmp_path / "page.md"
