@@ -7,7 +7,7 @@ import pytest
 
 from phatgoose.base import Base
 from tests.docs.pages import ROOT, blocks
-from tests.tiny import make_experts
+from tests.support.tiny import make_experts
 
 
 def test_the_library_example_runs(
