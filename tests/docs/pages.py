@@ -67,7 +67,7 @@ def commands() -> Iterator[Command]:
                 if words := _words(line):
                     yield Command(name, words)
         for span in spans(page):
-            if span.startswith(("python -m ", "make ", "sbatch ")):
+            if re.match(r"(\S*python|make|sbatch) ", span):
                 yield Command(name, _words(span))
 
 

@@ -120,12 +120,13 @@ def test_the_overrides_for_slurm_compose() -> None:
         assert load_config(list(command.words[2:])).run.dir
 
 
-def test_modules_and_scripts_exist() -> None:
+def test_modules_and_files_exist() -> None:
     for command in COMMANDS:
         if command.module:
             assert importlib.util.find_spec(command.module), str(command)
-        elif command.words[0].endswith("python"):
-            assert (ROOT / command.words[1]).exists(), str(command)
+        for word in command.words[1:]:
+            if re.fullmatch(r"(clusters|docs|examples|results|tests)/[\w./-]+\.\w+", word):
+                assert (ROOT / word).exists(), str(command)
 
 
 def test_targets_and_variables_of_make_exist() -> None:
