@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 from harness import run_folder
 from harness.config.schema import RunConfig
@@ -25,41 +24,12 @@ from phatgoose.errors import PhatgooseError
 from tests.support.small_disk import small_disk
 from tests.support.toy import prepare_toys, toy_config
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def ray_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One Ray for all tests of this module; the cache that its actors see is theirs too."""
-    from ray._private import ray_constants
-
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("faults")
-        patch.delenv("RAY_ADDRESS", raising=False)
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("PHATGOOSE_CACHE", str(folder / "cache"))
-        patch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", False)  # stay on 127.0.0.1
-        ray.init(
-            address="local",
-            num_cpus=2,
-            include_dashboard=False,
-            object_store_memory=100 * 2**20,
-            _node_ip_address="127.0.0.1",
-            namespace="phatgoose",
-            log_to_driver=False,
-        )
-        yield
-        ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def cache(ray_folder: None) -> None:
-    """The cache is that of the module's Ray."""
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("two_cores")]
 
 
 @pytest.fixture(scope="module")
 def whole(
-    ray_folder: None, tmp_path_factory: pytest.TempPathFactory, llama_folder: Path
+    two_cores: None, tmp_path_factory: pytest.TempPathFactory, llama_folder: Path
 ) -> RunConfig:
     """A run that nothing happened to."""
     folder = tmp_path_factory.mktemp("whole")

@@ -1,6 +1,7 @@
 """Training and evaluation on the nodes that are meant for them: a real Ray of labelled nodes."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import ray
@@ -15,7 +16,7 @@ TRAIN, EVALUATE = {"group": "train"}, {"group": "evaluate"}
 
 
 @pytest.fixture
-def nodes() -> Iterator[None]:
+def nodes(own_ray: Path) -> Iterator[None]:
     """A head without work, one node for training with two cores, one for evaluation with one."""
     common = {"node_ip_address": "127.0.0.1", "object_store_memory": 100 * 2**20}
     cluster = Nodes(

@@ -16,6 +16,7 @@ from harness import run_folder
 from harness.registry import Registry
 from harness.registry.__main__ import main as registry_command
 from harness.run import run
+from harness.scheduling.settings import ClusterConfig
 from harness.storage import Folder
 from phatgoose import Pool, Question, RoutedModel, load_base, make_router
 from tests.support.tiny import make_llama
@@ -38,7 +39,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def toy_run(folder: Path, run_dir: str, *stages: str) -> Any:
     router: dict[str, Any] = {name: {} for name in ROUTERS} | {"phatgoose": {"top_k": 2}}
-    changes = {"router": router, "registry": "run/registry", "stages": list(stages)}
+    changes: dict[str, Any] = {"router": router, "registry": "run/registry"}
+    changes |= {"stages": list(stages), "cluster": ClusterConfig(max_actors=1)}
     config = toy_config(Path("base"), Path(run_dir), **changes)
     prepare_toys([*config.pool_tasks(), *config.suite_tasks(config.suites[0])], folder)
     return config
@@ -75,6 +77,7 @@ def test_its_run_folder_is_reported(folder: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("two_cores")
 def test_its_run_folder_is_resumed(folder: Path) -> None:
     """Nothing is trained, everything is asked again, and the scores are the same."""
     before, objects = values(folder / "run"), folder / "run" / "registry" / "objects"

@@ -1,25 +1,12 @@
 import os
-import tempfile
-from collections.abc import Iterator
 
 import psutil
 import pytest
 import ray
-from ray._private import ray_constants
 
 from harness.scheduling.cluster import Cluster, _running
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def _own_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No Ray of this machine is in sight; Ray's settings are put back."""
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", ray_constants.ENABLE_RAY_CLUSTER)
-    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        monkeypatch.setenv("RAY_TMPDIR", folder)
-        yield
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_ray")]
 
 
 def listening() -> set[str]:
