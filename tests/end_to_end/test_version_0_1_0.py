@@ -77,7 +77,7 @@ def test_its_run_folder_is_reported(folder: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("two_cores")
+@pytest.mark.usefixtures("own_ray")
 def test_its_run_folder_is_resumed(folder: Path) -> None:
     """Nothing is trained, everything is asked again, and the scores are the same."""
     before, objects = values(folder / "run"), folder / "run" / "registry" / "objects"
