@@ -17,6 +17,19 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start slow tests with the longest, so that none ends alone; those that share a Ray last."""
+
+    def order(item: pytest.Item) -> tuple[int, float]:
+        slow = item.get_closest_marker("slow")
+        if slow is None:
+            return 0, 0.0
+        shares = "two_cores" in getattr(item, "fixturenames", ())
+        return 1 + shares, -float(slow.kwargs.get("seconds", 0))
+
+    items.sort(key=order)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _session_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["PHATGOOSE_CACHE"] = str(tmp_path_factory.mktemp("cache"))

@@ -24,7 +24,11 @@ from phatgoose.errors import PhatgooseError
 from tests.support.small_disk import small_disk
 from tests.support.toy import prepare_toys, toy_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("two_cores")]
+pytestmark = [
+    pytest.mark.slow(seconds=140),
+    pytest.mark.xdist_group("faults"),
+    pytest.mark.usefixtures("two_cores"),
+]
 
 
 @pytest.fixture(scope="module")

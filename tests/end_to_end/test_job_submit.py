@@ -22,7 +22,7 @@ from harness.storage import Folder
 from tests.support.tiny_encoder import make_encoder
 from tests.support.toy import prepare_toys, toy_arguments
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(seconds=45)
 
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).parent / "ray"

@@ -12,7 +12,7 @@ from harness.storage import Folder
 from tests.support.tiny_encoder import make_encoder
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=25)
 @pytest.mark.usefixtures("two_cores")
 def test_three_files_become_a_pool_and_a_suite(
     tmp_path: Path, llama_folder: Path, capsys: pytest.CaptureFixture[str]

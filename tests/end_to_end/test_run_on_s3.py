@@ -15,7 +15,7 @@ from harness.storage import Folder
 from tests.support.s3_server import S3Server
 from tests.support.toy import prepare_toys, toy_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_ray")]
+pytestmark = [pytest.mark.slow(seconds=30), pytest.mark.usefixtures("own_ray")]
 
 EXPERTS = {"birds", "lakes", "numbers"}
 

@@ -76,7 +76,7 @@ def test_its_run_folder_is_reported(folder: Path, capsys: pytest.CaptureFixture[
     assert (folder / "run" / run_folder.SUMMARY_FILE).exists()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=25)
 @pytest.mark.usefixtures("own_ray")
 def test_its_run_folder_is_resumed(folder: Path) -> None:
     """Nothing is trained, everything is asked again, and the scores are the same."""

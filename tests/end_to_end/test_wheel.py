@@ -15,7 +15,11 @@ from harness.storage import Folder
 from tests.support.tiny_encoder import make_encoder
 from tests.support.toy import prepare_toys, toy_arguments, toy_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_ray")]
+pytestmark = [
+    pytest.mark.slow(seconds=35),
+    pytest.mark.xdist_group("wheel"),
+    pytest.mark.usefixtures("own_ray"),
+]
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ("phatgoose", "harness", "pyproject.toml", "README.md", "LICENSE")

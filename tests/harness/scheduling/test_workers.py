@@ -23,7 +23,11 @@ from phatgoose.errors import PhatgooseError
 # Actors cannot import a test module: it travels to them as it is.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("two_cores")]
+pytestmark = [
+    pytest.mark.slow(seconds=60),
+    pytest.mark.xdist_group("workers"),
+    pytest.mark.usefixtures("two_cores"),
+]
 
 
 class Worker(Actor):
