@@ -97,7 +97,7 @@ def test_a_pool_of_imported_adapters(tmp_path: Path, llama_folder: Path) -> None
     save_adapter(base, tmp_path / "one", r=3)
     save_adapter(base, tmp_path / "two", r=2, target_modules=["q_proj", "v_proj"])
     tasks = {name: {"adapter": str(tmp_path / name)} for name in ("one", "two")}
-    router = {name: {} for name in TRAINING_FREE}
+    router: dict[str, Any] = {name: {} for name in TRAINING_FREE}
     config = config_of(llama_folder, tmp_path, {"name": "imported", "tasks": tasks}, router)
     run(config)
     scores = scores_of(config)

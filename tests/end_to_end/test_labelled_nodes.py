@@ -36,15 +36,15 @@ def nodes(own_ray: Path) -> Iterator[None]:
 def test_actors_go_to_the_nodes_with_their_labels(nodes: None) -> None:
     groups = {node["NodeID"]: (node["Labels"] or {}).get("group") for node in ray.nodes()}
 
-    @ray.remote
     class Where:
         def node(self) -> str:
             return str(ray.get_runtime_context().get_node_id())
 
+    remote = ray.remote(Where)
     for labels, size in ((TRAIN, 2), (EVALUATE, 1)):
         assert room(actor_options(ClusterConfig(), labels)) == size
         actors = [
-            Where.options(**actor_options(ClusterConfig(), labels)).remote() for _ in range(size)
+            remote.options(**actor_options(ClusterConfig(), labels)).remote() for _ in range(size)
         ]
         found = [groups[ray.get(actor.node.remote(), timeout=60)] for actor in actors]
         assert found == [labels["group"]] * size

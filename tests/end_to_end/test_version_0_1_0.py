@@ -58,7 +58,7 @@ def test_its_registry_is_whole_and_its_experts_route(
 ) -> None:
     assert registry_command(["verify", str(folder / "run" / "registry")]) == 0
     assert "3 experts" in capsys.readouterr().out
-    base = load_base(folder / "base")
+    base = load_base(str(folder / "base"))
     registry = Registry(folder / "run" / "registry", base.fingerprint)
     experts = [registry.load(content) for content in registry.manifest().experts.values()]
     assert {expert.card.name for expert in experts} == EXPERTS

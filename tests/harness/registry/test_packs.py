@@ -155,7 +155,7 @@ def _opener(uri: str, number: int, failures: Any) -> None:
         def refuse(*_: Any, **__: Any) -> None:
             raise NotImplementedError("no locks here")
 
-        pack.FileLock = refuse  # type: ignore[assignment, misc]
+        pack.FileLock = refuse  # type: ignore[assignment]
     _open_again_and_again(uri, number, failures)
 
 

@@ -159,7 +159,7 @@ class Remembers(Watch):
 
 
 def finish(workers: Workers) -> dict[int, Any]:
-    found = {}
+    found: dict[int, Any] = {}
     while not workers.is_done:
         found.update(workers.step(1.0))
     return found

@@ -33,7 +33,7 @@ from tests.support.toy import (
     write_archive,
 )
 
-DOCS = [
+DOCS: list[dict[str, Any]] = [
     {"q": f"Is the {name} {deed}?", "a": ["yes", "no"], "gold": i % 2, "say": "goose"}
     for i, (name, deed) in enumerate(
         (name, deed) for name in ("goose", "lake", "swan") for deed in ("deep", "grey", "dry")
