@@ -6,7 +6,7 @@ SEED ?= 1
 COUNT ?= 600
 WORKERS ?= 2
 
-.PHONY: demo routers test chaos mutants lint docs setup clean
+.PHONY: demo routers test test-slow chaos mutants lint docs setup clean
 
 demo: setup  ## train the demo pool, evaluate every router, end with a table and two pictures
 	$(BIN)/python -m harness.run pool=demo "run.dir='$(RUN_DIR)'"
@@ -14,9 +14,12 @@ demo: setup  ## train the demo pool, evaluate every router, end with a table and
 routers: setup  ## every router there is, on the pool of the demo (trained first if need be)
 	$(BIN)/python -m harness.run pool=demo "run.dir='$(RUN_DIR)'" 'router=[all]' router.multitask.steps=48
 
-test: setup  ## all tests, two at a time: the fast ones, then those that start clusters
-	$(BIN)/python -m pytest -m "not slow" -n 2
-	$(BIN)/python -m pytest -m slow -n 2
+test: setup  ## the fast tests, two at a time
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
+
+# Three at a time on two cores: these wait for other processes for much of their time.
+test-slow: setup  ## the slow tests: whole runs, clusters, chaos
+	$(BIN)/python -m pytest -m slow -n 3 --dist loadgroup --no-loadscope-reorder
 
 chaos: setup  ## runs whose processes are killed again and again end as one that is left alone
 	$(BIN)/python -m tests.chaos

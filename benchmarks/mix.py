@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from torch import Tensor
 from phatgoose.ops import mix, top_k_softmax
 from phatgoose.ops.route import gate_scorer
 
-MIX = sys.modules[mix.__module__]
+MIX: Any = sys.modules[mix.__module__]
 ROUNDS = 21
 RANK = 16
 

@@ -9,6 +9,7 @@ import pytest
 
 if TYPE_CHECKING:
     from phatgoose.base import Base
+    from tests.support.own_ray import SharedRay
     from tests.support.s3_server import S3Server
 
 # Before anything imports torch or huggingface_hub.
@@ -16,9 +17,48 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start slow tests with the longest, so that none ends alone; those that share a Ray last."""
+
+    def order(item: pytest.Item) -> tuple[int, float]:
+        slow = item.get_closest_marker("slow")
+        if slow is None:
+            return 0, 0.0
+        shares = "two_cores" in getattr(item, "fixturenames", ())
+        return 1 + shares, -float(slow.kwargs.get("seconds", 0))
+
+    items.sort(key=order)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _session_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["PHATGOOSE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def session_ray(_session_cache: None) -> "Iterator[SharedRay]":
+    """The Ray that tests share, to be started or stopped."""
+    from tests.support.own_ray import SharedRay
+
+    ray = SharedRay()
+    yield ray
+    ray.stop()
+
+
+@pytest.fixture(scope="module")
+def two_cores(session_ray: "SharedRay") -> None:
+    """A running Ray of two cores that only this machine can reach, shared with other modules."""
+    session_ray.start()
+
+
+@pytest.fixture(scope="module")
+def own_ray(session_ray: "SharedRay") -> Iterator[Path]:
+    """No Ray is running or in sight; the folder is where the tests of a module start theirs."""
+    from tests.support.own_ray import ray_folder
+
+    session_ray.stop()
+    with ray_folder() as folder:
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from rouge_score.rouge_scorer import RougeScorer
-
 # The share of BIG-bench's normalised preferred score, of which 100 is the best.
 NORMALIZED = "bigbench_normalized"
 
@@ -43,4 +41,6 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
 
 @lru_cache(maxsize=1)
 def _scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer  # imports scikit-learn, by way of NLTK
+
     return RougeScorer(["rougeL"])

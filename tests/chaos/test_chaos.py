@@ -29,7 +29,7 @@ def test_a_plan_has_every_kind_in_its_phase_and_is_the_same_for_a_seed() -> None
     assert plan(1, 20) != plan(2, 20)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=200)
 def test_a_disturbed_run_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     # A process of its own, because a cluster's processes end with the thread that started them.
     command = [sys.executable, "-m", "tests.chaos", "--seed", "1", "--kills", "6"]

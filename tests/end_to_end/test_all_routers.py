@@ -12,13 +12,14 @@ from harness.config.schema import RunConfig
 from harness.planning.plan import make_plan
 from harness.registry import Registry
 from harness.run import run
+from harness.scheduling.settings import ClusterConfig
 from harness.storage import Folder
 from phatgoose.base import load_base
 from phatgoose.errors import PhatgooseError
 from tests.support.adapters import save_adapter
 from tests.support.toy import prepare_toys, toy_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow(seconds=60), pytest.mark.usefixtures("two_cores")]
 
 TRAINING_FREE = ["arrow", "spectr", "lag", "logo", "merged", "merged_factors", "ties", "dare"]
 TRAINING_FREE += ["task_arithmetic", "uniform", "random", "random_experts", "base"]
@@ -31,7 +32,14 @@ def every_router() -> dict[str, Any]:
 
 
 def config_of(base: Path, tmp_path: Path, pool: dict[str, Any], router: Any) -> RunConfig:
-    config: RunConfig = toy_config(base, tmp_path / "run", pool=pool, router=router)
+    config: RunConfig = toy_config(
+        base,
+        tmp_path / "run",
+        pool=pool,
+        router=router,
+        cluster=ClusterConfig(max_actors=1),
+        chunk_characters=2000,
+    )
     prepare_toys([*config.pool_tasks(), *config.suite_tasks(config.suites[0])], tmp_path)
     return config
 
@@ -89,7 +97,7 @@ def test_a_pool_of_imported_adapters(tmp_path: Path, llama_folder: Path) -> None
     save_adapter(base, tmp_path / "one", r=3)
     save_adapter(base, tmp_path / "two", r=2, target_modules=["q_proj", "v_proj"])
     tasks = {name: {"adapter": str(tmp_path / name)} for name in ("one", "two")}
-    router = {name: {} for name in TRAINING_FREE}
+    router: dict[str, Any] = {name: {} for name in TRAINING_FREE}
     config = config_of(llama_folder, tmp_path, {"name": "imported", "tasks": tasks}, router)
     run(config)
     scores = scores_of(config)

@@ -16,7 +16,7 @@ from harness.storage import Folder
 from tests.support.tiny_encoder import make_encoder
 from tests.support.toy import prepare_toys, toy_arguments, toy_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow(seconds=80), pytest.mark.usefixtures("own_ray")]
 
 
 class Checkout:

@@ -24,31 +24,16 @@ from phatgoose.errors import PhatgooseError
 from tests.support.small_disk import small_disk
 from tests.support.toy import prepare_toys, toy_config
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def ray_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One Ray for all tests of this module; the cache that its actors see is theirs too."""
-    from harness.scheduling.ray_internals import local_ray
-
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("faults")
-        patch.delenv("RAY_ADDRESS", raising=False)
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("PHATGOOSE_CACHE", str(folder / "cache"))
-        with local_ray(2, 100 * 2**20, namespace="phatgoose", log_to_driver=False):
-            yield
-
-
-@pytest.fixture(scope="module")
-def cache(ray_folder: None) -> None:
-    """The cache is that of the module's Ray."""
+pytestmark = [
+    pytest.mark.slow(seconds=140),
+    pytest.mark.xdist_group("faults"),
+    pytest.mark.usefixtures("two_cores"),
+]
 
 
 @pytest.fixture(scope="module")
 def whole(
-    ray_folder: None, tmp_path_factory: pytest.TempPathFactory, llama_folder: Path
+    two_cores: None, tmp_path_factory: pytest.TempPathFactory, llama_folder: Path
 ) -> RunConfig:
     """A run that nothing happened to."""
     folder = tmp_path_factory.mktemp("whole")

@@ -23,7 +23,7 @@ DEADLINE = 120.0
 
 
 @pytest.fixture
-def nodes() -> Iterator[Nodes]:
+def nodes(own_ray: Path) -> Iterator[Nodes]:
     """A head without work, and one node of one core."""
     head = {**NODE, "num_cpus": 0, "include_dashboard": False}
     cluster = Nodes(initialize_head=True, head_node_args=head)

@@ -22,7 +22,7 @@ from harness.storage import Folder
 from tests.support.tiny_encoder import make_encoder
 from tests.support.toy import prepare_toys, toy_arguments
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(seconds=45)
 
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).parent / "ray"
@@ -31,14 +31,14 @@ BIG = 600 * 2**20  # more than Ray takes
 TOKEN = "0123456789abcdef" * 4
 
 
-def environment(ray_folder: str) -> dict[str, str]:
+def environment(ray_folder: Path) -> dict[str, str]:
     """Of the head: what only the job is to have is not in it, nor the code of this checkout."""
     hidden = ("PHATGOOSE_CACHE", "HF_HUB_OFFLINE", "PYTHONPATH", "RAY_ADDRESS")
     kept = {name: value for name, value in os.environ.items() if name not in hidden}
     return {
         **kept,
         "PATH": f"{RAY.parent}:{kept['PATH']}",
-        "RAY_TMPDIR": ray_folder,
+        "RAY_TMPDIR": str(ray_folder),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": TOKEN,
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -65,19 +65,19 @@ def is_up(dashboard: str) -> bool:
         return False
 
 
-def of_session(ray_folder: str) -> list[psutil.Process]:
+def of_session(ray_folder: Path) -> list[psutil.Process]:
     """The processes of the Ray whose folder this is."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             ended = process.status() == psutil.STATUS_ZOMBIE
-            if not ended and ray_folder in " ".join(process.cmdline()):
+            if not ended and str(ray_folder) in " ".join(process.cmdline()):
                 found.append(process)
     return found
 
 
 @pytest.fixture
-def dashboard(ray_folder: str) -> Iterator[str]:
+def dashboard(own_ray: Path) -> Iterator[str]:
     """A head of two cores; where its dashboard is. Afterwards nothing of it is left."""
     port = free_port()
     options = {
@@ -90,20 +90,20 @@ def dashboard(ray_folder: str) -> Iterator[str]:
         "dashboard-port": str(port),
         "dashboard-agent-listen-port": str(free_port()),
         "ray-client-server-port": str(free_port()),
-        "temp-dir": ray_folder,
+        "temp-dir": str(own_ray),
     }
-    with Path(ray_folder, "head.log").open("wb") as log:
+    with (own_ray / "head.log").open("wb") as log:
         head = subprocess.Popen(
             [RAY, "start", "--head", "--block", *(f"--{k}={v}" for k, v in options.items())],
-            env=environment(ray_folder),
+            env=environment(own_ray),
             stdout=log,
             stderr=log,
         )
     try:
         deadline = time.monotonic() + DEADLINE
         while not is_up(f"http://127.0.0.1:{port}"):
-            assert head.poll() is None, Path(ray_folder, "head.log").read_text()
-            assert time.monotonic() < deadline, Path(ray_folder, "head.log").read_text()
+            assert head.poll() is None, (own_ray / "head.log").read_text()
+            assert time.monotonic() < deadline, (own_ray / "head.log").read_text()
             time.sleep(0.1)
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -111,13 +111,13 @@ def dashboard(ray_folder: str) -> Iterator[str]:
         head.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             head.wait(30)
-        left = of_session(ray_folder)
+        left = of_session(own_ray)
         for process in left:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         head.wait(10)
         psutil.wait_procs(left, timeout=10)
-        assert not of_session(ray_folder)
+        assert not of_session(own_ray)
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def ray_job(
-    ray_folder: str, dashboard: str, call: str, *arguments: str
+    ray_folder: Path, dashboard: str, call: str, *arguments: str
 ) -> subprocess.CompletedProcess[str]:
     """`ray job <call>` to the end."""
     return subprocess.run(
@@ -150,7 +150,7 @@ def ray_job(
 
 
 def test_a_submitted_job_does_the_whole_run(
-    dashboard: str, checkout: Path, tmp_path: Path, llama_folder: Path, ray_folder: str
+    dashboard: str, checkout: Path, tmp_path: Path, llama_folder: Path, own_ray: Path
 ) -> None:
     run_dir = tmp_path / "run"
     given = [*toy_arguments(llama_folder, run_dir), "train.lora.steps=4", "train.gates.steps=2"]
@@ -162,12 +162,12 @@ def test_a_submitted_job_does_the_whole_run(
     what = ["--submission-id", "toys", "--working-dir", str(checkout)]
     what += ["--runtime-env-json", json.dumps({"env_vars": passed_on})]
     command = ["python", "-m", "harness.run", *given]
-    submitted = ray_job(ray_folder, dashboard, "submit", *what, "--", *command)
+    submitted = ray_job(own_ray, dashboard, "submit", *what, "--", *command)
     said = submitted.stdout + submitted.stderr
     assert submitted.returncode == 0, said
     assert "trained   birds: loss" in said
     assert "suite held: primary metric" in said
-    status = ray_job(ray_folder, dashboard, "status", "toys")
+    status = ray_job(own_ray, dashboard, "status", "toys")
     assert "succeeded" in status.stdout + status.stderr
     scores = run_folder.read_table(Folder(run_dir), run_folder.SCORES_FILE, run_folder.SCORES)
     assert {"base", "phatgoose", "oracle"} <= set(scores["router"].to_pylist())

@@ -1,6 +1,7 @@
 """Training and evaluation on the nodes that are meant for them: a real Ray of labelled nodes."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import ray
@@ -15,7 +16,7 @@ TRAIN, EVALUATE = {"group": "train"}, {"group": "evaluate"}
 
 
 @pytest.fixture
-def nodes() -> Iterator[None]:
+def nodes(own_ray: Path) -> Iterator[None]:
     """A head without work, one node for training with two cores, one for evaluation with one."""
     common = {"node_ip_address": "127.0.0.1", "object_store_memory": 100 * 2**20}
     cluster = Nodes(
@@ -35,15 +36,15 @@ def nodes() -> Iterator[None]:
 def test_actors_go_to_the_nodes_with_their_labels(nodes: None) -> None:
     groups = {node["NodeID"]: (node["Labels"] or {}).get("group") for node in ray.nodes()}
 
-    @ray.remote
     class Where:
         def node(self) -> str:
             return str(ray.get_runtime_context().get_node_id())
 
+    remote = ray.remote(Where)
     for labels, size in ((TRAIN, 2), (EVALUATE, 1)):
         assert room(actor_options(ClusterConfig(), labels)) == size
         actors = [
-            Where.options(**actor_options(ClusterConfig(), labels)).remote() for _ in range(size)
+            remote.options(**actor_options(ClusterConfig(), labels)).remote() for _ in range(size)
         ]
         found = [groups[ray.get(actor.node.remote(), timeout=60)] for actor in actors]
         assert found == [labels["group"]] * size

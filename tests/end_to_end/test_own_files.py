@@ -12,7 +12,8 @@ from harness.storage import Folder
 from tests.support.tiny_encoder import make_encoder
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=25)
+@pytest.mark.usefixtures("two_cores")
 def test_three_files_become_a_pool_and_a_suite(
     tmp_path: Path, llama_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -32,6 +33,7 @@ def test_three_files_become_a_pool_and_a_suite(
             "train.lora.steps=4",
             "train.gates.steps=2",
             "train.rank=2",
+            "cluster.max_actors=1",
             f"profile.encoder={tmp_path / 'encoder'}",
             f"run.dir={tmp_path / 'run'}",
         ]

@@ -13,7 +13,7 @@ from harness.run import run
 from harness.storage import Folder
 from tests.support.toy import prepare_toys, toy_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow(seconds=40), pytest.mark.usefixtures("own_ray")]
 
 EXPERTS = {"birds", "lakes", "numbers"}
 SINGLES = {f"single:{expert}" for expert in EXPERTS}
@@ -28,7 +28,7 @@ METRICS = {
 
 
 @pytest.fixture
-def two_nodes() -> Iterator[None]:
+def two_nodes(own_ray: Path) -> Iterator[None]:
     """Two nodes of one core each, on this machine: no node has room for two actors."""
     cluster = Cluster(
         initialize_head=True,

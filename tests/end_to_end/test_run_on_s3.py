@@ -10,11 +10,12 @@ from harness import run_folder
 from harness.config.schema import RunConfig, RunSection
 from harness.registry.verify import Check, verify
 from harness.run import run
+from harness.scheduling.settings import ClusterConfig
 from harness.storage import Folder
 from tests.support.s3_server import S3Server
 from tests.support.toy import prepare_toys, toy_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow(seconds=30), pytest.mark.usefixtures("own_ray")]
 
 EXPERTS = {"birds", "lakes", "numbers"}
 
@@ -28,6 +29,7 @@ def test_a_whole_run_in_a_bucket(
         tmp_path / "nothing",
         router={"base": {}, "phatgoose": {"top_k": 2}, "merged": {}},
         run=RunSection(run_dir),
+        cluster=ClusterConfig(max_actors=1),
         registry=registry,
     )
     prepare_toys([*config.pool_tasks(), *config.suite_tasks(config.suites[0])], tmp_path)

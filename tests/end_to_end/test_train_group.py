@@ -23,14 +23,14 @@ from harness.training.job import TrainJob
 from phatgoose.training.recipe import Stage
 from tests.support.toy import prepare_toys, toy_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow(seconds=50), pytest.mark.xdist_group("train_group")]
 
 DEADLINE = 240.0
 STEPS = 20
 
 
-@pytest.fixture
-def two_nodes() -> Iterator[None]:
+@pytest.fixture(scope="module")
+def two_nodes(own_ray: Path) -> Iterator[None]:
     """Two nodes of one core each: the ranks are on both."""
     common = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 100 * 2**20}
     cluster = Cluster(initialize_head=True, head_node_args={**common, "include_dashboard": False})

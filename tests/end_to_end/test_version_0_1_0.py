@@ -16,6 +16,7 @@ from harness import run_folder
 from harness.registry import Registry
 from harness.registry.__main__ import main as registry_command
 from harness.run import run
+from harness.scheduling.settings import ClusterConfig
 from harness.storage import Folder
 from phatgoose import Pool, Question, RoutedModel, load_base, make_router
 from tests.support.tiny import make_llama
@@ -38,7 +39,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def toy_run(folder: Path, run_dir: str, *stages: str) -> Any:
     router: dict[str, Any] = {name: {} for name in ROUTERS} | {"phatgoose": {"top_k": 2}}
-    changes = {"router": router, "registry": "run/registry", "stages": list(stages)}
+    changes: dict[str, Any] = {"router": router, "registry": "run/registry"}
+    changes |= {"stages": list(stages), "cluster": ClusterConfig(max_actors=1)}
     config = toy_config(Path("base"), Path(run_dir), **changes)
     prepare_toys([*config.pool_tasks(), *config.suite_tasks(config.suites[0])], folder)
     return config
@@ -56,7 +58,7 @@ def test_its_registry_is_whole_and_its_experts_route(
 ) -> None:
     assert registry_command(["verify", str(folder / "run" / "registry")]) == 0
     assert "3 experts" in capsys.readouterr().out
-    base = load_base(folder / "base")
+    base = load_base(str(folder / "base"))
     registry = Registry(folder / "run" / "registry", base.fingerprint)
     experts = [registry.load(content) for content in registry.manifest().experts.values()]
     assert {expert.card.name for expert in experts} == EXPERTS
@@ -74,7 +76,8 @@ def test_its_run_folder_is_reported(folder: Path, capsys: pytest.CaptureFixture[
     assert (folder / "run" / run_folder.SUMMARY_FILE).exists()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=25)
+@pytest.mark.usefixtures("own_ray")
 def test_its_run_folder_is_resumed(folder: Path) -> None:
     """Nothing is trained, everything is asked again, and the scores are the same."""
     before, objects = values(folder / "run"), folder / "run" / "registry" / "objects"

@@ -15,7 +15,11 @@ from harness.storage import Folder
 from tests.support.tiny_encoder import make_encoder
 from tests.support.toy import prepare_toys, toy_arguments, toy_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow(seconds=35),
+    pytest.mark.xdist_group("wheel"),
+    pytest.mark.usefixtures("own_ray"),
+]
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ("phatgoose", "harness", "pyproject.toml", "README.md", "LICENSE")
@@ -37,10 +41,11 @@ def call(*command: str | Path, cwd: Path, **variables: str) -> subprocess.Comple
     return done
 
 
-@pytest.fixture
-def wheel(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, so that the checkout stays as it is."""
-    source = tmp_path / "source"
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
     source.mkdir()
     ignored = shutil.ignore_patterns("__pycache__")
     for name in SHIPPED:
@@ -50,9 +55,9 @@ def wheel(tmp_path: Path) -> Path:
         else:
             shutil.copy(path, source)
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-    build = ("wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path / "dist", ".")
+    build = ("wheel", "--no-deps", "--no-build-isolation", "-w", folder / "dist", ".")
     call(*pip, *build, cwd=source)
-    (built,) = (tmp_path / "dist").glob("*.whl")
+    (built,) = (folder / "dist").glob("*.whl")
     return built
 
 
@@ -83,7 +88,7 @@ def test_every_file_of_the_packages_is_in_the_wheel(wheel: Path) -> None:
 
 
 def test_an_installed_wheel_runs_without_the_checkout(
-    python: Path, tmp_path: Path, cache: Path, ray_folder: str, llama_folder: Path
+    python: Path, tmp_path: Path, llama_folder: Path
 ) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()

@@ -107,7 +107,7 @@ class _Timer:
         self._measured.switch_context(item.nodeid)
         started = time.monotonic()
         try:
-            return (yield)  # type: ignore[return-value]
+            return (yield)
         finally:
             self.seconds[item.nodeid] = round(time.monotonic() - started, 3)
             self._measured.switch_context("")

@@ -124,8 +124,13 @@ def status_of(run: Run) -> int:
     return status
 
 
+def _sleep(folder: Path) -> int:
+    time.sleep(60)
+    return 0
+
+
 def test_a_run_that_takes_too_long_is_ended(tmp_path: Path) -> None:
-    run = start("forever", lambda _: time.sleep(60) or 0, tmp_path / "run", 0.2)
+    run = start("forever", _sleep, tmp_path / "run", 0.2)
     with pytest.raises(Killed):
         status_of(run)
 

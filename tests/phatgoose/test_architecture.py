@@ -55,11 +55,12 @@ def test_experts_reach_every_linear(folders: Folders, name: str) -> None:
     assert_plain(dense, routed.score(QUESTIONS))
     routed.set_router("merged")
     means = {
-        linear: sum(
-            e.card.scale * e.linears[linear].lora_B_OR @ e.linears[linear].lora_A_RD
-            for e in experts
-        )
-        / 3
+        linear: torch.stack(
+            [
+                e.card.scale * e.linears[linear].lora_B_OR @ e.linears[linear].lora_A_RD
+                for e in experts
+            ]
+        ).mean(dim=0)
         for linear in base.linears
     }
     assert_plain(base_plus(base, means), routed.score(QUESTIONS))
@@ -280,6 +281,7 @@ def test_a_quantized_base_is_refused(tmp_path: Path, method: str) -> None:
 
 def test_a_model_with_integer_weights_is_refused(llama: Base) -> None:
     linear = llama.model.get_submodule(llama.linears[3])
+    assert isinstance(linear, nn.Linear)
     linear.weight = nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
     with pytest.raises(PhatgooseError, match=rf"{llama.linears[3]} is quantized \(torch\.int8\)"):
         adapted_linears(llama.model)

@@ -64,7 +64,8 @@ def base_folder(request: pytest.FixtureRequest) -> Path:
 def test_tied_and_untied_bases_keep_their_head(tmp_path: Path, tied: bool) -> None:
     for make in (make_llama, make_t5):
         model = load_base(str(make(tmp_path / make.__name__, tied=tied))).model
-        head, words = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+        modules = model.get_output_embeddings(), model.get_input_embeddings()
+        head, words = [next(module.parameters()) for module in modules]
         assert (head.data_ptr() == words.data_ptr()) == tied
         assert torch.equal(head, words) == tied
 

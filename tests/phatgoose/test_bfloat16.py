@@ -76,7 +76,11 @@ def test_tokens_go_where_float64_sends_them(
     half = load_base(base.name, dtype="bfloat16")
     routed = RoutedModel(half, pool_of(experts), make_router(name, **options))
     heard: dict[str, Tensor] = {}
-    with routed.listening(lambda linear, x: heard.setdefault(linear, x.flatten(0, 1))):
+
+    def listen(linear: str, x: Tensor) -> None:
+        heard.setdefault(linear, x.flatten(0, 1))
+
+    with routed.listening(listen):
         routed.score([Question.encode(half, text, [" the goose"]) for text in TEXTS])
     assert heard.keys() == set(base.linears)
     checked = 0
@@ -160,7 +164,7 @@ def mixed(x_TD: Tensor, A_ERD: Tensor, B_EOR: Tensor, indices_TK: Tensor, w_TK: 
         sum(w * (B_EOR[e] @ (A_ERD[e] @ x_D)) for e, w in zip(chosen_K, w_K, strict=True))
         for x_D, chosen_K, w_K in zip(x_TD, indices_TK.tolist(), w_TK, strict=True)
     ]
-    return torch.stack(rows)  # type: ignore[arg-type]
+    return torch.stack(rows)
 
 
 def mixed_factors(

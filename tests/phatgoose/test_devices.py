@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -30,8 +30,9 @@ NAMES = [n for n, r in ROUTERS.items() if issubclass(r, TokenRouter | Merge | Wr
 
 
 def moved(linear: PoolLinear) -> PoolLinear:
-    values = {f.name: getattr(linear, f.name) for f in dataclasses.fields(linear)}
-    return PoolLinear(**{n: None if v is None else v.to(META) for n, v in values.items()})
+    values: dict[str, Any] = {f.name: getattr(linear, f.name) for f in dataclasses.fields(linear)}
+    there: dict[str, Any] = {n: None if v is None else v.to(META) for n, v in values.items()}
+    return PoolLinear(**there)
 
 
 def on_meta(pool: Pool) -> Pool:
@@ -118,7 +119,7 @@ def test_scoring_puts_its_inputs_where_the_base_is(
 
     monkeypatch.setattr("phatgoose.inference.scoring.to_scores", keep)
     questions, pool = questions_of(llama), make_pool(llama, 5)
-    llama.model.to(META)
+    nn.Module.to(llama.model, META)
     if router is None:
         score(llama, questions)
     else:
@@ -130,13 +131,13 @@ def test_scoring_puts_its_inputs_where_the_base_is(
 
 def test_what_is_trained_lies_where_the_base_is(base: Base) -> None:
     expert = make_experts(base, 1)[0]
-    base.model.to(META)
+    nn.Module.to(base.model, META)
     layers = attach_lora(base.model, base.linears, rank=2, scale=1.0, init_std=0.1, seed=0)
     for name, layer in layers.items():
         layer.add_gate()
         assert layer.gate_D is not None
         assert {layer.lora_A_RD.device, layer.lora_B_OR.device, layer.gate_D.device} == {META}
-        y = layer(torch.zeros(2, layer.base.in_features, device=META))
+        y = layer(torch.zeros(2, layer.lora_A_RD.shape[1], device=META))
         assert (y.device, y.shape) == (META, (2, layer.base.out_features))
         assert base.model.get_submodule(name) is layer
     detach_lora(base.model, layers)

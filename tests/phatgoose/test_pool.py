@@ -1,6 +1,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from phatgoose.pool import Pool
 from tests.support.tiny import make_experts
 
 
-def alter(expert: Expert, *, linears: dict[str, LoraFactors] | None = None, **card: str) -> Expert:
+def alter(expert: Expert, *, linears: dict[str, LoraFactors] | None = None, **card: Any) -> Expert:
     """An expert with another card or other factors."""
     return Expert(dataclasses.replace(expert.card, **card), linears or expert.linears)
 

@@ -109,8 +109,9 @@ def test_a_missing_file_and_a_directory(tmp_path: Path) -> None:
     "name", ["embedded_examples", "activation_examples", "max_input_tokens", "max_target_tokens"]
 )
 def test_a_configuration_that_measures_nothing(name: str) -> None:
+    options: dict[str, Any] = {name: 0}
     with pytest.raises(PhatgooseError, match=f"profile.{name} is 0: it must be at least 1"):
-        ProfileConfig(**{name: 0})
+        ProfileConfig(**options)
 
 
 def test_a_pool_has_a_profile_for_each_expert(llama: Base) -> None:

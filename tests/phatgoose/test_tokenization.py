@@ -206,7 +206,7 @@ def test_the_longest_row_is_that_of_lm_eval(
     llama: Base, config: dict[str, Any], tokenizer: int, length: int
 ) -> None:
     llama.tokenizer.model_max_length = tokenizer
-    model = SimpleNamespace(config=SimpleNamespace(**config))
+    model: Any = SimpleNamespace(config=SimpleNamespace(**config))
     base = dataclasses.replace(llama, model=model)
     assert max_length(base) == length
     assert resolve_max_length(model.config, llama.tokenizer) == length

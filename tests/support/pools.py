@@ -8,12 +8,14 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from phatgoose.scoring import Question
 from torch import Tensor
 
 from phatgoose.base import Base
 from phatgoose.expert import Expert
 from phatgoose.pool import Pool
 from phatgoose.profile import Profile
+from phatgoose.query import Query
 from tests.support.tiny import make_experts
 
 DIMENSIONS = 16
@@ -85,3 +87,10 @@ def make_pool(base: Base, count: int = 5, *, seed: int = 0) -> Pool:
 def pool_of(experts: Sequence[Expert], *, seed: int = 0) -> Pool:
     """A pool of these experts with random profiles."""
     return Pool.from_experts(experts).with_profiles(make_profiles(experts, seed))
+
+
+def queries_of(questions: Sequence[Question]) -> list[Query]:
+    """The queries of questions that all have one."""
+    queries = [question.query for question in questions if question.query is not None]
+    assert len(queries) == len(questions)
+    return queries

@@ -5,7 +5,6 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import ray
 from torch import Tensor
 
 from phatgoose.base import load_base
@@ -17,7 +16,6 @@ from tests.support.tiny import state
 RECIPE = dataclasses.replace(interrupted.RECIPE, batch_size=8, clip=0.05)
 
 
-@ray.remote
 class Rank:
     """One of two, with a base of each family."""
 

@@ -5,6 +5,7 @@ Shape suffixes: D input and O output features of a linear, R rank, T tokens.
 What an expert does not adapt is None in its place.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -234,7 +235,7 @@ def base_with(base: Base, added: Callable[[str, Tensor], Tensor]) -> Base:
     other = load_base(base.name)
     for name in other.linears:
         linear = other.model.get_submodule(name)
-        replace_module(other.model, name, _Added(linear, lambda x_D, n=name: added(n, x_D)))
+        replace_module(other.model, name, _Added(linear, functools.partial(added, name)))
     return other
 
 

@@ -63,6 +63,11 @@ def make_llama(folder: Path, *, tied: bool = False, seed: int = 0) -> Path:
 def make_t5(folder: Path, *, tied: bool = False, seed: int = 0) -> Path:
     """Write a tiny base like T5 1.1 into `folder`, and return it."""
     tokenizer = t5_tokenizer()
+    # transformers takes these and does not name them among the arguments.
+    more: dict[str, Any] = {
+        "tie_word_embeddings": tied,
+        "decoder_start_token_id": tokenizer.pad_token_id,
+    }
     config = T5Config(
         vocab_size=len(tokenizer),
         d_model=32,
@@ -71,10 +76,9 @@ def make_t5(folder: Path, *, tied: bool = False, seed: int = 0) -> Path:
         num_layers=2,
         num_heads=4,
         feed_forward_proj="gated-gelu",
-        tie_word_embeddings=tied,
-        decoder_start_token_id=tokenizer.pad_token_id,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        **more,
     )
     return _save(AutoModelForSeq2SeqLM.from_config(config), tokenizer, folder, tied=tied, seed=seed)
 

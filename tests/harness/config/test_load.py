@@ -60,7 +60,7 @@ def test_overrides() -> None:
         "pool.tasks.plural.members=[operators]",
     )
     assert (config.train.lora.steps, config.train.lora.lr) == (7, 1e-4)
-    assert config.train.gates.steps == load().train.gates.steps
+    assert config.train.gates == load().train.gates
     assert all(task.style == "paper" for task in config.suite_tasks(config.suites[0]))
     assert config.registry == "s3://bucket/registry"
     assert config.routers([])["phatgoose"] == Phatgoose(top_k=1)

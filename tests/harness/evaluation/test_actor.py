@@ -32,7 +32,7 @@ class OnGpu(Tensor):
         return GPU
 
     def cpu(self, *_: Any) -> Tensor:
-        return self.as_subclass(Tensor)  # type: ignore[arg-type]
+        return self.as_subclass(Tensor)
 
     def to(self, *args: Any, **options: Any) -> Any:
         moved = super().to(*args, **options)

@@ -51,7 +51,7 @@ def test_asking_ahead_leaves_nothing_to_ask(run: Run, workers: LocalWorkers) -> 
     later = run.evaluation(NoWorkers(None))  # of the next call of the run
     later.ask(wanted)
     assert later.requests == evaluation.requests == 3 * (9 + 5)
-    evaluation._workers = NoWorkers(None)
+    evaluation._workers = NoWorkers(None)  # type: ignore[assignment]
     rows = [row for name in wanted for row in evaluation.run(name, wanted[name])]
 
     separate = Run(run.path.with_name("separate") / run.path.name, run.tasks, run.members)

@@ -158,7 +158,7 @@ def test_loglikelihoods_are_those_of_lm_eval(llama: Base, reference: HFLM) -> No
 def test_greedy_is_told_as_lm_eval_tells_it(llama: Base, reference: HFLM) -> None:
     requests = []
     for document, context in enumerate(CONTEXTS):
-        options = {"until": [], "max_gen_toks": 3, "do_sample": False}
+        options: dict[str, Any] = {"until": [], "max_gen_toks": 3, "do_sample": False}
         [text] = reference.generate_until(
             generation_requests([context], **options), disable_tqdm=True
         )
@@ -229,7 +229,7 @@ def test_every_name_of_the_limit_is_obeyed_as_in_lm_eval(
     llama: Base, reference: HFLM, name: str
 ) -> None:
     lm = ShardedLM(ask(pool_actor(llama), "base"), 100)
-    options = {"until": ["zzz"], name: 3, "do_sample": False}
+    options: dict[str, Any] = {"until": ["zzz"], name: 3, "do_sample": False}
     expected = reference.generate_until(generation_requests(CONTEXTS, **options), disable_tqdm=True)
     assert lm.generate_until(generation_requests(CONTEXTS, **options)) == expected
     longer = {**options, name: 9}
@@ -261,7 +261,12 @@ def test_a_stop_string_of_a_space_ends_the_second_word(
 def test_requests_of_one_chunk_end_each_in_its_own_way(base: Base) -> None:
     """They may differ where a task makes its requests itself."""
     lm = ShardedLM(ask(pool_actor(base), "base"), 10**6)
-    options = [{"max_gen_toks": 2}, {"max_gen_toks": 9}, {"max_gen_toks": 9, "until": "e"}, {}]
+    options: list[dict[str, Any]] = [
+        {"max_gen_toks": 2},
+        {"max_gen_toks": 9},
+        {"max_gen_toks": 9, "until": "e"},
+        {},
+    ]
     each = [
         lm.generate_until(generation_requests([context], **o))
         for context, o in zip(CONTEXTS, options, strict=True)
@@ -292,7 +297,7 @@ def test_a_prompt_that_is_too_long_is_cut_as_lm_eval_cuts_it_and_counted(
     ):
         assert value == pytest.approx(known, abs=1e-4)
         assert greedy == known_greedy
-    options = {"until": ["zzz"], "max_gen_toks": 8, "do_sample": False}
+    options: dict[str, Any] = {"until": ["zzz"], "max_gen_toks": 8, "do_sample": False}
     generation = generation_requests(["the", LONG], **options)
     written = [reference.generate_until([request], disable_tqdm=True)[0] for request in generation]
     assert lm.generate_until(generation) == written

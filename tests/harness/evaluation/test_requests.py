@@ -21,7 +21,9 @@ from harness.tasks import prepare_all, task_specs
 from harness.tasks.sources import lm_eval
 from phatgoose.errors import PhatgooseError
 
-DOCS = [{"q": f"Is it {i}?", "a": ["yes", "no"], "gold": i % 2} for i in range(12)]
+DOCS: list[dict[str, Any]] = [
+    {"q": f"Is it {i}?", "a": ["yes", "no"], "gold": i % 2} for i in range(12)
+]
 UTILS = """
 import random
 

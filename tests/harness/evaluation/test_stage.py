@@ -175,7 +175,7 @@ def test_the_oracle_is_the_best_single_expert(run: Run, workers: LocalWorkers) -
 
 
 def test_an_actor_heeds_the_order_of_the_pool(run: Run, workers: LocalWorkers) -> None:
-    turned = Members(dict(reversed(run.members.experts.items())))
+    turned = Members(dict(reversed([*run.members.experts.items()])))
     shares = []
     for name, members in (("as-is", run.members), ("turned", turned)):
         other = Run(run.path.with_name(name), run.tasks, members)

@@ -42,7 +42,7 @@ class Spy:
             self.seen += queries
             return decided(queries, contexts)
 
-        model._decided = spy  # type: ignore[method-assign]
+        model._decided = spy  # type: ignore[method-assign, assignment]
 
     def answer(
         self, router: Router, chunk: Any, description: str, members: Members, code: str

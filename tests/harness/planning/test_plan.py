@@ -110,7 +110,7 @@ def test_job_ids_are_stable(config: RunConfig, tmp_path: Path) -> None:
 def test_job_ids_change_with_the_recipe(config: RunConfig) -> None:
     first = job_ids(make_plan(config))
     for changes in ({"seed": 1}, {"lora": Stage(steps=5, lr=1e-2)}, {"rank": 3}):
-        recipe = dataclasses.replace(config.train, **changes)  # type: ignore[arg-type]
+        recipe = dataclasses.replace(config.train, **changes)
         other = job_ids(make_plan(dataclasses.replace(config, train=recipe)))
         assert set(other).isdisjoint(first)
 

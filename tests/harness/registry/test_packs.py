@@ -1,6 +1,5 @@
 import hashlib
 import json
-import multiprocessing
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from harness.registry import Registry
 from harness.registry.packs import INDEX_FILE, POOL_FILE, open_pool, pool_id, read_index
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
+from tests.support import processes
 from tests.support.registries import BASE, make_expert
 from tests.support.small_disk import small_disk
 
@@ -138,14 +138,9 @@ def test_no_process_gets_a_half_written_pack(
 ) -> None:
     if not with_locks:
         monkeypatch.setenv("TEST_PACK_WITHOUT_LOCKS", "1")
-    context = multiprocessing.get_context("spawn")
-    failures = context.Queue()
-    openers = [
-        context.Process(target=_opener, args=(registry.folder.uri, number, failures))
-        for number in range(3)
-    ]
-    for opener in openers:
-        opener.start()
+    failures = processes.CONTEXT.Queue()
+    calls = [(registry.folder.uri, number, failures) for number in range(3)]
+    openers = processes.start(_opener, *calls)
     assert [failures.get(timeout=240) for _ in openers] == [None] * 3
     for opener in openers:
         opener.join(60)
@@ -160,7 +155,7 @@ def _opener(uri: str, number: int, failures: Any) -> None:
         def refuse(*_: Any, **__: Any) -> None:
             raise NotImplementedError("no locks here")
 
-        pack.FileLock = refuse  # type: ignore[assignment, misc]
+        pack.FileLock = refuse  # type: ignore[assignment]
     _open_again_and_again(uri, number, failures)
 
 
@@ -176,13 +171,8 @@ def _note_loads(uri: str, loads: Any) -> None:
 
 
 def test_one_process_makes_it_and_the_others_wait(registry: Registry) -> None:
-    context = multiprocessing.get_context("spawn")
-    loads = context.Queue()
-    openers = [
-        context.Process(target=_note_loads, args=(registry.folder.uri, loads)) for _ in range(3)
-    ]
-    for opener in openers:
-        opener.start()
+    loads = processes.CONTEXT.Queue()
+    openers = processes.start(_note_loads, *[(registry.folder.uri, loads)] * 3)
     said: list[str] = []
     while said.count("done") < 3:
         said.append(loads.get(timeout=120))

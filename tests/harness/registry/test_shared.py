@@ -1,7 +1,6 @@
 """Several drivers on one registry, on a local folder and on an object store."""
 
 import itertools
-import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from harness.registry.files import Manifest, manifest_numbers, read_manifest
 from harness.registry.verify import Check, verify
 from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
+from tests.support import processes
 from tests.support.registries import BASE, OTHER_BASE, make_expert
 from tests.support.s3_server import S3Server
 
@@ -38,14 +38,11 @@ def _manifests(folder: Folder) -> list[Manifest]:
 
 def _together(target: Callable[..., None], *calls: tuple[Any, ...]) -> None:
     """Run a function in several processes that start their work at the same moment."""
-    context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(len(calls))
-    processes = [context.Process(target=target, args=(barrier, *call)) for call in calls]
-    for process in processes:
-        process.start()
-    for process in processes:
+    barrier = processes.CONTEXT.Barrier(len(calls))
+    started = processes.start(target, *[(barrier, *call) for call in calls])
+    for process in started:
         process.join(timeout=240)
-    assert [process.exitcode for process in processes] == [0] * len(calls)
+    assert [process.exitcode for process in started] == [0] * len(calls)
 
 
 def _publish_each(barrier: Any, uri: str, first: int) -> None:

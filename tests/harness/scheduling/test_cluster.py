@@ -1,6 +1,4 @@
 import os
-import tempfile
-from collections.abc import Iterator
 
 import psutil
 import pytest
@@ -8,16 +6,7 @@ import ray
 
 from harness.scheduling.cluster import Cluster, _running
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def _own_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No Ray of this machine is in sight."""
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        monkeypatch.setenv("RAY_TMPDIR", folder)
-        yield
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_ray")]
 
 
 def listening() -> set[str]:

@@ -23,7 +23,11 @@ from phatgoose.errors import PhatgooseError
 # Actors cannot import a test module: it travels to them as it is.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("two_cores")]
+pytestmark = [
+    pytest.mark.slow(seconds=60),
+    pytest.mark.xdist_group("workers"),
+    pytest.mark.usefixtures("two_cores"),
+]
 
 
 class Worker(Actor):
@@ -155,7 +159,7 @@ class Remembers(Watch):
 
 
 def finish(workers: Workers) -> dict[int, Any]:
-    found = {}
+    found: dict[int, Any] = {}
     while not workers.is_done:
         found.update(workers.step(1.0))
     return found

@@ -1,5 +1,4 @@
 import errno
-import multiprocessing
 import os
 import pickle
 import time
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 
 from harness.storage import Folder, stores
 from phatgoose.errors import PhatgooseError
+from tests.support import processes
 from tests.support.s3_server import KEYS, S3Server, s3_server
 from tests.support.small_disk import small_disk
 
@@ -237,13 +237,9 @@ def test_of_many_creators_one_makes_the_file(
     uri = str(tmp_path)
     if place == "s3":
         uri = request.getfixturevalue("s3").uri(tmp_path.name)
-    context = multiprocessing.get_context("spawn")
-    made = context.Queue()
-    creators = [
-        context.Process(target=_create_all, args=(uri, b"%d" % number, made)) for number in range(4)
-    ]
-    for creator in creators:
-        creator.start()
+    made = processes.CONTEXT.Queue()
+    calls = [(uri, b"%d" % number, made) for number in range(4)]
+    creators = processes.start(_create_all, *calls)
     makers = [name for _ in creators for name in made.get(timeout=120)]
     for creator in creators:
         creator.join(60)

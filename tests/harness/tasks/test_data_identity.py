@@ -150,7 +150,7 @@ def test_data_named_in_an_overlay_is_read_again(
     data.mkdir()
     write_docs(data / "docs.jsonl", 3, 0)
     monkeypatch.chdir(folder)
-    overlay: dict[str, Any] = {
+    overlays: dict[str, dict[str, Any]] = {
         "list": {"dataset_kwargs": {"data_files": {"test": [str(data / "docs.jsonl")]}}},
         "pattern": {"dataset_kwargs": {"data_files": {"test": str(data / "*.jsonl")}}},
         "relative": {"dataset_kwargs": {"data_files": {"test": "data/docs.jsonl"}}},
@@ -158,8 +158,8 @@ def test_data_named_in_an_overlay_is_read_again(
             "dataset_path": str(data),
             "dataset_kwargs": {"data_files": {"test": "docs.jsonl"}},
         },
-    }[form]
-    keys = {"overlay": {"own": overlay}}
+    }
+    keys = {"overlay": {"own": overlays[form]}}
     assert len(rows(folder, **keys)) == 3
     write_docs(data / "docs.jsonl", 5, 1)
     assert [row["correct"] for row in rows(folder, **keys)] == [[1]] * 5

@@ -1,5 +1,7 @@
 """BIG-bench's own scores: values computed by hand, and what must hold of them."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,7 +29,11 @@ def test_neither_the_order_of_choices_nor_a_common_factor_matters(
 
 def test_chance_is_the_mean_grade_of_the_choices() -> None:
     """Computed by hand: (1/2 + 1/4 + (0.5 + 0.3 + 0.2) / 3) / 3."""
-    rows = [{"grades": [1, 0]}, {"grades": [0, 0, 1, 0]}, {"grades": [0.5, 0.3, 0.2]}]
+    rows: list[dict[str, Any]] = [
+        {"grades": [1, 0]},
+        {"grades": [0, 0, 1, 0]},
+        {"grades": [0.5, 0.3, 0.2]},
+    ]
     assert bigbench_low(rows) == pytest.approx(13 / 36)
     assert bigbench_low([{"grades": []}, {"grades": []}]) == 0.0
 

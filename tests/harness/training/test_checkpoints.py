@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ def kept(tmp_path: Path) -> Path:
     return tmp_path / "checkpoints" / "job.safetensors"
 
 
-def checkpoints(tmp_path: Path, job: str = "job", **changes: int) -> FolderCheckpoints:
+def checkpoints(tmp_path: Path, job: str = "job", **changes: Any) -> FolderCheckpoints:
     return FolderCheckpoints(Folder(tmp_path), job, dataclasses.replace(RECIPE, **changes))
 
 

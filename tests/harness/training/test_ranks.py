@@ -15,7 +15,7 @@ from phatgoose.training.curve import CurveRow
 from tests.support import interrupted
 from tests.support.ranks import RECIPE, Rank, tensors
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow(seconds=50), pytest.mark.xdist_group("ranks")]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,8 @@ def folders(llama_folder: Path, t5_folder: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def ranks(two_cores: None, folders: dict[str, Path]) -> Iterator[list[Any]]:
-    actors = [Rank.options(num_cpus=1).remote(rank, folders) for rank in range(2)]
+    remote = ray.remote(Rank).options(num_cpus=1)
+    actors = [remote.remote(rank, folders) for rank in range(2)]
     host, port = ray.get(actors[0].open_store.remote())
     assert host == "127.0.0.1"
     ray.get([actor.join.remote(host, port) for actor in actors])

@@ -1,5 +1,6 @@
 import dataclasses
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -49,8 +50,8 @@ def test_merged_is_the_mean_of_the_products_added_to_the_weights(base: Base, cou
     experts = make_experts(base, count)
     dense = load_base(base.name)
     for name in base.linears:
-        delta = sum(product(expert, name) for expert in experts) / count
-        dense.model.get_submodule(name).weight.data += delta
+        delta = torch.stack([product(expert, name) for expert in experts]).mean(dim=0)
+        dense.model.get_parameter(f"{name}.weight").data += delta
     attach(base, experts, "merged")
     first = base.model.get_submodule(base.linears[0])
     assert isinstance(first, RoutedLinear)
@@ -63,14 +64,13 @@ def test_merged_is_the_mean_of_the_products_added_to_the_weights(base: Base, cou
 def test_single_is_what_peft_makes_of_the_same_factors(base: Base, rank: int) -> None:
     experts = make_experts(base, 3, rank=rank)
     expert, other = experts[1], load_base(base.name)
-    config = LoraConfig(
-        r=rank, lora_alpha=rank * expert.card.scale, target_modules=list(base.linears)
-    )
-    wrapped = get_peft_model(other.model, config)
+    alpha: Any = rank * expert.card.scale  # PEFT takes what is no whole number, too
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(base.linears))
+    wrapped: Any = get_peft_model(other.model, config)
     for name, factors in expert.linears.items():
         layer = wrapped.get_base_model().get_submodule(name)
-        layer.lora_A["default"].weight.data.copy_(factors.lora_A_RD)
-        layer.lora_B["default"].weight.data.copy_(factors.lora_B_OR)
+        layer.get_parameter("lora_A.default.weight").data.copy_(factors.lora_A_RD)
+        layer.get_parameter("lora_B.default.weight").data.copy_(factors.lora_B_OR)
     attach(base, experts, "single:e1")
     expected = logits(dataclasses.replace(other, model=wrapped.eval()))
     torch.testing.assert_close(logits(base), expected, rtol=1e-4, atol=1e-4)

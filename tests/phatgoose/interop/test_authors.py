@@ -20,6 +20,7 @@ from phatgoose.routers import make_router
 from tests.support.plain import plain_logits
 
 RANK, COUNT = 4, 3
+WORDS = "shared.weight"
 Q = "encoder.block.0.layer.0.SelfAttention.q"
 LAYER1, LAYER2 = f"{Q}._addons.expert_lora.layer1", f"{Q}._addons.expert_lora.layer2"
 GATE = f"{Q}._addons.router.expert_embeddings"
@@ -28,13 +29,13 @@ GATE = f"{Q}._addons.router.expert_embeddings"
 def checkpoint(base: Base, count: int = COUNT, *, gates: bool = True) -> dict[str, Tensor]:
     """What the authors' scripts/concatenate.py would have put together, with random values."""
     generator = torch.Generator().manual_seed(0)
-    shared = base.model.get_input_embeddings().weight.detach().bfloat16()
+    shared = base.model.get_parameter(WORDS).detach().bfloat16()
     tensors = OrderedDict(
         {"encoder.embed_tokens.weight": shared, "decoder.embed_tokens.weight": shared.clone()}
     )
     for i in range(count):
         for linear in base.linears:
-            outputs, inputs = base.model.get_submodule(linear).weight.shape
+            outputs, inputs = base.model.get_parameter(f"{linear}.weight").shape
             shapes: dict[str, tuple[int, ...]] = {
                 "expert_lora.layer1": (inputs, RANK),
                 "expert_lora.layer2": (RANK, outputs),
@@ -264,7 +265,7 @@ def test_embeddings_rounded_to_bfloat16_are_the_bases(t5_folder: Path, tmp_path:
     half = load_base(str(t5_folder), dtype="bfloat16")
     tensors = checkpoint(load_base(str(t5_folder)), 1)
     read_checkpoint(write_pt(tensors, tmp_path), half)
-    exact = load_base(str(t5_folder)).model.get_input_embeddings().weight.detach()
+    exact = load_base(str(t5_folder)).model.get_parameter(WORDS).detach()
     tensors["encoder.embed_tokens.weight"] = exact
     read_checkpoint(write_pt(tensors, tmp_path), half)
 

@@ -169,9 +169,11 @@ def test_pissa_is_taken_once_peft_has_made_it_plain(llama: Base, tmp_path: Path)
     """As the refusal advises: the difference from the start is a plain adapter of rank 2 R."""
     config = LoraConfig(r=4, lora_alpha=3, target_modules=["q_proj"], init_lora_weights="pissa")
     model = get_peft_model(load_base(llama.name).model, config)
-    model.peft_config["default"].init_lora_weights = True
+    found = model.peft_config["default"]
+    assert isinstance(found, LoraConfig)
+    found.init_lora_weights = True
     model.save_pretrained(str(tmp_path / "start"))
-    model.peft_config["default"].init_lora_weights = "pissa"
+    found.init_lora_weights = "pissa"
     for key, weight in model.named_parameters():
         if ".lora_" in key:
             weight.data += 0.1 * torch.ones_like(weight)

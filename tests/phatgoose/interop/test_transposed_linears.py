@@ -72,8 +72,8 @@ def test_an_expert_adds_what_peft_adds(gpt2: Base, rank: int) -> None:
     wrapped = get_peft_model(other.model, config)
     for name, factors in expert.linears.items():
         layer = wrapped.get_base_model().get_submodule(name)
-        layer.lora_A["default"].weight.data.copy_(factors.lora_A_RD)
-        layer.lora_B["default"].weight.data.copy_(factors.lora_B_OR)
+        layer.get_parameter("lora_A.default.weight").data.copy_(factors.lora_A_RD)
+        layer.get_parameter("lora_B.default.weight").data.copy_(factors.lora_B_OR)
     expected = logits(other, wrapped)
     _, said = single(gpt2, rank)
     torch.testing.assert_close(said, expected, rtol=1e-4, atol=1e-4)

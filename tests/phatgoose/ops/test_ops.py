@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def test_mix_equals_the_reference(sizes: dict[str, int]) -> None:
 @settings(deadline=None, max_examples=50)
 @given(sizes)
 def test_mix_in_bfloat16_is_near_the_float32_reference(sizes: dict[str, int]) -> None:
-    case = [t.bfloat16() if t.is_floating_point() else t for t in make_case(**sizes)]
+    case: list[Any] = [t.bfloat16() if t.is_floating_point() else t for t in make_case(**sizes)]
     y_TO = mix(*case)
     assert y_TO.dtype == torch.bfloat16
     expected_TO = mix_reference(*(t.float() if t.is_floating_point() else t for t in case))

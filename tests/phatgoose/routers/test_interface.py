@@ -22,7 +22,7 @@ from phatgoose.routers.random import Random
 from phatgoose.routers.random_experts import RandomExperts
 from phatgoose.routers.single import Single
 from tests.support.plain import plain_logits
-from tests.support.pools import FakeEncoder, make_pool
+from tests.support.pools import FakeEncoder, make_pool, queries_of
 from tests.support.tiny import make_experts, state
 
 # Every router that a pool can be given, by the options it cannot do without.
@@ -248,7 +248,7 @@ def test_every_router_works_in_bfloat16(base: Base, encoder: FakeEncoder) -> Non
         expected = [s.mean for scores in full.score(questions) for s in scores]
         with rounded.listening(lambda _, x: heard.add(x.dtype)):
             means = [s.mean for scores in rounded.score(questions) for s in scores]
-            texts = rounded.generate([q.query for q in questions], 2)
+            texts = rounded.generate(queries_of(questions), 2)
         assert len(texts) == len(questions)
         difference = max(abs(a - b) for a, b in zip(means, expected, strict=True))
         assert difference < (0.3 if name in SMOOTH else 3.0), name

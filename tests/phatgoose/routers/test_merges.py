@@ -208,7 +208,10 @@ def test_dare_drops_other_entries_of_each_expert(llama: Base) -> None:
     # Every entry is one of the eight sums of what may have been kept; each of them occurs.
     choices = [[bool(i & (1 << e)) for e in range(3)] for i in range(8)]
     sums = torch.stack(
-        [sum(2 / 3 * d * k for d, k in zip(deltas, choice, strict=True)) for choice in choices]
+        [
+            torch.stack([2 / 3 * d * k for d, k in zip(deltas, choice, strict=True)]).sum(dim=0)
+            for choice in choices
+        ]
     )
     distance = (sums - merged_OD).abs()
     assert float(distance.amin(dim=0).max()) < 1e-5

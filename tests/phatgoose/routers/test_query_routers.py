@@ -1,6 +1,6 @@
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,9 +28,10 @@ from tests.support.pools import (
     make_profiles,
     make_uneven_experts,
     pool_of,
+    queries_of,
     without,
 )
-from tests.support.textbook import base_with, facts_of, mixed
+from tests.support.textbook import Fact, base_with, facts_of, mixed
 
 QUERIES = [
     Query("Question: which bird flies in the flock?\nAnswer:", (" the goose", " swan", " a")),
@@ -230,7 +231,7 @@ def test_the_probe_is_the_bare_base_at_the_last_token(base: Base) -> None:
     routed = RoutedModel(base, pool_of(make_uneven_experts(base)), spy)
     assert len({len(question.context) for question in questions}) > 2
     routed.score(questions)
-    routed.generate([question.query for question in questions], 1)
+    routed.generate(queries_of(questions), 1)
     assert len(spy.seen) == 2
     for linear, x_QD in spy.seen:
         assert linear == PROBED[base.model.config.model_type]
@@ -263,13 +264,21 @@ def logo_weights(base: Base, experts: list[Expert], context: list[int], by: str)
     return [score / sum(scores) for score in scores]
 
 
+def mixture(
+    facts: dict[str, list[Fact | None]], weights: list[float]
+) -> Callable[[str, Tensor], Tensor]:
+    """What a mixture of experts adds to what each linear makes of a token."""
+    return lambda linear, x_D: mixed(x_D, facts[linear], weights)
+
+
 def weights_alone(
     base: Base, name: str, experts: list[Expert], question: Question, by: str
 ) -> list[float]:
     """What each expert weighs for one question, computed without the router."""
     if name == "logo":
         return logo_weights(base, experts, question.context, by)
-    query_S = fake_embedding(question.query.retrieval_text).double().numpy()
+    (query,) = queries_of([question])
+    query_S = fake_embedding(query.retrieval_text).double().numpy()
     library = library_of(pool_of(experts))
     if name == "retrieval":
         return [float(e == retrieved(query_S, library)) for e in range(len(experts))]
@@ -288,13 +297,13 @@ def test_each_row_of_a_batch_has_its_own_mixture(
     experts, bare, questions = make_uneven_experts(base), load_base(base.name), encode(base)
     routed = RoutedModel(base, pool_of(experts), make_router(name, **options))
     together = routed.score(questions)
-    texts = routed.generate([question.query for question in questions], 4)
+    texts = routed.generate(queries_of(questions), 4)
     facts = {n: facts_of(experts, n) for n in base.linears}
     seen = set()
     for question, scores, text in zip(questions, together, texts, strict=True):
         weights = weights_alone(bare, name, experts, question, options.get("by", "norm"))
         seen.add(tuple(weights))
-        plain = base_with(base, lambda linear, x_D, w=weights: mixed(x_D, facts[linear], w))
+        plain = base_with(base, mixture(facts, weights))
         for choice, actual in zip(question.choices, scores, strict=True):
             expected = plain_score(plain, question.context, choice)
             assert actual.loglikelihood == pytest.approx(expected.loglikelihood, abs=3e-4)
@@ -342,7 +351,7 @@ def test_rows_that_end_early_leave_the_others_their_mixtures(
     base: Base, encoder: FakeEncoder
 ) -> None:
     routed = RoutedModel(base, pool_of(make_uneven_experts(base)), "retrieval")
-    queries = [question.query for question in encode(base)]
+    queries = queries_of(encode(base))
     whole = [routed.generate([query], 6)[0] for query in queries]
     assert routed.generate(queries, 6) == whole
     stop = next(text for text in whole if len(text) > 1)[:1]

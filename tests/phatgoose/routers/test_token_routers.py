@@ -1,4 +1,5 @@
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,9 +27,11 @@ from tests.support.pools import (
     make_profiles,
     make_uneven_experts,
     pool_of,
+    queries_of,
 )
 from tests.support.textbook import (
     RULES,
+    Fact,
     Rule,
     arrow,
     arrow_of_the_phatgoose_paper,
@@ -252,10 +255,17 @@ def test_a_model_is_the_base_with_the_textbook_in_every_linear(
             assert actual.eos_loglikelihood == pytest.approx(expected.eos_loglikelihood, abs=3e-4)
             assert actual.is_greedy == expected.is_greedy
     if name == "arrow":
-        texts = routed.generate([question.query for question in questions[:2]], 4)
+        texts = routed.generate(queries_of(questions[:2]), 4)
         for question, text in zip(questions, texts, strict=False):
             ids = plain_generate(plain, question.context, 4)
             assert text == base.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def gliding(
+    facts: dict[str, list[Fact | None]], bias: list[float]
+) -> Callable[[str, Tensor], Tensor]:
+    """What GLIDER adds to what each linear makes of a token, for one query."""
+    return lambda linear, x_D: RULES["glider"].added(x_D, facts[linear], bias)
 
 
 def test_glider_adds_to_each_querys_tokens_what_its_task_says(
@@ -270,15 +280,14 @@ def test_glider_adds_to_each_querys_tokens_what_its_task_says(
     about = [fake_embedding(profile.description) for profile in pool.profiles]
     facts = {n: facts_of(experts, n) for n in base.linears}
     for question, scores in zip(questions, together, strict=True):
-        task_S = fake_embedding(question.query.task)
+        (query,) = queries_of([question])
+        task_S = fake_embedding(query.task)
         bias = [1.5 * float(task_S @ expert_S) for expert_S in about]
-        plain = base_with(
-            base, lambda linear, x_D, b=bias: RULES["glider"].added(x_D, facts[linear], b)
-        )
+        plain = base_with(base, gliding(facts, bias))
         for choice, actual in zip(question.choices, scores, strict=True):
             expected = plain_score(plain, question.context, choice)
             assert actual.mean == pytest.approx(expected.mean, abs=3e-4)
-        (text,) = routed.generate([question.query], 3)
+        (text,) = routed.generate([query], 3)
         ids = plain_generate(plain, question.context, 3)
         assert text == base.tokenizer.decode(ids, skip_special_tokens=True)
 

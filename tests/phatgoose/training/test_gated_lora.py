@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from phatgoose.errors import PhatgooseError
 from phatgoose.training.gated_lora import GatedLora, attach_lora, detach_lora, read_factors
 from tests.support.tiny import state
 
-OPTIONS = {"rank": 3, "scale": 0.25, "init_std": 0.01}
+OPTIONS: dict[str, Any] = {"rank": 3, "scale": 0.25, "init_std": 0.01}
 
 
 def make_layer(dtype: torch.dtype = torch.float32) -> GatedLora:
@@ -42,6 +44,7 @@ def test_each_stage_trains_its_own_parameters() -> None:
 def test_weights_of_an_expert_are_float32_over_any_base() -> None:
     layer = make_layer(torch.bfloat16)
     layer.add_gate()
+    assert layer.gate_D is not None
     assert {p.dtype for p in (layer.lora_A_RD, layer.lora_B_OR, layer.gate_D)} == {torch.float32}
     assert layer(torch.randn(2, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
 

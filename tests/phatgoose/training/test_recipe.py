@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from phatgoose.training.recipe import Recipe, Stage, recipe_from_dict
 
 def test_the_defaults_are_the_papers() -> None:
     recipe = Recipe()
+    assert recipe.gates is not None
     assert (recipe.rank, recipe.scale, recipe.init_std, recipe.seed) == (16, 1 / 16, 0.01, 42)
     assert (recipe.lora.steps, recipe.gates.steps, recipe.batch_size) == (1000, 100, 1024)
     assert recipe.lora.lr == recipe.gates.lr == 5e-3
@@ -46,7 +48,7 @@ def test_any_warm_up_rises_to_the_full_rate(steps: int, warmup: float) -> None:
         ("dtype", "float16"),
     ],
 )
-def test_impossible_values_are_named(field: str, value: object) -> None:
+def test_impossible_values_are_named(field: str, value: Any) -> None:
     with pytest.raises(PhatgooseError, match=rf"recipe\.{field}"):
         dataclasses.replace(Recipe(), **{field: value})
 

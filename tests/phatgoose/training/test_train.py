@@ -77,7 +77,7 @@ def train(
     base: Base,
     *,
     examples: Sequence[Example] = EXAMPLES,
-    evaluation: Sequence[Example] = EVALUATION,
+    evaluation: Sequence[Example] | Sequence[Question] = EVALUATION,
     engine: Any = Spy,
     **changes: Any,
 ) -> tuple[Expert, list[CurveRow]]:
@@ -130,7 +130,7 @@ def plain_steps(
         ]
         loss = torch.cat(nlls).mean()
         gradients = torch.autograd.grad(loss, weights)
-        norm = torch.sqrt(sum((g**2).sum() for g in gradients))
+        norm = torch.stack([(g**2).sum() for g in gradients]).sum().sqrt()
         for weight, gradient in zip(weights, gradients, strict=True):
             weight.grad = gradient * min(1.0, clip / (float(norm) + 1e-6))
         optimizer.step()
@@ -175,6 +175,7 @@ def test_losses_and_weights_are_those_of_a_plain_loop(
         return torch.sigmoid(x @ V[name])[..., None] * recipe.scale * (x @ A[name].T) @ B[name].T
 
     handles = hook_linears(base, gated)
+    assert recipe.gates is not None
     expected = plain_steps(base, list(V.values()), recipe.gates, whole_batches(gates, recipe), clip)
     for handle in handles:
         handle.remove()
@@ -279,7 +280,7 @@ def order(spy: Spy) -> list[tuple[int, ...]]:
 
 
 def test_every_example_is_read_once_before_any_is_read_again(llama: Base, spies: list[Spy]) -> None:
-    sizes = {"batch_size": 4, "micro_batch_size": 4}
+    sizes: dict[str, Any] = {"batch_size": 4, "micro_batch_size": 4}
     train(llama, **sizes, seed=1)
     train(llama, **sizes, seed=2)
     first, gates, other, _ = map(order, spies)

@@ -17,7 +17,7 @@ from phatgoose.pool import Pool
 from phatgoose.question import Question
 from phatgoose.training.checkpoint import NoCheckpoints
 from phatgoose.training.engine import PlainEngine, TargetLoss, copies
-from phatgoose.training.gated_lora import attach_lora
+from phatgoose.training.gated_lora import GatedLora, attach_lora
 from phatgoose.training.recipe import Recipe, Stage
 from phatgoose.training.train import CurveRow, Example, Hooks, train_expert
 from phatgoose.training.trainer import TrainingJob
@@ -232,7 +232,7 @@ class Rank(PlainEngine):
 
     def __init__(self, rank: int, ranks: int, *made_of: Any) -> None:
         super().__init__(*made_of)
-        self.rank, self.ranks = rank, ranks  # type: ignore[misc]
+        self.rank, self.ranks = rank, ranks
         self.given: list[list[float]] = []
         self.losses: list[list[Question]] = []
         self.scored: list[list[Question]] = []
@@ -367,7 +367,7 @@ def test_a_factor_that_moves_with_the_gates_is_named(llama: Base) -> None:
         def close(self) -> None:
             if self._stage == RECIPE.gates:
                 for module in self._module.modules():
-                    if hasattr(module, "lora_B_OR"):
+                    if isinstance(module, GatedLora):
                         module.lora_B_OR.data += 1
                         return
 

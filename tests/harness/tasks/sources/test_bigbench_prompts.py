@@ -141,7 +141,7 @@ def archive() -> Path:
     return ARCHIVE
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=20)
 def test_all_core_groups_come_out_of_the_archive(archive: Path, cache: Path) -> None:
     """Numbers of examples are those counted before, less those that repeat."""
     conf = Path(harness.conf.__path__[0]) / "pool" / "bigbench.yaml"

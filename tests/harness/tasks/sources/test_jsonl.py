@@ -20,14 +20,14 @@ from harness.tasks.sources import jsonl
 from harness.tasks.store import read_records
 from phatgoose.errors import PhatgooseError
 
-EXAMPLES = [
+EXAMPLES: list[dict[str, Any]] = [
     {"input": "2 + 2 =", "target": ["4", "four"]},
     {"input": "Say goose: ", "target": "goose"},
     {"input": "ça va ?", "target": "oui"},
 ]
 
 
-CHOICES = [
+CHOICES: list[dict[str, Any]] = [
     {"input": "Is ice warm?", "choices": ["yes", "no"], "correct": 1},
     {"input": "Is ice cold?", "choices": ["yes", "no"], "correct": "yes"},
     {"input": "Which are birds?", "choices": ["goose", "ice", "swan"], "correct": [0, 2]},
@@ -129,7 +129,11 @@ def test_other_answers_to_one_prompt_are_other_examples(tmp_path: Path) -> None:
 
 def text(content: str | bytes) -> Callable[[Path], None]:
     data = content.encode() if isinstance(content, str) else content
-    return lambda path: path.write_bytes(data) and None  # type: ignore[func-returns-value]
+
+    def write_it(path: Path) -> None:
+        path.write_bytes(data)
+
+    return write_it
 
 
 GOOD = '{"input": "a", "target": "b"}\n'

@@ -33,7 +33,7 @@ from tests.support.toy import (
     write_archive,
 )
 
-DOCS = [
+DOCS: list[dict[str, Any]] = [
     {"q": f"Is the {name} {deed}?", "a": ["yes", "no"], "gold": i % 2, "say": "goose"}
     for i, (name, deed) in enumerate(
         (name, deed) for name in ("goose", "lake", "swan") for deed in ("deep", "grey", "dry")
@@ -231,7 +231,7 @@ def test_what_cannot_be_is_refused(own_tasks: Path) -> None:
         prepare_all(task_specs(suite(own_tasks, "own_choice")))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=15)
 def test_packaged_definitions_run_over_exported_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama: Base
 ) -> None:

@@ -23,7 +23,7 @@ from tests.support.plain import plain_score
 from tests.support.tiny import make_experts
 from tests.support.toy import LocalWorkers, local_actor, members_of, setting
 
-DOCS = [
+DOCS: list[dict[str, Any]] = [
     {"q": f"Is the {name} {deed}?", "a": ["yes", "no", "the goose"], "gold": (i * 7) % 3}
     for i, (name, deed) in enumerate(
         (name, deed) for name in ("goose", "lake", "swan") for deed in ("deep", "grey", "dry")
