@@ -14,7 +14,7 @@ from phatgoose.errors import PhatgooseError, refusal
 
 
 @dataclass(frozen=True)
-class Answer:
+class Output:
     """What a command has to say, as JSON and as text, and its exit status."""
 
     document: dict[str, Any]
@@ -22,7 +22,7 @@ class Answer:
     status: int = 0
 
 
-def answer(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
+def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
     """Parse the arguments, make the command's `call` answer, print that; the exit status.
 
     The status is the answer's, or 2 after a mistake, which is printed in one line.
@@ -30,7 +30,7 @@ def answer(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
     args = parser.parse_args(arguments)
     try:
         with one_line_errors():
-            made: Answer = args.call(args)
+            made: Output = args.call(args)
     except PhatgooseError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

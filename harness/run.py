@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness import run_folder
 from harness.command_line import one_line_errors
-from harness.config.load import CONF, groups, load_config
+from harness.config.load import CONF, group_choices, load_config
 from harness.config.schema import RunConfig
 from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
@@ -58,7 +58,7 @@ def run(config: RunConfig) -> None:
     # Imported here, so that a mistyped configuration is refused at once.
     from harness.driver.lease import RunLease
     from harness.driver.prepare import preparer
-    from harness.driver.stages import Stages
+    from harness.driver.stages import Driver
     from harness.planning.plan import make_plan
     from harness.reporting.report import make_report
     from harness.scheduling.cluster import Cluster
@@ -76,10 +76,10 @@ def run(config: RunConfig) -> None:
         device = cluster.device(config.cluster) if "evaluate" in config.stages else "cpu"
         plan = make_plan(config, preparer(cluster), device)
         print(plan.describe(), flush=True)
-        stages = Stages(plan, cluster)
+        driver = Driver(plan, cluster)
         to_train = "train" in config.stages and bool(plan.open_jobs)
         if to_train:
-            stages.check()
+            driver.check()
         lease.take()
         record = _record(config, plan)
         for requests in plan.requests.values():
@@ -89,15 +89,15 @@ def run(config: RunConfig) -> None:
             plan.folder, run_folder.OVERLAP_FILE, run_folder.OVERLAP, _overlaps(plan)
         )
         if "train" in config.stages:
-            stages.table.save(now=True)
-            stages.enter_finished()
+            driver.table.save(now=True)
+            driver.finish_earlier_jobs()
         try:
             if to_train:
-                problems += stages.train()
+                problems += driver.train()
             if "evaluate" in config.stages:
                 if needs_profiles(plan.routers.values()):
-                    problems += stages.measure_profiles()
-                problems += stages.evaluate()
+                    problems += driver.measure_profiles()
+                problems += driver.evaluate()
         except PhatgooseError as error:
             problems.append(str(error))  # after its causes, if there are any
             with contextlib.suppress(
@@ -106,7 +106,7 @@ def run(config: RunConfig) -> None:
                 _end(plan, record, problems, started)
             raise PhatgooseError("; ".join(problems)) from error
         finally:
-            stages.close()
+            driver.close()
             for folder in (plan.folder, Folder(config.registry)):
                 remove_left_over(folder)
         minutes = _end(plan, record, problems, started)
@@ -190,7 +190,7 @@ def help_text() -> str:
         textwrap.fill(
             ", ".join(names), 98, initial_indent=f"  {group:8} ", subsequent_indent=" " * 11
         )
-        for group, names in groups().items()
+        for group, names in group_choices().items()
     )
     return f"""usage: python -m harness.run [group=choice ...] [key=value ...]
 

@@ -8,24 +8,24 @@ from typing import Any
 
 import ray
 
-from harness.driver.early_evaluation import Early
+from harness.driver.early_evaluation import EarlyEvaluation
 from harness.evaluation.actor import EvalActor
 from harness.evaluation.stage import Evaluation, Setting
-from harness.planning.available import Served, choose
+from harness.planning.available import AvailableRouters, available_routers
 from harness.planning.plan import Plan
 from harness.registry import Registry
 from harness.registry.actor import registry_actor
 from harness.registry.packs import Members
 from harness.scheduling.actor import code_version
 from harness.scheduling.cluster import Cluster, actor_options, check_room, request_nodes, room
-from harness.scheduling.progress import Progress
+from harness.scheduling.progress import StageProgress
 from harness.scheduling.settings import ClusterConfig
 from harness.scheduling.workers import TICK_SECONDS, Workers
 from harness.training.actor import TrainActor, TrainSettings
 from harness.training.checkpoints import delete_checkpoints
 from harness.training.job import TrainJob
 from harness.training.job_table import JobTable
-from harness.training.ranks import Groups
+from harness.training.ranks import TrainGroups
 from harness.training.stage import Training, measure_profiles
 from phatgoose.errors import PhatgooseError
 
@@ -36,8 +36,8 @@ _NAMED = 5  # of many that failed for the same reason
 _SUM_UP_SECONDS = 30.0
 
 
-class Stages:
-    """The stages of one run; they share the registry's actor and the evaluation actors.
+class Driver:
+    """Carries out the stages of one run, which share the registry actor and the evaluation actors.
 
     Every stage says what could not be done, in lines, after it did the rest.
     """
@@ -60,9 +60,9 @@ class Stages:
         gpus = ranks.gpus_per_rank(cluster)
         check_room(cluster, cluster.train_nodes, ranks.ranks_per_expert, gpus)
 
-    def enter_finished(self) -> None:
+    def finish_earlier_jobs(self) -> None:
         """Finish what a crash may have left of the jobs that were done before it."""
-        self._registry.enter(self._plan.finished)
+        self._registry.add_to_manifest(self._plan.finished)
         delete_checkpoints(self._plan.folder, self._plan.finished)
 
     def train(self) -> list[str]:
@@ -72,8 +72,12 @@ class Stages:
         done = total - sum(plan.tokens[job.card.job] for job in jobs)
         trainers = self._trainers(jobs)
         self._is_training = True
-        with Progress(plan.folder, "train", total, "token", len(plan.all_jobs), done) as progress:
-            training = Training(jobs, plan.folder, trainers, self._keeper, self.table, progress)
+        with StageProgress(
+            plan.folder, "train", total, "token", len(plan.all_jobs), done
+        ) as progress:
+            training = Training(
+                jobs, plan.folder, trainers, self._registry_actor, self.table, progress
+            )
             early = self._early(training, trainers) if "evaluate" in self._config.stages else None
             try:
                 failures = training.run(early.step if early else lambda: None)
@@ -103,15 +107,19 @@ class Stages:
         self._cluster.connect()
         trainers = self._trainers(lacking)
         try:
-            with Progress(plan.folder, "profile", len(lacking), "expert", len(lacking)) as progress:
-                failures = measure_profiles(lacking, experts, trainers, self._keeper, progress)
+            with StageProgress(
+                plan.folder, "profile", len(lacking), "expert", len(lacking)
+            ) as progress:
+                failures = measure_profiles(
+                    lacking, experts, trainers, self._registry_actor, progress
+                )
         finally:
             trainers.close()
         return by_reason("profile of expert", failures)
 
     def evaluate(self) -> list[str]:
         """Evaluate every router that the pool can serve, on every suite."""
-        served = choose(self._plan, self._registry, self._pool())
+        served = available_routers(self._plan, self._registry, self._pool())
         for problem in served.problems:
             print(problem, file=sys.stderr)
         for suite in self._plan.suites:
@@ -122,7 +130,7 @@ class Stages:
         """End the actors."""
         self.evaluators.close()
 
-    def _evaluate(self, suite: str, served: Served) -> list[str]:
+    def _evaluate(self, suite: str, served: AvailableRouters) -> list[str]:
         """Evaluate the routers on one suite; scores are written as routers are complete."""
         asked = self._plan.requests[suite]
         evaluation = Evaluation(self._setting, asked, served.members, served.others)
@@ -131,7 +139,7 @@ class Stages:
         to_ask, summed_up = dict(served.routers), time.monotonic()
         rows: dict[str, list[dict[str, Any]]] = {}
         chunks = len(served.routers) * len(evaluation.chunks)
-        with Progress(self._plan.folder, "evaluate", requests, "request", chunks) as progress:
+        with StageProgress(self._plan.folder, "evaluate", requests, "request", chunks) as progress:
             while evaluation.is_waiting or len(rows) + len(evaluation.failures) < len(
                 served.routers
             ):
@@ -160,7 +168,7 @@ class Stages:
             raise PhatgooseError("; ".join(evaluation.failures.values()))
         return list(evaluation.failures.values())
 
-    def _show(self, progress: Progress, evaluation: Evaluation) -> None:
+    def _show(self, progress: StageProgress, evaluation: Evaluation) -> None:
         """Let the progress know what was answered."""
         running, waiting = len(self.evaluators.under_way), self.evaluators.waiting
         counts = {
@@ -169,9 +177,9 @@ class Stages:
             "done": evaluation.answered,
             "failed": len(evaluation.failures),
         }
-        progress.update(evaluation.requests, counts, self.evaluators.places)
+        progress.update(evaluation.requests, counts, self.evaluators.locations)
 
-    def _early(self, training: Training, trainers: Workers) -> Early:
+    def _early(self, training: Training, trainers: Workers) -> EarlyEvaluation:
         """What need not wait for the last expert."""
         plan = self._plan
         there = {job.card.name: plan.finished.get(job.card.job) for job in plan.jobs}
@@ -184,7 +192,9 @@ class Stages:
         shared = not all(labels) or all(
             labels[0].get(key, value) == value for key, value in labels[1].items()
         )
-        return Early(evaluations, training.experts, plan.routers, trainers, self.evaluators, shared)
+        return EarlyEvaluation(
+            evaluations, training.experts, plan.routers, trainers, self.evaluators, shared
+        )
 
     @property
     def _patience(self) -> dict[str, Any]:
@@ -196,8 +206,8 @@ class Stages:
         return Registry(self._config.registry, self._plan.base_fingerprint)
 
     @functools.cached_property
-    def _keeper(self) -> Any:
-        """The registry's actor, which ends with its handles."""
+    def _registry_actor(self) -> Any:
+        """The registry actor, which ends with its handles."""
         return registry_actor(self._config.registry, self._plan.base_fingerprint)
 
     @functools.cached_property
@@ -241,7 +251,7 @@ class Stages:
                 want=want,
                 **self._patience,
             )
-        groups = Groups(settings, options)
+        groups = TrainGroups(settings, options)
         return Workers(
             groups.make,
             lambda: room(options, most, ranks=ranks),
@@ -260,7 +270,7 @@ class Stages:
                 config.base,
                 self._plan.conditions,
                 config.registry,
-                self._keeper,
+                self._registry_actor,
                 config.run.dir,
                 code_version(),
             )
@@ -294,7 +304,7 @@ class Stages:
     def _pool(self) -> dict[str, str]:
         """The trained experts' content hashes by name; says which ones are lacking."""
         plan, registry = self._plan, self._registry
-        found = registry.enter(job.card.job for job in plan.jobs)
+        found = registry.add_to_manifest(job.card.job for job in plan.jobs)
         jobs = {job.card.name: job.card.job for job in plan.jobs}
         experts = {name: found[job] for name, job in jobs.items() if job in found}
         lacking = [name for name in jobs if name not in experts]

@@ -30,7 +30,7 @@ class EvalActor(Actor):
         base: which base to load.
         conditions: what it must answer with.
         registry: where the experts are kept.
-        keeper: the registry's actor, for nodes that do not see its files.
+        registry_actor: the registry actor, for nodes that do not see its files.
         run_dir: where to write the log.
         code: the driver's `code_version`.
     """
@@ -40,13 +40,13 @@ class EvalActor(Actor):
         base: BaseConfig,
         conditions: Conditions,
         registry: str,
-        keeper: Any,
+        registry_actor: Any,
         run_dir: str,
         code: str,
     ) -> None:
         log_to_run_folder(run_dir, "evaluate")
         super().__init__(code)
-        self._keeper = keeper
+        self._registry_actor = registry_actor
         self._registry = Registry(registry, conditions.base)
         self._base = load_base_on_actor(base, conditions.base)
         dtype = str(self._base.model.dtype).removeprefix("torch.")
@@ -110,7 +110,7 @@ class EvalActor(Actor):
         return pool.with_profiles(found)
 
     def _fetch(self, content_hash: str) -> Expert:
-        expert: Expert = ray.get(self._keeper.load.remote(content_hash))
+        expert: Expert = ray.get(self._registry_actor.load.remote(content_hash))
         self._beat()
         return expert
 
@@ -122,5 +122,5 @@ class EvalActor(Actor):
         """A profile, mapped where this node sees the registry's files."""
         if self._registry.has_profile(content_hash, profile_id):
             return self._registry.profile(content_hash, profile_id)
-        profile: Profile = ray.get(self._keeper.profile.remote(content_hash, profile_id))
+        profile: Profile = ray.get(self._registry_actor.profile.remote(content_hash, profile_id))
         return profile

@@ -44,7 +44,7 @@ _NAMED = 5  # routers or modules in a line
 
 
 @dataclass(frozen=True)
-class _Call:
+class _RoutedChunk:
     """A chunk to be answered under a router; `key` names its answer in the journal."""
 
     key: str
@@ -113,7 +113,7 @@ class Evaluation:
         self._counted: set[str] = set()
         self._found = self._journal.keys()  # answered by an earlier call
         self._known = set(self._found)  # answered, or asked
-        self._waiting: dict[int, _Call] = {}  # what the actors were asked, by the call's key
+        self._waiting: dict[int, _RoutedChunk] = {}  # what the actors were asked, by the call's key
         self._codes: dict[str, Code] = {}
 
     def run(self, name: str, router: Router) -> list[dict[str, Any]]:
@@ -124,7 +124,7 @@ class Evaluation:
             for index, chunk in enumerate(chunks):
                 yield index, answers[chunk]
 
-        lm = ShardedLM(ask, self._characters, self._requests.right)
+        lm = ShardedLM(ask, self._characters, self._requests.targets)
         with quiet():
             output = evaluator.evaluate(
                 lm,
@@ -240,7 +240,7 @@ class Evaluation:
                 self._found.discard(key)
                 self._known.discard(key)
         if damaged:
-            self._add([_Call(self._key(router, c), name, router, c) for c in damaged])
+            self._add([_RoutedChunk(self._key(router, c), name, router, c) for c in damaged])
             self._wait(name)
             found |= {c: self._journal.read(self._key(router, c)) for c in damaged}
         return found
@@ -260,7 +260,7 @@ class Evaluation:
         in.
         """
         for name, router in routers.items():
-            self._add([_Call(self._key(router, c), name, router, c) for c in self.chunks])
+            self._add([_RoutedChunk(self._key(router, c), name, router, c) for c in self.chunks])
 
     @property
     def is_waiting(self) -> bool:
@@ -295,7 +295,7 @@ class Evaluation:
         self.answered += 1
         self._count(call.key, call.chunk)
 
-    def _add(self, calls: Sequence[_Call]) -> None:
+    def _add(self, calls: Sequence[_RoutedChunk]) -> None:
         """Ask the actors what the journal does not know and they were not asked before."""
         for call in calls:
             if call.key in self._found:

@@ -13,7 +13,7 @@ from phatgoose.errors import PhatgooseError
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Where an actor is: its node's id and address, and its process."""
 
     node: str
@@ -23,6 +23,14 @@ class Place:
     def __str__(self) -> str:
         """Short enough for a table."""
         return f"{self.address} ({self.node[:6]}), process {self.process}"
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """How far an actor is: a count that grows with all it does, and the steps of its call."""
+
+    count: int
+    steps: int
 
 
 class Actor:
@@ -45,14 +53,14 @@ class Actor:
         self._done = 0  # grows with all that is done
         self._steps = 0  # of the call under way
 
-    def place(self) -> Place:
+    def location(self) -> Location:
         """Where this actor is."""
         context = ray.get_runtime_context()
-        return Place(context.get_node_id(), ray.util.get_node_ip_address(), os.getpid())
+        return Location(context.get_node_id(), ray.util.get_node_ip_address(), os.getpid())
 
-    def beat(self) -> tuple[int, int]:
-        """A count that grows with all that is done, and the steps of the call under way."""
-        return self._done, self._steps
+    def heartbeat(self) -> Heartbeat:
+        """Return how far this actor is."""
+        return Heartbeat(self._done, self._steps)
 
 
 @cache

@@ -89,20 +89,20 @@ class TrainActor(Actor):
             on_host=settings.zero_stage == 3,
         )
 
-    def open_store(self) -> tuple[str, int]:
+    def open_rendezvous(self) -> tuple[str, int]:
         """Of the first rank: open the place where the ranks meet; returns its address and port."""
-        from harness.training.rendezvous import open_store
+        from harness.training.rendezvous import open_rendezvous
 
-        self._store = open_store(self._settings.ranks)
+        self._store = open_rendezvous(self._settings.ranks)
         return self._store.host, self._store.port
 
     def join(self, host: str, port: int) -> None:
         """Meet the other ranks there, which must do the same."""
         from harness.training.engine import start_deepspeed
-        from harness.training.rendezvous import join_store
+        from harness.training.rendezvous import join_rendezvous
 
         ranks = self._settings.ranks
-        store = self._store if self._rank == 0 else join_store(host, port, ranks)
+        store = self._store if self._rank == 0 else join_rendezvous(host, port, ranks)
         start_deepspeed(store, self._rank, ranks)
 
     def train(self, job: TrainJob, checkpoint: bytes | None = None) -> Trained | None:
@@ -148,9 +148,9 @@ class TrainActor(Actor):
                 print(f"no profile of {job.card.name}: {error}", flush=True)
         return Trained(rows, ray.put(expert), profile)
 
-    def profile(self, job: TrainJob, content_hash: str, keeper: Any) -> bytes:
+    def profile(self, job: TrainJob, content_hash: str, registry_actor: Any) -> bytes:
         """Measure the profile of an expert that the registry has; returns its bytes."""
-        return self._measure(job, ray.get(keeper.load.remote(content_hash)))
+        return self._measure(job, ray.get(registry_actor.load.remote(content_hash)))
 
     def _beat(self) -> None:
         """Something was done: a long evaluation must not look like a hang."""

@@ -18,7 +18,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from harness.training.whole_weights import Unpartitioned
+from harness.training.whole_weights import WholeWeights
 from phatgoose.engine import (
     ADAM_MEMORY,
     TargetLoss,
@@ -77,7 +77,7 @@ class DeepSpeedEngine:
         self._parameters, self._stage, self._zero_stage = parameters, stage, zero_stage
         self._adam = make_optimizer(parameters, stage)
         self._scheduler = make_scheduler(self._adam, stage)
-        self._whole = Unpartitioned(module) if zero_stage == 3 else None
+        self._whole = WholeWeights(module) if zero_stage == 3 else None
         self._engine: Any = deepspeed.initialize(
             model=module,
             model_parameters=parameters,
