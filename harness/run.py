@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import run_folder
@@ -140,6 +139,8 @@ def _overlaps(plan: "Plan") -> list[dict[str, Any]]:
 
 def _record(config: RunConfig, plan: "Plan") -> dict[str, Any]:
     """What run.json says: what all calls have in common, and each call's own."""
+    from harness.scheduling.hardware import memory_gib, processor, usable_cores  # slow to import
+
     before = run_folder.read_run(plan.folder) if plan.folder.exists(run_folder.RUN_FILE) else {}
     configuration = asdict(config)
     configuration["run"]["dir"] = str(plan.folder)  # a URI may hold a key; its name here does not
@@ -149,25 +150,15 @@ def _record(config: RunConfig, plan: "Plan") -> dict[str, Any]:
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in _PACKAGES},
         "hardware": {
-            "processor": _processor(),
-            "cores": len(os.sched_getaffinity(0)),
-            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+            "processor": processor(),
+            "cores": usable_cores(),
+            "memory_gib": memory_gib(),
         },
         "overlaps": [str(overlap) for found in plan.overlaps.values() for overlap in found],
         "started": _now(),
         "finished": None,
     }
     return {"identity": plan.identity, "calls": [*before.get("calls", []), call]}
-
-
-def _processor() -> str:
-    """The processor's name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _now() -> str:

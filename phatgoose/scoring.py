@@ -19,6 +19,7 @@ from torch import Tensor
 
 from phatgoose.base import Base
 from phatgoose.batch import Batch
+from phatgoose.devices import off_mps
 from phatgoose.errors import PhatgooseError
 from phatgoose.query import Query
 from phatgoose.rows import pad_rows, separate_rows, shared_rows
@@ -213,7 +214,7 @@ def to_scores(
     places_N = torch.tensor(places, device=logits_PV.device)
     targets_N = torch.tensor(targets, device=logits_PV.device)
     chosen_N = logits_PV[places_N, targets_N].float() - total_P[places_N]
-    chosen = chosen_N.double().tolist()
+    chosen = off_mps(chosen_N)[0].double().tolist()
     greedy = (logits_PV.argmax(dim=-1)[places_N] == targets_N).tolist()
     scores: list[list[Score]] = []
     start = 0

@@ -202,6 +202,16 @@ class Driver:
         return {"lease_seconds": config.lease_seconds, "wait_seconds": config.wait_seconds}
 
     @functools.cached_property
+    def _on_mps(self) -> bool:
+        """Whether actors use the GPU of this Mac."""
+        return self._cluster.device(self._config.cluster) == "mps"
+
+    @property
+    def _most_actors(self) -> int | None:
+        """The limit of `cluster.max_actors`; on a Mac's GPU, one actor if that is not set."""
+        return self._config.cluster.max_actors or (1 if self._on_mps else None)
+
+    @functools.cached_property
     def _registry(self) -> Registry:
         return Registry(self._config.registry, self._plan.base_fingerprint)
 
@@ -237,8 +247,9 @@ class Driver:
             checkpoint_seconds=config.cluster.checkpoint_seconds,
             zero_stage=config.ranks.zero_stage,
             ranks=ranks,
+            mps=self._on_mps and ranks == 1,
         )
-        most = config.cluster.max_actors
+        most = self._most_actors
 
         def want(count: int) -> None:
             request_nodes(options, ranks * min(count, most or count))
@@ -280,7 +291,7 @@ class Driver:
     def _evaluator_options(self) -> dict[str, Any]:
         """What an evaluation actor asks of Ray: GPUs if and only if the plan says so."""
         config = self._config.cluster
-        gpus = 0.0 if self._plan.conditions.device == "cpu" else config.gpus_per_actor or 1
+        gpus = config.gpus_per_actor or 1 if self._plan.conditions.device == "cuda" else 0.0
         return actor_options(config, config.evaluate_nodes, gpus)
 
     def _room_to_evaluate(self) -> int:
@@ -289,17 +300,16 @@ class Driver:
         options = self._evaluator_options
         if self._is_training:
             free = room(options, free=True) + self.evaluators.size
-            return min(free, config.max_actors or free)
+            return min(free, self._most_actors or free)
         check_room(config, config.evaluate_nodes, gpus=self._evaluator_options["num_gpus"])
-        return room(options, config.max_actors)
+        return room(options, self._most_actors)
 
     def _want_evaluators(self, count: int) -> None:
         """Ask for nodes to evaluate on; while there is training, for its nodes alone."""
         if not self._is_training:
             self._cluster.connect()
-            config = self._config.cluster
             options = self._evaluator_options
-            request_nodes(options, min(count, config.max_actors or count))
+            request_nodes(options, min(count, self._most_actors or count))
 
     def _pool(self) -> dict[str, str]:
         """The trained experts' content hashes by name; says which ones are lacking."""

@@ -48,7 +48,7 @@ class EvalActor(Actor):
         super().__init__(code)
         self._registry_actor = registry_actor
         self._registry = Registry(registry, conditions.base)
-        self._base = load_base_on_actor(base, conditions.base)
+        self._base = load_base_on_actor(base, conditions.base, mps=conditions.device == "mps")
         dtype = str(self._base.model.dtype).removeprefix("torch.")
         conditions.check(dtype, self._base.device.type)
         self._model: RoutedModel | None = None

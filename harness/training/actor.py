@@ -16,6 +16,7 @@ from harness.training.checkpoints import FolderCheckpoints
 from harness.training.job import TrainJob, data_fingerprint, make_expert
 from harness.training.profile import expert_profile
 from phatgoose.encoder import load_encoder
+from phatgoose.engine import EngineFactory, PlainEngine
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
 from phatgoose.profile import ProfileConfig
@@ -35,6 +36,7 @@ class TrainSettings:
         checkpoint_seconds: how old a job's checkpoint gets before it is replaced.
         zero_stage: what the ranks of one expert partition among them.
         ranks: how many there are; of several, each must `join` the others before its first job.
+        mps: whether to train on the GPU of a Mac.
     """
 
     base: BaseConfig
@@ -45,6 +47,7 @@ class TrainSettings:
     checkpoint_seconds: float = 60
     zero_stage: int = 0
     ranks: int = 1
+    mps: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,14 +82,19 @@ class TrainActor(Actor):
             load_encoder(settings.profile.encoder)  # to fail now, if it must, not after a training
         from harness.training.engine import DeepSpeedEngine, start_deepspeed  # slow to import
 
-        if settings.ranks == 1:
+        if settings.ranks == 1 and not settings.mps:
             start_deepspeed()
-        self._engine = functools.partial(DeepSpeedEngine, zero_stage=settings.zero_stage)
+        self._engine: EngineFactory = functools.partial(
+            DeepSpeedEngine, zero_stage=settings.zero_stage
+        )
+        if settings.mps:  # on which DeepSpeed's collectives do not run
+            self._engine = PlainEngine
         self._base = load_base_on_actor(
             settings.base,
             settings.base_fingerprint,
             # Stage 3 puts its partitions on the device; the whole may be too large for it.
             on_host=settings.zero_stage == 3,
+            mps=settings.mps,
         )
 
     def open_rendezvous(self) -> tuple[str, int]:

@@ -5,9 +5,14 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
+if torch.backends.mps.is_available():
+    # Its collectives do not run on a Mac's GPU, which it would choose by itself.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
 import deepspeed
 import deepspeed.ops
-import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from deepspeed.utils import (

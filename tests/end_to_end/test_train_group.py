@@ -113,7 +113,7 @@ def check_expert(came: list[tuple[int, Any]]) -> None:
     """One whole expert came, whose curve has every step once."""
     [(_, result)] = came
     assert not isinstance(result, Failure), result
-    rows, expert, _ = result
+    rows, expert = result.curve, result.expert
     assert [row["step"] for row in rows if row["split"] == "train"] == list(range(STEPS))
     assert ray.get(expert).card.metrics["nll_lora"] < ray.get(expert).card.metrics["nll_base"]
 
