@@ -125,7 +125,6 @@ def measure(path: Path, count: int, nodes: int, wait: float) -> None:
         most = max(most, process.memory_info().rss)
 
     with StageProgress(folder, "train", count * _STEPS, "token", count) as progress:
-        progress.say = lambda line: None  # type: ignore[method-assign]
         failures = Training(jobs, folder, workers, registry, table, progress).run(look)
     seconds, busy = time.monotonic() - started, cpu(process) - busy
     actors = len(workers.locations)

@@ -4,6 +4,7 @@ Plan and check, train what has not been trained, evaluate what has not been answ
 """
 
 import contextlib
+import logging
 import os
 import platform
 import sys
@@ -19,12 +20,14 @@ from harness import run_folder
 from harness.command_line import one_line_errors
 from harness.config.load import CONF, group_choices, load_config
 from harness.config.schema import RunConfig
+from harness.logs import log_to_terminal
 from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
 
 if TYPE_CHECKING:
     from harness.planning.plan import Plan
 
+_LOG = logging.getLogger(__name__)
 _PACKAGES = ("phatgoose", "torch", "transformers", "ray", "deepspeed", "lm_eval", "pyarrow")
 
 
@@ -34,14 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(arguments):
         print(help_text())
         return 0
+    log_to_terminal()
     try:
         with one_line_errors():
             run(load_config(arguments))
     except PhatgooseError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _LOG.error("%s", error)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        _LOG.warning("\nstopped; the same command goes on from here")
         return 130
     return 0
 
@@ -167,7 +171,6 @@ def _now() -> str:
 
 def _be_quiet() -> None:
     """Keep libraries from talking over the plan, the bars and the tables."""
-    import logging
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,7 +1,7 @@
 """The stages of a run, over actors of the cluster: train, measure profiles, evaluate."""
 
 import functools
-import sys
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,6 +29,7 @@ from harness.training.ranks import TrainGroups
 from harness.training.stage import Training, measure_profiles
 from phatgoose.errors import PhatgooseError
 
+_LOG = logging.getLogger(__name__)
 # Chunks that wait for an actor; more are not needed to keep all of them busy.
 _AHEAD = 20_000
 _NAMED = 5  # of many that failed for the same reason
@@ -121,7 +122,7 @@ class Driver:
         """Evaluate every router that the pool can serve, on every suite."""
         served = available_routers(self._plan, self._registry, self._pool())
         for problem in served.problems:
-            print(problem, file=sys.stderr)
+            _LOG.warning("%s", problem)
         for suite in self._plan.suites:
             served.problems += self._evaluate(suite, served)
         return served.problems
@@ -324,7 +325,7 @@ class Driver:
                 f"{registry.folder}: run the stage train"
             )
         if lacking:
-            print(f"the pool lacks {len(lacking)} experts: {', '.join(lacking)}", file=sys.stderr)
+            _LOG.warning("the pool lacks %d experts: %s", len(lacking), ", ".join(lacking))
         return experts
 
 

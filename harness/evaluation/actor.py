@@ -10,8 +10,7 @@ from harness.evaluation.chunks import Answer, Chunk
 from harness.evaluation.conditions import Conditions
 from harness.registry import Registry
 from harness.registry.packs import Members, open_pool
-from harness.scheduling.actor import Actor
-from harness.scheduling.cluster import log_to_run_folder
+from harness.scheduling.actor import Actor, log_to_run_folder
 from harness.scheduling.load_base import load_base_on_actor
 from harness.scheduling.settings import BaseConfig
 from harness.source_code import digest, router_code

@@ -6,9 +6,9 @@ lm-eval ──requests──► ShardedLM ──chunks──► journal, else ev
 """
 
 import json
+import logging
 import math
 import os
-import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
@@ -37,6 +37,7 @@ from phatgoose.routers.interface import needs_profiles, side_information
 from phatgoose.routers.no_expert import NoExpert
 from phatgoose.routers.single import Single
 
+_LOG = logging.getLogger(__name__)
 # Draws for the errors of metrics that are no means; lm-eval is not to fork this process for them.
 _BOOTSTRAPS = 200
 os.environ.setdefault("DISABLE_MULTIPROC", "1")
@@ -167,7 +168,7 @@ class Evaluation:
         return scores
 
     def announce(self, routers: Mapping[str, Router]) -> None:
-        """Print which routers are asked again, and why: a line for each reason.
+        """Log which routers are asked again, and why: a line for each reason.
 
         What their answers are computed with is noted in answers.json, and compared with what an
         earlier call of the run noted.
@@ -187,10 +188,8 @@ class Evaluation:
                 again.setdefault(reason, {})[name] = lacking
         for reason, counts in again.items():
             if chunks := sum(counts.values()):
-                print(
-                    f"{reason} changed: {chunks} chunks of {_listed(list(counts))} are asked again",
-                    file=sys.stderr,
-                )
+                named = _listed(list(counts))
+                _LOG.warning("%s changed: %d chunks of %s are asked again", reason, chunks, named)
         if noted != {**noted, **now}:
             run_folder.write_json(self._folder, file, {**noted, **now})
 
@@ -235,7 +234,7 @@ class Evaluation:
                 found[chunk] = self._journal.read(key)
                 self._count(key, chunk)
             except DamagedAnswer as error:
-                print(f"{error}; it is asked again", file=sys.stderr)
+                _LOG.warning("%s; it is asked again", error)
                 damaged.append(chunk)
                 self._found.discard(key)
                 self._known.discard(key)

@@ -1,6 +1,7 @@
 """What every actor of the harness answers: where it is, and how far."""
 
 import hashlib
+import logging
 import os
 from dataclasses import dataclass
 from functools import cache
@@ -9,6 +10,7 @@ from pathlib import Path
 import ray
 
 import phatgoose
+from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
 
 
@@ -61,6 +63,26 @@ class Actor:
     def heartbeat(self) -> Heartbeat:
         """Return how far this actor is."""
         return Heartbeat(self._done, self._steps)
+
+
+def log_to_run_folder(run_dir: str, name: str) -> None:
+    """Send the messages of this actor's process to a file of its own in the run folder.
+
+    The file also takes standard output and error, by their descriptors: compilers, NCCL, gloo and a
+    crashing interpreter write there without going through Python. On a run folder that is not a
+    local path, Ray's own log files keep both.
+    """
+    path = Folder(run_dir).local(f"logs/{name}-{os.getpid()}.log")
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            for stream in (1, 2):
+                os.dup2(file.fileno(), stream)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    for package in ("harness", "phatgoose"):
+        logging.getLogger(package).addHandler(handler)
+        logging.getLogger(package).setLevel(logging.INFO)
 
 
 @cache

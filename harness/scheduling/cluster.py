@@ -28,7 +28,6 @@ from harness.scheduling.ray_internals import (
     started_address,
 )
 from harness.scheduling.settings import ClusterConfig
-from harness.storage import Folder
 from phatgoose.errors import PhatgooseError, reason_of
 
 _MOST_REQUESTED = 1000  # actors, of the autoscaler at a time
@@ -216,17 +215,3 @@ def _fit(has: Mapping[str, float], options: Mapping[str, Any]) -> int:
     return min(
         (int(has.get(k, 0) // amount) for k, amount in asks.items() if amount > 0), default=0
     )
-
-
-def log_to_run_folder(run_dir: str, name: str) -> None:
-    """Send all that this actor's process prints to a file of its own in the run folder.
-
-    On a run folder that is not a local path, Ray's own log files keep it.
-    """
-    path = Folder(run_dir).local(f"logs/{name}-{os.getpid()}.log")
-    if path is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)

@@ -1,8 +1,8 @@
 """How far a run is: `status.json` in the run folder, a bar in the terminal, and Ray's metrics."""
 
+import logging
 import os
 import socket
-import sys
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -17,6 +17,7 @@ from harness import run_folder
 from harness.scheduling.actor import Location
 from harness.storage import Folder
 
+_LOG = logging.getLogger(__name__)
 _WRITE_SECONDS = 2.0
 _STATES = ("waiting", "running", "done", "failed")
 _CLOCK_JUMP = 60.0  # seconds between the two clocks that are worth a line
@@ -63,10 +64,6 @@ class StageProgress:
         self._locations = ()
         self._write(now=True, ended="stopped" if kind else "finished")
 
-    def say(self, line: str) -> None:
-        """Print a line above the bar."""
-        tqdm.write(line, file=sys.stderr)
-
     @property
     def done(self) -> int:
         """How much is done, by earlier calls too."""
@@ -105,9 +102,11 @@ class StageProgress:
         """Say if the time of day jumped: nothing here goes by it, but times in files do."""
         clock = time.time() - time.monotonic()
         if abs(clock - self._clock) > _CLOCK_JUMP:
-            self.say(
-                f"the clock of {socket.gethostname()} jumped by {clock - self._clock:+.0f} s: the "
-                "run goes on; times written from now on are of the new clock"
+            _LOG.warning(
+                "the clock of %s jumped by %+.0f s: the run goes on; times written from now on are "
+                "of the new clock",
+                socket.gethostname(),
+                clock - self._clock,
             )
             self._clock = clock
 

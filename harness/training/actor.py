@@ -1,13 +1,13 @@
 """The actor that trains experts: one job after the other, over one base."""
 
 import functools
+import logging
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray
 
-from harness.scheduling.actor import Actor
-from harness.scheduling.cluster import log_to_run_folder
+from harness.scheduling.actor import Actor, log_to_run_folder
 from harness.scheduling.load_base import load_base_on_actor
 from harness.scheduling.settings import BaseConfig
 from harness.storage import Folder
@@ -21,6 +21,8 @@ from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
 from phatgoose.profile import ProfileConfig
 from phatgoose.training import Progress
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class TrainActor(Actor):
             self._steps += progress.split == "train"
             self._beat()
 
-        print(f"training {job.card.name} (job {job.card.job})", flush=True)
+        _LOG.info("training %s (job %s)", job.card.name, job.card.job)
         options: dict[str, Any] = {
             "engine": self._engine,
             "report": report,
@@ -143,7 +145,7 @@ class TrainActor(Actor):
             "beat": self._beat,
         }
         expert = make_expert(self._base, job, lambda: self._data(job), options, self._beat)
-        print(f"trained {job.card.name}: {expert.card.metrics}", flush=True)
+        _LOG.info("trained %s: %s", job.card.name, expert.card.metrics)
         self._steps = 0
         if self._rank > 0:
             return None
@@ -153,7 +155,7 @@ class TrainActor(Actor):
                 profile = ray.put(self._measure(job, expert))
             # An expert is worth more than its profile, which can be measured again.
             except Exception as error:
-                print(f"no profile of {job.card.name}: {error}", flush=True)
+                _LOG.warning("no profile of %s: %s", job.card.name, error)
         return Trained(rows, ray.put(expert), profile)
 
     def profile(self, job: TrainJob, content_hash: str, registry_actor: Any) -> bytes:

@@ -8,6 +8,7 @@ others. Its ranks end with it. Its placement group would not: Ray removes that o
 which made it, or when it is told to; so the driver makes it, and removes it with the TrainGroup.
 """
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,8 +18,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from harness.scheduling.actor import Actor, Heartbeat, Location
-from harness.scheduling.cluster import log_to_run_folder
+from harness.scheduling.actor import Actor, Heartbeat, Location, log_to_run_folder
 from harness.scheduling.workers import last_line
 from harness.storage import Folder
 from harness.training.actor import TrainActor, Trained, TrainSettings
@@ -26,6 +26,7 @@ from harness.training.checkpoints import FolderCheckpoints
 from harness.training.job import TrainJob
 from phatgoose.errors import OutOfMemory, PhatgooseError
 
+_LOG = logging.getLogger(__name__)
 _LOOK_SECONDS = 30
 
 
@@ -47,7 +48,7 @@ class TrainGroup(Actor):
         self._options, self._group = dict(options), group
         self._ranks: list[Any] = []
         while not self._group.wait(_LOOK_SECONDS):
-            print("waiting for nodes with room for all ranks", flush=True)
+            _LOG.info("waiting for nodes with room for all ranks")
         self._start()
         self._location: Location = ray.get(self._ranks[0].location.remote())
 
@@ -89,7 +90,7 @@ class TrainGroup(Actor):
         try:
             return _results(references)[0]
         except RayActorError as error:
-            print(f"a rank died: {error}", flush=True)
+            _LOG.error("a rank died: %s", error)
             os._exit(1)
         except RayError as error:
             self._end()

@@ -1,5 +1,6 @@
 """The stage `train`: one job per expert on reused actors, published as each one ends."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -21,6 +22,7 @@ from harness.training.job_table import JobTable
 from phatgoose.errors import Diverged, OutOfMemory, PhatgooseError
 from phatgoose.recipe import Recipe
 
+_LOG = logging.getLogger(__name__)
 # The pool's manifest is written when it has grown by this part: of N experts, about log N times.
 _GROWTH = 0.1
 
@@ -97,7 +99,7 @@ class Training(Watch):
         """A job has to be done again."""
         job = self._jobs[key]
         self._table.put_back(job, error, traceback)
-        self._progress.say(f"again     {job.card.name}: {error}")
+        _LOG.warning("again     %s: %s", job.card.name, error)
 
     def revise(self, key: int, error: PhatgooseError) -> tuple[Any, ...] | None:
         """Once, half a micro-batch where memory was short, a lower rate where a loss exploded."""
@@ -136,7 +138,7 @@ class Training(Watch):
         FolderCheckpoints(self._folder, job.card.job).delete()
         self._ended(job)
         self._table.end(job)
-        self._progress.say(f"trained   {name}: {said}")
+        _LOG.info("trained   %s: %s", name, said)
 
     def _ended(self, job: TrainJob) -> None:
         self._trained_tokens += self._table.tokens[job.card.job]
@@ -146,7 +148,7 @@ class Training(Watch):
         self._ended(job)
         self.failures[job.card.name] = error
         self._table.end(job, error, traceback)
-        self._progress.say(f"failed    {job.card.name}: {error}")
+        _LOG.warning("failed    %s: %s", job.card.name, error)
 
     def _publish(self, job: TrainJob, trained: Trained) -> str:
         """Keep one job's curve and expert; returns a line that says what was learnt."""
@@ -171,7 +173,7 @@ class Training(Watch):
                 put_profile = self._registry_actor.put_profile.remote
                 answer_of(put_profile(content_hash, job.profile_id, trained.profile))
             except (RayError, PhatgooseError) as error:  # it is measured again before it is needed
-                self._progress.say(f"no profile of {job.card.name}: {last_line(error)}")
+                _LOG.warning("no profile of %s: %s", job.card.name, last_line(error))
         self.experts[job.card.name] = content_hash
         self._unnamed.append(job.card.job)
         self._published += 1
