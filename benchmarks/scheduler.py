@@ -25,7 +25,7 @@ from harness.registry import Registry
 from harness.registry.actor import registry_actor
 from harness.scheduling.actor import Actor, code_version
 from harness.scheduling.cluster import actor_options, room
-from harness.scheduling.progress import Progress
+from harness.scheduling.progress import StageProgress
 from harness.scheduling.ray_internals import loopback_only
 from harness.scheduling.settings import ClusterConfig
 from harness.scheduling.workers import Workers
@@ -115,7 +115,7 @@ def measure(path: Path, count: int, nodes: int, wait: float) -> None:
     options = actor_options(ClusterConfig(gpus_per_actor=0), {})
     remote = ray.remote(Waiter).options(**options, max_concurrency=2)
     workers = Workers(lambda: remote.remote(wait), lambda: room(options))
-    keeper = registry_actor(path / "registry", _BASE)
+    registry = registry_actor(path / "registry", _BASE)
     ready(workers, nodes * _CORES)
     table = JobTable(folder, jobs, tokens, {})
     before = most = process.memory_info().rss
@@ -125,11 +125,10 @@ def measure(path: Path, count: int, nodes: int, wait: float) -> None:
         nonlocal most
         most = max(most, process.memory_info().rss)
 
-    with Progress(folder, "train", count * _STEPS, "token", count) as progress:
-        progress.say = lambda line: None  # type: ignore[method-assign]
-        failures = Training(jobs, folder, workers, keeper, table, progress).run(look)
+    with StageProgress(folder, "train", count * _STEPS, "token", count) as progress:
+        failures = Training(jobs, folder, workers, registry, table, progress).run(look)
     seconds, busy = time.monotonic() - started, cpu(process) - busy
-    actors = len(workers.places)
+    actors = len(workers.locations)
     workers.close()
     assert not failures, failures
     assert len(Registry(path / "registry", _BASE).manifest().experts) == count
@@ -144,7 +143,7 @@ def measure(path: Path, count: int, nodes: int, wait: float) -> None:
 def ready(workers: Workers, actors: int) -> None:
     """Start all actors before the clock does: that takes as long for ten jobs as for many."""
     jobs = [(job(index),) for index in range(actors)]
-    while len(workers.places) < actors:
+    while len(workers.locations) < actors:
         workers.add("train", jobs)
         while not workers.is_done:
             workers.step(0.1)

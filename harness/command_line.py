@@ -3,18 +3,21 @@
 import argparse
 import contextlib
 import json
-import sys
+import logging
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tabulate import tabulate
 
+from harness.logs import log_to_terminal
 from phatgoose.errors import PhatgooseError, refusal
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Answer:
+class Output:
     """What a command has to say, as JSON and as text, and its exit status."""
 
     document: dict[str, Any]
@@ -22,17 +25,18 @@ class Answer:
     status: int = 0
 
 
-def answer(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
+def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
     """Parse the arguments, make the command's `call` answer, print that; the exit status.
 
     The status is the answer's, or 2 after a mistake, which is printed in one line.
     """
     args = parser.parse_args(arguments)
+    log_to_terminal()
     try:
         with one_line_errors():
-            made: Answer = args.call(args)
+            made: Output = args.call(args)
     except PhatgooseError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _LOG.error("%s", error)
         return 2
     print(json.dumps(made.document, indent=1) if args.json else made.text)
     return made.status

@@ -4,6 +4,7 @@ Plan and check, train what has not been trained, evaluate what has not been answ
 """
 
 import contextlib
+import logging
 import os
 import platform
 import sys
@@ -13,19 +14,20 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import run_folder
 from harness.command_line import one_line_errors
-from harness.config.load import CONF, groups, load_config
+from harness.config.load import CONF, group_choices, load_config
 from harness.config.schema import RunConfig
+from harness.logs import log_to_terminal
 from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
 
 if TYPE_CHECKING:
     from harness.planning.plan import Plan
 
+_LOG = logging.getLogger(__name__)
 _PACKAGES = ("phatgoose", "torch", "transformers", "ray", "deepspeed", "lm_eval", "pyarrow")
 
 
@@ -35,14 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(arguments):
         print(help_text())
         return 0
+    log_to_terminal()
     try:
         with one_line_errors():
             run(load_config(arguments))
     except PhatgooseError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _LOG.error("%s", error)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        _LOG.warning("\nstopped; the same command goes on from here")
         return 130
     return 0
 
@@ -58,7 +61,7 @@ def run(config: RunConfig) -> None:
     # Imported here, so that a mistyped configuration is refused at once.
     from harness.driver.lease import RunLease
     from harness.driver.prepare import preparer
-    from harness.driver.stages import Stages
+    from harness.driver.stages import Driver
     from harness.planning.plan import make_plan
     from harness.reporting.report import make_report
     from harness.scheduling.cluster import Cluster
@@ -76,10 +79,10 @@ def run(config: RunConfig) -> None:
         device = cluster.device(config.cluster) if "evaluate" in config.stages else "cpu"
         plan = make_plan(config, preparer(cluster), device)
         print(plan.describe(), flush=True)
-        stages = Stages(plan, cluster)
+        driver = Driver(plan, cluster)
         to_train = "train" in config.stages and bool(plan.open_jobs)
         if to_train:
-            stages.check()
+            driver.check()
         lease.take()
         record = _record(config, plan)
         for requests in plan.requests.values():
@@ -89,15 +92,15 @@ def run(config: RunConfig) -> None:
             plan.folder, run_folder.OVERLAP_FILE, run_folder.OVERLAP, _overlaps(plan)
         )
         if "train" in config.stages:
-            stages.table.save(now=True)
-            stages.enter_finished()
+            driver.table.save(now=True)
+            driver.finish_earlier_jobs()
         try:
             if to_train:
-                problems += stages.train()
+                problems += driver.train()
             if "evaluate" in config.stages:
                 if needs_profiles(plan.routers.values()):
-                    problems += stages.measure_profiles()
-                problems += stages.evaluate()
+                    problems += driver.measure_profiles()
+                problems += driver.evaluate()
         except PhatgooseError as error:
             problems.append(str(error))  # after its causes, if there are any
             with contextlib.suppress(
@@ -106,7 +109,7 @@ def run(config: RunConfig) -> None:
                 _end(plan, record, problems, started)
             raise PhatgooseError("; ".join(problems)) from error
         finally:
-            stages.close()
+            driver.close()
             for folder in (plan.folder, Folder(config.registry)):
                 remove_left_over(folder)
         minutes = _end(plan, record, problems, started)
@@ -140,6 +143,8 @@ def _overlaps(plan: "Plan") -> list[dict[str, Any]]:
 
 def _record(config: RunConfig, plan: "Plan") -> dict[str, Any]:
     """What run.json says: what all calls have in common, and each call's own."""
+    from harness.scheduling.hardware import memory_gib, processor, usable_cores  # slow to import
+
     before = run_folder.read_run(plan.folder) if plan.folder.exists(run_folder.RUN_FILE) else {}
     configuration = asdict(config)
     configuration["run"]["dir"] = str(plan.folder)  # a URI may hold a key; its name here does not
@@ -149,9 +154,9 @@ def _record(config: RunConfig, plan: "Plan") -> dict[str, Any]:
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in _PACKAGES},
         "hardware": {
-            "processor": _processor(),
-            "cores": len(os.sched_getaffinity(0)),
-            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+            "processor": processor(),
+            "cores": usable_cores(),
+            "memory_gib": memory_gib(),
         },
         "overlaps": [str(overlap) for found in plan.overlaps.values() for overlap in found],
         "started": _now(),
@@ -160,23 +165,12 @@ def _record(config: RunConfig, plan: "Plan") -> dict[str, Any]:
     return {"identity": plan.identity, "calls": [*before.get("calls", []), call]}
 
 
-def _processor() -> str:
-    """The processor's name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _be_quiet() -> None:
     """Keep libraries from talking over the plan, the bars and the tables."""
-    import logging
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -190,7 +184,7 @@ def help_text() -> str:
         textwrap.fill(
             ", ".join(names), 98, initial_indent=f"  {group:8} ", subsequent_indent=" " * 11
         )
-        for group, names in groups().items()
+        for group, names in group_choices().items()
     )
     return f"""usage: python -m harness.run [group=choice ...] [key=value ...]
 

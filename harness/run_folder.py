@@ -68,7 +68,9 @@ _IN_0_1_0 = "written by version 0.1.0"
 # Only rows with the same of these can be compared.
 CONDITIONS = (
     _column("dtype", pa.string(), "dtype of the base", null=_IN_0_1_0),
-    _column("device", pa.string(), "kind of device that answered, cpu or cuda", null=_IN_0_1_0),
+    _column(
+        "device", pa.string(), "kind of device that answered: cpu, cuda or mps", null=_IN_0_1_0
+    ),
     _column(
         "versions", pa.string(), "versions of torch, transformers and lm_eval, JSON", null=_IN_0_1_0
     ),

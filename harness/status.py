@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from harness import run_folder
-from harness.command_line import Answer, answer, count, table
+from harness.command_line import Output, count, run_command, table
 from harness.storage import Folder
 
 _WATCH_SECONDS = 2.0
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.set_defaults(call=_status)
     arguments = sys.argv[1:] if arguments is None else arguments
     if not parser.parse_args(arguments).watch:
-        return answer(parser, arguments)
+        return run_command(parser, arguments)
     return _watch(parser, [argument for argument in arguments if argument != "--watch"])
 
 
@@ -43,7 +43,7 @@ def _watch(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
         while True:
             if sys.stdout.isatty():
                 print(_CLEAR, end="")
-            status = answer(parser, arguments)
+            status = run_command(parser, arguments)
             if status or read_status(folder)["state"] != "running":
                 return status
             sys.stdout.flush()
@@ -52,10 +52,10 @@ def _watch(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
         return 0
 
 
-def _status(args: argparse.Namespace) -> Answer:
+def _status(args: argparse.Namespace) -> Output:
     folder = Folder(args.run_dir)
     document = read_status(folder)
-    return Answer(document, describe(document))
+    return Output(document, describe(document))
 
 
 def read_status(folder: Folder) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def describe(status: dict[str, Any]) -> str:
     running = [job for job in jobs if job["state"] == "running"]
     if running and status["state"] == "running":
         rows = [
-            [j["expert"], f"{j['seconds'] or 0:.0f} s", str(j["starts"]), _place(j)]
+            [j["expert"], f"{j['seconds'] or 0:.0f} s", str(j["starts"]), _location(j)]
             for j in running[:_SHOWN]
         ]
         lines += ["", table(["running", "for", "starts", "where"], rows, right={1, 2})]
@@ -155,7 +155,7 @@ def _describe_stage(stage: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _place(job: dict[str, Any]) -> str:
+def _location(job: dict[str, Any]) -> str:
     return f"{job['address']} ({(job['node'] or '')[:6]}), process {job['process']}"
 
 

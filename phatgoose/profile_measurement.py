@@ -10,6 +10,7 @@ from torch import Tensor
 
 from phatgoose.architecture import Architecture
 from phatgoose.base import Base
+from phatgoose.devices import off_mps
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
 from phatgoose.inference.forward_context import ForwardContext
@@ -121,7 +122,7 @@ class _Statistics:
         count_Q = self._counts.setdefault(linear, x_TD.new_zeros(questions))
         count_Q.index_add_(0, query_T, torch.ones_like(query_T, dtype=count_Q.dtype))
         along_TR = x_TD @ self._projections[linear].to(x_TD.device).T
-        norm_T = along_TR.norm(dim=-1).double()
+        norm_T = off_mps(along_TR.norm(dim=-1))[0].double()
         sums = torch.stack([torch.ones_like(norm_T), norm_T, norm_T**2]).sum(dim=1)
         self._norms[linear] = self._norms.get(linear, torch.zeros_like(sums)) + sums
 

@@ -74,7 +74,7 @@ def _one_suite_each(arguments: Sequence[str]) -> list[list[str]]:
     return [list(arguments)]
 
 
-def groups() -> dict[str, list[str]]:
+def group_choices() -> dict[str, list[str]]:
     """The choices of each configuration group."""
     return {group: sorted(f.stem for f in (CONF / group).glob("*.yaml")) for group in GROUPS}
 
@@ -110,7 +110,7 @@ def _check_overrides(overrides: Sequence[str]) -> None:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
         raise PhatgooseError(f"cannot read the command line: {_first_line(error)}") from error
-    choices = groups()
+    choices = group_choices()
     for override in parsed:
         key, value = override.key_or_group, override.value()
         several = isinstance(value, list) and key in choices and key != "router"

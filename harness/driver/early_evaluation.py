@@ -10,7 +10,7 @@ from phatgoose.routers.no_expert import NoExpert
 from phatgoose.routers.single import Single
 
 
-class Early:
+class EarlyEvaluation:
     """Answers, while experts are trained, what will be asked of those that are there.
 
     The answers go to the journal, where the stage `evaluate` finds them. Training goes before: on

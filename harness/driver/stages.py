@@ -1,34 +1,35 @@
 """The stages of a run, over actors of the cluster: train, measure profiles, evaluate."""
 
 import functools
-import sys
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
 
-from harness.driver.early_evaluation import Early
+from harness.driver.early_evaluation import EarlyEvaluation
 from harness.evaluation.actor import EvalActor
 from harness.evaluation.stage import Evaluation, Setting
-from harness.planning.available import Served, choose
+from harness.planning.available import AvailableRouters, available_routers
 from harness.planning.plan import Plan
 from harness.registry import Registry
 from harness.registry.actor import registry_actor
 from harness.registry.packs import Members
 from harness.scheduling.actor import code_version
 from harness.scheduling.cluster import Cluster, actor_options, check_room, request_nodes, room
-from harness.scheduling.progress import Progress
+from harness.scheduling.progress import StageProgress
 from harness.scheduling.settings import ClusterConfig
 from harness.scheduling.workers import TICK_SECONDS, Workers
 from harness.training.actor import TrainActor, TrainSettings
 from harness.training.checkpoints import delete_checkpoints
 from harness.training.job import TrainJob
 from harness.training.job_table import JobTable
-from harness.training.ranks import Groups
+from harness.training.ranks import TrainGroups
 from harness.training.stage import Training, measure_profiles
 from phatgoose.errors import PhatgooseError
 
+_LOG = logging.getLogger(__name__)
 # Chunks that wait for an actor; more are not needed to keep all of them busy.
 _AHEAD = 20_000
 _NAMED = 5  # of many that failed for the same reason
@@ -36,8 +37,8 @@ _NAMED = 5  # of many that failed for the same reason
 _SUM_UP_SECONDS = 30.0
 
 
-class Stages:
-    """The stages of one run; they share the registry's actor and the evaluation actors.
+class Driver:
+    """Carries out the stages of one run, which share the registry actor and the evaluation actors.
 
     Every stage says what could not be done, in lines, after it did the rest.
     """
@@ -60,9 +61,9 @@ class Stages:
         gpus = ranks.gpus_per_rank(cluster)
         check_room(cluster, cluster.train_nodes, ranks.ranks_per_expert, gpus)
 
-    def enter_finished(self) -> None:
+    def finish_earlier_jobs(self) -> None:
         """Finish what a crash may have left of the jobs that were done before it."""
-        self._registry.enter(self._plan.finished)
+        self._registry.add_to_manifest(self._plan.finished)
         delete_checkpoints(self._plan.folder, self._plan.finished)
 
     def train(self) -> list[str]:
@@ -72,8 +73,12 @@ class Stages:
         done = total - sum(plan.tokens[job.card.job] for job in jobs)
         trainers = self._trainers(jobs)
         self._is_training = True
-        with Progress(plan.folder, "train", total, "token", len(plan.all_jobs), done) as progress:
-            training = Training(jobs, plan.folder, trainers, self._keeper, self.table, progress)
+        with StageProgress(
+            plan.folder, "train", total, "token", len(plan.all_jobs), done
+        ) as progress:
+            training = Training(
+                jobs, plan.folder, trainers, self._registry_actor, self.table, progress
+            )
             early = self._early(training, trainers) if "evaluate" in self._config.stages else None
             try:
                 failures = training.run(early.step if early else lambda: None)
@@ -103,17 +108,21 @@ class Stages:
         self._cluster.connect()
         trainers = self._trainers(lacking)
         try:
-            with Progress(plan.folder, "profile", len(lacking), "expert", len(lacking)) as progress:
-                failures = measure_profiles(lacking, experts, trainers, self._keeper, progress)
+            with StageProgress(
+                plan.folder, "profile", len(lacking), "expert", len(lacking)
+            ) as progress:
+                failures = measure_profiles(
+                    lacking, experts, trainers, self._registry_actor, progress
+                )
         finally:
             trainers.close()
         return by_reason("profile of expert", failures)
 
     def evaluate(self) -> list[str]:
         """Evaluate every router that the pool can serve, on every suite."""
-        served = choose(self._plan, self._registry, self._pool())
+        served = available_routers(self._plan, self._registry, self._pool())
         for problem in served.problems:
-            print(problem, file=sys.stderr)
+            _LOG.warning("%s", problem)
         for suite in self._plan.suites:
             served.problems += self._evaluate(suite, served)
         return served.problems
@@ -122,7 +131,7 @@ class Stages:
         """End the actors."""
         self.evaluators.close()
 
-    def _evaluate(self, suite: str, served: Served) -> list[str]:
+    def _evaluate(self, suite: str, served: AvailableRouters) -> list[str]:
         """Evaluate the routers on one suite; scores are written as routers are complete."""
         asked = self._plan.requests[suite]
         evaluation = Evaluation(self._setting, asked, served.members, served.others)
@@ -131,7 +140,7 @@ class Stages:
         to_ask, summed_up = dict(served.routers), time.monotonic()
         rows: dict[str, list[dict[str, Any]]] = {}
         chunks = len(served.routers) * len(evaluation.chunks)
-        with Progress(self._plan.folder, "evaluate", requests, "request", chunks) as progress:
+        with StageProgress(self._plan.folder, "evaluate", requests, "request", chunks) as progress:
             while evaluation.is_waiting or len(rows) + len(evaluation.failures) < len(
                 served.routers
             ):
@@ -160,7 +169,7 @@ class Stages:
             raise PhatgooseError("; ".join(evaluation.failures.values()))
         return list(evaluation.failures.values())
 
-    def _show(self, progress: Progress, evaluation: Evaluation) -> None:
+    def _show(self, progress: StageProgress, evaluation: Evaluation) -> None:
         """Let the progress know what was answered."""
         running, waiting = len(self.evaluators.under_way), self.evaluators.waiting
         counts = {
@@ -169,9 +178,9 @@ class Stages:
             "done": evaluation.answered,
             "failed": len(evaluation.failures),
         }
-        progress.update(evaluation.requests, counts, self.evaluators.places)
+        progress.update(evaluation.requests, counts, self.evaluators.locations)
 
-    def _early(self, training: Training, trainers: Workers) -> Early:
+    def _early(self, training: Training, trainers: Workers) -> EarlyEvaluation:
         """What need not wait for the last expert."""
         plan = self._plan
         there = {job.card.name: plan.finished.get(job.card.job) for job in plan.jobs}
@@ -184,7 +193,9 @@ class Stages:
         shared = not all(labels) or all(
             labels[0].get(key, value) == value for key, value in labels[1].items()
         )
-        return Early(evaluations, training.experts, plan.routers, trainers, self.evaluators, shared)
+        return EarlyEvaluation(
+            evaluations, training.experts, plan.routers, trainers, self.evaluators, shared
+        )
 
     @property
     def _patience(self) -> dict[str, Any]:
@@ -192,12 +203,22 @@ class Stages:
         return {"lease_seconds": config.lease_seconds, "wait_seconds": config.wait_seconds}
 
     @functools.cached_property
+    def _on_mps(self) -> bool:
+        """Whether actors use the GPU of this Mac."""
+        return self._cluster.device(self._config.cluster) == "mps"
+
+    @property
+    def _most_actors(self) -> int | None:
+        """The limit of `cluster.max_actors`; on a Mac's GPU, one actor if that is not set."""
+        return self._config.cluster.max_actors or (1 if self._on_mps else None)
+
+    @functools.cached_property
     def _registry(self) -> Registry:
         return Registry(self._config.registry, self._plan.base_fingerprint)
 
     @functools.cached_property
-    def _keeper(self) -> Any:
-        """The registry's actor, which ends with its handles."""
+    def _registry_actor(self) -> Any:
+        """The registry actor, which ends with its handles."""
         return registry_actor(self._config.registry, self._plan.base_fingerprint)
 
     @functools.cached_property
@@ -227,8 +248,9 @@ class Stages:
             checkpoint_seconds=config.cluster.checkpoint_seconds,
             zero_stage=config.ranks.zero_stage,
             ranks=ranks,
+            mps=self._on_mps and ranks == 1,
         )
-        most = config.cluster.max_actors
+        most = self._most_actors
 
         def want(count: int) -> None:
             request_nodes(options, ranks * min(count, most or count))
@@ -241,7 +263,7 @@ class Stages:
                 want=want,
                 **self._patience,
             )
-        groups = Groups(settings, options)
+        groups = TrainGroups(settings, options)
         return Workers(
             groups.make,
             lambda: room(options, most, ranks=ranks),
@@ -260,7 +282,7 @@ class Stages:
                 config.base,
                 self._plan.conditions,
                 config.registry,
-                self._keeper,
+                self._registry_actor,
                 config.run.dir,
                 code_version(),
             )
@@ -270,7 +292,7 @@ class Stages:
     def _evaluator_options(self) -> dict[str, Any]:
         """What an evaluation actor asks of Ray: GPUs if and only if the plan says so."""
         config = self._config.cluster
-        gpus = 0.0 if self._plan.conditions.device == "cpu" else config.gpus_per_actor or 1
+        gpus = config.gpus_per_actor or 1 if self._plan.conditions.device == "cuda" else 0.0
         return actor_options(config, config.evaluate_nodes, gpus)
 
     def _room_to_evaluate(self) -> int:
@@ -279,22 +301,21 @@ class Stages:
         options = self._evaluator_options
         if self._is_training:
             free = room(options, free=True) + self.evaluators.size
-            return min(free, config.max_actors or free)
+            return min(free, self._most_actors or free)
         check_room(config, config.evaluate_nodes, gpus=self._evaluator_options["num_gpus"])
-        return room(options, config.max_actors)
+        return room(options, self._most_actors)
 
     def _want_evaluators(self, count: int) -> None:
         """Ask for nodes to evaluate on; while there is training, for its nodes alone."""
         if not self._is_training:
             self._cluster.connect()
-            config = self._config.cluster
             options = self._evaluator_options
-            request_nodes(options, min(count, config.max_actors or count))
+            request_nodes(options, min(count, self._most_actors or count))
 
     def _pool(self) -> dict[str, str]:
         """The trained experts' content hashes by name; says which ones are lacking."""
         plan, registry = self._plan, self._registry
-        found = registry.enter(job.card.job for job in plan.jobs)
+        found = registry.add_to_manifest(job.card.job for job in plan.jobs)
         jobs = {job.card.name: job.card.job for job in plan.jobs}
         experts = {name: found[job] for name, job in jobs.items() if job in found}
         lacking = [name for name in jobs if name not in experts]
@@ -304,7 +325,7 @@ class Stages:
                 f"{registry.folder}: run the stage train"
             )
         if lacking:
-            print(f"the pool lacks {len(lacking)} experts: {', '.join(lacking)}", file=sys.stderr)
+            _LOG.warning("the pool lacks %d experts: %s", len(lacking), ", ".join(lacking))
         return experts
 
 

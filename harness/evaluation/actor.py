@@ -10,8 +10,7 @@ from harness.evaluation.chunks import Answer, Chunk
 from harness.evaluation.conditions import Conditions
 from harness.registry import Registry
 from harness.registry.packs import Members, open_pool
-from harness.scheduling.actor import Actor
-from harness.scheduling.cluster import log_to_run_folder
+from harness.scheduling.actor import Actor, log_to_run_folder
 from harness.scheduling.load_base import load_base_on_actor
 from harness.scheduling.settings import BaseConfig
 from harness.source_code import digest, router_code
@@ -30,7 +29,7 @@ class EvalActor(Actor):
         base: which base to load.
         conditions: what it must answer with.
         registry: where the experts are kept.
-        keeper: the registry's actor, for nodes that do not see its files.
+        registry_actor: the registry actor, for nodes that do not see its files.
         run_dir: where to write the log.
         code: the driver's `code_version`.
     """
@@ -40,15 +39,15 @@ class EvalActor(Actor):
         base: BaseConfig,
         conditions: Conditions,
         registry: str,
-        keeper: Any,
+        registry_actor: Any,
         run_dir: str,
         code: str,
     ) -> None:
         log_to_run_folder(run_dir, "evaluate")
         super().__init__(code)
-        self._keeper = keeper
+        self._registry_actor = registry_actor
         self._registry = Registry(registry, conditions.base)
-        self._base = load_base_on_actor(base, conditions.base)
+        self._base = load_base_on_actor(base, conditions.base, mps=conditions.device == "mps")
         dtype = str(self._base.model.dtype).removeprefix("torch.")
         conditions.check(dtype, self._base.device.type)
         self._model: RoutedModel | None = None
@@ -110,7 +109,7 @@ class EvalActor(Actor):
         return pool.with_profiles(found)
 
     def _fetch(self, content_hash: str) -> Expert:
-        expert: Expert = ray.get(self._keeper.load.remote(content_hash))
+        expert: Expert = ray.get(self._registry_actor.load.remote(content_hash))
         self._beat()
         return expert
 
@@ -122,5 +121,5 @@ class EvalActor(Actor):
         """A profile, mapped where this node sees the registry's files."""
         if self._registry.has_profile(content_hash, profile_id):
             return self._registry.profile(content_hash, profile_id)
-        profile: Profile = ray.get(self._keeper.profile.remote(content_hash, profile_id))
+        profile: Profile = ray.get(self._registry_actor.profile.remote(content_hash, profile_id))
         return profile

@@ -17,7 +17,7 @@ class Conditions:
     Attributes:
         base: the base's fingerprint.
         dtype: of the base.
-        device: the kind of device that answers, `cpu` or `cuda`.
+        device: the kind of device that answers: `cpu`, `cuda` or `mps`.
         versions: of the libraries that compute answers, as JSON.
         code: a hash of the source code that scores and generates.
     """

@@ -44,15 +44,15 @@ class ShardedLM(LM):
     Args:
         ask: answers chunks.
         chunk_characters: see `harness.evaluation.journal.cut`.
-        right: by task, each document's right answer as it follows the prompt.
+        targets: by task, each document's right answer as it follows the prompt.
     """
 
     def __init__(
-        self, ask: Ask, chunk_characters: int, right: Mapping[str, Sequence[str]] | None = None
+        self, ask: Ask, chunk_characters: int, targets: Mapping[str, Sequence[str]] | None = None
     ) -> None:
         super().__init__()
         self._ask = ask
-        self._right = right or {}
+        self._targets = targets or {}
         self._characters = chunk_characters
         self.scores: dict[tuple[str, int], list[Score]] = {}
         self.usage: dict[str, Usage] = {}
@@ -100,9 +100,9 @@ class ShardedLM(LM):
             context, given = instance.args
             options = generation_options(str(instance.task_name), given)
             task, document = _origin(instance)
-            right = (self._right[task][document],) if task in self._right else ()
+            target = (self._targets[task][document],) if task in self._targets else ()
             request = Request(
-                context, right, options.max_new_tokens, options.until, choices_shown=False
+                context, target, options.max_new_tokens, options.until, choices_shown=False
             )
             questions.append((task, request))
         texts = {}
@@ -145,13 +145,13 @@ class ShardedLM(LM):
 
 
 def list_chunks(
-    instances: Sequence[Instance], characters: int, right: Mapping[str, Sequence[str]]
+    instances: Sequence[Instance], characters: int, targets: Mapping[str, Sequence[str]]
 ) -> list[Chunk]:
     """Return the chunks that lm-eval will ask a `ShardedLM` for these requests; asks nothing.
 
     Args:
         instances: lm-eval's requests.
-        characters, right: as of `ShardedLM`.
+        characters, targets: as of `ShardedLM`.
     """
     found: list[Chunk] = []
 
@@ -159,7 +159,7 @@ def list_chunks(
         found.extend(chunks)
         raise _Noted
 
-    lm = ShardedLM(note, characters, right)
+    lm = ShardedLM(note, characters, targets)
     by_type: dict[str, list[Instance]] = {}
     for instance in instances:
         by_type.setdefault(instance.request_type, []).append(instance)

@@ -110,7 +110,7 @@ class SuiteIndex:
     """
 
     def __init__(self, tables: Mapping[str, pa.Table]) -> None:
-        self._tasks = [_Task(name, table) for name, table in tables.items()]
+        self._tasks = [_TaskIndex(name, table) for name, table in tables.items()]
         hashes = [task.hashes for task in self._tasks]
         self._hashes = np.unique(np.concatenate([_NO_HASHES, *hashes]))
         self._places = [np.searchsorted(self._hashes, of_task) for of_task in hashes]
@@ -142,7 +142,7 @@ class SuiteIndex:
         return [overlap for overlap in found if overlap.shared]
 
 
-class _Task:
+class _TaskIndex:
     """The distinct documents of one suite task.
 
     `hashes` and `documents` are pairs: a sequence that counts, and a document that holds it.

@@ -49,7 +49,7 @@ class TaskRequests:
     fingerprint: str
 
     @property
-    def right(self) -> list[str]:
+    def targets(self) -> list[str]:
         """Each document's right answer as it follows the prompt."""
         delimiter = self.task.config.target_delimiter
         return [delimiter + row["targets"][0] for row in self.documents.rows]
@@ -106,9 +106,9 @@ class SuiteRequests:
         return {name: list(range(len(t.documents.rows))) for name, t in self.tasks.items()}
 
     @cached_property
-    def right(self) -> dict[str, list[str]]:
+    def targets(self) -> dict[str, list[str]]:
         """By task, each document's right answer as it follows the prompt."""
-        return {name: task.right for name, task in self.tasks.items()}
+        return {name: task.targets for name, task in self.tasks.items()}
 
     @cached_property
     def descriptions(self) -> dict[str, str]:
@@ -118,7 +118,7 @@ class SuiteRequests:
     def chunks(self, characters: int) -> list[Chunk]:
         """Cut all requests into chunks of about so many characters."""
         instances = [instance for task in self.tasks.values() for instance in task.instances]
-        return list_chunks(instances, characters, self.right)
+        return list_chunks(instances, characters, self.targets)
 
 
 def _build(data: TaskData, suite: str) -> TaskRequests:

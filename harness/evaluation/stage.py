@@ -6,9 +6,9 @@ lm-eval ──requests──► ShardedLM ──chunks──► journal, else ev
 """
 
 import json
+import logging
 import math
 import os
-import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
@@ -37,6 +37,7 @@ from phatgoose.routers.interface import needs_profiles, side_information
 from phatgoose.routers.no_expert import NoExpert
 from phatgoose.routers.single import Single
 
+_LOG = logging.getLogger(__name__)
 # Draws for the errors of metrics that are no means; lm-eval is not to fork this process for them.
 _BOOTSTRAPS = 200
 os.environ.setdefault("DISABLE_MULTIPROC", "1")
@@ -44,7 +45,7 @@ _NAMED = 5  # routers or modules in a line
 
 
 @dataclass(frozen=True)
-class _Call:
+class _RoutedChunk:
     """A chunk to be answered under a router; `key` names its answer in the journal."""
 
     key: str
@@ -113,7 +114,7 @@ class Evaluation:
         self._counted: set[str] = set()
         self._found = self._journal.keys()  # answered by an earlier call
         self._known = set(self._found)  # answered, or asked
-        self._waiting: dict[int, _Call] = {}  # what the actors were asked, by the call's key
+        self._waiting: dict[int, _RoutedChunk] = {}  # what the actors were asked, by the call's key
         self._codes: dict[str, Code] = {}
 
     def run(self, name: str, router: Router) -> list[dict[str, Any]]:
@@ -124,7 +125,7 @@ class Evaluation:
             for index, chunk in enumerate(chunks):
                 yield index, answers[chunk]
 
-        lm = ShardedLM(ask, self._characters, self._requests.right)
+        lm = ShardedLM(ask, self._characters, self._requests.targets)
         with quiet():
             output = evaluator.evaluate(
                 lm,
@@ -167,7 +168,7 @@ class Evaluation:
         return scores
 
     def announce(self, routers: Mapping[str, Router]) -> None:
-        """Print which routers are asked again, and why: a line for each reason.
+        """Log which routers are asked again, and why: a line for each reason.
 
         What their answers are computed with is noted in answers.json, and compared with what an
         earlier call of the run noted.
@@ -187,10 +188,8 @@ class Evaluation:
                 again.setdefault(reason, {})[name] = lacking
         for reason, counts in again.items():
             if chunks := sum(counts.values()):
-                print(
-                    f"{reason} changed: {chunks} chunks of {_listed(list(counts))} are asked again",
-                    file=sys.stderr,
-                )
+                named = _listed(list(counts))
+                _LOG.warning("%s changed: %d chunks of %s are asked again", reason, chunks, named)
         if noted != {**noted, **now}:
             run_folder.write_json(self._folder, file, {**noted, **now})
 
@@ -235,12 +234,12 @@ class Evaluation:
                 found[chunk] = self._journal.read(key)
                 self._count(key, chunk)
             except DamagedAnswer as error:
-                print(f"{error}; it is asked again", file=sys.stderr)
+                _LOG.warning("%s; it is asked again", error)
                 damaged.append(chunk)
                 self._found.discard(key)
                 self._known.discard(key)
         if damaged:
-            self._add([_Call(self._key(router, c), name, router, c) for c in damaged])
+            self._add([_RoutedChunk(self._key(router, c), name, router, c) for c in damaged])
             self._wait(name)
             found |= {c: self._journal.read(self._key(router, c)) for c in damaged}
         return found
@@ -260,7 +259,7 @@ class Evaluation:
         in.
         """
         for name, router in routers.items():
-            self._add([_Call(self._key(router, c), name, router, c) for c in self.chunks])
+            self._add([_RoutedChunk(self._key(router, c), name, router, c) for c in self.chunks])
 
     @property
     def is_waiting(self) -> bool:
@@ -295,7 +294,7 @@ class Evaluation:
         self.answered += 1
         self._count(call.key, call.chunk)
 
-    def _add(self, calls: Sequence[_Call]) -> None:
+    def _add(self, calls: Sequence[_RoutedChunk]) -> None:
         """Ask the actors what the journal does not know and they were not asked before."""
         for call in calls:
             if call.key in self._found:

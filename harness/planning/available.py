@@ -13,7 +13,7 @@ from phatgoose.routers.interface import needs_profiles
 
 
 @dataclass
-class Served:
+class AvailableRouters:
     """What can be evaluated.
 
     Attributes:
@@ -29,7 +29,9 @@ class Served:
     others: dict[str, str] = field(default_factory=dict)
 
 
-def choose(plan: Plan, registry: Registry, experts: Mapping[str, str]) -> Served:
+def available_routers(
+    plan: Plan, registry: Registry, experts: Mapping[str, str]
+) -> AvailableRouters:
     """Leave out the routers that lack an expert, a profile, or the multitask expert.
 
     The plan has checked what can be known before training; this is what came of it.
@@ -43,7 +45,7 @@ def choose(plan: Plan, registry: Registry, experts: Mapping[str, str]) -> Served
         PhatgooseError: no router is left.
     """
     profiles = _profiles(plan, registry, experts)
-    served = Served(Members(experts))
+    served = AvailableRouters(Members(experts))
     multitask = plan.multitask and registry.finished(plan.multitask.card.job)
     if multitask:
         served.others[MULTITASK] = multitask

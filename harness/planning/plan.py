@@ -150,7 +150,7 @@ def make_plan(
     Args:
         config: the configuration.
         prepare: makes the files of tasks that have none.
-        device: the kind of device that evaluation actors are to have, `cpu` or `cuda`.
+        device: the kind of device that evaluation actors are to have: `cpu`, `cuda` or `mps`.
 
     Raises:
         PhatgooseError: the first thing that would stop the run later.

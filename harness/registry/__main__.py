@@ -1,6 +1,6 @@
 """The registry's command line: python -m harness.registry list|show|verify|gc|... <registry>
 
-Each command makes an `Answer`: a document for programs (--json) and text for people.
+Each command makes an `Output`: a document for programs (--json) and text for people.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from harness.command_line import Answer, answer, count, table
+from harness.command_line import Output, count, run_command, table
 from harness.registry import Registry
 from harness.registry.files import manifest_numbers, object_file
 from harness.registry.gc import DAY, collect
@@ -27,7 +27,7 @@ _SHORT = 12
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    return answer(_parser(), arguments)
+    return run_command(_parser(), arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    def command(name: str, call: Callable[[Any], Answer], text: str) -> argparse.ArgumentParser:
+    def command(name: str, call: Callable[[Any], Output], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         sub.set_defaults(call=call)
         sub.add_argument("registry", help="its folder, or a URI; a run's is <run.dir>/registry")
@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _list(args: argparse.Namespace) -> Answer:
+def _list(args: argparse.Namespace) -> Output:
     registry = Registry.open(args.registry)
     manifest = registry.manifest()
     experts = [_summary(registry, name, content) for name, content in manifest.experts.items()]
@@ -106,7 +106,7 @@ def _list(args: argparse.Namespace) -> Answer:
         "experts": experts,
         "bytes": total,
     }
-    return Answer(document, "\n".join(lines))
+    return Output(document, "\n".join(lines))
 
 
 def _summary(registry: Registry, name: str, content_hash: str) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def _row(expert: dict[str, Any]) -> list[str]:
     ]
 
 
-def _show(args: argparse.Namespace) -> Answer:
+def _show(args: argparse.Namespace) -> Output:
     registry = Registry.open(args.registry)
     content_hash = registry.find(args.name)
     expert = registry.load(content_hash)
@@ -164,7 +164,7 @@ def _show(args: argparse.Namespace) -> Answer:
     facts = [*_lines(card), ("hash", content_hash), ("file", file)]
     width = max(len(key) for key, _ in facts)
     text = [f"{key:{width}}  {value}" for key, value in facts]
-    return Answer(document, "\n".join([*text, "", _tensors(expert)]))
+    return Output(document, "\n".join([*text, "", _tensors(expert)]))
 
 
 def _lines(card: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -190,7 +190,7 @@ def _tensors(expert: Expert) -> str:
     return f"{listed}\n{count(len(expert.linears), 'linear')}, {_size(size.total())}"
 
 
-def _verify(args: argparse.Namespace) -> Answer:
+def _verify(args: argparse.Namespace) -> Output:
     folder = _folder(args.registry)
     check = verify(folder, every_manifest=args.all)
     lines = [
@@ -208,10 +208,10 @@ def _verify(args: argparse.Namespace) -> Answer:
         f"{count(len(check.orphans), 'orphan')}"
     )
     document = {"registry": str(folder), **asdict(check)}
-    return Answer(document, "\n".join(lines), 1 if check.problems else 0)
+    return Output(document, "\n".join(lines), 1 if check.problems else 0)
 
 
-def _gc(args: argparse.Namespace) -> Answer:
+def _gc(args: argparse.Namespace) -> Output:
     folder = _folder(args.registry)
     removed = collect(
         folder,
@@ -231,7 +231,7 @@ def _gc(args: argparse.Namespace) -> Answer:
         "removed": [asdict(garbage) for garbage in removed],
         "bytes": total,
     }
-    return Answer(document, "\n".join(lines))
+    return Output(document, "\n".join(lines))
 
 
 def _folder(uri: str) -> Folder:
@@ -250,7 +250,7 @@ def _seconds(text: str) -> float:
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": DAY}[match[2]]
 
 
-def _import_peft(args: argparse.Namespace) -> Answer:
+def _import_peft(args: argparse.Namespace) -> Output:
     folder = Folder(args.registry)
     if not args.base and not manifest_numbers(folder):
         raise PhatgooseError(
@@ -270,20 +270,20 @@ def _import_peft(args: argparse.Namespace) -> Answer:
         registry = Registry(args.registry, expert.card.base_fingerprint)
     content_hash = registry.publish(expert, replace=args.replace)
     name = expert.card.name
-    return Answer(
+    return Output(
         {"name": name, "hash": content_hash, "registry": str(registry.folder)},
         f"imported {name} as {content_hash[:_SHORT]}",
     )
 
 
-def _export_peft(args: argparse.Namespace) -> Answer:
+def _export_peft(args: argparse.Namespace) -> Output:
     registry = Registry.open(args.registry)
     content_hash = registry.find(args.name)
     expert = registry.load(content_hash)
     expert.to_peft(args.folder)
     gates = any(factors.gate_D is not None for factors in expert.linears.values())
     left_out = " without its gates, for which PEFT has no place" if gates else ""
-    return Answer(
+    return Output(
         {"name": args.name, "hash": content_hash, "folder": str(Path(args.folder).absolute())},
         f"exported {args.name} to {args.folder}{left_out}",
     )
@@ -296,20 +296,20 @@ def _to_change(uri: str) -> Registry:
     return registry
 
 
-def _rename(args: argparse.Namespace) -> Answer:
+def _rename(args: argparse.Namespace) -> Output:
     content_hash = _to_change(args.registry).rename(args.old, args.new)
-    return Answer(
+    return Output(
         {"old": args.old, "new": args.new, "hash": content_hash},
         f"renamed {args.old} to {args.new}, now {content_hash[:_SHORT]}; a run "
         f"whose pool has {args.old} trains it again",
     )
 
 
-def _remove(args: argparse.Namespace) -> Answer:
+def _remove(args: argparse.Namespace) -> Output:
     registry = _to_change(args.registry)
     content_hash = registry.find(args.name)  # a name that is not there is an error here
     registry.remove(args.name)
-    return Answer(
+    return Output(
         {"name": args.name, "hash": content_hash},
         f"removed {args.name} ({content_hash[:_SHORT]}); a run whose pool has it trains it again; "
         "its object stays for older manifests",

@@ -82,7 +82,7 @@ class Registry:
         expert: Expert,
         *,
         replace: bool = True,
-        enter: bool = True,
+        add_to_manifest: bool = True,
         code: Mapping[str, str] | None = None,
     ) -> str:
         """Store an expert under its card's job and name; return its content hash.
@@ -106,18 +106,18 @@ class Registry:
             if not replace:
                 self._check_free(self.manifest(), card.name, expert.content_hash())
             record = self._store(expert, self.put_code(code) if code else "")
-        if enter:
-            self._enter({card.job: record}, replace)
+        if add_to_manifest:
+            self._add_to_manifest({card.job: record}, replace)
         return record.object
 
-    def enter(self, jobs: Iterable[str]) -> dict[str, str]:
+    def add_to_manifest(self, jobs: Iterable[str]) -> dict[str, str]:
         """Let the newest manifest name what these finished jobs made; one manifest for all.
 
         Returns the content hash that each job made; jobs still to be done are left out. Of several
         jobs whose experts have one name, the last one counts.
         """
         records = self._records(jobs)
-        self._enter(records)
+        self._add_to_manifest(records)
         return {job: record.object for job, record in records.items()}
 
     def recorded(self, job: str) -> str | None:
@@ -145,7 +145,7 @@ class Registry:
             return {}  # damaged: it is only shown to people
 
     def recorded_all(self, jobs: Iterable[str]) -> dict[str, str]:
-        """As `enter`, but changes nothing: the hashes of the finished ones among many jobs."""
+        """As `add_to_manifest`, but for many jobs, and changes nothing."""
         return {job: record.object for job, record in self._records(jobs).items()}
 
     def finished(self, job: str) -> str | None:
@@ -154,7 +154,7 @@ class Registry:
         The newest manifest names the expert afterwards, even if a crash cut the publish short or
         another job's expert took over the name. None also where the object was deleted.
         """
-        return self.enter([job]).get(job)
+        return self.add_to_manifest([job]).get(job)
 
     def remove(self, name: str) -> str | None:
         """Take a name out of the pool; return the hash that it had, None if it had none.
@@ -325,7 +325,7 @@ class Registry:
             if record and record.object == content_hash:
                 self.folder.delete(file, missing_ok=True)
 
-    def _enter(self, records: Mapping[str, Record], replace: bool = True) -> None:
+    def _add_to_manifest(self, records: Mapping[str, Record], replace: bool = True) -> None:
         """Make the newest manifest name the objects of these jobs' records that are still there."""
         last = {record.name: job for job, record in records.items()}
         while True:

@@ -67,7 +67,7 @@ def interval(means_BM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @dataclass
-class _Task:
+class _TaskScores:
     """A task of a suite as all routers answered it."""
 
     name: str
@@ -151,7 +151,7 @@ def summary_rows(scores: pa.Table, samples: pa.Table) -> list[Row]:
     return rows
 
 
-def _metric_rows(suite: str, metric: str, tasks: list[_Task]) -> list[Row]:
+def _metric_rows(suite: str, metric: str, tasks: list[_TaskScores]) -> list[Row]:
     """Rows of one metric. The sums over tasks are kept, the draws of a single task are not."""
     having = [(i, task) for i, task in enumerate(tasks) if task.metric(metric) in task.values]
     known = {router: columns for _, task in having for router, columns in task.routers.items()}
@@ -174,7 +174,7 @@ def _metric_rows(suite: str, metric: str, tasks: list[_Task]) -> list[Row]:
     return rows + [row(router, None, total) for router, total in whole.items()]
 
 
-def _task_sums(task: _Task, metric: str, rng: np.random.Generator) -> dict[str, _Sum]:
+def _task_sums(task: _TaskScores, metric: str, rng: np.random.Generator) -> dict[str, _Sum]:
     """One task's numbers for every router."""
     comparable = {router for router, columns in task.routers.items() if columns["comparable"]}
     matrix_NM, places = _with_differences(task.values[metric], comparable)
@@ -208,7 +208,7 @@ def _with_differences(
     return np.stack(columns, axis=1), places
 
 
-def _collect(scores: pa.Table, samples: pa.Table) -> dict[str, list[_Task]]:
+def _collect(scores: pa.Table, samples: pa.Table) -> dict[str, list[_TaskScores]]:
     """Scores and samples put together, per suite; tasks in the order of the scores."""
     answers: dict[tuple[str, str, str], dict[str, dict[str, float]]] = {}
     clusters: dict[tuple[str, str], dict[str, str]] = {}
@@ -221,7 +221,7 @@ def _collect(scores: pa.Table, samples: pa.Table) -> dict[str, list[_Task]]:
             together[sample["document"]] = sample["cluster"]
     comparable = _comparable(scores)
 
-    suites: dict[str, dict[str, _Task]] = {}
+    suites: dict[str, dict[str, _TaskScores]] = {}
     for score in scores.to_pylist():
         suite, name, router, metric = (score[k] for k in ("suite", "task", "router", "metric"))
         source = SINGLE + score["expert"] if router in DERIVED else router
@@ -231,7 +231,7 @@ def _collect(scores: pa.Table, samples: pa.Table) -> dict[str, list[_Task]]:
             documents = sorted(answered)
             together = clusters.get((suite, name), {})
             places_N = _places([together.get(document, document) for document in documents])
-            task = suites[suite][name] = _Task(name, documents, places_N, {}, {}, {})
+            task = suites[suite][name] = _TaskScores(name, documents, places_N, {}, {}, {})
         if answered.keys() != set(task.documents):
             raise PhatgooseError(
                 f"{samples_file(source)}: task {name} has other documents than another router's "

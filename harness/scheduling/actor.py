@@ -1,6 +1,7 @@
 """What every actor of the harness answers: where it is, and how far."""
 
 import hashlib
+import logging
 import os
 from dataclasses import dataclass
 from functools import cache
@@ -9,11 +10,12 @@ from pathlib import Path
 import ray
 
 import phatgoose
+from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Where an actor is: its node's id and address, and its process."""
 
     node: str
@@ -23,6 +25,14 @@ class Place:
     def __str__(self) -> str:
         """Short enough for a table."""
         return f"{self.address} ({self.node[:6]}), process {self.process}"
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """How far an actor is: a count that grows with all it does, and the steps of its call."""
+
+    count: int
+    steps: int
 
 
 class Actor:
@@ -45,14 +55,34 @@ class Actor:
         self._done = 0  # grows with all that is done
         self._steps = 0  # of the call under way
 
-    def place(self) -> Place:
+    def location(self) -> Location:
         """Where this actor is."""
         context = ray.get_runtime_context()
-        return Place(context.get_node_id(), ray.util.get_node_ip_address(), os.getpid())
+        return Location(context.get_node_id(), ray.util.get_node_ip_address(), os.getpid())
 
-    def beat(self) -> tuple[int, int]:
-        """A count that grows with all that is done, and the steps of the call under way."""
-        return self._done, self._steps
+    def heartbeat(self) -> Heartbeat:
+        """Return how far this actor is."""
+        return Heartbeat(self._done, self._steps)
+
+
+def log_to_run_folder(run_dir: str, name: str) -> None:
+    """Send the messages of this actor's process to a file of its own in the run folder.
+
+    The file also takes standard output and error, by their descriptors: compilers, NCCL, gloo and a
+    crashing interpreter write there without going through Python. On a run folder that is not a
+    local path, Ray's own log files keep both.
+    """
+    path = Folder(run_dir).local(f"logs/{name}-{os.getpid()}.log")
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            for stream in (1, 2):
+                os.dup2(file.fileno(), stream)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    for package in ("harness", "phatgoose"):
+        logging.getLogger(package).addHandler(handler)
+        logging.getLogger(package).setLevel(logging.INFO)
 
 
 @cache

@@ -14,11 +14,13 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
 # Of a variable that both a submitted job and `Cluster` pass on, take one; they are the same.
 os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+# Read when an actor imports torch: what `mps` cannot compute is computed on the CPU.
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 import ray
-import torch
 from ray.autoscaler.sdk import request_resources
 
+from harness.scheduling.hardware import own_device, usable_cores
 from harness.scheduling.ray_internals import (
     available_resources_by_node,
     draining_nodes,
@@ -26,7 +28,6 @@ from harness.scheduling.ray_internals import (
     started_address,
 )
 from harness.scheduling.settings import ClusterConfig
-from harness.storage import Folder
 from phatgoose.errors import PhatgooseError, reason_of
 
 _MOST_REQUESTED = 1000  # actors, of the autoscaler at a time
@@ -64,21 +65,22 @@ class Cluster:
         else:
             try:
                 self._connection.enter_context(
-                    local_ray(len(os.sched_getaffinity(0)), _LOCAL_OBJECT_STORE, **quiet)
+                    local_ray(usable_cores(), _LOCAL_OBJECT_STORE, **quiet)
                 )
             except OSError as error:
                 raise _cannot_start(error) from error
 
     def device(self, config: ClusterConfig) -> str:
-        """Return the kind of device that evaluation actors get, `cpu` or `cuda`.
+        """Return the kind of device that actors get: `cpu`, `cuda`, or `mps` on a Mac.
 
         What is not said by `cluster.gpus_per_actor` depends on whether there are GPUs: those of the
-        running cluster, or of this machine where a Ray is started for the run.
+        running cluster, or of this machine where a Ray is started for the run. Ray knows no `mps`,
+        so only a run that starts its own Ray uses it.
         """
         if config.gpus_per_actor is not None:
             return "cuda" if config.gpus_per_actor > 0 else "cpu"
         if not ray.is_initialized() and not _running():
-            return "cuda" if torch.cuda.is_available() else "cpu"
+            return own_device()
         self.connect()
         return "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
 
@@ -213,17 +215,3 @@ def _fit(has: Mapping[str, float], options: Mapping[str, Any]) -> int:
     return min(
         (int(has.get(k, 0) // amount) for k, amount in asks.items() if amount > 0), default=0
     )
-
-
-def log_to_run_folder(run_dir: str, name: str) -> None:
-    """Send all that this actor's process prints to a file of its own in the run folder.
-
-    On a run folder that is not a local path, Ray's own log files keep it.
-    """
-    path = Folder(run_dir).local(f"logs/{name}-{os.getpid()}.log")
-    if path is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)

@@ -12,20 +12,27 @@ if TYPE_CHECKING:
     from harness.scheduling.settings import BaseConfig
 
 
-def load_base_on_actor(config: "BaseConfig", fingerprint: str, *, on_host: bool = False) -> Base:
+def load_base_on_actor(
+    config: "BaseConfig", fingerprint: str, *, on_host: bool = False, mps: bool = False
+) -> Base:
     """Load the base on the device that Ray gave this actor, and check that it is the plan's.
 
-    With `on_host`, it stays in the memory of the host.
+    Args:
+        config: which base.
+        fingerprint: the plan's.
+        on_host: keep it in the memory of the host.
+        mps: use the GPU of a Mac, of which Ray knows nothing.
 
     Raises:
         PhatgooseError: this node has other files of the base than the plan was made with.
     """
     cores = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
     torch.set_num_threads(max(1, int(cores)))
+    device = "cuda" if ray.get_gpu_ids() else "mps" if mps else "cpu"
     base = load_base(
         config.name,
         dtype=config.dtype,
-        device="cuda" if ray.get_gpu_ids() and not on_host else "cpu",
+        device="cpu" if on_host else device,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
     )

@@ -1,8 +1,8 @@
 """How far a run is: `status.json` in the run folder, a bar in the terminal, and Ray's metrics."""
 
+import logging
 import os
 import socket
-import sys
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -14,15 +14,16 @@ from ray.util import metrics
 from tqdm import tqdm
 
 from harness import run_folder
-from harness.scheduling.actor import Place
+from harness.scheduling.actor import Location
 from harness.storage import Folder
 
+_LOG = logging.getLogger(__name__)
 _WRITE_SECONDS = 2.0
 _STATES = ("waiting", "running", "done", "failed")
 _CLOCK_JUMP = 60.0  # seconds between the two clocks that are worth a line
 
 
-class Progress:
+class StageProgress:
     """The progress of one stage, while its `with` block lasts.
 
     Args:
@@ -40,7 +41,7 @@ class Progress:
         self._folder, self._stage, self._unit, self._jobs = folder, stage, unit, jobs
         self._total, self._done, self._before = total, done, done
         self._counts = dict.fromkeys(_STATES, 0) | {"waiting": jobs}
-        self._places: Sequence[tuple[Place, bool]] = ()
+        self._locations: Sequence[tuple[Location, bool]] = ()
         self._started = time.monotonic()
         self._clock = time.time() - time.monotonic()
         self._written = -float("inf")
@@ -50,7 +51,7 @@ class Progress:
             total=total, initial=done, desc=stage, unit=unit, unit_scale=True, disable=None
         )
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "StageProgress":
         """Say that the stage has begun."""
         self._write(now=True)
         return self
@@ -60,12 +61,8 @@ class Progress:
     ) -> None:
         """Say how it ended."""
         self._bar.close()
-        self._places = ()
+        self._locations = ()
         self._write(now=True, ended="stopped" if kind else "finished")
-
-    def say(self, line: str) -> None:
-        """Print a line above the bar."""
-        tqdm.write(line, file=sys.stderr)
 
     @property
     def done(self) -> int:
@@ -73,11 +70,11 @@ class Progress:
         return self._done
 
     def update(
-        self, done: int, counts: dict[str, int], places: Sequence[tuple[Place, bool]]
+        self, done: int, counts: dict[str, int], locations: Sequence[tuple[Location, bool]]
     ) -> None:
         """Take in how much is done, the jobs' states, and the actors and whether they work."""
         self._finished_jobs += max(0, counts["done"] - self._counts["done"])
-        self._done, self._counts, self._places = done, dict(counts), places
+        self._done, self._counts, self._locations = done, dict(counts), locations
         if not self._bar.disable:
             self._bar.n = done
             self._bar.refresh()
@@ -105,9 +102,11 @@ class Progress:
         """Say if the time of day jumped: nothing here goes by it, but times in files do."""
         clock = time.time() - time.monotonic()
         if abs(clock - self._clock) > _CLOCK_JUMP:
-            self.say(
-                f"the clock of {socket.gethostname()} jumped by {clock - self._clock:+.0f} s: the "
-                "run goes on; times written from now on are of the new clock"
+            _LOG.warning(
+                "the clock of %s jumped by %+.0f s: the run goes on; times written from now on are "
+                "of the new clock",
+                socket.gethostname(),
+                clock - self._clock,
             )
             self._clock = clock
 
@@ -128,7 +127,7 @@ class Progress:
             "jobs_per_hour": round(3600 * self._finished_jobs / max(self._seconds, 1e-9), 1),
             "actors": [
                 {"node": p.node, "address": p.address, "process": p.process, "works": works}
-                for p, works in self._places
+                for p, works in self._locations
             ],
         }
 
@@ -141,7 +140,7 @@ class Progress:
             ("jobs_failed", self._counts["failed"], "jobs given up"),
             ("jobs_per_hour", per_hour, "experts, profiles or chunks done per hour, in this call"),
             (f"{self._unit}s_per_second", self._rate, f"{self._unit}s per second, in this call"),
-            ("actors", len(self._places), "actors that have started"),
+            ("actors", len(self._locations), "actors that have started"),
         ):
             gauge = self._metrics.get(name)
             if gauge is None:

@@ -21,7 +21,7 @@ from typing import Any
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
-from harness.scheduling.actor import Place
+from harness.scheduling.actor import Heartbeat, Location
 from harness.scheduling.ray_internals import draining_nodes
 from phatgoose.errors import OutOfMemory, PhatgooseError
 
@@ -50,7 +50,7 @@ class Failure:
 class Watch:
     """What is told, and asked, of calls; `key` is a call's place in the order of being added."""
 
-    def started(self, key: int, place: Place) -> None:
+    def started(self, key: int, location: Location) -> None:
         """An actor has the call."""
 
     def went_back(self, key: int, error: str, traceback: str) -> None:
@@ -78,9 +78,9 @@ class _Actor:
 
     handle: Any
     reference: Any  # of its start, then of the call under way
-    place: Place | None = None
+    location: Location | None = None
     call: _Call | None = None
-    beat: Any = None  # the reference of the question how far it is
+    heartbeat: Any = None  # the reference of the question how far it is
     asked: float = 0.0
     count: int = -1  # what it answered last: a count of all that it did
     steps: int = 0
@@ -147,14 +147,14 @@ class Workers:
         return {actor.call.key: actor.steps for actor in self._actors if actor.call}
 
     @property
-    def places(self) -> list[tuple[Place, bool]]:
+    def locations(self) -> list[tuple[Location, bool]]:
         """Where actors are, and whether they are at work."""
-        return [(a.place, a.call is not None) for a in self._actors if a.place]
+        return [(a.location, a.call is not None) for a in self._actors if a.location]
 
     @property
     def wants_more(self) -> bool:
         """Whether there are calls that more actors could take."""
-        return bool(self._waiting) or any(a.place is None for a in self._actors)
+        return bool(self._waiting) or any(a.location is None for a in self._actors)
 
     def add(
         self, method: str, calls: Sequence[tuple[Any, ...]], watch: Watch | None = None
@@ -198,8 +198,10 @@ class Workers:
             if not self._start_actors():
                 return self._give_up()
         by_reference = {a.reference: a for a in self._actors if a.reference is not None}
-        beats = {actor.beat: actor for actor in self._actors if actor.beat is not None}
-        references = [*by_reference, *beats]
+        heartbeats = {
+            actor.heartbeat: actor for actor in self._actors if actor.heartbeat is not None
+        }
+        references = [*by_reference, *heartbeats]
         if references:
             ray.wait(references, num_returns=1, timeout=timeout)
             # All that are there, and not only the first.
@@ -209,9 +211,11 @@ class Workers:
             done = []
         came = []
         for reference in done:
-            if reference in beats:
-                if beats[reference].beat is reference:  # not of a call whose result came too
-                    self._take_beat(beats[reference])
+            if reference in heartbeats:
+                if (
+                    heartbeats[reference].heartbeat is reference
+                ):  # not of a call whose result came too
+                    self._take_heartbeat(heartbeats[reference])
             elif by_reference[reference].call is None:
                 self._take_start(by_reference[reference])
             else:
@@ -235,11 +239,11 @@ class Workers:
         self._want(len(self._waiting) + len(self.under_way))
         self._has_room = self._room()
         self._draining = draining_nodes()
-        if any(actor.place for actor in self._actors):
+        if any(actor.location for actor in self._actors):
             # Some nodes work: those where an actor could not start may be mended, or gone.
             self._failed_starts = self._hopeless_starts = 0
         for actor in list(self._actors):
-            leaves = actor.place is not None and actor.place.node in self._draining
+            leaves = actor.location is not None and actor.location.node in self._draining
             if leaves and actor.call is None:
                 self._end(actor)
 
@@ -247,30 +251,36 @@ class Workers:
         for actor in self._actors:
             if not self._waiting:
                 return
-            if actor.place is None or actor.call is not None or actor.place.node in self._draining:
+            if (
+                actor.location is None
+                or actor.call is not None
+                or actor.location.node in self._draining
+            ):
                 continue
             call = actor.call = self._waiting.popleft()
             actor.reference = getattr(actor.handle, call.method).remote(*call.arguments)
             actor.progress = actor.asked = time.monotonic()
-            actor.count, actor.steps, actor.beat = -1, 0, None
-            call.watch.started(call.key, actor.place)
+            actor.count, actor.steps, actor.heartbeat = -1, 0, None
+            call.watch.started(call.key, actor.location)
 
     def _start_actors(self) -> bool:
         """Start as many as there is room and work for; False if calls wait and there is no hope."""
-        some_work = any(actor.place for actor in self._actors)
+        some_work = any(actor.location for actor in self._actors)
         if some_work or not self._waiting or self._had_actor < 0:
             self._had_actor = time.monotonic()
         if not self._waiting:
             return True
         hopeless = self._hopeless_starts >= ATTEMPTS or self._failed_starts >= _FAILED_STARTS
-        starting = sum(actor.place is None for actor in self._actors)
+        starting = sum(actor.location is None for actor in self._actors)
         if not hopeless:
-            leaving = sum(bool(a.place and a.place.node in self._draining) for a in self._actors)
+            leaving = sum(
+                bool(a.location and a.location.node in self._draining) for a in self._actors
+            )
             room = self._has_room - (len(self._actors) - leaving)
             more = min(room, len(self._waiting) - starting)
             for _ in range(more):
                 handle = self._make()
-                self._actors.append(_Actor(handle, handle.place.remote()))
+                self._actors.append(_Actor(handle, handle.location.remote()))
         # One that starts is waited for only where there is a node for it.
         if some_work or (self._actors and self._has_room > 0):
             return True
@@ -296,7 +306,7 @@ class Workers:
         """Take in an actor that has started, or find out why it has not."""
         reference, actor.reference = actor.reference, None
         try:
-            actor.place = ray.get(reference)
+            actor.location = ray.get(reference)
         except RayError as error:
             self._end(actor)
             # Of what an actor's constructor raised, Ray keeps the text only.
@@ -310,20 +320,21 @@ class Workers:
             return
         self._failed_starts, self._hopeless_starts, self._why = 0, 0, ""
 
-    def _take_beat(self, actor: _Actor) -> None:
-        reference, actor.beat = actor.beat, None
+    def _take_heartbeat(self, actor: _Actor) -> None:
+        reference, actor.heartbeat = actor.heartbeat, None
         try:
-            count, actor.steps = ray.get(reference)
+            heartbeat: Heartbeat = ray.get(reference)
         except RayError:  # its call will say so too
             return
-        if count != actor.count:
-            actor.count, actor.progress = count, time.monotonic()
+        actor.steps = heartbeat.steps
+        if heartbeat.count != actor.count:
+            actor.count, actor.progress = heartbeat.count, time.monotonic()
 
     def _take_result(self, actor: _Actor) -> list[tuple[int, Any]]:
         """The result of the call that an actor had; nothing if it has to be done again."""
         reference, call = actor.reference, actor.call
         assert call is not None
-        actor.reference = actor.call = actor.beat = None
+        actor.reference = actor.call = actor.heartbeat = None
         try:
             result = ray.get(reference)
         except OutOfMemoryError as error:  # Ray's memory monitor ended the actor
@@ -356,12 +367,12 @@ class Workers:
                     self._failed_starts += 1
                     self._why = f"no actor could be started within {self._lease_seconds:.0f} s"
                     continue
-                error = f"no progress for {self._lease_seconds:.0f} s on {actor.place}"
+                error = f"no progress for {self._lease_seconds:.0f} s on {actor.location}"
                 ended += self._died(actor.call, actor.steps, error, "")
             elif actor.call is None:
                 continue
-            elif actor.beat is None and now - actor.asked >= _LOOK_SECONDS:
-                actor.asked, actor.beat = now, actor.handle.beat.remote()
+            elif actor.heartbeat is None and now - actor.asked >= _LOOK_SECONDS:
+                actor.asked, actor.heartbeat = now, actor.handle.heartbeat.remote()
         return ended
 
     def _died(self, call: _Call, steps: int, error: str, traceback: str) -> list[tuple[int, Any]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from harness.command_line import Answer, answer, count, table
+from harness.command_line import Output, count, run_command, table
 from harness.config.load import CONF, load_config
 from harness.config.schema import RunConfig
 from harness.tasks import (
@@ -34,7 +34,7 @@ from phatgoose.errors import PhatgooseError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    return answer(_parser(), arguments)
+    return run_command(_parser(), arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    def command(name: str, call: Callable[[Any], Answer], text: str) -> argparse.ArgumentParser:
+    def command(name: str, call: Callable[[Any], Output], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         sub.set_defaults(call=call)
         sub.add_argument("--json", action="store_true", help="print one JSON document")
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _list(args: argparse.Namespace) -> Answer:
+def _list(args: argparse.Namespace) -> Output:
     document: dict[str, Any] = {"lists": list_names()}
     rows = []
     for group in ("pool", "suite"):
@@ -71,7 +71,7 @@ def _list(args: argparse.Namespace) -> Answer:
             tasks = _tasks_of(yaml.safe_load(path.read_text()))
             document[f"{group}={path.stem}"] = {"tasks": tasks, "about": about}
             rows.append([f"{group}={path.stem}", "" if tasks is None else str(tasks), about])
-    return Answer(document, table(["", "tasks", "about"], rows, right={1}))
+    return Output(document, table(["", "tasks", "about"], rows, right={1}))
 
 
 def _tasks_of(group: dict[str, Any]) -> int | None:
@@ -89,7 +89,7 @@ def _first_sentence(text: str) -> str:
     )
 
 
-def _show(args: argparse.Namespace) -> Answer:
+def _show(args: argparse.Namespace) -> Output:
     specs = {spec.name: spec for spec in _chosen(args.overrides)}
     one_of(args.task, specs, "the chosen pool and suite")
     (data,) = prepare_all([specs[args.task]])
@@ -106,10 +106,10 @@ def _show(args: argparse.Namespace) -> Answer:
         lines += [f"  → {target!r}" for target in record.targets]
         lines += [f"  or {c!r}" for i, c in enumerate(record.choices) if i not in record.correct]
     document = {**_described(data), "examples": [vars(record) for record in shown]}
-    return Answer(document, "\n".join(lines))
+    return Output(document, "\n".join(lines))
 
 
-def _check(args: argparse.Namespace) -> Answer:
+def _check(args: argparse.Namespace) -> Output:
     specs = _chosen(args.overrides)
     problems = unreachable(specs)
     states = {spec.name: _state(spec, problems) for spec in specs}
@@ -123,7 +123,7 @@ def _check(args: argparse.Namespace) -> Answer:
     summary = f"{good} of {count(len(specs), 'task')} can be had"
     for problem in list(problems.values())[:1]:
         summary += f"; {problem}"
-    return Answer(document, f"{text}\n{summary}", 1 if problems else 0)
+    return Output(document, f"{text}\n{summary}", 1 if problems else 0)
 
 
 def _state(spec: TaskSpec, problems: dict[str, str]) -> str:
@@ -134,7 +134,7 @@ def _state(spec: TaskSpec, problems: dict[str, str]) -> str:
     return "prepared" if is_written(folder_of(spec)) else "reachable"
 
 
-def _prepare(args: argparse.Namespace) -> Answer:
+def _prepare(args: argparse.Namespace) -> Output:
     from harness.driver.prepare import preparer
     from harness.scheduling.cluster import Cluster
 
@@ -146,13 +146,13 @@ def _prepare(args: argparse.Namespace) -> Answer:
     total = sum(sum(d.counts.values()) for d in data)
     text = table(["task", "kind", "train", "evaluation"], rows, right={2, 3})
     document = {"tasks": [_described(d) for d in data], "seconds": round(seconds, 1)}
-    return Answer(document, f"{text}\n{count(total, 'example')} in {seconds:.0f} s")
+    return Output(document, f"{text}\n{count(total, 'example')} in {seconds:.0f} s")
 
 
-def _export(args: argparse.Namespace) -> Answer:
+def _export(args: argparse.Namespace) -> Output:
     specs = [spec for spec in _chosen(args.overrides) if spec.source in ("bigbench", "bbh")]
     suite = write_for_lm_eval(prepare_all(specs), Path(args.folder))
-    return Answer(suite, yaml.safe_dump(suite, sort_keys=False))
+    return Output(suite, yaml.safe_dump(suite, sort_keys=False))
 
 
 def _described(data: TaskData) -> dict[str, Any]:

@@ -71,17 +71,17 @@ def _equally_right(table: pa.Table) -> pa.Table:
     """
     rows = zip(table["choices"].to_pylist(), table["correct"].to_pylist(), strict=True)
     correct = [
-        right if len({*choices}) == len(choices) else _all_like(choices, right)
-        for choices, right in rows
+        correct if len({*choices}) == len(choices) else _all_like(choices, correct)
+        for choices, correct in rows
     ]
     place = table.schema.get_field_index("correct")
     field = table.schema.field(place)
     return table.set_column(place, field, pa.array(correct, field.type))
 
 
-def _all_like(choices: list[str], right: list[int]) -> list[int]:
+def _all_like(choices: list[str], correct: list[int]) -> list[int]:
     """The places of all choices that are the same text as one of the right ones."""
-    texts = {choices[place] for place in right}
+    texts = {choices[place] for place in correct}
     return [place for place, choice in enumerate(choices) if choice in texts]
 
 

@@ -1,13 +1,13 @@
 """The actor that trains experts: one job after the other, over one base."""
 
 import functools
+import logging
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray
 
-from harness.scheduling.actor import Actor
-from harness.scheduling.cluster import log_to_run_folder
+from harness.scheduling.actor import Actor, log_to_run_folder
 from harness.scheduling.load_base import load_base_on_actor
 from harness.scheduling.settings import BaseConfig
 from harness.storage import Folder
@@ -19,7 +19,10 @@ from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
 from phatgoose.profile import ProfileConfig
 from phatgoose.sentence_encoder import load_encoder
+from phatgoose.training.engine import EngineFactory, PlainEngine
 from phatgoose.training.train import CurveRow, Hooks
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class TrainSettings:
         checkpoint_seconds: how old a job's checkpoint gets before it is replaced.
         zero_stage: what the ranks of one expert partition among them.
         ranks: how many there are; of several, each must `join` the others before its first job.
+        mps: whether to train on the GPU of a Mac.
     """
 
     base: BaseConfig
@@ -45,6 +49,7 @@ class TrainSettings:
     checkpoint_seconds: float = 60
     zero_stage: int = 0
     ranks: int = 1
+    mps: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,30 +84,35 @@ class TrainActor(Actor):
             load_encoder(settings.profile.encoder)  # to fail now, if it must, not after a training
         from harness.training.engine import DeepSpeedEngine, start_deepspeed  # slow to import
 
-        if settings.ranks == 1:
+        if settings.ranks == 1 and not settings.mps:
             start_deepspeed()
-        self._engine = functools.partial(DeepSpeedEngine, zero_stage=settings.zero_stage)
+        self._engine: EngineFactory = functools.partial(
+            DeepSpeedEngine, zero_stage=settings.zero_stage
+        )
+        if settings.mps:  # on which DeepSpeed's collectives do not run
+            self._engine = PlainEngine
         self._base = load_base_on_actor(
             settings.base,
             settings.base_fingerprint,
             # Stage 3 puts its partitions on the device; the whole may be too large for it.
             on_host=settings.zero_stage == 3,
+            mps=settings.mps,
         )
 
-    def open_store(self) -> tuple[str, int]:
+    def open_rendezvous(self) -> tuple[str, int]:
         """Of the first rank: open the place where the ranks meet; returns its address and port."""
-        from harness.training.rendezvous import open_store
+        from harness.training.rendezvous import open_rendezvous
 
-        self._store = open_store(self._settings.ranks)
+        self._store = open_rendezvous(self._settings.ranks)
         return self._store.host, self._store.port
 
     def join(self, host: str, port: int) -> None:
         """Meet the other ranks there, which must do the same."""
         from harness.training.engine import start_deepspeed
-        from harness.training.rendezvous import join_store
+        from harness.training.rendezvous import join_rendezvous
 
         ranks = self._settings.ranks
-        store = self._store if self._rank == 0 else join_store(host, port, ranks)
+        store = self._store if self._rank == 0 else join_rendezvous(host, port, ranks)
         start_deepspeed(store, self._rank, ranks)
 
     def train(self, job: TrainJob, checkpoint: bytes | None = None) -> Trained | None:
@@ -120,7 +130,7 @@ class TrainActor(Actor):
             self._steps += progress.split == "train"
             self._beat()
 
-        print(f"training {job.card.name} (job {job.card.job})", flush=True)
+        _LOG.info("training %s (job %s)", job.card.name, job.card.job)
         checkpoints = FolderCheckpoints(
             self._folder,
             job.card.job,
@@ -131,7 +141,7 @@ class TrainActor(Actor):
         )
         hooks = Hooks(self._engine, report, checkpoints, self._beat)
         expert = make_expert(self._base, job, lambda: self._data(job), hooks)
-        print(f"trained {job.card.name}: {expert.card.metrics}", flush=True)
+        _LOG.info("trained %s: %s", job.card.name, expert.card.metrics)
         self._steps = 0
         if self._rank > 0:
             return None
@@ -141,12 +151,12 @@ class TrainActor(Actor):
                 profile = ray.put(self._measure(job, expert))
             # An expert is worth more than its profile, which can be measured again.
             except Exception as error:
-                print(f"no profile of {job.card.name}: {error}", flush=True)
+                _LOG.warning("no profile of %s: %s", job.card.name, error)
         return Trained(rows, ray.put(expert), profile)
 
-    def profile(self, job: TrainJob, content_hash: str, keeper: Any) -> bytes:
+    def profile(self, job: TrainJob, content_hash: str, registry_actor: Any) -> bytes:
         """Measure the profile of an expert that the registry has; returns its bytes."""
-        return self._measure(job, ray.get(keeper.load.remote(content_hash)))
+        return self._measure(job, ray.get(registry_actor.load.remote(content_hash)))
 
     def _beat(self) -> None:
         """Something was done: a long evaluation must not look like a hang."""

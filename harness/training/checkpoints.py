@@ -1,5 +1,6 @@
 """The checkpoint of a training job: one file of the run folder, replaced as the job goes on."""
 
+import logging
 import time
 from collections.abc import Collection
 from pathlib import PurePosixPath
@@ -9,6 +10,8 @@ from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
 from phatgoose.training.checkpoint import State, owner_of
 from phatgoose.training.recipe import Recipe
+
+_LOG = logging.getLogger(__name__)
 
 
 class FolderCheckpoints:
@@ -46,20 +49,20 @@ class FolderCheckpoints:
             if self._folder.exists(self._file):
                 return self._folder.read(self._file)
         except PhatgooseError as error:
-            print(f"{self._file} is not used, the job starts afresh: {error}", flush=True)
+            _LOG.warning("%s is not used, the job starts afresh: %s", self._file, error)
         return b""
 
     def load(self) -> State | None:
-        """The state to go on from; of a file that cannot be used, one printed line says why."""
+        """The state to go on from; of a file that cannot be used, a line in the log says why."""
         data = self.read() if self._given is None else self._given
         if not data:
             return None
         try:
             state = State.from_bytes(data, self._owner)
         except PhatgooseError as error:
-            print(f"{self._file} is not used, the job starts afresh: {error}", flush=True)
+            _LOG.warning("%s is not used, the job starts afresh: %s", self._file, error)
             return None
-        print(f"going on from step {state.step} of stage {state.stage}", flush=True)
+        _LOG.info("going on from step %d of stage %s", state.step, state.stage)
         return state
 
     def due(self) -> bool:
@@ -73,7 +76,7 @@ class FolderCheckpoints:
         try:
             self._folder.write(self._file, state.to_bytes(self._owner))
         except PhatgooseError as error:
-            print(f"no checkpoint at step {state.step}: {error}", flush=True)
+            _LOG.warning("no checkpoint at step %d: %s", state.step, error)
         self._saved = time.monotonic()
 
     def delete(self) -> None:

@@ -5,9 +5,14 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
+if torch.backends.mps.is_available():
+    # Its collectives do not run on a Mac's GPU, which it would choose by itself.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
 import deepspeed
 import deepspeed.ops
-import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from deepspeed.utils import (
@@ -18,7 +23,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from harness.training.whole_weights import Unpartitioned
+from harness.training.whole_weights import WholeWeights
 from phatgoose.inference.scoring import Score
 from phatgoose.question import Question
 from phatgoose.training.engine import (
@@ -78,7 +83,7 @@ class DeepSpeedEngine:
         self._parameters, self._stage, self._zero_stage = parameters, stage, zero_stage
         self._adam = make_optimizer(parameters, stage)
         self._scheduler = make_scheduler(self._adam, stage)
-        self._whole = Unpartitioned(module) if zero_stage == 3 else None
+        self._whole = WholeWeights(module) if zero_stage == 3 else None
         self._engine: Any = deepspeed.initialize(
             model=module,
             model_parameters=parameters,

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness import run_folder
-from harness.scheduling.actor import Place
+from harness.scheduling.actor import Location
 from harness.storage import Folder
 from harness.training.job import TrainJob
 
@@ -57,15 +57,15 @@ class JobTable:
             if row["state"] == "done" and job in before:
                 row |= before[job] | {"state": "done"}  # how it went then
 
-    def start(self, job: TrainJob, place: Place) -> None:
+    def start(self, job: TrainJob, location: Location) -> None:
         """An actor has the job."""
         row = self._rows[job.card.job]
         row |= {
             "state": "running",
             "starts": row["starts"] + 1,
-            "node": place.node,
-            "address": place.address,
-            "process": place.process,
+            "node": location.node,
+            "address": location.address,
+            "process": location.process,
         }
         self._started[job.card.job] = time.monotonic()
         self.save()

@@ -8,6 +8,7 @@ others. Its ranks end with it. Its placement group would not: Ray removes that o
 which made it, or when it is told to; so the driver makes it, and removes it with the TrainGroup.
 """
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,8 +18,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from harness.scheduling.actor import Actor, Place
-from harness.scheduling.cluster import log_to_run_folder
+from harness.scheduling.actor import Actor, Heartbeat, Location, log_to_run_folder
 from harness.scheduling.workers import last_line
 from harness.storage import Folder
 from harness.training.actor import TrainActor, Trained, TrainSettings
@@ -26,6 +26,7 @@ from harness.training.checkpoints import FolderCheckpoints
 from harness.training.job import TrainJob
 from phatgoose.errors import OutOfMemory, PhatgooseError
 
+_LOG = logging.getLogger(__name__)
 _LOOK_SECONDS = 30
 
 
@@ -47,20 +48,20 @@ class TrainGroup(Actor):
         self._options, self._group = dict(options), group
         self._ranks: list[Any] = []
         while not self._group.wait(_LOOK_SECONDS):
-            print("waiting for nodes with room for all ranks", flush=True)
+            _LOG.info("waiting for nodes with room for all ranks")
         self._start()
-        self._place: Place = ray.get(self._ranks[0].place.remote())
+        self._location: Location = ray.get(self._ranks[0].location.remote())
 
-    def place(self) -> Place:
+    def location(self) -> Location:
         """Where the first rank is."""
-        return self._place
+        return self._location
 
-    def beat(self) -> tuple[int, int]:
-        """How far the first rank is; the others are with it."""
+    def heartbeat(self) -> Heartbeat:
+        """Return how far the first rank is; the others are with it."""
         if not self._ranks:
-            return self._done, 0
-        beat: tuple[int, int] = ray.get(self._ranks[0].beat.remote())
-        return beat
+            return Heartbeat(self._done, 0)
+        heartbeat: Heartbeat = ray.get(self._ranks[0].heartbeat.remote())
+        return heartbeat
 
     def train(self, job: TrainJob) -> Trained:
         """Make one expert; returns what `TrainActor.train` does."""
@@ -70,11 +71,13 @@ class TrainGroup(Actor):
         trained: Trained = self._first([rank.train.remote(job, checkpoint) for rank in self._ranks])
         return trained
 
-    def profile(self, job: TrainJob, content_hash: str, keeper: Any) -> bytes:
+    def profile(self, job: TrainJob, content_hash: str, registry_actor: Any) -> bytes:
         """Measure the profile of an expert that the registry has, on the first rank."""
         if not self._ranks:
             self._start()
-        profile: bytes = self._first([self._ranks[0].profile.remote(job, content_hash, keeper)])
+        profile: bytes = self._first(
+            [self._ranks[0].profile.remote(job, content_hash, registry_actor)]
+        )
         return profile
 
     def _first(self, references: Sequence[Any]) -> Any:
@@ -87,7 +90,7 @@ class TrainGroup(Actor):
         try:
             return _results(references)[0]
         except RayActorError as error:
-            print(f"a rank died: {error}", flush=True)
+            _LOG.error("a rank died: %s", error)
             os._exit(1)
         except RayError as error:
             self._end()
@@ -110,7 +113,7 @@ class TrainGroup(Actor):
             ).remote(self._settings, rank)
             for rank in range(self._settings.ranks)
         ]
-        host, port = ray.get(self._ranks[0].open_store.remote())
+        host, port = ray.get(self._ranks[0].open_rendezvous.remote())
         _results([rank.join.remote(host, port) for rank in self._ranks])
 
     def _end(self) -> None:
@@ -119,7 +122,7 @@ class TrainGroup(Actor):
         self._ranks = []
 
 
-class Groups:
+class TrainGroups:
     """Starts and ends groups for `Workers`; the arguments are those of TrainGroup."""
 
     def __init__(self, settings: TrainSettings, options: Mapping[str, Any]) -> None:

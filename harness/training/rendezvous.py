@@ -8,7 +8,7 @@ import ray
 import torch.distributed as dist
 
 
-def open_store(ranks: int) -> dist.TCPStore:
+def open_rendezvous(ranks: int) -> dist.TCPStore:
     """Open the store, at a port that nobody else can take in between.
 
     It is bound to the node's address: PyTorch alone would listen on all addresses.
@@ -28,7 +28,7 @@ def open_store(ranks: int) -> dist.TCPStore:
     )
 
 
-def join_store(host: str, port: int, ranks: int) -> dist.TCPStore:
+def join_rendezvous(host: str, port: int, ranks: int) -> dist.TCPStore:
     """Open a connection to the first rank's store."""
     _use_address_of_ray()
     return dist.TCPStore(host, port, ranks, is_master=False)

@@ -1,5 +1,6 @@
 """The stage `train`: one job per expert on reused actors, published as each one ends."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -9,8 +10,8 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from harness import run_folder
-from harness.scheduling.actor import Place
-from harness.scheduling.progress import Progress
+from harness.scheduling.actor import Location
+from harness.scheduling.progress import StageProgress
 from harness.scheduling.workers import ATTEMPTS, TICK_SECONDS, Failure, Watch, Workers, last_line
 from harness.source_code import PROFILES, TRAINING, code_of
 from harness.storage import Folder
@@ -21,6 +22,7 @@ from harness.training.job_table import JobTable
 from phatgoose.errors import Diverged, OutOfMemory, PhatgooseError
 from phatgoose.training.recipe import Recipe
 
+_LOG = logging.getLogger(__name__)
 # The pool's manifest is written when it has grown by this part: of N experts, about log N times.
 _GROWTH = 0.1
 
@@ -35,7 +37,7 @@ class Training(Watch):
         jobs: in the order in which to start them.
         folder: the run folder.
         workers: the training actors.
-        keeper: the registry's actor.
+        registry_actor: the registry actor.
         table: the run's jobs.
         progress: of the stage, in tokens.
     """
@@ -45,11 +47,11 @@ class Training(Watch):
         jobs: Sequence[TrainJob],
         folder: Folder,
         workers: Workers,
-        keeper: Any,
+        registry_actor: Any,
         table: JobTable,
-        progress: Progress,
+        progress: StageProgress,
     ) -> None:
-        self._folder, self._workers, self._keeper = folder, workers, keeper
+        self._folder, self._workers, self._registry_actor = folder, workers, registry_actor
         self._table, self._progress = table, progress
         self._code = code_of(TRAINING)  # the actors have the same, see `harness.scheduling.actor`
         self._jobs: dict[int, TrainJob] = {}  # by the key of the call
@@ -75,7 +77,7 @@ class Training(Watch):
                 train experts that nothing keeps.
         """
         if any(job.profile_id for job in self._given):
-            answer_of(self._keeper.put_code.remote(code_of(PROFILES)))
+            answer_of(self._registry_actor.put_code.remote(code_of(PROFILES)))
         for job in self._given:
             self._add(job)
         try:
@@ -89,15 +91,15 @@ class Training(Watch):
             self._table.save(now=True)
         return self.failures
 
-    def started(self, key: int, place: Place) -> None:
+    def started(self, key: int, location: Location) -> None:
         """An actor has a job."""
-        self._table.start(self._jobs[key], place)
+        self._table.start(self._jobs[key], location)
 
     def went_back(self, key: int, error: str, traceback: str) -> None:
         """A job has to be done again."""
         job = self._jobs[key]
         self._table.put_back(job, error, traceback)
-        self._progress.say(f"again     {job.card.name}: {error}")
+        _LOG.warning("again     %s: %s", job.card.name, error)
 
     def revise(self, key: int, error: PhatgooseError) -> tuple[Any, ...] | None:
         """Once, half a micro-batch where memory was short, a lower rate where a loss exploded."""
@@ -136,7 +138,7 @@ class Training(Watch):
         FolderCheckpoints(self._folder, job.card.job).delete()
         self._ended(job)
         self._table.end(job)
-        self._progress.say(f"trained   {name}: {said}")
+        _LOG.info("trained   %s: %s", name, said)
 
     def _ended(self, job: TrainJob) -> None:
         self._trained_tokens += self._table.tokens[job.card.job]
@@ -146,7 +148,7 @@ class Training(Watch):
         self._ended(job)
         self.failures[job.card.name] = error
         self._table.end(job, error, traceback)
-        self._progress.say(f"failed    {job.card.name}: {error}")
+        _LOG.warning("failed    %s: %s", job.card.name, error)
 
     def _publish(self, job: TrainJob, trained: Trained) -> str:
         """Keep one job's curve and expert; returns a line that says what was learnt."""
@@ -155,21 +157,23 @@ class Training(Watch):
             run_folder.write_table(self._folder, file, run_folder.TRAINING, trained.curve)
         try:
             # References are passed on: experts go from actor to actor, not through the driver.
-            publish = self._keeper.publish.remote
-            content_hash = answer_of(publish(trained.expert, enter=False, code=self._code))
+            publish = self._registry_actor.publish.remote
+            content_hash = answer_of(
+                publish(trained.expert, add_to_manifest=False, code=self._code)
+            )
         except RayError:
-            # The registry's actor may have died after its work, and found the expert gone when Ray
+            # The registry actor may have died after its work, and found the expert gone when Ray
             # repeated the call.
-            recorded = answer_of(self._keeper.recorded.remote(job.card.job))
+            recorded = answer_of(self._registry_actor.recorded.remote(job.card.job))
             if recorded is None:
                 raise
             content_hash = recorded
         if trained.profile is not None:
             try:
-                put_profile = self._keeper.put_profile.remote
+                put_profile = self._registry_actor.put_profile.remote
                 answer_of(put_profile(content_hash, job.profile_id, trained.profile))
             except (RayError, PhatgooseError) as error:  # it is measured again before it is needed
-                self._progress.say(f"no profile of {job.card.name}: {last_line(error)}")
+                _LOG.warning("no profile of %s: %s", job.card.name, last_line(error))
         self.experts[job.card.name] = content_hash
         self._unnamed.append(job.card.job)
         self._published += 1
@@ -181,7 +185,7 @@ class Training(Watch):
         Should this process die before, the next call of the run finds the records and does it.
         """
         if self._unnamed:
-            answer_of(self._keeper.enter.remote(self._unnamed))
+            answer_of(self._registry_actor.add_to_manifest.remote(self._unnamed))
             self._unnamed = []
 
     def show(self) -> None:
@@ -194,13 +198,13 @@ class Training(Watch):
             self._table.tokens[job] * steps // max(1, self._all_steps[job])
             for job, steps in self._steps.items()
         )
-        counts, places = self._table.counts(), self._workers.places
-        self._progress.update(self._trained_tokens + begun, counts, places)
+        counts, locations = self._table.counts(), self._workers.locations
+        self._progress.update(self._trained_tokens + begun, counts, locations)
         self._table.save()
 
 
 def answer_of(reference: Any) -> Any:
-    """What the registry's actor answered; a PhatgooseError of its own is raised as it is."""
+    """What the registry actor answered; a PhatgooseError of its own is raised as it is."""
     try:
         return ray.get(reference)
     except RayTaskError as error:
@@ -228,8 +232,8 @@ def measure_profiles(
     jobs: Sequence[TrainJob],
     experts: Mapping[str, str],
     workers: Workers,
-    keeper: Any,
-    progress: Progress,
+    registry_actor: Any,
+    progress: StageProgress,
 ) -> dict[str, str]:
     """Measure the profiles of experts that were made before.
 
@@ -237,15 +241,15 @@ def measure_profiles(
         jobs: of these experts; each has a profile_id.
         experts: their content hashes by name.
         workers: the training actors.
-        keeper: the registry's actor.
+        registry_actor: the registry actor.
         progress: of the stage, in experts.
 
     Returns:
         What went wrong, by expert.
     """
-    answer_of(keeper.put_code.remote(code_of(PROFILES)))
+    answer_of(registry_actor.put_code.remote(code_of(PROFILES)))
     failures: dict[str, str] = {}
-    calls = [(job, experts[job.card.name], keeper) for job in jobs]
+    calls = [(job, experts[job.card.name], registry_actor) for job in jobs]
     done = 0
 
     def show() -> None:
@@ -255,7 +259,7 @@ def measure_profiles(
             "done": done - len(failures),
             "failed": len(failures),
         }
-        progress.update(done, counts, workers.places)
+        progress.update(done, counts, workers.locations)
 
     for index, result in workers.run("profile", calls, show):
         job = jobs[index]
@@ -263,7 +267,7 @@ def measure_profiles(
             failures[job.card.name] = result.error
         else:
             content_hash = experts[job.card.name]
-            answer_of(keeper.put_profile.remote(content_hash, job.profile_id, result))
+            answer_of(registry_actor.put_profile.remote(content_hash, job.profile_id, result))
         done += 1
     show()
     return failures

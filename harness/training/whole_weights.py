@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Unpartitioned:
+class WholeWeights:
     """A model as it was before ZeRO stage 3 partitioned it.
 
     The weights are kept where they are, and so the model is loaded to the memory of the host, as a

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phatgoose.architecture import Linear
+from phatgoose.devices import off_mps
 from phatgoose.errors import PhatgooseError
 from phatgoose.inference.forward_context import ForwardContext
 from phatgoose.ops import mix, mix_factors
@@ -34,6 +35,7 @@ class RoutingLog:
         self, linear: str, weights_TK: Tensor, indices_TK: Tensor, mask_T: Tensor, experts: int
     ) -> None:
         """Count one call of a linear; `mask_T` is True for tokens and False for padding."""
+        weights_TK, indices_TK, mask_T = off_mps(weights_TK, indices_TK, mask_T)
         kept_TK = weights_TK.double() * mask_T.unsqueeze(-1)
         total_E = self.weights.setdefault(linear, kept_TK.new_zeros(experts))
         total_E.index_add_(0, indices_TK.flatten(), kept_TK.flatten())
@@ -58,6 +60,7 @@ class TokenLog(RoutingLog):
         """Count one call, and keep it if it is of the chosen linear."""
         super().add(linear, weights_TK, indices_TK, mask_T, experts)
         if linear == self.linear:
+            weights_TK, indices_TK, mask_T = off_mps(weights_TK, indices_TK, mask_T)
             weights_TE = weights_TK.new_zeros(len(weights_TK), experts).double()
             weights_TE.scatter_add_(1, indices_TK, weights_TK.double())
             self.routed.append(weights_TE[mask_T])

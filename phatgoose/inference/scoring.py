@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from phatgoose.base import Base
+from phatgoose.devices import off_mps
 from phatgoose.inference.forward_context import ForwardContext
 from phatgoose.question import Question
 from phatgoose.rows import pad_rows, separate_rows, shared_rows
@@ -134,7 +135,7 @@ def to_scores(
     places_N = torch.tensor(places, device=logits_PV.device)
     targets_N = torch.tensor(targets, device=logits_PV.device)
     chosen_N = logits_PV[places_N, targets_N].float() - total_P[places_N]
-    chosen = chosen_N.double().tolist()
+    chosen = off_mps(chosen_N)[0].double().tolist()
     greedy = (logits_PV.argmax(dim=-1)[places_N] == targets_N).tolist()
     scores: list[list[Score]] = []
     start = 0

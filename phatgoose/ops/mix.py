@@ -120,7 +120,9 @@ def _way(lora_A_ERD: Tensor, lora_B_EOR: Tensor, indices_TK: Tensor) -> str:
     # loop over those that were chosen wins, from a fifth as many pairs as experts on it loses.
     if indices_TK.numel() * 5 < experts:
         return "loop"
-    # `grouped_mm` wants every operand's rows on 16-byte boundaries.
+    # `grouped_mm` has no kernel for Apple's `mps`, and wants rows on 16-byte boundaries.
+    if lora_A_ERD.device.type == "mps":
+        return "loop"
     widths, size = (inputs, rank, lora_B_EOR.shape[1]), lora_A_ERD.element_size()
     return "grouped" if all(width * size % 16 == 0 for width in widths) else "loop"
 

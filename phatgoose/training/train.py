@@ -38,6 +38,7 @@ _NO_MEMORY = (
     "can't allocate memory",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "MPS backend out of memory",
 )
 
 
@@ -163,6 +164,8 @@ def _memory_errors(recipe: Recipe) -> Iterator[None]:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
     raise OutOfMemory(
         f"memory ran out with micro-batches of {recipe.micro_batch_size} ({reason}): lower "
         "the recipe's micro_batch_size or max_input_tokens, or use more ranks with ZeRO"

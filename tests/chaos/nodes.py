@@ -41,7 +41,7 @@ class Actor:
     @property
     def works(self) -> bool:
         """Whether it is in a call of the run, and not starting."""
-        return self.method not in ("", "__init__", "place", "beat")
+        return self.method not in ("", "__init__", "location", "heartbeat")
 
 
 class Nodes:

@@ -10,7 +10,7 @@ import ray
 from ray.cluster_utils import Cluster as Nodes
 
 from harness.scheduling import workers as jobs
-from harness.scheduling.actor import Actor, Place, code_version
+from harness.scheduling.actor import Actor, Location, code_version
 from harness.scheduling.cluster import actor_options, room
 from harness.scheduling.settings import ClusterConfig
 from harness.scheduling.workers import Failure, Watch, Workers
@@ -44,11 +44,11 @@ class Meets(Actor):
         self._folder = folder
 
     def meet(self, call: int) -> str:
-        (self._folder / self.place().node).touch()
+        (self._folder / self.location().node).touch()
         until = time.monotonic() + DEADLINE
         while len(list(self._folder.iterdir())) < 2 and time.monotonic() < until:
             time.sleep(0.05)
-        return self.place().node
+        return self.location().node
 
 
 class Started(Watch):
@@ -57,8 +57,8 @@ class Started(Watch):
     def __init__(self) -> None:
         self.nodes: set[str] = set()
 
-    def started(self, key: int, place: Place) -> None:
-        self.nodes.add(place.node)
+    def started(self, key: int, location: Location) -> None:
+        self.nodes.add(location.node)
 
 
 def test_a_node_that_comes_is_used(

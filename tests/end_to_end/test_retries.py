@@ -8,7 +8,7 @@ import pytest
 
 from harness import run_folder
 from harness.config.schema import RunConfig
-from harness.driver.stages import Stages
+from harness.driver.stages import Driver
 from harness.planning.plan import make_plan
 from harness.registry import Registry
 from harness.scheduling.cluster import Cluster
@@ -32,9 +32,9 @@ class Trained:
         prepare_toys([*config.pool_tasks(), *config.suite_tasks(config.suites[0])], folder)
         plan = make_plan(config)
         with Cluster() as cluster:
-            stages = Stages(plan, cluster)
-            stages.check()
-            self.problems = stages.train()
+            driver = Driver(plan, cluster)
+            driver.check()
+            self.problems = driver.train()
         table = run_folder.read_table(Folder(config.run.dir), run_folder.JOBS_FILE, run_folder.JOBS)
         [self.row] = table.to_pylist()
         self.recipe: Recipe = config.train

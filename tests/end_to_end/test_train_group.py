@@ -15,7 +15,7 @@ from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 
 from harness.config.schema import RanksConfig, RunConfig
-from harness.driver.stages import Stages
+from harness.driver.stages import Driver
 from harness.planning.plan import Plan, make_plan
 from harness.scheduling.cluster import room
 from harness.scheduling.workers import Failure, Watch, Workers
@@ -70,7 +70,7 @@ def plan(tmp_path: Path, llama_folder: Path) -> Plan:
 def workers(two_nodes: None, plan: Plan) -> Iterator[Workers]:
     from harness.scheduling.cluster import Cluster as Connection
 
-    workers = Stages(plan, Connection())._trainers(plan.jobs)
+    workers = Driver(plan, Connection())._trainers(plan.jobs)
     yield workers
     workers.close()
     wait(lambda: not ranks(), "a rank is left")
@@ -113,7 +113,7 @@ def check_expert(came: list[tuple[int, Any]]) -> None:
     """One whole expert came, whose curve has every step once."""
     [(_, result)] = came
     assert not isinstance(result, Failure), result
-    rows, expert, _ = result
+    rows, expert = result.curve, result.expert
     assert [row["step"] for row in rows if row["split"] == "train"] == list(range(STEPS))
     assert ray.get(expert).card.metrics["nll_lora"] < ray.get(expert).card.metrics["nll_base"]
 
@@ -128,9 +128,9 @@ def test_a_rank_that_is_killed_costs_a_few_steps(
     came = step_until(workers, checkpoint.exists)
     assert not came
     assert len(groups()) == 1
-    [(place, _)] = workers.places
-    assert place.process in ranks()
-    [follower] = [process for process in ranks() if process != place.process]
+    [(location, _)] = workers.locations
+    assert location.process in ranks()
+    [follower] = [process for process in ranks() if process != location.process]
     os.kill(follower, signal.SIGKILL)
     check_expert(step_until(workers, lambda: False))
     assert len(watch.errors) == 1

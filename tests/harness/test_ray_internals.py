@@ -32,12 +32,11 @@ def test_the_setting_is_put_back() -> None:
 
 @pytest.mark.slow
 def test_states_of_nodes_and_actors(two_cores: None) -> None:
-    @ray.remote(num_cpus=1)
     class Busy:
         def node(self) -> str:
             return ray.get_runtime_context().get_node_id()
 
-    actor = Busy.remote()
+    actor = ray.remote(num_cpus=1)(Busy).remote()
     node = ray.get(actor.node.remote())
     assert ray_internals.available_resources_by_node()[node]["CPU"] == 1
     assert ray_internals.draining_nodes() == frozenset()

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from harness import run_folder
-from harness.scheduling.actor import Place
-from harness.scheduling.progress import Progress
+from harness.scheduling.actor import Location
+from harness.scheduling.progress import StageProgress
 from harness.scheduling.workers import Workers
 from harness.status import main, read_status
 from harness.storage import Folder
@@ -22,8 +22,8 @@ from harness.training.stage import Training
 from phatgoose.card import Card
 from phatgoose.training.recipe import Recipe
 
-HERE = Place("a1b2c3d4" * 7, "10.0.0.1", 77)
-THERE = Place("ffeeddcc" * 7, "10.0.0.2", 78)
+HERE = Location("a1b2c3d4" * 7, "10.0.0.1", 77)
+THERE = Location("ffeeddcc" * 7, "10.0.0.2", 78)
 
 
 def job(name: str) -> TrainJob:
@@ -94,7 +94,7 @@ def test_a_run_is_described_while_it_lasts(
     made.start(jobs["bb"], HERE)
     made.put_back(jobs["cc"], "its actor died: lost", "")
     made.save(now=True)
-    with Progress(folder, "train", 4000, "token", 4, 1000) as progress:
+    with StageProgress(folder, "train", 4000, "token", 4, 1000) as progress:
         progress._written = -1e9
         progress.update(2000, made.counts(), [(HERE, True), (HERE, False), (THERE, True)])
         before = {name: folder.read(name) for name in folder.names()}
@@ -119,7 +119,7 @@ def test_a_run_is_described_while_it_lasts(
 
 def test_what_earlier_calls_trained_stays_done(folder: Folder, jobs: dict[str, TrainJob]) -> None:
     idle = Workers(lambda: None, lambda: 0)
-    with Progress(folder, "train", 4000, "token", 4, 3000) as progress:
+    with StageProgress(folder, "train", 4000, "token", 4, 3000) as progress:
         made = table(folder, jobs, "aa")
         training = Training([jobs["bb"]], folder, idle, None, made, progress)
         progress._written = -1e9
@@ -132,7 +132,7 @@ def test_what_earlier_calls_trained_stays_done(folder: Folder, jobs: dict[str, T
 def test_a_driver_that_says_nothing_any_more_is_noticed(
     folder: Folder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Progress(folder, "train", 10, "token", 1):
+    with StageProgress(folder, "train", 10, "token", 1):
         pass
     status = run_folder.read_json(folder, run_folder.STATUS_FILE)
     long_ago = datetime.now(UTC) - timedelta(minutes=10)
@@ -149,7 +149,7 @@ def test_a_driver_that_says_nothing_any_more_is_noticed(
 def test_a_stopped_and_a_finished_run_are_told_apart(
     folder: Folder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(KeyboardInterrupt), Progress(folder, "train", 10, "token", 1):
+    with pytest.raises(KeyboardInterrupt), StageProgress(folder, "train", 10, "token", 1):
         raise KeyboardInterrupt
     assert read_status(folder)["state"] == "stopped"
     record = run_folder.read_run(folder)
@@ -178,7 +178,7 @@ def test_prometheus_sees_the_progress(folder: Folder) -> None:
 
     (node,) = ray.nodes()
     address = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
-    with Progress(folder, "train", 4000, "token", 4, 1000) as progress:
+    with StageProgress(folder, "train", 4000, "token", 4, 1000) as progress:
         counts = {"waiting": 2, "running": 1, "done": 1, "failed": 0}
         wanted = ("ray_phatgoose_queue_length{", "ray_phatgoose_tokens_per_second{")
         deadline, text = time.monotonic() + 60, ""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from phatgoose.scoring import Question
+from phatgoose.question import Question
 from torch import Tensor
 
 from phatgoose.base import Base

@@ -23,17 +23,17 @@ class Rank:
         self.rank = rank
         self.bases = {name: load_base(str(folder)) for name, folder in folders.items()}
 
-    def open_store(self) -> tuple[str, int]:
-        from harness.training.rendezvous import open_store
+    def open_rendezvous(self) -> tuple[str, int]:
+        from harness.training.rendezvous import open_rendezvous
 
-        self.store = open_store(2)
+        self.store = open_rendezvous(2)
         return self.store.host, self.store.port
 
     def join(self, host: str, port: int) -> None:
         from harness.training.engine import start_deepspeed
-        from harness.training.rendezvous import join_store
+        from harness.training.rendezvous import join_rendezvous
 
-        store = join_store(host, port, 2) if self.rank else self.store
+        store = join_rendezvous(host, port, 2) if self.rank else self.store
         start_deepspeed(store, self.rank, 2)
 
     def train(self, family: str, zero_stage: int, at: int = 0, data: bytes = b"") -> Any:

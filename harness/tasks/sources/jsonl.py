@@ -304,9 +304,9 @@ def _record(task: str, example: Mapping[str, Any], where: str, options: Options)
             f"with {options.choices} the right one as {options.correct}"
         )
     choices = _texts(example[options.choices], where)
-    right = _column(example, options.correct, "correct", where)
+    given = _column(example, options.correct, "correct", where)
     correct = [
-        _index(one, choices, where) for one in (right if isinstance(right, list) else [right])
+        _index(one, choices, where) for one in (given if isinstance(given, list) else [given])
     ]
     if len(set(choices)) < 2 and all(choices):
         raise PhatgooseError(
@@ -326,16 +326,16 @@ def _column(example: Mapping[str, Any], name: str, option: str, where: str) -> A
     )
 
 
-def _index(right: Any, choices: list[str], where: str) -> int:
+def _index(given: Any, choices: list[str], where: str) -> int:
     """Which choice is right: given by its index, as number or text, or by itself."""
-    if isinstance(right, str):
-        if right.strip() in choices:
-            return choices.index(right.strip())
-        right = int(right) if _INDEX.fullmatch(right) else right
-    if type(right) is int and 0 <= right < len(choices):
-        return right
+    if isinstance(given, str):
+        if given.strip() in choices:
+            return choices.index(given.strip())
+        given = int(given) if _INDEX.fullmatch(given) else given
+    if type(given) is int and 0 <= given < len(choices):
+        return given
     raise PhatgooseError(
-        f"{where}: the right choice is {_short(right)}, neither an index into the {len(choices)} "
+        f"{where}: the right choice is {_short(given)}, neither an index into the {len(choices)} "
         "choices nor one of them"
     )
 

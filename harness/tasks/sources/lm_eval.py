@@ -357,9 +357,9 @@ def _record(spec: TaskSpec, task: Any, number: int, doc: Mapping[str, Any]) -> R
         choices = [str(choice) for choice in task.doc_to_choice(doc)]
         # With several inputs, the choices are beginnings, the text says which is right, and the
         # target is the one end that follows each.
-        right = prompt if task.multiple_input else target
-        right = right if isinstance(right, list) else [right]
-        correct = [r if isinstance(r, int) else choices.index(str(r)) for r in right]
+        given = prompt if task.multiple_input else target
+        given = given if isinstance(given, list) else [given]
+        correct = [r if isinstance(r, int) else choices.index(str(r)) for r in given]
         targets = [str(target)] if task.multiple_input else [choices[i] for i in correct]
         prompt = "" if task.multiple_input else prompt
     else:

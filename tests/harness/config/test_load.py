@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.config.load import GROUPS, groups, load_config
+from harness.config.load import GROUPS, group_choices, load_config
 from harness.config.schema import RanksConfig, RunConfig
 from harness.run import main
 from phatgoose.errors import PhatgooseError
@@ -182,8 +182,8 @@ NEEDS = {
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_choice_of_every_group_composes(group: str) -> None:
-    assert groups()[group]
-    for choice in groups()[group]:
+    assert group_choices()[group]
+    for choice in group_choices()[group]:
         if f"{group}={choice}" in NEEDS:
             assert NEEDS[f"{group}={choice}"] in refused(f"{group}={choice}")
             continue
@@ -202,7 +202,7 @@ def test_the_paper_recipe_is_the_default_of_the_library() -> None:
 def test_help_names_every_choice(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    for group, choices in groups().items():
+    for group, choices in group_choices().items():
         start = next(i for i, line in enumerate(lines) if line.split()[:1] == [group])
         text = " ".join(lines[start : start + 6])
         assert all(choice in text for choice in choices)
@@ -286,7 +286,7 @@ def test_routers_that_cannot_be_are_refused(arguments: list[str], expected: str)
 def test_every_router_is_among_all() -> None:
     """A YAML for each, with the class's own defaults, and a line in all.yaml."""
     config = load("router=[all]")
-    assert {*config.router, "single", "all"} == set(groups()["router"])
+    assert {*config.router, "single", "all"} == set(group_choices()["router"])
     assert set(ROUTERS) - {"single"} <= set(config.router)
     for name, router in config.routers([]).items():
         kind = (config.router[name] or {}).get("kind")

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from harness.driver.early_evaluation import Early
+from harness.driver.early_evaluation import EarlyEvaluation
 from harness.evaluation.requests import SuiteRequests
 from harness.evaluation.stage import Evaluation
 from harness.registry.packs import Members
@@ -51,7 +51,7 @@ class Scene:
         evaluations = self.evaluations(self.workers, self.experts)
         workers: Any = self.workers
         trainers: Any = self.trainers
-        self.early = Early(evaluations, self.experts, ROUTERS, trainers, workers, shared)
+        self.early = EarlyEvaluation(evaluations, self.experts, ROUTERS, trainers, workers, shared)
 
     def evaluations(self, workers: LocalWorkers, experts: dict[str, str]) -> list[Evaluation]:
         made = setting(self.folder, workers, 150)

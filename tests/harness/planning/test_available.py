@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from harness.config.schema import RunConfig
-from harness.planning.available import choose
+from harness.planning.available import available_routers
 from harness.planning.plan import Plan, make_plan
 from harness.registry import Registry
 from phatgoose.base import load_base
@@ -54,7 +54,7 @@ def publish(plan: Plan, *names: str, profiles: bool = True) -> dict[str, str]:
 def test_everything_is_served_where_nothing_is_lacking(config: RunConfig) -> None:
     plan = make_plan(config)
     experts = publish(plan, "birds", "lakes", "numbers", "multitask")
-    served = choose(plan, Registry(config.registry, plan.base_fingerprint), experts)
+    served = available_routers(plan, Registry(config.registry, plan.base_fingerprint), experts)
     assert served.problems == []
     names = ["merged", "retrieval", "genknowsub", "multitask", "single:birds", "single:lakes"]
     assert list(served.routers) == names
@@ -70,7 +70,7 @@ def test_everything_is_served_where_nothing_is_lacking(config: RunConfig) -> Non
 def test_what_failed_leaves_the_others_standing(config: RunConfig) -> None:
     plan = make_plan(config)
     experts = publish(plan, "birds", "numbers")
-    served = choose(plan, Registry(config.registry, plan.base_fingerprint), experts)
+    served = available_routers(plan, Registry(config.registry, plan.base_fingerprint), experts)
     assert list(served.routers) == ["merged", "retrieval", "single:birds"]
     genknowsub, multitask, single = served.problems
     assert "router genknowsub is left out: the pool has no expert 'lakes'" in genknowsub
@@ -84,7 +84,7 @@ def test_a_missing_profile_concerns_only_the_routers_that_look_at_profiles(
     plan = make_plan(config)
     experts = publish(plan, "birds", "lakes", "multitask")
     experts |= publish(plan, "numbers", profiles=False)
-    served = choose(plan, Registry(config.registry, plan.base_fingerprint), experts)
+    served = available_routers(plan, Registry(config.registry, plan.base_fingerprint), experts)
     assert served.problems == ["router retrieval is left out: there is no profile of numbers"]
     assert served.members.profiles is None
     assert "retrieval" not in served.routers
@@ -94,4 +94,4 @@ def test_no_router_left_is_an_error(config: RunConfig) -> None:
     plan = make_plan(dataclasses.replace(config, router={"retrieval": {}}))
     experts = publish(plan, "birds", profiles=False)
     with pytest.raises(PhatgooseError, match="router retrieval is left out: there is no profile"):
-        choose(plan, Registry(config.registry, plan.base_fingerprint), experts)
+        available_routers(plan, Registry(config.registry, plan.base_fingerprint), experts)

@@ -279,7 +279,7 @@ def test_a_run_enters_what_an_earlier_one_trained_and_did_not_enter(config: RunC
     registry = Registry(plan.config.registry, plan.base_fingerprint)
     [expert] = make_experts(load_base(plan.config.base.name), 1)
     for job in plan.all_jobs:
-        registry.publish(Expert(job.card, expert.linears), enter=False)
+        registry.publish(Expert(job.card, expert.linears), add_to_manifest=False)
     assert registry.manifest().number == 0
     for _ in range(2):
         run(dataclasses.replace(config, stages=["train"]))

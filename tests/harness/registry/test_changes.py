@@ -156,17 +156,17 @@ def test_a_run_under_way_does_not_bring_back_what_is_removed(
     """The record is read, then another process removes the expert, then it would be entered."""
     job = make_expert(1, name="old").card.job
     local.publish(make_expert(1, name="old"))
-    enter = Registry._enter
+    enter = Registry._add_to_manifest
 
     def remove_first(self: Registry, records: dict[str, Record], replace: bool = True) -> None:
-        monkeypatch.setattr(Registry, "_enter", enter)
+        monkeypatch.setattr(Registry, "_add_to_manifest", enter)
         if change == "remove":
             local.remove("old")
         else:
             local.rename("old", "new")
         enter(self, records, replace)
 
-    monkeypatch.setattr(Registry, "_enter", remove_first)
+    monkeypatch.setattr(Registry, "_add_to_manifest", remove_first)
     local.finished(job)
     assert "old" not in local.manifest().experts
     assert local.finished(job) is None

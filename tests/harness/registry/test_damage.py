@@ -38,7 +38,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path) -> Path:
         registry.publish(make_expert(number))
     registry.remove("task-1")
     registry.publish(make_expert(3))
-    registry.publish(make_expert(4), enter=False)
+    registry.publish(make_expert(4), add_to_manifest=False)
     [profile] = make_profiles(make_experts(load_base(str(llama_folder)), 1))
     registry.put_profile(registry.find("task-3"), ID, profile.to_bytes())
     open_pool(registry, registry.manifest().experts, registry.load)
@@ -151,7 +151,7 @@ def test_a_half_written_newest_manifest(copy: Path, capsys: pytest.CaptureFixtur
     registry = Registry(copy, BASE)
     assert set(registry.manifest().experts) == {"task-2"}
     jobs = [make_expert(number).card.job for number in (1, 2, 3, 4)]
-    registry.enter(jobs)  # the next run
+    registry.add_to_manifest(jobs)  # the next run
     assert set(registry.manifest().experts) == {"task-2", "task-3", "task-4"}
     assert verify(Folder(copy)).problems == []
 

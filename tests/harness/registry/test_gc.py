@@ -55,7 +55,7 @@ def removed(registry: Registry, **options: object) -> set[str]:
 
 def test_a_registry_in_use_has_no_garbage(registry: Registry) -> None:
     registry.remove("task-1")  # older manifests name it
-    registry.publish(make_expert(4), enter=False)  # finished, and not entered yet
+    registry.publish(make_expert(4), add_to_manifest=False)  # finished, and not entered yet
     registry.put_profile(registry.find("task-2"), ID, b"a profile")
     age(registry)
     before = files(registry)
@@ -151,7 +151,7 @@ def test_an_object_published_again_meanwhile_is_not_lost(
 
     def publish() -> None:
         monkeypatch.undo()
-        registry.publish(expert, enter=enter)
+        registry.publish(expert, add_to_manifest=enter)
 
     def before(call: Callable, when: Callable[[str], bool]) -> Callable:
         def patched(self: Folder, name: str = "", **options: object) -> object:

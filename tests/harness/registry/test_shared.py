@@ -57,8 +57,8 @@ def _publish_then_enter(barrier: Any, uri: str, first: int) -> None:
     experts = [make_expert(number) for number in range(first, first + EACH)]
     barrier.wait(120)
     for expert in experts:
-        registry.publish(expert, enter=False)
-    registry.enter([expert.card.job for expert in experts])
+        registry.publish(expert, add_to_manifest=False)
+    registry.add_to_manifest([expert.card.job for expert in experts])
 
 
 @pytest.mark.slow
@@ -84,13 +84,15 @@ def test_many_jobs_are_entered_by_one_manifest(uri: str) -> None:
     experts = [make_expert(number) for number in range(20)]
     jobs = [expert.card.job for expert in experts]
     for expert in experts[:-1]:
-        registry.publish(expert, enter=False)
+        registry.publish(expert, add_to_manifest=False)
     assert registry.manifest().number == 0
     expected = {e.card.job: e.content_hash() for e in experts[:-1]}
     assert registry.recorded_all(jobs) == expected
-    assert registry.enter(jobs) == expected
-    assert registry.enter(jobs) == registry.enter(reversed(jobs)) == expected  # delivered again
-    assert registry.enter([]) == {}
+    assert registry.add_to_manifest(jobs) == expected
+    assert (
+        registry.add_to_manifest(jobs) == registry.add_to_manifest(reversed(jobs)) == expected
+    )  # delivered again
+    assert registry.add_to_manifest([]) == {}
     hashes = {e.card.name: e.content_hash() for e in experts[:-1]}
     assert registry.manifest() == Manifest(1, 0, BASE, hashes)
 
@@ -102,7 +104,7 @@ def test_looking_up_many_jobs_asks_for_few_files(
     registry = Registry(tmp_path, BASE)
     jobs = [make_expert(number).card.job for number in range(300)]
     for number in range(200):
-        registry.publish(make_expert(number), enter=False)
+        registry.publish(make_expert(number), add_to_manifest=False)
     calls: list[str] = []
     for method in ("names", "exists", "find", "read", "create"):
         original = getattr(Folder, method)
@@ -115,7 +117,7 @@ def test_looking_up_many_jobs_asks_for_few_files(
     assert len(registry.recorded_all(jobs)) == 200
     assert (calls.count("names"), calls.count("exists"), calls.count("find")) == (2, 0, 200)
     calls.clear()
-    assert len(registry.enter(jobs)) == 200
+    assert len(registry.add_to_manifest(jobs)) == 200
     assert (calls.count("names"), calls.count("exists"), calls.count("find")) == (5, 0, 400)
     assert calls.count("create") == 1
 
@@ -124,17 +126,17 @@ def test_two_drivers_with_different_experts_of_one_name(uri: str) -> None:
     """Both are kept; each driver finds its own by its job; the name is the last one's."""
     first, second = Registry(uri, BASE), Registry(uri, BASE)
     one, other = make_expert(1, name="task"), make_expert(2, name="task")
-    first.publish(one, enter=False)
-    second.publish(other, enter=False)
-    first.enter([one.card.job])
-    second.enter([other.card.job])
+    first.publish(one, add_to_manifest=False)
+    second.publish(other, add_to_manifest=False)
+    first.add_to_manifest([one.card.job])
+    second.add_to_manifest([other.card.job])
     assert first.find("task") == other.content_hash()
     assert first.recorded(one.card.job) == one.content_hash()
     assert first.load(one.content_hash()).card == one.card
     number = first.manifest().number
     # In one call as well the last counts, however often it comes.
     for _ in range(2):
-        both = first.enter([other.card.job, one.card.job])
+        both = first.add_to_manifest([other.card.job, one.card.job])
         assert both == {other.card.job: other.content_hash(), one.card.job: one.content_hash()}
         assert first.find("task") == one.content_hash()
     assert first.manifest().number == number + 1
@@ -145,11 +147,11 @@ def test_two_drivers_with_different_bases(uri: str) -> None:
     """Both found the registry empty; the second one is told, and the pool stays the first's."""
     first, second = Registry(uri, BASE), Registry(uri, OTHER_BASE)
     mine, theirs = make_expert(1), make_expert(2, base=OTHER_BASE)
-    first.publish(mine, enter=False)
-    second.publish(theirs, enter=False)
-    first.enter([mine.card.job])
+    first.publish(mine, add_to_manifest=False)
+    second.publish(theirs, add_to_manifest=False)
+    first.add_to_manifest([mine.card.job])
     with pytest.raises(PhatgooseError, match=r"was made with base .* choose another folder"):
-        second.enter([theirs.card.job])
+        second.add_to_manifest([theirs.card.job])
     with pytest.raises(PhatgooseError, match=r"was made with base .* choose another folder"):
         second.publish(make_expert(3, base=OTHER_BASE))
     assert Registry(uri, BASE).manifest() == Manifest(1, 0, BASE, {"task-1": mine.content_hash()})
@@ -159,7 +161,7 @@ def test_two_drivers_with_different_bases(uri: str) -> None:
 def _enter_same(barrier: Any, uri: str, jobs: list[str]) -> None:
     registry = Registry(uri, BASE)
     barrier.wait(120)
-    assert len(registry.enter(jobs)) == len(jobs)
+    assert len(registry.add_to_manifest(jobs)) == len(jobs)
 
 
 @pytest.mark.slow
@@ -168,7 +170,7 @@ def test_jobs_entered_by_all_at_once_make_one_manifest(uri: str) -> None:
     registry = Registry(uri, BASE)
     experts = [make_expert(number) for number in range(12)]
     for expert in experts:
-        registry.publish(expert, enter=False)
+        registry.publish(expert, add_to_manifest=False)
     jobs = [expert.card.job for expert in experts]
     _together(_enter_same, *[(uri, jobs)] * 3)
     [manifest] = _manifests(registry.folder)

@@ -5,6 +5,7 @@ import pytest
 import ray
 
 from harness.scheduling.cluster import Cluster, _running
+from harness.scheduling.hardware import usable_cores
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_ray")]
 
@@ -25,7 +26,7 @@ def test_a_local_cluster_is_out_of_reach_and_ends_with_its_run() -> None:
         assert not ray.is_initialized()  # nothing is started before it is needed
         cluster.connect()
         cluster.connect()
-        assert ray.cluster_resources()["CPU"] == len(os.sched_getaffinity(0))
+        assert ray.cluster_resources()["CPU"] == usable_cores()
 
         @ray.remote(num_cpus=0)
         def works() -> str:

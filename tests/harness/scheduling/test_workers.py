@@ -14,7 +14,7 @@ import pytest
 import ray
 
 from harness.scheduling import workers as jobs
-from harness.scheduling.actor import Actor, Place, code_version
+from harness.scheduling.actor import Actor, Location, code_version
 from harness.scheduling.cluster import Cluster, actor_options, check_room, room
 from harness.scheduling.settings import ClusterConfig
 from harness.scheduling.workers import ATTEMPTS, DEATHS, Failure, Watch, Workers
@@ -144,8 +144,8 @@ class Remembers(Watch):
     def __init__(self) -> None:
         self.told: list[tuple[Any, ...]] = []
 
-    def started(self, key: int, place: Place) -> None:
-        assert place.process != os.getpid()
+    def started(self, key: int, location: Location) -> None:
+        assert location.process != os.getpid()
         self.told.append(("started", key))
 
     def went_back(self, key: int, error: str, traceback: str) -> None:
@@ -212,7 +212,7 @@ def test_a_stopped_process_loses_its_lease(
     (key,) = workers.add("work", [("a", "hangs", 1)])
     while not notes(tmp_path)["a"]:
         assert workers.step(0.1) == []
-    process = workers.places[0][0].process
+    process = workers.locations[0][0].process
     os.kill(process, signal.SIGSTOP)
     try:
         assert finish(workers) == {key: "done a"}
@@ -236,7 +236,7 @@ def test_a_node_that_leaves_gets_no_new_call(
     (key,) = workers.add("work", [("c",)])
     for _ in range(3):
         assert workers.step(0.1) == []
-    assert workers.places == []
+    assert workers.locations == []
     leaving.clear()
     monkeypatch.setattr(jobs, "draining_nodes", lambda: frozenset({"another"}))
     assert finish(workers) == {key: "done c"}
@@ -268,9 +268,9 @@ def test_a_result_and_a_sign_of_life_may_come_at_once(make: Make, tmp_path: Path
     workers = make()
     (key,) = begin(workers, ("a", "waits"))
     (actor,) = [actor for actor in workers._actors if actor.call]
-    actor.beat = actor.handle.beat.remote()
+    actor.heartbeat = actor.handle.heartbeat.remote()
     (tmp_path / "go").touch()
-    done, _ = ray.wait([actor.reference, actor.beat], num_returns=2, timeout=60)
+    done, _ = ray.wait([actor.reference, actor.heartbeat], num_returns=2, timeout=60)
     assert len(done) == 2
     assert workers.step(0) == [(key, "done a")]
 

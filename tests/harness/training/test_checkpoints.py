@@ -35,7 +35,7 @@ def test_it_is_found_until_it_is_deleted(kept: Path, tmp_path: Path) -> None:
 
 
 def test_one_that_cannot_be_used_costs_a_line(
-    kept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kept: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert checkpoints(tmp_path, seed=1).load() is None
     (tmp_path / "checkpoints" / "other.safetensors").write_bytes(kept.read_bytes())
@@ -44,20 +44,20 @@ def test_one_that_cannot_be_used_costs_a_line(
     assert checkpoints(tmp_path).load() is None
     kept.write_bytes(b"\x00" * 100)
     assert checkpoints(tmp_path).load() is None
-    lines = capsys.readouterr().out.splitlines()
+    lines = caplog.messages
     assert len(lines) == 4
     assert all("is not used, the job starts afresh: it is" in line for line in lines)
 
 
 def test_a_full_disk_does_not_end_a_training(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
         raise PhatgooseError("no space")
 
     monkeypatch.setattr(Folder, "write", refuse)
     checkpoints(tmp_path).save(State("lora", step=3))
-    assert capsys.readouterr().out == "no checkpoint at step 3: no space\n"
+    assert caplog.messages == ["no checkpoint at step 3: no space"]
 
 
 def test_when_it_is_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

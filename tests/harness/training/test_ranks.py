@@ -27,7 +27,7 @@ def folders(llama_folder: Path, t5_folder: Path) -> dict[str, Path]:
 def ranks(two_cores: None, folders: dict[str, Path]) -> Iterator[list[Any]]:
     remote = ray.remote(Rank).options(num_cpus=1)
     actors = [remote.remote(rank, folders) for rank in range(2)]
-    host, port = ray.get(actors[0].open_store.remote())
+    host, port = ray.get(actors[0].open_rendezvous.remote())
     assert host == "127.0.0.1"
     ray.get([actor.join.remote(host, port) for actor in actors])
     yield actors

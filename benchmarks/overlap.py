@@ -1,6 +1,6 @@
-"""Speed of the check of contamination: words of training data a second, on one core.
+"""Speed of the check for overlap: words of training data a second, on one core.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.contamination
+    OMP_NUM_THREADS=1 python -m benchmarks.overlap
 
 The baseline keeps 8-word sequences as sets of tuples of words, and inputs as a set of texts, in the
 same process, on the same texts, with the same findings. The floor is what no check can do without:

@@ -1,0 +1,75 @@
+"""Messages go to the terminal in plain lines, and an actor's to its file in the run folder."""
+
+import io
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tqdm import tqdm
+
+from harness.logs import TerminalHandler, log_to_terminal
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in ("harness", "phatgoose")]
+    before = [(logger, list(logger.handlers), logger.level) for logger in loggers]
+    yield
+    for logger, handlers, level in before:
+        logger.handlers, logger.level = handlers, level
+
+
+def test_lines_for_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    log_to_terminal()
+    log_to_terminal()  # twice is no different
+    logger = logging.getLogger("harness.somewhere")
+    logger.debug("too much")
+    logger.info("trained   %s: %s", "plural", "loss: 2.00 -> 1.00")
+    logger.warning("it is asked again")
+    logger.error("pol: no such key")
+    logging.getLogger("phatgoose.base").info("too much of the library")
+    logging.getLogger("phatgoose.base").warning("the base has others")
+    logging.getLogger("another.library").info("not ours")
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.splitlines() == [
+        "trained   plural: loss: 2.00 -> 1.00",
+        "it is asked again",
+        "error: pol: no such key",
+        "the base has others",
+    ]
+
+
+def test_a_bar_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with tqdm(total=2, file=stream, mininterval=0) as bar:
+        bar.update()
+        TerminalHandler().handle(logging.makeLogRecord({"msg": "a line", "levelno": 20}))
+    lines = stream.getvalue().replace("\r", "\n").splitlines()
+    assert "a line" in lines  # not behind a bar
+
+
+def test_an_actor_logs_to_a_file_with_all_else_that_it_writes(tmp_path: Path) -> None:
+    script = f"""
+import logging, os
+from harness.scheduling.actor import log_to_run_folder
+log_to_run_folder({str(tmp_path)!r}, "train")
+print("printed", flush=True)
+os.write(2, b"from below Python\\n")
+logging.getLogger("harness.training.actor").info("training %s", "plural")
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=root, check=True
+    )
+    assert done.stdout == done.stderr == ""
+    [file] = (tmp_path / "logs").iterdir()
+    assert file.name.startswith("train-")
+    printed, below, logged = file.read_text().splitlines()
+    assert (printed, below) == ("printed", "from below Python")
+    assert logged.endswith(" INFO harness.training.actor: training plural")
+    assert logged[:2] == "20"  # the time stands first
