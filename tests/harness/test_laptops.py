@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from phatgoose.inference.routed_linear import RoutingLog
 from torch import Tensor
 
 from harness.scheduling import hardware
@@ -16,6 +15,7 @@ from harness.scheduling.cluster import Cluster
 from harness.scheduling.settings import ClusterConfig
 from phatgoose import files
 from phatgoose.devices import off_mps
+from phatgoose.inference.routed_linear import RoutingLog
 from phatgoose.ops import mix, svd
 from phatgoose.ops.mix import _way, mix_reference
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from phatgoose.question import Question
 from torch import Tensor
 
 from phatgoose.base import Base
@@ -16,6 +15,7 @@ from phatgoose.expert import Expert
 from phatgoose.pool import Pool
 from phatgoose.profile import Profile
 from phatgoose.query import Query
+from phatgoose.question import Question
 from tests.support.tiny import make_experts
 
 DIMENSIONS = 16
