@@ -1,6 +1,6 @@
-"""The registry's command line: python -m harness.registry list|show|verify|gc|... <registry>
+"""The registry's command line: python -m harness.registry list|show|verify|gc|... <registry>.
 
-Each command makes an `Output`: a document for programs (--json) and text for people.
+Each command returns an `Output`: a document for programs (--json) and text for people.
 """
 
 import argparse
@@ -26,7 +26,7 @@ _SHORT = 12
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     return run_command(_parser(), arguments)
 
 
@@ -46,43 +46,43 @@ def _parser() -> argparse.ArgumentParser:
 
     command("list", _list, "list the experts of the pool")
     show = command("show", _show, "show an expert's card and tensors")
-    show.add_argument("name", help="of the expert")
-    check = command("verify", _verify, "read every file and see that it is whole")
+    show.add_argument("name", help="the expert's name")
+    check = command("verify", _verify, "read every file and check that it is intact")
     check.add_argument(
-        "--all", action="store_true", help="also the experts of older manifests, and orphans"
+        "--all", action="store_true", help="also read experts of older manifests, and orphans"
     )
     gc = command("gc", _gc, "remove what no manifest and no finished job names")
-    gc.add_argument("--dry-run", action="store_true", help="only tell what would be removed")
+    gc.add_argument("--dry-run", action="store_true", help="only show what would be removed")
     gc.add_argument(
         "--keep-manifests",
         type=int,
         metavar="N",
-        help="also remove all but the newest N manifests, and what only those named",
+        help="also remove all but the newest N manifests, and what only they name",
     )
     gc.add_argument(
         "--older-than",
         type=_seconds,
         default=DAY,
         metavar="AGE",
-        help="leave younger files alone, such as 12h; 1d if not given",
+        help="keep younger files, such as 12h (default: 1d)",
     )
-    load = command("import-peft", _import_peft, "enter a LoRA adapter that PEFT saved")
-    load.add_argument("folder", help="of the adapter")
-    load.add_argument("--name", help="of the expert; the folder's if not given")
+    load = command("import-peft", _import_peft, "add a LoRA adapter that PEFT saved")
+    load.add_argument("folder", help="the adapter's folder")
+    load.add_argument("--name", help="the expert's name (default: the folder's)")
     load.add_argument(
         "--base",
-        help="the adapter's base: a packaged name, a directory or a Hugging Face id; needed to "
-        "start a registry, and where the base is not found under the name that the adapter gives",
+        help="the adapter's base: a packaged name, a directory or a Hugging Face id; required to "
+        "start a registry, and if the base is not found under the name that the adapter gives",
     )
     load.add_argument("--replace", action="store_true", help="take over the name of another expert")
     save = command("export-peft", _export_peft, "write an expert as a LoRA adapter for PEFT")
-    save.add_argument("name", help="of the expert")
-    save.add_argument("folder", help="to write to; made if it is not there")
+    save.add_argument("name", help="the expert's name")
+    save.add_argument("folder", help="the folder to write; created if missing")
     rename = command("rename", _rename, "give an expert another name")
     rename.add_argument("old", help="its name")
     rename.add_argument("new", help="its new name")
-    remove = command("remove", _remove, "take an expert out of the pool; its object stays")
-    remove.add_argument("name", help="of the expert")
+    remove = command("remove", _remove, "remove an expert from the pool; its object stays")
+    remove.add_argument("name", help="the expert's name")
     return parser
 
 
@@ -110,7 +110,7 @@ def _list(args: argparse.Namespace) -> Output:
 
 
 def _summary(registry: Registry, name: str, content_hash: str) -> dict[str, Any]:
-    """What a list says about an expert; `error` in place of it if its object is damaged."""
+    """Return what the list shows about an expert, or its `error` if its object is damaged."""
     try:
         expert = registry.load(content_hash)
     except PhatgooseError as error:
@@ -168,7 +168,7 @@ def _show(args: argparse.Namespace) -> Output:
 
 
 def _lines(card: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The card's fields; what the recipe and the metrics hold as `recipe.rank` and so on."""
+    """Yield the card's fields; those of the recipe and the metrics as `recipe.rank` and so on."""
     for key, value in card.items():
         if isinstance(value, dict):
             yield from ((f"{key}.{inner}", json.dumps(part)) for inner, part in value.items())
@@ -177,7 +177,7 @@ def _lines(card: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _tensors(expert: Expert) -> str:
-    """A line for each kind of tensor, with how many linears have it, and a total line."""
+    """Return a line for each kind of tensor, with the number of linears, and a total line."""
     kinds: Counter[tuple[str, str, str]] = Counter()
     size: Counter[tuple[str, str, str]] = Counter()
     for factors in expert.linears.values():
@@ -195,14 +195,14 @@ def _verify(args: argparse.Namespace) -> Output:
     check = verify(folder, every_manifest=args.all)
     lines = [
         *check.problems,
-        *(f"no manifest or record names {f}: it does no harm, and gc removes it"
+        *(f"no manifest or record names {f}: it is harmless, and gc removes it"
           for f in check.orphans if f.startswith("objects/")),
-        *(f"the expert of {f} is gone: it does no harm, and gc removes it"
+        *(f"the expert of {f} was deleted: it is harmless, and gc removes it"
           for f in check.orphans if not f.startswith("objects/")),
     ]  # fmt: skip
     if check.unnamed:
         jobs = count(len(check.unnamed), "finished job")
-        lines.append(f"{jobs} in no manifest yet: the next run of theirs enters them")
+        lines.append(f"{jobs} in no manifest yet: the next run that needs them adds them")
     lines.append(
         f"{count(check.objects, 'expert')} read, {count(len(check.problems), 'problem')}, "
         f"{count(len(check.orphans), 'orphan')}"
@@ -235,15 +235,15 @@ def _gc(args: argparse.Namespace) -> Output:
 
 
 def _folder(uri: str) -> Folder:
-    """The folder of a registry, also of one whose newest manifest is damaged."""
+    """Return the folder of a registry, even if its newest manifest is damaged."""
     folder = Folder(uri)
     if not manifest_numbers(folder):
-        Registry.open(uri)  # says that there is none
+        Registry.open(uri)  # raises the error
     return folder
 
 
 def _seconds(text: str) -> float:
-    """`90`, `30m`, `12h` or `1d` in seconds."""
+    """Return `90`, `30m`, `12h` or `1d` in seconds."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r}: give a number and s, m, h or d, such as 1d")
@@ -260,7 +260,7 @@ def _import_peft(args: argparse.Namespace) -> Output:
     # Slow to import, and needed by this command only.
     from phatgoose.base import load_base
 
-    # Only the base's shapes are used, so that the narrowest weights will do.
+    # Only the base's shapes are used, so the narrowest weights suffice.
     base = load_base(args.base, dtype="bfloat16") if args.base else None
     expert = Expert.from_peft(args.folder, base=base, name=args.name)
     if manifest_numbers(folder):
@@ -282,7 +282,7 @@ def _export_peft(args: argparse.Namespace) -> Output:
     expert = registry.load(content_hash)
     expert.to_peft(args.folder)
     gates = any(factors.gate_D is not None for factors in expert.linears.values())
-    left_out = " without its gates, for which PEFT has no place" if gates else ""
+    left_out = " without its gates, which PEFT cannot store" if gates else ""
     return Output(
         {"name": args.name, "hash": content_hash, "folder": str(Path(args.folder).absolute())},
         f"exported {args.name} to {args.folder}{left_out}",
@@ -290,7 +290,7 @@ def _export_peft(args: argparse.Namespace) -> Output:
 
 
 def _to_change(uri: str) -> Registry:
-    """The registry, if its folder can be written to by several at once."""
+    """Return the registry, after checking that several processes can write to its folder."""
     registry = Registry.open(uri)
     registry.folder.check_writable()
     return registry
@@ -307,7 +307,7 @@ def _rename(args: argparse.Namespace) -> Output:
 
 def _remove(args: argparse.Namespace) -> Output:
     registry = _to_change(args.registry)
-    content_hash = registry.find(args.name)  # a name that is not there is an error here
+    content_hash = registry.find(args.name)  # a missing name is an error here
     registry.remove(args.name)
     return Output(
         {"name": args.name, "hash": content_hash},

@@ -12,13 +12,15 @@ RegistryActor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1
 
 
 def registry_actor(uri: str | Path, base_fingerprint: str) -> Any:
-    """An actor over `Registry(uri, base_fingerprint)`; its methods are the registry's.
+    """Return an actor over `Registry(uri, base_fingerprint)` with the registry's methods.
 
-    Ray restarts it and repeats calls that were under way, which every method allows. It ends with
-    the last of its handles. Raises what Registry raises.
+    Ray restarts it and repeats interrupted calls, which every method allows. It ends with the last
+    of its handles. Raises what Registry raises.
     """
-    folder = Registry(uri, base_fingerprint).folder  # a mistake shows here, not in an actor
-    # A local folder is this node's: an actor elsewhere would write to another disk.
+    folder = Registry(
+        uri, base_fingerprint
+    ).folder  # so that an error is raised here, not in an actor
+    # A local folder belongs to this node: an actor elsewhere would write to another disk.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     place = {"scheduling_strategy": here} if folder.local("objects") else {}
     return RegistryActor.options(**place).remote(folder.uri, base_fingerprint)

@@ -1,4 +1,4 @@
-"""The registry's small files: their names, what is in them, and reading them.
+"""The registry's small files: their names, their contents, and how to read them.
 
     jobs/<job>.json        {"object": content hash, "name": expert's name, "code": digest of the
                             source code that trained it, "sha256": checksum}
@@ -6,9 +6,8 @@
     manifests/<n>.json     {"schema": 2, "number": n, "parent": n - 1, "base_fingerprint": hash,
                             "experts": {name: content hash}, "sha256": checksum}
 
-The checksum is of the rest, so that no changed bit goes unseen; files of earlier versions have
-none. What is read is checked before any of it becomes part of a path. Files of other names are
-ignored.
+The checksum covers the rest, so every changed bit is noticed. Files of earlier versions have none.
+Contents are checked before any of them becomes part of a path. Files with other names are ignored.
 """
 
 import hashlib
@@ -25,7 +24,7 @@ from phatgoose.expert import Expert
 from phatgoose.profile import Profile
 
 SCHEMA_VERSION = 2
-# How a profile is measured, and (but for profiles of version 0.1.0) a digest of the code that did.
+# How a profile is measured, and a digest of the measuring code (not in version 0.1.0).
 _PROFILE_ID = r"[0-9a-f]{8,64}(?:-[0-9a-f]{16})?"
 
 
@@ -39,15 +38,15 @@ class Manifest:
     experts: dict[str, str]
 
     def to_bytes(self) -> bytes:
-        """The bytes of its file."""
+        """Return the bytes of its file."""
         return _to_json({"schema": SCHEMA_VERSION, **asdict(self)})
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a finished job made, and a digest of the source code that did it.
+    """The result of a finished job, and a digest of the source code that made it.
 
-    The digest is empty for what was imported, and for experts of version 0.1.0.
+    The digest is empty for imported experts, and for experts of version 0.1.0.
     """
 
     object: str
@@ -55,22 +54,22 @@ class Record:
     code: str = ""
 
     def to_bytes(self) -> bytes:
-        """The bytes of its file."""
+        """Return the bytes of its file."""
         return _to_json(asdict(self))
 
 
 def object_file(content_hash: str) -> str:
-    """The file of an expert; PhatgooseError if this is no content hash."""
+    """Return the file of an expert; raise PhatgooseError unless this is a content hash."""
     if not re.fullmatch(r"[0-9a-f]{64}", content_hash):
-        raise PhatgooseError(f"{content_hash!r} is no content hash: use 64 hexadecimal digits")
+        raise PhatgooseError(f"{content_hash!r} is not a content hash: use 64 hexadecimal digits")
     return f"objects/{content_hash}.arrow"
 
 
 def profile_file(content_hash: str, profile_id: str) -> str:
-    """The file of an expert's profile; PhatgooseError if one of the two cannot be in a name."""
+    """Return the file of an expert's profile; raise PhatgooseError if either id is invalid."""
     object_file(content_hash)
     if not re.fullmatch(_PROFILE_ID, profile_id):
-        raise PhatgooseError(f"{profile_id!r} is no profile id: use 8 to 64 hexadecimal digits")
+        raise PhatgooseError(f"{profile_id!r} is not a profile id: use 8 to 64 hexadecimal digits")
     return f"profiles/{content_hash}-{profile_id}.safetensors"
 
 
@@ -91,44 +90,44 @@ def profile_files(folder: Folder) -> list[ProfileFile]:
 
 
 def job_file(job: str) -> str:
-    """The file of a job's record; PhatgooseError if this is no job id."""
+    """Return the file of a job's record; raise PhatgooseError unless this is a job id."""
     if not re.fullmatch(r"[0-9a-f]{8,64}", job):
-        raise PhatgooseError(f"{job!r} is no job id: use 8 to 64 hexadecimal digits")
+        raise PhatgooseError(f"{job!r} is not a job id: use 8 to 64 hexadecimal digits")
     return f"jobs/{job}.json"
 
 
 def code_file(digest: str) -> str:
-    """The file that says what source code a digest stands for; PhatgooseError if it is none."""
+    """Return the file of the source code with a digest; raise PhatgooseError if it is invalid."""
     if not re.fullmatch(r"[0-9a-f]{16}", digest):
-        raise PhatgooseError(f"{digest!r} is no digest of code: use 16 hexadecimal digits")
+        raise PhatgooseError(f"{digest!r} is not a digest of code: use 16 hexadecimal digits")
     return f"code/{digest}.json"
 
 
 def manifest_file(number: int) -> str:
-    """The file of a manifest."""
+    """Return the file of a manifest."""
     return f"manifests/{number}.json"
 
 
 def object_files(folder: Folder) -> list[str]:
-    """The files of all experts."""
+    """Return the files of all experts."""
     names = folder.names("objects/")
     return [name for name in names if re.fullmatch(r"objects/[0-9a-f]{64}\.arrow", name)]
 
 
 def job_files(folder: Folder) -> list[str]:
-    """The files of all records."""
+    """Return the files of all records."""
     names = folder.names("jobs/")
     return [name for name in names if re.fullmatch(r"jobs/[0-9a-f]{8,64}\.json", name)]
 
 
 def manifest_numbers(folder: Folder) -> list[int]:
-    """The numbers of all manifests, in order."""
+    """Return the numbers of all manifests, in order."""
     matches = (re.fullmatch(r"manifests/([1-9]\d*)\.json", n) for n in folder.names("manifests/"))
     return sorted(int(match[1]) for match in matches if match)
 
 
 def read_record(folder: Folder, file: str) -> Record | None:
-    """The record in a file; None if there is no such file (any more).
+    """Return the record in a file; None if the file does not exist.
 
     Raises PhatgooseError, naming the file, if it is malformed.
     """
@@ -139,7 +138,7 @@ def read_record(folder: Folder, file: str) -> Record | None:
 def read_records(
     folder: Folder, files: Iterable[str]
 ) -> Iterator[tuple[str, Record | PhatgooseError | None]]:
-    """As `read_record`, of many; in place of one that cannot be read, why."""
+    """Yield each file with its record, None if it is missing, or the error if it is malformed."""
     for file, data in folder.find_all(files):
         try:
             if isinstance(data, PhatgooseError):
@@ -163,7 +162,7 @@ def _to_record(folder: Folder, file: str, data: bytes) -> Record:
 
 
 def read_manifest(folder: Folder, number: int) -> Manifest:
-    """The manifest of this number.
+    """Return the manifest of this number.
 
     Raises PhatgooseError, naming the file, if it is malformed or from a newer version.
     """
@@ -176,8 +175,8 @@ def read_manifest(folder: Folder, number: int) -> Manifest:
             raise ValueError("it has no checksum")
         manifest = _to_manifest(content, number) if schema <= SCHEMA_VERSION else None
     except (AttributeError, LookupError, TypeError, ValueError, PhatgooseError) as error:
-        mend = "finished jobs are entered again by the next run"
-        raise _malformed(folder, file, error, mend) from error
+        fix = "finished jobs are added again by the next run"
+        raise _malformed(folder, file, error, fix) from error
     if manifest is None:
         raise PhatgooseError(f"{folder}/{file} has the newer schema {schema}: update phatgoose")
     return manifest
@@ -193,7 +192,7 @@ def read_expert(folder: Folder, content_hash: str) -> Expert:
     data = None if local else folder.find(name)
     if data is None and not (local and local.exists()):
         raise PhatgooseError(
-            f"{path} is missing: run again, and its expert is trained again; if it was "
+            f"{path} is missing: start the run again, which trains its expert again; if it was "
             "imported or renamed, do that again"
         )
     expert = Expert.load(local) if local else Expert.from_buffer(data, path)
@@ -220,15 +219,15 @@ def read_profile(folder: Folder, file: str) -> Profile:
 def _to_manifest(content: dict[str, Any], number: int) -> Manifest:
     manifest = Manifest(**content)
     if manifest.number != number:
-        raise ValueError(f"it says that it is number {manifest.number}")
+        raise ValueError(f"its content has the number {manifest.number}")
     for name, content_hash in manifest.experts.items():
         validate_name(name)
         object_file(content_hash)
     return manifest
 
 
-def _malformed(folder: Folder, file: str, error: Exception, mend: str) -> PhatgooseError:
-    return PhatgooseError(f"{folder}/{file} is malformed ({error}): delete it, and {mend}")
+def _malformed(folder: Folder, file: str, error: Exception, fix: str) -> PhatgooseError:
+    return PhatgooseError(f"{folder}/{file} is malformed ({error}): delete it, and {fix}")
 
 
 def _to_json(content: dict[str, Any]) -> bytes:
@@ -237,11 +236,11 @@ def _to_json(content: dict[str, Any]) -> bytes:
 
 
 def _from_json(data: bytes) -> tuple[dict[str, Any], bool]:
-    """What is in a file, and whether it had a checksum; ValueError if that does not fit."""
+    """Return a file's content, and whether it has a checksum; raise ValueError if it differs."""
     content: dict[str, Any] = json.loads(data)
     checksum = content.pop("sha256", None)
     if checksum is not None and checksum != _checksum(content):
-        raise ValueError("its checksum does not fit")
+        raise ValueError("its checksum differs")
     return content, checksum is not None
 
 

@@ -1,16 +1,19 @@
-"""What no manifest and no record names goes away: `python -m harness.registry gc`.
+"""Remove what no manifest and no record names: `python -m harness.registry gc`.
 
-Garbage is: objects that neither a manifest nor a job's record names, profiles of objects that are
-gone, packs that hold such an object or are not whole, and files that a killed writer left. With
-`keep_manifests`, manifests older than so many go first, and then what only they named. A record
-stays, and its object with it: the job is finished, and the next run enters it.
+Garbage is: objects that neither a manifest nor a job's record names, profiles of deleted objects,
+packs that hold such an object or are incomplete, and files that a killed writer left. With
+`keep_manifests`, older manifests go first, and then what only they named. A record stays, and its
+object too: the job is finished, and the next run adds it to the pool.
 
-Files younger than `older_than` stay: a run may be about to name them. An object as old as that may
-still be named at this very moment, where a run makes the same expert again. So what was deleted is
-kept in memory until the records and manifests have been read once more, and written back if one
-names it now; and whoever publishes looks for the object once more after its record is there
-(`Registry._store`). Of the two, the later one sees what the other did. If a gc is killed in that
-moment, a job's record may be left without its object: the next run trains that expert again.
+Files younger than `older_than` stay, because a run may be about to name them. An older object may
+still be named concurrently, when a run makes the same expert again. Therefore:
+
+1. Deleted objects are held in memory until the records and manifests have been read once more, and
+   are written back if one of these names them.
+2. A publisher checks that the object exists once more after writing its record (`Registry._store`).
+
+The later of the two sees what the other one did. If gc is killed at that moment, a job's record may
+be left without its object, and the next run trains that expert again.
 """
 
 import contextlib
@@ -36,7 +39,7 @@ from phatgoose.errors import PhatgooseError
 from phatgoose.files import TEMPORARY
 
 DAY = 86400.0
-# Objects deleted between two looks at what is named; so much is in memory.
+# Bytes of objects deleted between two readings of the names; they are held in memory.
 _BATCH_BYTES = 256 * 2**20
 
 
@@ -56,16 +59,16 @@ def collect(
     older_than: float = DAY,
     dry_run: bool = False,
 ) -> list[Garbage]:
-    """Remove the garbage of a registry; returns what was removed.
+    """Remove the garbage of a registry; return what was removed.
 
     Args:
         folder: of the registry.
         keep_manifests: how many of the newest manifests stay; all if None.
-        older_than: files that were written within so many seconds stay.
-        dry_run: remove nothing; returns what would be.
+        older_than: files written within this many seconds stay.
+        dry_run: remove nothing; return what would be removed.
 
     Raises:
-        PhatgooseError: a manifest or record cannot be read, so that it is not known what it names.
+        PhatgooseError: a manifest or record cannot be read, so what it names is unknown.
     """
     if keep_manifests is not None and keep_manifests < 1:
         raise PhatgooseError(f"keep_manifests is {keep_manifests}: at least the newest must stay")
@@ -104,16 +107,16 @@ def _old_manifests(folder: Folder, keep: int | None) -> list[str]:
 
 
 class _Names:
-    """Which objects the manifests and records name, read anew as often as needed."""
+    """The objects that the manifests and records name, read again as often as needed."""
 
     def __init__(self, folder: Folder, without: set[str]) -> None:
-        """`without` are manifests that do not count."""
+        """Ignore the manifests `without`."""
         self.without = without
         self._folder = folder
         self._read: dict[str, tuple[float, set[str]]] = {}  # by file: when written, what it names
 
     def read(self) -> set[str]:
-        """The files of all objects that are named now; only what changed is read."""
+        """Return the files of all objects that are named now; read only what changed."""
         folder = self._folder
         for number in manifest_numbers(folder):
             file = manifest_file(number)
@@ -131,7 +134,7 @@ class _Names:
 
 
 def _remove_objects(folder: Folder, entries: Sequence[Entry], names: _Names) -> Iterator[Garbage]:
-    """Delete objects; what is named by now is written back, and not among those returned."""
+    """Delete objects and yield them; what is named by now is written back instead."""
     for batch in _batches(entries):
         named = names.read()
         deleted: dict[str, bytes] = {}
@@ -157,10 +160,10 @@ def _batches(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
 
 
 def _rest(folder: Folder, old: dict[str, Entry], objects: set[str]) -> Iterator[Garbage]:
-    """What is neither an object nor a manifest."""
+    """Yield the garbage that is neither an object nor a manifest."""
     for profile in profile_files(folder):
         if profile.file in old and object_file(profile.expert) not in objects:
-            yield _garbage(old[profile.file], "its expert is gone")
+            yield _garbage(old[profile.file], "its expert was deleted")
     lost: dict[str, bool] = {}
     for path, entry in old.items():
         first, _, below = path.partition("/")
@@ -173,7 +176,7 @@ def _rest(folder: Folder, old: dict[str, Entry], objects: set[str]) -> Iterator[
             if pack not in lost:
                 lost[pack] = _is_lost(folder, pack, objects)
             if lost[pack]:
-                yield _garbage(entry, "a pack of experts that are gone, or not whole")
+                yield _garbage(entry, "an incomplete pack, or one of deleted experts")
         elif re.fullmatch(r"check-[0-9a-f]{32}", path):
             yield _garbage(entry, "left by a process that was killed")
 
@@ -191,7 +194,7 @@ def _remove_if_empty(folder: Folder, file: str) -> None:
 
 
 def _is_lost(folder: Folder, pack: str, objects: set[str]) -> bool:
-    """Whether a pack cannot be served any more, or never will be asked for."""
+    """Return whether a pack is incomplete, or holds an expert that was deleted."""
     path = folder.local(f"packs/{pack}")
     with contextlib.suppress(PhatgooseError):
         return path is not None and not {*map(object_file, read_index(path).values())} <= objects

@@ -4,8 +4,8 @@
     packs/<id>/pack.json          which experts those are, a digest of the code that stacked them,
                                  and a hash of the file
 
-A pack can be made again from the registry's objects at any time. One that was cut short, altered,
-or made by other code is not used: it is made again.
+A pack can be made again from the registry's objects at any time. A pack that is truncated, altered,
+or made by other code is not used but made again.
 """
 
 import contextlib
@@ -32,8 +32,8 @@ from phatgoose.files import temporary_name
 from phatgoose.pool import Pool
 
 POOL_FILE, INDEX_FILE = "pool.safetensors", "pack.json"
-LOCK = ".lock"  # how the hidden files end by which one process keeps others waiting
-# A process that waits longer for another's pack makes its own.
+LOCK = ".lock"  # suffix of the hidden files by which one process makes others wait
+# A process that has waited this long for another's pack makes its own.
 _WAIT_SECONDS = 1800.0
 _BEAT_SECONDS = 5.0
 _TRIES = 5
@@ -49,12 +49,12 @@ class Members:
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """What tells pools apart: their order counts, which `==` of dictionaries leaves out."""
+        """What identifies a pool, including the order that `==` of dictionaries ignores."""
         return tuple(self.experts.items()), self.profiles and tuple(self.profiles.items())
 
 
 def pool_id(experts: Mapping[str, str]) -> str:
-    """What identifies a pool: a hash over its experts' names and content hashes, in its order."""
+    """Return the id of a pool: a hash over its experts' names and content hashes, in order."""
     return hashlib.sha256(json.dumps(list(experts.items())).encode()).hexdigest()[:16]
 
 
@@ -64,17 +64,17 @@ def open_pool(
     load: Callable[[str], Expert],
     beat: Callable[[], None] = lambda: None,
 ) -> Pool:
-    """Map the pack of these experts, making it first if this machine has no whole one.
+    """Map the pack of these experts, after making it if this machine does not have it.
 
-    It lies in the registry where that is a local folder, else in the cache. Of the processes that
-    want it at once, one makes it and the others wait; where the filesystem has no locks, each
-    makes it, and they do not disturb each other.
+    It is stored in the registry if that is a local folder, and in the cache otherwise. Of several
+    processes that need it at once, one makes it and the others wait. If the filesystem has no
+    locks, each makes it, without disturbing the others.
 
     Args:
-        registry: where the experts are kept.
+        registry: where the experts are stored.
         experts: content hash by name, in the pool's order.
         load: reads and verifies the expert of a hash.
-        beat: called again and again, as a sign of life.
+        beat: called regularly, as a heartbeat.
 
     Raises:
         PhatgooseError: an expert cannot be read, or the pack cannot be written.
@@ -96,7 +96,7 @@ def open_pool(
         except (OSError, SafetensorError) as error:
             raise PhatgooseError(
                 f"cannot write the pack {folder} ({reason_of(error)}): free some space there, or "
-                "see that it may be written to"
+                "make the folder writable"
             ) from error
     if pool is None:
         raise PhatgooseError(f"the pack {folder} was damaged while it was made: check the disk")
@@ -104,48 +104,48 @@ def open_pool(
 
 
 def read_index(folder: Path, beat: Callable[[], None] = lambda: None) -> dict[str, str]:
-    """Which experts a pack holds: content hash by name.
+    """Return the experts of a pack: content hash by name.
 
-    Raises PhatgooseError, naming the file, if the pack is not whole.
+    Raises PhatgooseError, naming the file, if the pack is damaged.
     """
     return _read_index(folder, beat)[0]
 
 
 def _read_index(folder: Path, beat: Callable[[], None]) -> tuple[dict[str, str], str | None]:
-    """The experts of a whole pack, and a digest of the code that stacked them."""
+    """Return the experts of an intact pack, and a digest of the code that stacked them."""
     try:
         index = json.loads((folder / INDEX_FILE).read_bytes())
         experts = {str(name): str(content) for name, content in index["experts"]}
         if pool_id(experts) != folder.name:
-            raise ValueError("its experts are others")
+            raise ValueError("its experts differ")
         is_of_0_1_0 = index.keys() == {"experts", "xxh3_128"}
         if not is_of_0_1_0 and index.pop("sha256") != _checksum(index):
             raise ValueError(f"{INDEX_FILE} was altered")
         if _hash(folder / POOL_FILE, beat) != index["xxh3_128"]:
-            raise ValueError(f"{POOL_FILE} was altered or cut short")
+            raise ValueError(f"{POOL_FILE} was altered or truncated")
     except (OSError, LookupError, TypeError, ValueError) as error:
         raise PhatgooseError(
-            f"{folder} is no whole pack ({reason_of(error)}): delete it, or leave it; the next run "
-            "that needs it makes it anew"
+            f"{folder} is not an intact pack ({reason_of(error)}): delete it, or leave it; the "
+            "next run that needs it makes it again"
         ) from error
     return experts, index.get("code")
 
 
 def pack_folders(registry: Path) -> list[Path]:
-    """The folders of all packs in a local registry."""
+    """Return the folders of all packs in a local registry."""
     packs = registry / "packs"
     found = packs.iterdir() if packs.is_dir() else iter(())
     return sorted(path for path in found if path.is_dir() and not path.name.startswith("."))
 
 
 def _open_whole(folder: Path, beat: Callable[[], None]) -> Pool | None:
-    """The pack, if there is one and it is whole."""
+    """Return the pack if it exists and is intact."""
     try:
         experts, code = _read_index(folder, beat)
         if code != _code():
             return None
         pool = Pool.open(folder)
-    except (PhatgooseError, OSError, RuntimeError, SafetensorError):  # cut short in between
+    except (PhatgooseError, OSError, RuntimeError, SafetensorError):  # truncated in the meantime
         return None
     return pool if pool.experts == tuple(experts) else None
 
@@ -156,7 +156,7 @@ def _make(
     load: Callable[[str], Expert],
     beat: Callable[[], None],
 ) -> None:
-    """Write a pack next to where it belongs and move it there whole; a damaged one goes away."""
+    """Write a pack beside its place and move it there complete; replace a damaged one."""
     temporary = folder.with_name(temporary_name())
     temporary.mkdir()
     try:
@@ -185,7 +185,7 @@ def _checksum(index: Mapping[str, Any]) -> str:
 
 @functools.cache
 def _code() -> str:
-    """A digest of the source code that stacks experts and reads them."""
+    """Return a digest of the source code that stacks experts and reads them."""
     return digest(code_of(["phatgoose.pool"]))
 
 
@@ -200,7 +200,7 @@ def _rename_unless_there(new: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _alone(lock: Path, beat: Callable[[], None]) -> Iterator[None]:
-    """Keep the other processes of this machine out; go on without where locks do not work."""
+    """Exclude the other processes of this machine; proceed without a lock if locks do not work."""
     ends = time.monotonic() + _WAIT_SECONDS
     with contextlib.ExitStack() as held:
         while time.monotonic() < ends:

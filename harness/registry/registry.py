@@ -2,22 +2,22 @@
 
     objects/<hash>.arrow   one expert each, named by the hash of its content
     jobs/<job>.json        which object a finished job made, and under which name
-    manifests/<n>.json     name -> hash of the whole pool; the highest number counts
+    manifests/<n>.json     name -> hash of the complete pool; the highest number counts
     code/<digest>.json     the source code that made experts and profiles, as hashes by module
-    profiles/<hash>-<id>.safetensors   what routers know of an expert besides its weights, measured
-                                       in the way that the id stands for
+    profiles/<hash>-<id>.safetensors   what routers know about an expert besides weights, measured
+                                       in the way that the id identifies
 
-A publish writes them in this order. Once the job's record is there the job is finished, and
-whatever a crash then left undone is done by the next call that meets the record. `remove` and
-`rename` delete the record before they write the manifest, so that no call enters the name again
-behind their back. So every method may be repeated at any time.
+`publish` writes them in this order. A job is finished once its record exists. The next call that
+reads the record completes whatever a crash left undone. `remove` and `rename` delete the record
+before they write the manifest, so no concurrent call adds the name again. So every method may be
+repeated at any time.
 
-Any number of processes may share a registry: each record and manifest is created only if there is
-none (`Folder.create`), and whoever was second reads the other's and builds on it. Two runs whose
-recipes or data differ may make different experts of one name: both are kept, each run finds its own
-by its job, and the name in the pool stands for the one that was entered last.
+Any number of processes may share a registry. Each record and manifest is created only if it does
+not exist (`Folder.create`); a process that comes second reads the existing one and builds on it.
+Two runs with different recipes or data may make different experts of one name. Both are stored,
+each run finds its own by its job, and the name in the pool refers to the one added last.
 
-`python -m harness.registry --help` tells the command line (harness/registry/__main__.py).
+The command line is in harness/registry/__main__.py.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ from phatgoose.errors import PhatgooseError, near_names
 from phatgoose.expert import Expert
 from phatgoose.profile import Profile
 
-# Up to so many jobs are looked up one by one.
+# Up to this many jobs are looked up one by one.
 _FEW = 8
 
 
@@ -60,20 +60,20 @@ class Registry:
     """
 
     def __init__(self, uri: str | Path, base_fingerprint: str) -> None:
-        """Open the registry, which is empty if nothing is there; nothing is written yet."""
+        """Open the registry, which is empty if the folder is; write nothing yet."""
         self.folder = Folder(uri)
         self.base_fingerprint = base_fingerprint
         self.manifest()
 
     @classmethod
     def open(cls, uri: str | Path) -> "Registry":
-        """Open the registry at `uri`, whatever its base; PhatgooseError if there is none."""
+        """Open the registry at `uri`, of any base; raise PhatgooseError if there is none."""
         folder = Folder(uri)
         numbers = manifest_numbers(folder)
         if not numbers:
             raise PhatgooseError(
-                f"no registry here: {folder} has no manifests/<n>.json; give the folder that has "
-                "(a run keeps it in <run.dir>/registry)"
+                f"no registry here: {folder} has no manifests/<n>.json; give a folder that has "
+                "(a run's is <run.dir>/registry)"
             )
         return cls(uri, read_manifest(folder, max(numbers)).base_fingerprint)
 
@@ -89,9 +89,9 @@ class Registry:
 
         `code` is the source code that trained it, see `harness.source_code`.
 
-        The same expert twice makes one object and one manifest. Work may be delivered twice, and
-        training may differ in the last bits: the first expert of a job is kept and its hash is
-        returned for the later ones. Another job's expert of the same name takes over that name;
+        Publishing an expert twice makes one object and one manifest. Work may be delivered twice,
+        and training may differ in the last bits: the first expert of a job is stored, and its hash
+        is returned for later ones. An expert of another job takes over the name of an existing one;
         with `replace=False` it is refused.
         """
         card = expert.card
@@ -111,56 +111,56 @@ class Registry:
         return record.object
 
     def add_to_manifest(self, jobs: Iterable[str]) -> dict[str, str]:
-        """Let the newest manifest name what these finished jobs made; one manifest for all.
+        """Add the experts of these finished jobs to the pool, with one new manifest.
 
-        Returns the content hash that each job made; jobs still to be done are left out. Of several
-        jobs whose experts have one name, the last one counts.
+        Return the content hash of each job's expert; unfinished jobs are left out. If several jobs'
+        experts have one name, the last one counts.
         """
         records = self._records(jobs)
         self._add_to_manifest(records)
         return {job: record.object for job, record in records.items()}
 
     def recorded(self, job: str) -> str | None:
-        """As `finished`, but changes nothing: for looking before any work."""
+        """Return what `finished` returns, without any change."""
         record = self._record(job)
         return None if record is None else record.object
 
     def records(self, jobs: Iterable[str]) -> dict[str, Record]:
-        """Return the records of the finished ones among these jobs; changes nothing."""
+        """Return the records of the finished jobs among these, without any change."""
         return self._records(jobs)
 
     def put_code(self, code: Mapping[str, str]) -> str:
-        """Keep what source code a digest stands for; return the digest."""
+        """Store the hashes of source code under their digest; return the digest."""
         name = digest(code)
         if not self.folder.exists(code_file(name)):
             self.folder.create(code_file(name), json.dumps(code, sort_keys=True).encode())
         return name
 
     def code(self, name: str) -> dict[str, str]:
-        """Return the source code that a digest stands for; nothing if that is not known."""
+        """Return the hashes of source code with this digest; empty if they are unknown."""
         data = self.folder.find(code_file(name))
         try:
             return {str(k): str(v) for k, v in json.loads(data or b"{}").items()}
         except (AttributeError, ValueError):
-            return {}  # damaged: it is only shown to people
+            return {}  # damaged: it is only displayed
 
     def recorded_all(self, jobs: Iterable[str]) -> dict[str, str]:
-        """As `add_to_manifest`, but for many jobs, and changes nothing."""
+        """Return what `add_to_manifest` returns, without any change."""
         return {job: record.object for job, record in self._records(jobs).items()}
 
     def finished(self, job: str) -> str | None:
-        """The hash of the expert that a job made; None if the job is still to be done.
+        """Return the hash of the expert that a job made; None if the job is not finished.
 
-        The newest manifest names the expert afterwards, even if a crash cut the publish short or
-        another job's expert took over the name. None also where the object was deleted.
+        Afterwards the newest manifest names the expert, even if a crash interrupted the publishing
+        or another job's expert took over the name. A job whose object was deleted is not finished.
         """
         return self.add_to_manifest([job]).get(job)
 
     def remove(self, name: str) -> str | None:
-        """Take a name out of the pool; return the hash that it had, None if it had none.
+        """Remove a name from the pool; return its hash, or None if the pool does not have it.
 
-        The record of the expert's job is deleted, so that the next run that needs the expert
-        trains it again. The object stays, because older manifests name it.
+        The record of the expert's job is deleted, so the next run that needs the expert trains it
+        again. The object stays, because older manifests name it.
         """
         while True:
             newest = self.manifest()
@@ -175,14 +175,14 @@ class Registry:
     def rename(self, old: str, new: str) -> str:
         """Give an expert another name; return the hash of the renamed expert.
 
-        An object never changes and its card holds the name, so the renamed expert is another
-        object; and since a job stands for one name, it is the expert of another job, the one that
-        an import under the new name has (a hash of its content). It is stored, with that job's
-        record, as `publish` does; the old job's record is deleted; one manifest drops `old` and
-        adds `new`. So a run whose pool has `old` trains it again, next to `new`. An imported
-        adapter is afterwards as if it had been imported as `new`.
+        An object never changes, and its card holds the name, so the renamed expert is another
+        object. A job has one name, so it is also the expert of another job: the job that an import
+        under the new name would have (a hash of its content). It is stored with that job's record,
+        as `publish` does. The old job's record is deleted. One manifest drops `old` and adds `new`.
+        So a run whose pool has `old` trains it again, next to `new`. An imported adapter is then
+        the same as if it had been imported as `new`.
 
-        Raises PhatgooseError if there is no `old`, if there is a `new`, or if it is no valid name.
+        Raises PhatgooseError if `old` is missing, if `new` exists, or if it is not a valid name.
         """
         validate_name(new)
         while True:
@@ -209,15 +209,15 @@ class Registry:
         return read_expert(self.folder, content_hash)
 
     def put_profile(self, content_hash: str, profile_id: str, data: bytes) -> None:
-        """Keep the profile of an expert, `Profile.to_bytes`; one that is there stays."""
+        """Store the profile of an expert, `Profile.to_bytes`, unless it exists."""
         self.folder.create(profile_file(content_hash, profile_id), data)
 
     def has_profile(self, content_hash: str, profile_id: str) -> bool:
-        """Whether the profile of an expert was measured in this way before."""
+        """Return whether the profile of an expert has been measured in this way."""
         return self.folder.exists(profile_file(content_hash, profile_id))
 
     def profiles(self) -> set[tuple[str, str]]:
-        """Of all profiles, the content hash of the expert and the profile's id."""
+        """Return the content hash of the expert and the profile id of every profile."""
         return {(found.expert, found.profile_id) for found in profile_files(self.folder)}
 
     def profile(self, content_hash: str, profile_id: str) -> Profile:
@@ -228,9 +228,9 @@ class Registry:
         return read_profile(self.folder, profile_file(content_hash, profile_id))
 
     def manifest(self) -> Manifest:
-        """The newest manifest; number 0 and no experts if there is none.
+        """Return the newest manifest; number 0 without experts if there is none.
 
-        Raises PhatgooseError if it cannot be read, or if it is of another base.
+        Raises PhatgooseError if it cannot be read, or if it belongs to another base.
         """
         numbers = manifest_numbers(self.folder)
         if not numbers:
@@ -245,15 +245,15 @@ class Registry:
         return newest
 
     def experts(self, names: Iterable[str]) -> dict[str, str]:
-        """The hashes of the experts of these names; PhatgooseError lists all that are missing."""
+        """Return the hashes of these experts by name; raise PhatgooseError if any are missing."""
         return self._named(self.manifest(), list(names))
 
     def find(self, name: str) -> str:
-        """The hash of the expert of this name; PhatgooseError if there is none."""
+        """Return the hash of the expert of this name; raise PhatgooseError if it is missing."""
         return self.experts([name])[name]
 
     def _named(self, manifest: Manifest, names: list[str]) -> dict[str, str]:
-        """The hashes of these names in one manifest."""
+        """Return the hashes of these names in one manifest."""
         pool = manifest.experts
         missing = [name for name in names if name not in pool]
         if missing:
@@ -261,7 +261,7 @@ class Registry:
             hint = (
                 f"did you mean {', '.join(near)}?"
                 if near
-                else "`python -m harness.registry list` says which it has"
+                else "`python -m harness.registry list` shows its experts"
             )
             raise PhatgooseError(
                 f"the registry {self.folder} has no experts {', '.join(missing)}: {hint}"
@@ -276,7 +276,7 @@ class Registry:
             )
 
     def _store(self, expert: Expert, code: str = "") -> Record:
-        """Write the object, then the job's record; return the record that counts."""
+        """Write the object, then the job's record; return the valid record."""
         record = Record(expert.content_hash(), expert.card.name, code)
         if not self.folder.exists(object_file(record.object)):
             self.folder.write(object_file(record.object), expert.to_bytes())
@@ -286,20 +286,20 @@ class Registry:
             if first is not None:
                 return first  # another process finished the same job in the meantime
             self.folder.write(file, record.to_bytes())  # the old record's object is gone
-        # An object that was there before and had no record may just have been collected as garbage.
+        # An existing object without a record may just have been collected as garbage.
         if not self.folder.exists(object_file(record.object)):
             self.folder.write(object_file(record.object), expert.to_bytes())
         return record
 
     def _record(self, job: str) -> Record | None:
-        """The record of a job, if there is one and its object still exists."""
+        """Return the record of a job if it exists and its object does."""
         record = read_record(self.folder, job_file(job))
         return record if record and self.folder.exists(object_file(record.object)) else None
 
     def _records(self, jobs: Iterable[str]) -> dict[str, Record]:
-        """The records, of those of these jobs that have one whose object still exists.
+        """Return the records of these jobs that exist and whose objects do.
 
-        Of many jobs, the files are listed instead of asked for one by one.
+        For many jobs, the files are listed instead of looked up one by one.
         """
         jobs = list(dict.fromkeys(jobs))
         if len(jobs) <= _FEW:
@@ -326,15 +326,15 @@ class Registry:
                 self.folder.delete(file, missing_ok=True)
 
     def _add_to_manifest(self, records: Mapping[str, Record], replace: bool = True) -> None:
-        """Make the newest manifest name the objects of these jobs' records that are still there."""
+        """Add the existing objects of these jobs' records to the newest manifest."""
         last = {record.name: job for job, record in records.items()}
         while True:
             newest = self.manifest()
             pool = newest.experts
-            lacking = [j for name, j in last.items() if pool.get(name) != records[j].object]
-            # Looked at after the manifest: a `remove` that deleted a record since then writes a
-            # manifest that follows it, so that either that call or this one must look again.
-            there = self._records(lacking)
+            missing = [j for name, j in last.items() if pool.get(name) != records[j].object]
+            # Read after the manifest: a `remove` that has deleted a record since then writes the
+            # next manifest, so either that call or this one has to try again.
+            there = self._records(missing)
             added = {r.name: r.object for job, r in there.items() if r == records[job]}
             if not added:
                 return
@@ -345,7 +345,7 @@ class Registry:
                 return
 
     def _follow(self, newest: Manifest, experts: dict[str, str]) -> bool:
-        """Write the manifest after `newest`; False if another process did: build on that one."""
+        """Write the manifest after `newest`; return False if another process has written it."""
         number = newest.number + 1
         following = Manifest(number, newest.number, self.base_fingerprint, experts)
         return self.folder.create(manifest_file(number), following.to_bytes())

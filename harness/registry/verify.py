@@ -1,4 +1,4 @@
-"""Is a registry whole? Looks at every file that belongs to it, and changes nothing."""
+"""Verify that a registry is intact: read every file of it, and change nothing."""
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,20 +23,20 @@ from harness.storage import Folder
 from phatgoose.card import Card
 from phatgoose.errors import PhatgooseError
 
-# Objects that are read at once; no more than these are in memory.
+# How many objects are read at once, and so are in memory.
 _READERS = 4
 
 
 @dataclass(frozen=True)
 class Check:
-    """What `verify` found.
+    """The result of `verify`.
 
     Attributes:
         objects: how many experts were read.
-        problems: one line for each thing that is damaged or missing, with its mend.
-        orphans: objects that neither a manifest nor a record names, and profiles of objects that
-            are gone; they do no harm, and `gc` removes them.
-        unnamed: records of experts that no manifest names yet; the next run enters them.
+        problems: one line for each thing that is damaged or missing, with the fix.
+        orphans: objects that neither a manifest nor a record names, and profiles of deleted
+            objects; they are harmless, and `gc` removes them.
+        unnamed: records of experts that no manifest names yet; the next run adds them.
     """
 
     objects: int
@@ -48,15 +48,15 @@ class Check:
 def verify(folder: Folder, *, every_manifest: bool = False) -> Check:
     """Read the experts that the newest manifest or a record names, and all other files.
 
-    A problem is: an object that is missing, cut short, or has another hash than its name, or whose
-    card does not fit what names it; a manifest, record, profile or pack that cannot be read or was
-    altered.
+    Problems are objects that are missing, truncated, have another hash than their name, or whose
+    card contradicts what names them; and manifests, records, profiles and packs that cannot be read
+    or were altered.
 
     Args:
         folder: of the registry.
         every_manifest: also read the experts that only older manifests name, and orphans.
     """
-    # Listed before what names them: what is published meanwhile must not look unnamed.
+    # Listed before the files that name them, so that concurrent publishing leaves no false orphans.
     objects = set(object_files(folder))
     profiles = profile_files(folder)
     records, bad_records = _records(folder)
@@ -92,7 +92,7 @@ def _content(file: str) -> str:
 
 
 def _wanted(newest: Manifest | None, records: dict[str, Record]) -> dict[str, str]:
-    """What to read, by content hash, and what to call it."""
+    """Return what to read, by content hash, and what to call it."""
     pool = newest.experts if newest else {}
     wanted = {content: f"expert {name}" for name, content in pool.items()}
     for record in records.values():
@@ -101,7 +101,7 @@ def _wanted(newest: Manifest | None, records: dict[str, Record]) -> dict[str, st
 
 
 def _records(folder: Folder) -> tuple[dict[str, Record], list[str]]:
-    """The records by file, and what is wrong with the others."""
+    """Return the records by file, and the problems of the others."""
     records, problems = {}, []
     for file, record in read_records(folder, job_files(folder)):
         if isinstance(record, PhatgooseError):
@@ -112,7 +112,7 @@ def _records(folder: Folder) -> tuple[dict[str, Record], list[str]]:
 
 
 def _manifests(folder: Folder) -> tuple[list[Manifest], list[str]]:
-    """The manifests that can be read, in order, and what is wrong with the others."""
+    """Return the readable manifests in order, and the problems of the others."""
     manifests, problems = [], []
     numbers = manifest_numbers(folder)
     for number in numbers:
@@ -134,7 +134,7 @@ def _manifests(folder: Folder) -> tuple[list[Manifest], list[str]]:
 
 
 def _cards(folder: Folder, wanted: dict[str, str]) -> tuple[dict[str, Card], list[str]]:
-    """The cards of these experts by content hash, and what is wrong with the others."""
+    """Return the cards of these experts by content hash, and the problems of the others."""
 
     def card(content: str) -> Card | str:
         try:
@@ -149,7 +149,7 @@ def _cards(folder: Folder, wanted: dict[str, str]) -> tuple[dict[str, Card], lis
 
 
 def _misfits(newest: Manifest, cards: dict[str, Card]) -> Iterator[str]:
-    """Experts of the pool that are called otherwise, or are of another base."""
+    """Yield a problem for each expert of the pool whose card has another name or base."""
     for name, content in newest.experts.items():
         card = cards.get(content)
         if card and (card.name != name or card.base_fingerprint != newest.base_fingerprint):
@@ -168,7 +168,7 @@ def _record_problems(
         if wanted not in objects and not folder.exists(wanted):
             yield (
                 f"{folder}/{file} names {wanted}, which is missing: delete "
-                f"the record, or run again, and expert {record.name} is trained again"
+                f"the record, or start the run again, and expert {record.name} is trained again"
             )
         card = cards.get(record.object)
         job = file.removeprefix("jobs/").removesuffix(".json")

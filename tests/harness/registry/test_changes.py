@@ -1,4 +1,4 @@
-"""Remove and rename: what they leave, cut short, and next to other writers."""
+"""Remove and rename: what they leave, interrupted, and next to other writers."""
 
 import contextlib
 import threading

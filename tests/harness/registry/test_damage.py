@@ -118,7 +118,7 @@ def copy(whole: Path, tmp_path: Path) -> Path:
 
 
 def test_every_missing_file_is_found_or_harmless(copy: Path) -> None:
-    """A manifest, a profile or a record that is gone is as if it had never been written."""
+    """A manifest, a profile or a record that was deleted is as if it had never been written."""
     newest = read_manifest(Folder(copy), manifest_numbers(Folder(copy))[-1])
     for file in files(copy):
         path = copy / file
@@ -137,9 +137,7 @@ def test_a_half_written_newest_manifest(copy: Path, capsys: pytest.CaptureFixtur
     assert main(["verify", str(copy)]) == 1
     [problem, *_] = capsys.readouterr().out.splitlines()
     assert problem.startswith(f"{newest} is malformed (")
-    assert (
-        ": delete it, and finished jobs are entered again by the next run; manifest 3 " in problem
-    )
+    assert ": delete it, and finished jobs are added again by the next run; manifest 3 " in problem
     assert problem.endswith("manifest 3 (1 experts) is the newest good one")
     for command in (["list"], ["gc"]):
         assert main([*command, str(copy)]) == 2

@@ -246,7 +246,7 @@ def test_rename_and_remove(
     removed = ask("remove", pool, "e1")
     assert removed == {"name": "e1", "hash": experts[1].content_hash()}
     assert "no experts e22: did you mean e2?" in refused("remove", pool, "e22")
-    assert "no experts e1: `python -m harness.registry list` says which it has" in refused(
+    assert "no experts e1: `python -m harness.registry list` shows its experts" in refused(
         "remove", pool, "e1"
     )
     assert set(registry.manifest().experts) == {"new", "e2"}

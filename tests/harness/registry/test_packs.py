@@ -70,7 +70,9 @@ def test_a_damaged_or_stale_pack_is_made_anew(registry: Registry, damage: str) -
     else:
         file.unlink()
         index.unlink()
-    with pytest.raises(PhatgooseError, match=r"is no whole pack .*the next run .* makes it anew"):
+    with pytest.raises(
+        PhatgooseError, match=r"is not an intact pack .*the next run .* makes it again"
+    ):
         read_index(folder)
     check(open_pool(registry, experts, registry.load))
     assert list(read_index(folder).items()) == list(experts.items())
@@ -103,7 +105,7 @@ def test_a_pack_that_other_code_stacked_is_made_again(registry: Registry, code: 
 def test_an_expert_that_cannot_be_read_leaves_no_pack(registry: Registry) -> None:
     experts = registry.manifest().experts
     registry.folder.delete(f"objects/{experts['task-2']}.arrow")
-    with pytest.raises(PhatgooseError, match="is missing: run again"):
+    with pytest.raises(PhatgooseError, match="is missing: start the run again"):
         open_pool(registry, experts, registry.load)
     packs = folder_of(registry).parent
     assert [path for path in packs.iterdir() if not path.name.endswith(".lock")] == []

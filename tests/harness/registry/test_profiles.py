@@ -46,7 +46,7 @@ def test_names_are_checked_and_damage_is_named(tmp_path: Path, llama: Base) -> N
     registry = Registry(tmp_path, llama.fingerprint)
     content_hash = make_experts(llama, 1)[0].content_hash()
     for wrong in ("../../x", "", "A" * 16, "0" * 7):
-        with pytest.raises(PhatgooseError, match="no profile id"):
+        with pytest.raises(PhatgooseError, match="not a profile id"):
             registry.has_profile(content_hash, wrong)
     with pytest.raises(PhatgooseError, match="no content hash"):
         registry.has_profile("../x", ID)

@@ -129,7 +129,7 @@ def test_damaged_objects_are_refused_and_can_be_mended(local: Registry, damage: 
 
     path.unlink()
     assert local.finished(make_expert(1).card.job) is None
-    with pytest.raises(PhatgooseError, match=rf"{path} is missing: run again"):
+    with pytest.raises(PhatgooseError, match=rf"{path} is missing: start the run again"):
         local.load(content_hash)
     assert local.publish(make_expert(1)) == content_hash
     assert local.load(content_hash).card.name == "task-1"
@@ -202,9 +202,9 @@ def test_a_malformed_job_record_is_named(local: Registry) -> None:
 
 @pytest.mark.parametrize("job", ["", "../../etc", "0123", "XYZ" * 5, "0" * 65, "0" * 16 + "\n"])
 def test_ids_are_validated(local: Registry, job: str) -> None:
-    with pytest.raises(PhatgooseError, match="is no job id"):
+    with pytest.raises(PhatgooseError, match="is not a job id"):
         local.finished(job)
-    with pytest.raises(PhatgooseError, match="is no content hash"):
+    with pytest.raises(PhatgooseError, match="is not a content hash"):
         local.load(job)
 
 

@@ -53,7 +53,7 @@ def test_damage_is_found_and_its_mend_mends(registry: Registry, damage: str) -> 
     assert check.orphans == []
     assert check.problems[0].startswith(f"expert task-2: {path} ")
     if damage == "missing":
-        assert "is missing: run again" in check.problems[0]
+        assert "is missing: start the run again" in check.problems[0]
         record = registry.folder.path(f"jobs/{make_expert(2).card.job}.json")
         assert check.problems[1].startswith(f"{record} names objects/{path.name}, which is missing")
         assert len(check.problems) == 2
