@@ -14,7 +14,6 @@ from harness.source_code import PROFILES, changes, code_of, digest
 from harness.tasks import TaskData
 from harness.training.job import TrainJob, data_fingerprint
 from phatgoose.base import Base
-from phatgoose.encoder import load_encoder
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Card, Expert
 from phatgoose.recipe import Recipe
@@ -67,6 +66,7 @@ def with_profiles(
     pool: Sequence[TaskData],
     registry: Registry,
     finished: Mapping[str, Record],
+    encoder_fingerprint: str,
 ) -> list[TrainJob]:
     """Return the same jobs with the id of the profile that each gets; none without data.
 
@@ -76,8 +76,7 @@ def with_profiles(
     Raises:
         PhatgooseError: there are such profiles, and they are not accepted.
     """
-    encoder = load_encoder(config.profile.encoder)
-    how = [_FORMAT, asdict(config.profile), encoder.fingerprint]
+    how = [_FORMAT, asdict(config.profile), encoder_fingerprint]
     own = digest(code_of(PROFILES))
     there: dict[tuple[str, str], list[str]] = {}
     for content, profile_id in registry.profiles():

@@ -9,14 +9,13 @@ import pytest
 from harness import run_folder
 from harness.config.load import load_config
 from harness.config.schema import RunConfig
-from harness.planning.plan import make_plan
 from harness.registry import Registry
 from harness.run import run
 from harness.storage import Folder
 from phatgoose.base import load_base
 from phatgoose.errors import PhatgooseError
 from tests.adapters import save_adapter
-from tests.toy import prepare_toys, toy_config
+from tests.toy import make_plan, prepare_toys, toy_config
 
 pytestmark = pytest.mark.slow
 

@@ -9,14 +9,13 @@ import pytest
 from harness import run_folder
 from harness.config.schema import RunConfig
 from harness.driver.stages import Driver
-from harness.planning.plan import make_plan
 from harness.registry import Registry
 from harness.scheduling.cluster import Cluster
 from harness.storage import Folder
 from phatgoose.expert import Card
 from phatgoose.recipe import Recipe, Stage
 from tests.failing import ShortOfMemory
-from tests.toy import prepare_toys, toy_config
+from tests.toy import make_plan, prepare_toys, toy_config
 
 pytestmark = pytest.mark.slow
 
