@@ -57,6 +57,7 @@ def run(config: RunConfig) -> None:
         PhatgooseError: a check before work failed, no expert could be had, or, after all else was
             done, some experts, profiles or routers had to be left out.
     """
+    log_to_terminal()
     _be_quiet()
     # Imported here, so that a mistyped configuration is refused at once.
     from harness.driver.lease import RunLease
