@@ -57,10 +57,11 @@ def run(config: RunConfig) -> None:
         PhatgooseError: a check before work failed, no expert could be had, or, after all else was
             done, some experts, profiles or routers had to be left out.
     """
+    log_to_terminal()
     _be_quiet()
     # Imported here, so that a mistyped configuration is refused at once.
     from harness.driver.lease import RunLease
-    from harness.driver.prepare import preparer
+    from harness.driver.prepare import prepare_run, preparer
     from harness.driver.stages import Driver
     from harness.planning.plan import make_plan
     from harness.reporting.report import make_report
@@ -77,7 +78,7 @@ def run(config: RunConfig) -> None:
     problems: list[str] = []
     with RunLease(Folder(config.run.dir)) as lease, Cluster() as cluster:
         device = cluster.device(config.cluster) if "evaluate" in config.stages else "cpu"
-        plan = make_plan(config, preparer(cluster), device)
+        plan = make_plan(config, prepare_run(config, preparer(cluster)), device)
         print(plan.describe(), flush=True)
         driver = Driver(plan, cluster)
         to_train = "train" in config.stages and bool(plan.open_jobs)

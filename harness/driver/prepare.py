@@ -1,13 +1,19 @@
-"""Preparing many tasks at once, as Ray tasks: data sets are fetched and written side by side."""
+"""Fetch and write what a run needs before it is planned; many tasks at once, as Ray tasks."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import ray
+from phatgoose.sentence_encoder import load_encoder
 from tqdm import tqdm
+from transformers import AutoTokenizer
 
+from harness.config.schema import RunConfig
+from harness.planning.plan import Prepared, check_before_preparing, wants_profiles
 from harness.scheduling.cluster import Cluster
-from harness.tasks import TaskSpec, folder_of, prepare_here
+from harness.tasks import TaskSpec, folder_of, prepare_all, prepare_here
 from harness.tasks.store import is_written
+from phatgoose.base import Base, bare_model, fingerprint, locate_base
 from phatgoose.cache import cache_dir
 from phatgoose.errors import PhatgooseError
 
@@ -15,6 +21,37 @@ from phatgoose.errors import PhatgooseError
 _TOGETHER = ("bigbench", "lm_eval")
 # Fewer are not worth a cluster's start.
 _FEW = 4
+
+
+def prepare_run(
+    config: RunConfig, make: Callable[[list[TaskSpec]], None] = prepare_here
+) -> Prepared:
+    """Fetch and write what a run needs before it is planned: its base, encoder and data.
+
+    Args:
+        config: the configuration.
+        make: makes the files of tasks that have none.
+
+    Raises:
+        PhatgooseError: something of it cannot be had, or the configuration is refused before.
+    """
+    check_before_preparing(config)
+    pool = config.pool_tasks()
+    suites = {suite["name"]: config.suite_tasks(suite) for suite in config.suites}
+    name, trust = config.base.name, config.base.trust_remote_code
+    location = locate_base(name, revision=config.base.revision)
+    model, linears = bare_model(name, location, trust_remote_code=trust)
+    tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust)
+    base = Base(name, fingerprint(location), model, tokenizer, linears)
+    data = iter(prepare_all([*pool, *itertools.chain(*suites.values())], make))
+    return Prepared(
+        base=base,
+        pool=list(itertools.islice(data, len(pool))),
+        suites={suite: list(itertools.islice(data, len(s))) for suite, s in suites.items()},
+        encoder_fingerprint=(
+            load_encoder(config.profile.encoder).fingerprint if wants_profiles(config) else None
+        ),
+    )
 
 
 def preparer(cluster: Cluster) -> Callable[[list[TaskSpec]], None]:

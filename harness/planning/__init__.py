@@ -1,1 +1,1 @@
-"""Decide what a run does before anything is written or any actor starts."""
+"""Decide what a run does, from what is prepared, before any actor starts."""

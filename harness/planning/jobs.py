@@ -19,7 +19,6 @@ from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
 from phatgoose.routers import Router, all_needs
 from phatgoose.routers.interface import NEEDS
-from phatgoose.sentence_encoder import load_encoder
 from phatgoose.training.recipe import Recipe
 
 # Part of the ids of jobs and profiles since version 0.1.0, whose registries stay usable. The code
@@ -68,6 +67,7 @@ def with_profiles(
     pool: Sequence[TaskData],
     registry: Registry,
     finished: Mapping[str, Record],
+    encoder_fingerprint: str,
 ) -> list[TrainJob]:
     """Return the same jobs with the id of the profile that each gets; none without data.
 
@@ -77,8 +77,7 @@ def with_profiles(
     Raises:
         PhatgooseError: there are such profiles, and they are not accepted.
     """
-    encoder = load_encoder(config.profile.encoder)
-    how = [_FORMAT, asdict(config.profile), encoder.fingerprint]
+    how = [_FORMAT, asdict(config.profile), encoder_fingerprint]
     own = digest(code_of(PROFILES))
     there: dict[tuple[str, str], list[str]] = {}
     for content, profile_id in registry.profiles():

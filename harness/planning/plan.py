@@ -1,14 +1,11 @@
 """What a run will do, found out and checked before anything is written or any actor starts."""
 
-import itertools
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from transformers import AutoTokenizer
 
 from harness.config.schema import RunConfig
 from harness.evaluation.conditions import Conditions
@@ -27,11 +24,11 @@ from harness.registry import Registry
 from harness.run_folder import OVERLAP_FILE, RUN_FILE, read_run
 from harness.source_code import TRAINING
 from harness.storage import Folder
-from harness.tasks import TaskData, TaskSpec, prepare_all, prepare_here
+from harness.tasks import TaskData, TaskSpec
 from harness.tasks.sources import SPLIT_ALREADY
 from harness.training.job import TrainJob
 from phatgoose.architecture import linear_sizes
-from phatgoose.base import Base, bare_model, fingerprint, locate_base
+from phatgoose.base import Base
 from phatgoose.card import validate_name
 from phatgoose.errors import PhatgooseError
 from phatgoose.routers import Router
@@ -140,36 +137,60 @@ def _minutes(seconds: float) -> str:
     return f"about {max(1, round(seconds / 60))} min of one core's time"
 
 
-def make_plan(
-    config: RunConfig,
-    prepare: Callable[[list[TaskSpec]], None] = prepare_here,
-    device: str = "cpu",
-) -> Plan:
-    """Check configuration, names, data, base, registry and disk; write nothing but the cache.
+@dataclass(frozen=True)
+class Prepared:
+    """What was fetched and written for a run before it is planned, see `harness.driver.prepare`.
+
+    Attributes:
+        base: the base without its weights, to know what fits it.
+        pool: the data of the pool's tasks.
+        suites: the data of each suite's tasks, by the suite's name.
+        encoder_fingerprint: of the sentence encoder; None if no profile is needed.
+    """
+
+    base: Base
+    pool: list[TaskData]
+    suites: dict[str, list[TaskData]]
+    encoder_fingerprint: str | None
+
+
+def check_before_preparing(config: RunConfig) -> None:
+    """Refuse, before any download, folders, names and suites that cannot be.
+
+    Raises:
+        PhatgooseError: the first thing that would stop the run later.
+    """
+    pool = config.pool_tasks()
+    suites = [config.suite_tasks(suite) for suite in config.suites]
+    for uri in (config.run.dir, config.registry):
+        _check_can_be_made(Folder(uri))
+    for spec in pool:
+        validate_name(spec.name)
+    for suite in suites:
+        _check_held_out(pool, suite)
+
+
+def wants_profiles(config: RunConfig) -> bool:
+    """Return whether a run measures profiles: for its experts, or for a router."""
+    if "train" in config.stages:
+        return True
+    routers = config.routers([spec.name for spec in config.pool_tasks()])
+    return "evaluate" in config.stages and needs_profiles(routers.values())
+
+
+def make_plan(config: RunConfig, prepared: Prepared, device: str = "cpu") -> Plan:
+    """Check configuration, data, base, registry and disk; write nothing but the cache.
 
     Args:
         config: the configuration.
-        prepare: makes the files of tasks that have none.
+        prepared: what was fetched and written for it.
         device: the kind of device that evaluation actors are to have: `cpu`, `cuda` or `mps`.
 
     Raises:
         PhatgooseError: the first thing that would stop the run later.
     """
-    pool_specs = config.pool_tasks()
-    suite_specs = {suite["name"]: config.suite_tasks(suite) for suite in config.suites}
-    for uri in (config.run.dir, config.registry):
-        _check_can_be_made(Folder(uri))
-    for spec in pool_specs:
-        validate_name(spec.name)
-    for specs in suite_specs.values():
-        _check_held_out(pool_specs, specs)
-    location = locate_base(config.base.name, revision=config.base.revision)
-    base = _bare_base(location, config)
+    base, pool, suites = prepared.base, prepared.pool, prepared.suites
     parameters = sum(parameter.numel() for parameter in base.model.parameters())
-    all_specs = [*pool_specs, *(spec for specs in suite_specs.values() for spec in specs)]
-    data = iter(prepare_all(all_specs, prepare))
-    pool = list(itertools.islice(data, len(pool_specs)))
-    suites = {name: list(itertools.islice(data, len(specs))) for name, specs in suite_specs.items()}
     for suite in config.suites:
         check_suite(base, suite, suites[suite["name"]])
     overlaps = {name: find_overlaps(pool, tasks) for name, tasks in suites.items()}
@@ -188,8 +209,9 @@ def make_plan(
         if job.card.job in records and job.steps and job.tasks[0].source != "registry"
     }
     check_code("expert", made_by, TRAINING, config, registry)
-    if "train" in config.stages or (evaluates and needs_profiles(routers.values())):
-        jobs = with_profiles(config, jobs, pool, registry, records)
+    if prepared.encoder_fingerprint is not None:
+        encoder = prepared.encoder_fingerprint
+        jobs = with_profiles(config, jobs, pool, registry, records, encoder)
     requests = {}
     if evaluates:
         check_needs(routers, jobs, registry, config.train)
@@ -262,14 +284,6 @@ def _check_overlaps(suite: Mapping[str, Any], limit: float, overlaps: Sequence[O
             f"{len(over)} pairs of a suite task and an expert have more than {limit:.0%} of the "
             f"task's documents in common: {worst}: leave one of the two out, or set overlap.limit="
         )
-
-
-def _bare_base(location: Path, config: RunConfig) -> Base:
-    """The base without its weights, to know what fits it."""
-    name, trust = config.base.name, config.base.trust_remote_code
-    model, linears = bare_model(name, location, trust_remote_code=trust)
-    tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust)
-    return Base(name, fingerprint(location), model, tokenizer, linears)
 
 
 def _expert_bytes(base: Base, rank: int) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 from tests.chaos.nodes import Actor, Nodes
 
 _LOOK_SECONDS = 0.1
-_LINE = re.compile(r"(training|trained) (\S+?)(?: \(job .*\)|:.*)")
+_LINE = re.compile(r".* harness\.training\.actor: (training|trained) (\S+?)(?: \(job .*\)|:.*)")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import pytest
 from harness import run_folder
 from harness.config.load import load_config
 from harness.config.schema import RunConfig
-from harness.planning.plan import make_plan
 from harness.registry import Registry
 from harness.run import run
 from harness.scheduling.settings import ClusterConfig
@@ -17,7 +16,7 @@ from harness.storage import Folder
 from phatgoose.base import load_base
 from phatgoose.errors import PhatgooseError
 from tests.support.adapters import save_adapter
-from tests.support.toy import prepare_toys, toy_config
+from tests.support.toy import make_plan, prepare_toys, toy_config
 
 pytestmark = [pytest.mark.slow(seconds=60), pytest.mark.usefixtures("two_cores")]
 

@@ -9,14 +9,13 @@ import pytest
 from harness import run_folder
 from harness.config.schema import RunConfig
 from harness.driver.stages import Driver
-from harness.planning.plan import make_plan
 from harness.registry import Registry
 from harness.scheduling.cluster import Cluster
 from harness.storage import Folder
 from phatgoose.card import Card
 from phatgoose.training.recipe import Recipe, Stage
 from tests.support.failing import ShortOfMemory
-from tests.support.toy import prepare_toys, toy_config
+from tests.support.toy import make_plan, prepare_toys, toy_config
 
 pytestmark = [pytest.mark.slow(seconds=25), pytest.mark.usefixtures("two_cores")]
 

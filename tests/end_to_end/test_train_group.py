@@ -16,12 +16,12 @@ from ray.util.placement_group import placement_group_table
 
 from harness.config.schema import RanksConfig, RunConfig
 from harness.driver.stages import Driver
-from harness.planning.plan import Plan, make_plan
+from harness.planning.plan import Plan
 from harness.scheduling.cluster import room
 from harness.scheduling.workers import Failure, Watch, Workers
 from harness.training.job import TrainJob
 from phatgoose.training.recipe import Stage
-from tests.support.toy import prepare_toys, toy_config
+from tests.support.toy import make_plan, prepare_toys, toy_config
 
 pytestmark = [pytest.mark.slow(seconds=50), pytest.mark.xdist_group("train_group")]
 

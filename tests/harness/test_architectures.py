@@ -9,7 +9,6 @@ import pytest
 
 from harness.config.schema import RunConfig
 from harness.evaluation.chunks import Chunk, Request
-from harness.planning.plan import make_plan
 from harness.scheduling.settings import BaseConfig
 from phatgoose.base import load_base
 from phatgoose.errors import PhatgooseError
@@ -17,7 +16,7 @@ from phatgoose.routers import make_router
 from phatgoose.tokenization import encode_context, encode_pair
 from tests.support.plain import plain_generate, plain_score
 from tests.support.tiny import build, llama_tokenizer, make_decoder, make_experts
-from tests.support.toy import local_actor, members_of, prepare_toys, toy_config
+from tests.support.toy import local_actor, make_plan, members_of, prepare_toys, toy_config
 
 
 @pytest.fixture

@@ -12,9 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.config.schema import RunConfig
+from harness.driver.prepare import prepare_run
 from harness.evaluation.actor import EvalActor
 from harness.evaluation.conditions import Conditions
 from harness.evaluation.stage import Setting
+from harness.planning import plan
+from harness.planning.plan import Plan
 from harness.registry.packs import Members
 from harness.scheduling.workers import Failure
 from harness.storage import Folder
@@ -200,3 +204,8 @@ class LocalWorkers:
             except PhatgooseError as error:
                 results.append((key, Failure(str(error))))
         return results
+
+
+def make_plan(config: RunConfig, device: str = "cpu") -> Plan:
+    """Prepare and plan a run in this process."""
+    return plan.make_plan(config, prepare_run(config), device)

@@ -87,7 +87,7 @@ def test_a_task_is_shown_as_the_model_reads_it(
     assert "generation, " in out
     assert " is▁\n  → " in out  # the space before the answer is shown
     status, _, err = call(capsys, "show", "sum1", "pool=jsonl", files)
-    assert (status, "did you mean sums1?" in err) == (2, True)
+    assert (status, "did you mean sums1 or sums0?" in err) == (2, True)
 
 
 def test_columns_are_named_on_the_command_line(

@@ -8,7 +8,7 @@ import pytest
 
 from harness.config.schema import RunConfig
 from harness.planning import jobs as plan_jobs
-from harness.planning.plan import Plan, make_plan
+from harness.planning.plan import Plan
 from harness.registry import Registry
 from harness.registry.files import Record, job_file, read_record
 from harness.source_code import PROFILES, TRAINING, code_of, digest
@@ -16,7 +16,7 @@ from phatgoose.base import load_base
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
 from tests.support.tiny import make_experts
-from tests.support.toy import prepare_toys, toy_config
+from tests.support.toy import make_plan, prepare_toys, toy_config
 
 OLD = {**code_of(TRAINING), "phatgoose.training.trainer": "0" * 16}
 

@@ -8,14 +8,14 @@ import pytest
 
 from harness.config.schema import RunConfig
 from harness.planning.available import available_routers
-from harness.planning.plan import Plan, make_plan
+from harness.planning.plan import Plan
 from harness.registry import Registry
 from phatgoose.base import load_base
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
 from tests.support.pools import make_profiles
 from tests.support.tiny import make_experts
-from tests.support.toy import prepare_toys, toy_config
+from tests.support.toy import make_plan, prepare_toys, toy_config
 
 ROUTERS: dict[str, Any] = {
     "merged": {},

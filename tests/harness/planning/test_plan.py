@@ -8,7 +8,7 @@ import pytest
 
 from harness.config.schema import RunConfig, RunSection
 from harness.planning import plan as planning
-from harness.planning.plan import Plan, make_plan
+from harness.planning.plan import Plan
 from harness.registry import Registry
 from harness.run import run
 from harness.run_folder import RUN_FILE, write_run
@@ -19,7 +19,7 @@ from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
 from phatgoose.training.recipe import Stage
 from tests.support.tiny import make_experts, make_llama
-from tests.support.toy import TASKS, generation_task, prepare_toys, toy_config
+from tests.support.toy import TASKS, generation_task, make_plan, prepare_toys, toy_config
 
 
 @pytest.fixture(autouse=True)

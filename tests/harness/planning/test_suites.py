@@ -11,14 +11,13 @@ import yaml
 from harness.config.check import check_values
 from harness.config.schema import RunConfig
 from harness.evaluation.requests import SuiteRequests
-from harness.planning.plan import make_plan
 from harness.planning.suites import check_lengths, check_suite
 from harness.tasks import TaskData, TaskSpec, prepare_all, task_specs
 from harness.tasks.sources import lm_eval
 from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
 from phatgoose.tokenization import encode_pair
-from tests.support.toy import prepare_toys, toy_config
+from tests.support.toy import make_plan, prepare_toys, toy_config
 
 SWANS = TaskSpec("swans", ("swans",), split="all", limit=9)
 SUMS = TaskSpec("sums", ("sums",), split="all", limit=5, max_new_tokens=4)
