@@ -18,7 +18,7 @@ from phatgoose.recipe import Recipe, Stage
 from tests.support.failing import ShortOfMemory
 from tests.support.toy import prepare_toys, toy_config
 
-pytestmark = [pytest.mark.slow(seconds=25), pytest.mark.usefixtures("two_cores")]
+pytestmark = [pytest.mark.slow(seconds=85), pytest.mark.usefixtures("two_cores")]
 
 
 class Trained:

@@ -25,7 +25,6 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 pytestmark = [
     pytest.mark.slow(seconds=60),
-    pytest.mark.xdist_group("workers"),
     pytest.mark.usefixtures("two_cores"),
 ]
 
