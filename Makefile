@@ -19,7 +19,7 @@ test: setup  ## the fast tests, two at a time
 
 # Three at a time on two cores: these wait for other processes for much of their time.
 test-slow: setup  ## the slow tests: whole runs, clusters, chaos
-	$(BIN)/python -m pytest -m slow -n 3 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -m slow -n 3 --dist loadscope --no-loadscope-reorder
 
 chaos: setup  ## runs whose processes are killed again and again end as one that is left alone
 	$(BIN)/python -m tests.chaos

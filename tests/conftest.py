@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start slow tests with the longest, so that none ends alone; those that share a Ray last."""
+    """Start slow modules with the longest, so that none ends alone; those that share a Ray last."""
 
     def order(item: pytest.Item) -> tuple[int, float]:
         slow = item.get_closest_marker("slow")

@@ -70,7 +70,8 @@ class Nodes:
     def __exit__(self, *_: object) -> None:
         """Stop all nodes, and see whether all their processes end."""
         self.actors()  # to have seen them
-        self._seen |= {p for node in self._cluster.list_all_nodes() for p in _processes(node)}
+        nodes, children = self._cluster.list_all_nodes(), _children()
+        self._seen |= {process for node in nodes for process in _processes(node, children)}
         self._cluster.shutdown()
         deadline = time.monotonic() + _END_SECONDS
         while (alive := self._alive()) and time.monotonic() < deadline:
@@ -97,9 +98,9 @@ class Nodes:
 
     def actors(self) -> list[Actor]:
         """The actors of the run that are alive."""
-        found = []
+        found, children = [], _children()
         for node in self._cluster.list_all_nodes():
-            for process in _processes(node):
+            for process in _processes(node, children):
                 self._seen.add(process)
                 kind, _, method = _title(process).removeprefix("ray::").partition(".")
                 if kind in (TRAINER, EVALUATOR, REGISTRY):
@@ -108,7 +109,7 @@ class Nodes:
 
     def kill_node(self, node: Any) -> int:
         """End a node's raylet and all that it started; returns how many processes that killed."""
-        processes = _processes(node)
+        processes = _processes(node, _children())
         self._seen.update(processes)
         killed = sum([kill(process) for process in processes])
         self._cluster.remove_node(node, allow_graceful=False)
@@ -180,15 +181,26 @@ def _raylet(node: Any) -> int:
     return int(found.process.pid)
 
 
-def _processes(node: Any) -> list[psutil.Process]:
+def _children() -> dict[int, list[psutil.Process]]:
+    """All processes of this machine, by their parents: one look at them serves many questions."""
+    children: dict[int, list[psutil.Process]] = {}
+    for process in psutil.process_iter(["ppid"]):
+        children.setdefault(process.info["ppid"], []).append(process)
+    return children
+
+
+def _processes(node: Any, children: dict[int, list[psutil.Process]]) -> list[psutil.Process]:
     """A node's raylet, then all that it started."""
     # A copy: another thread may be ending the node.
     own = [i.process.pid for infos in list(node.all_processes.values()) for i in infos]
     found = []
     for pid in own:
         with contextlib.suppress(psutil.NoSuchProcess):
-            process = psutil.Process(pid)
-            found += [process, *process.children(recursive=True)]
+            found.append(psutil.Process(pid))
+            started = list(children.get(pid, ()))
+            while started:
+                found.append(started.pop())
+                started += children.get(found[-1].pid, ())
     return found
 
 

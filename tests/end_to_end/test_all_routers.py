@@ -18,7 +18,7 @@ from phatgoose.errors import PhatgooseError
 from tests.support.adapters import save_adapter
 from tests.support.toy import make_plan, prepare_toys, toy_config
 
-pytestmark = [pytest.mark.slow(seconds=60), pytest.mark.usefixtures("two_cores")]
+pytestmark = [pytest.mark.slow(seconds=150), pytest.mark.usefixtures("two_cores")]
 
 TRAINING_FREE = ["arrow", "spectr", "lag", "logo", "merged", "merged_factors", "ties", "dare"]
 TRAINING_FREE += ["task_arithmetic", "uniform", "random", "random_experts", "base"]

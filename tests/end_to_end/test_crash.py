@@ -17,7 +17,7 @@ from harness.storage import Folder
 from tests.support.tiny_encoder import make_encoder
 from tests.support.toy import prepare_toys, toy_arguments
 
-pytestmark = [pytest.mark.slow(seconds=120), pytest.mark.usefixtures("own_ray")]
+pytestmark = [pytest.mark.slow(seconds=180), pytest.mark.usefixtures("own_ray")]
 
 DEADLINE = 300.0
 

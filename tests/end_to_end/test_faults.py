@@ -26,7 +26,6 @@ from tests.support.toy import prepare_toys, toy_config
 
 pytestmark = [
     pytest.mark.slow(seconds=140),
-    pytest.mark.xdist_group("faults"),
     pytest.mark.usefixtures("two_cores"),
 ]
 

@@ -17,7 +17,7 @@ from phatgoose.training.recipe import Recipe, Stage
 from tests.support.failing import ShortOfMemory
 from tests.support.toy import make_plan, prepare_toys, toy_config
 
-pytestmark = [pytest.mark.slow(seconds=25), pytest.mark.usefixtures("two_cores")]
+pytestmark = [pytest.mark.slow(seconds=85), pytest.mark.usefixtures("two_cores")]
 
 
 class Trained:

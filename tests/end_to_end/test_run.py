@@ -13,7 +13,7 @@ from harness.run import run
 from harness.storage import Folder
 from tests.support.toy import prepare_toys, toy_config
 
-pytestmark = [pytest.mark.slow(seconds=40), pytest.mark.usefixtures("own_ray")]
+pytestmark = [pytest.mark.slow(seconds=75), pytest.mark.usefixtures("own_ray")]
 
 EXPERTS = {"birds", "lakes", "numbers"}
 SINGLES = {f"single:{expert}" for expert in EXPERTS}

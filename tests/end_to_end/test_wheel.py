@@ -17,7 +17,6 @@ from tests.support.toy import prepare_toys, toy_arguments, toy_config
 
 pytestmark = [
     pytest.mark.slow(seconds=35),
-    pytest.mark.xdist_group("wheel"),
     pytest.mark.usefixtures("own_ray"),
 ]
 

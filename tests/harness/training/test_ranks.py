@@ -15,7 +15,9 @@ from phatgoose.training.curve import CurveRow
 from tests.support import interrupted
 from tests.support.ranks import RECIPE, Rank, tensors
 
-pytestmark = [pytest.mark.slow(seconds=50), pytest.mark.xdist_group("ranks")]
+pytestmark = [
+    pytest.mark.slow(seconds=50),
+]
 
 
 @pytest.fixture(scope="module")
