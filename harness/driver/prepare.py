@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import ray
-from phatgoose.sentence_encoder import load_encoder
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
@@ -16,6 +15,7 @@ from harness.tasks.store import is_written
 from phatgoose.base import Base, bare_model, fingerprint, locate_base
 from phatgoose.cache import cache_dir
 from phatgoose.errors import PhatgooseError
+from phatgoose.sentence_encoder import load_encoder
 
 # One pass over their archive serves all tasks of these sources.
 _TOGETHER = ("bigbench", "lm_eval")
