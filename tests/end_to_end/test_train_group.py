@@ -23,9 +23,7 @@ from harness.training.job import TrainJob
 from phatgoose.training.recipe import Stage
 from tests.support.toy import make_plan, prepare_toys, toy_config
 
-pytestmark = [
-    pytest.mark.slow(seconds=50),
-]
+pytestmark = pytest.mark.slow(seconds=50)
 
 DEADLINE = 240.0
 STEPS = 20

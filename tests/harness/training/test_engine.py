@@ -15,9 +15,7 @@ from phatgoose.training.train import CurveRow, Example, Hooks, train_expert
 from tests.support import interrupted
 from tests.support.tiny import make_card, state
 
-pytestmark = [
-    pytest.mark.slow(seconds=30),
-]
+pytestmark = pytest.mark.slow(seconds=30)
 
 RECIPE = Recipe(
     rank=4,

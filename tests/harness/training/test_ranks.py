@@ -15,9 +15,7 @@ from phatgoose.training.curve import CurveRow
 from tests.support import interrupted
 from tests.support.ranks import RECIPE, Rank, tensors
 
-pytestmark = [
-    pytest.mark.slow(seconds=50),
-]
+pytestmark = pytest.mark.slow(seconds=50)
 
 
 @pytest.fixture(scope="module")
