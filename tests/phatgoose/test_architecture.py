@@ -194,7 +194,7 @@ def test_linears_of_t5_and_their_sides(kind: str, form: str, feed_forward: int) 
         ("t5", 0, []),
     ],
 )
-def test_weights_that_no_expert_adapts_are_said(
+def test_weights_that_no_expert_adapts_are_reported(
     folders: Folders,
     t5_folder: Path,
     name: str,
@@ -229,7 +229,7 @@ def refused(folder: Path) -> list[str]:
     return said
 
 
-def test_an_unknown_architecture_says_what_to_add(tmp_path: Path) -> None:
+def test_the_error_for_an_unknown_architecture_explains_what_to_add(tmp_path: Path) -> None:
     build("stablelm", **decoder_sizes("stablelm")).save_pretrained(tmp_path)
     for line in refused(tmp_path):
         assert "model_type=stablelm: there is no record of this architecture" in line
@@ -237,7 +237,7 @@ def test_an_unknown_architecture_says_what_to_add(tmp_path: Path) -> None:
         assert "Add one to ARCHITECTURES in phatgoose/architecture.py: 'stablelm'" in line
 
 
-def test_adding_an_architecture_is_adding_a_record(
+def test_an_architecture_is_added_by_adding_a_record(
     folders: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = Architecture(linears=ARCHITECTURES["llama"].linears, query=r"self_attn\.q_proj")
@@ -249,7 +249,7 @@ def test_adding_an_architecture_is_adding_a_record(
     assert_answers_plainly(base, 4)
 
 
-def test_a_record_that_misses_linears_is_an_error() -> None:
+def test_a_record_with_missing_linears_is_an_error() -> None:
     model = build("llama", **decoder_sizes("llama"))
     model.model.layers[1].mlp.extra = nn.Linear(4, 4)
     with pytest.raises(PhatgooseError, match=r"14 linears and leaves out 1 .*1\.mlp\.extra"):
@@ -287,7 +287,7 @@ def test_a_model_with_integer_weights_is_refused(llama: Base) -> None:
         adapted_linears(llama.model)
 
 
-def test_a_configuration_that_transformers_does_not_know_is_one_line(tmp_path: Path) -> None:
+def test_an_unknown_configuration_gives_a_one_line_error(tmp_path: Path) -> None:
     make_t5(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nothing-known"}))
     for line in refused(tmp_path):

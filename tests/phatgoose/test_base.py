@@ -31,7 +31,7 @@ def copied(llama_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(llama_folder, tmp_path / "copied"))
 
 
-def test_a_directory_loads_frozen_and_whole(
+def test_a_directory_loads_frozen_and_complete(
     request: pytest.FixtureRequest, llama_folder: Path, t5_folder: Path
 ) -> None:
     for folder, encoder_decoder in ((llama_folder, False), (t5_folder, True)):
@@ -70,7 +70,7 @@ def test_tied_and_untied_bases_keep_their_head(tmp_path: Path, tied: bool) -> No
         assert torch.equal(head, words) == tied
 
 
-def test_the_same_base_is_written_the_same(llama_folder: Path, tmp_path: Path) -> None:
+def test_the_same_base_is_written_with_the_same_bytes(llama_folder: Path, tmp_path: Path) -> None:
     again = make_llama(tmp_path / "again")
     for file in llama_folder.iterdir():
         assert (again / file.name).read_bytes() == file.read_bytes()
@@ -109,7 +109,9 @@ def test_the_fingerprint_changes_with_a_weight_in_a_file_of_the_same_size_and_ti
     assert fingerprint(copied) != before
 
 
-def test_the_fingerprint_is_not_of_the_place_or_the_version(copied: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_does_not_depend_on_the_path_or_the_version(
+    copied: Path, tmp_path: Path
+) -> None:
     before = fingerprint(copied)
     config = json.loads((copied / "config.json").read_text())
     config |= {"transformers_version": "0.1", "_name_or_path": "elsewhere", "dtype": "float16"}
@@ -128,7 +130,7 @@ def test_the_fingerprint_is_computed_once(copied: Path, monkeypatch: pytest.Monk
         fingerprint(copied)
 
 
-def test_fingerprints_leave_no_file_open(copied: Path) -> None:
+def test_computing_a_fingerprint_leaves_no_file_open(copied: Path) -> None:
     def open_files() -> int:
         return len(list(Path("/proc/self/fd").iterdir()))
 
@@ -150,12 +152,12 @@ def test_a_directory_must_hold_a_model(tmp_path: Path, copied: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["/no/such/place", "a/b/c", "./here", "spa ce"])
-def test_what_cannot_be_a_hub_id_is_no_directory(name: str) -> None:
+def test_a_missing_directory_is_not_looked_up_on_the_hub(name: str) -> None:
     with pytest.raises(PhatgooseError, match=f"base {name}: no such directory"):
         locate_base(name)
 
 
-def test_a_hub_id_offline_is_one_line_at_once() -> None:
+def test_a_hub_id_without_network_fails_immediately_in_one_line() -> None:
     assert hub_constants.HF_HUB_OFFLINE
     started = time.monotonic()
     with pytest.raises(PhatgooseError) as raised:

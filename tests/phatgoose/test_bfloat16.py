@@ -67,7 +67,7 @@ def test_every_token_router_is_among_the_cases() -> None:
 
 
 @pytest.mark.parametrize(("name", "options", "rule"), CASES)
-def test_tokens_go_where_float64_sends_them(
+def test_tokens_are_routed_as_in_float64(
     base: Base, name: str, options: dict[str, Any], rule: Rule
 ) -> None:
     """For every token at every linear; the experts and gates of the textbook are not rounded."""
@@ -228,7 +228,7 @@ def test_the_pool_keeps_its_gates_and_rounds_its_factors(base: Base) -> None:
         assert torch.equal(linear.gate_ED, expected_ED)
 
 
-def test_a_wrappers_factors_are_rounded_after_the_change(base: Base) -> None:
+def test_factors_changed_by_a_wrapper_are_rounded_afterwards(base: Base) -> None:
     """Scores are those of the changed factors, unrounded; what is mixed is in bfloat16."""
     experts = make_uneven_experts(base)
     half = load_base(base.name, dtype="bfloat16")
@@ -277,7 +277,7 @@ def test_a_merge_of_unrounded_experts_is_rounded_once(base: Base, name: str, cou
 
 
 @pytest.mark.parametrize("by", ["norm", "entropy"])
-def test_logo_weighs_unrounded_experts(llama: Base, by: str) -> None:
+def test_logo_weights_are_computed_from_unrounded_experts(llama: Base, by: str) -> None:
     experts = make_experts(llama, 5)
     half = load_base(llama.name, dtype="bfloat16")
     pool = pool_of(experts)
@@ -302,7 +302,7 @@ def test_logo_weighs_unrounded_experts(llama: Base, by: str) -> None:
         assert weights_K.tolist() == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_querys_mixture_is_not_rounded(llama: Base) -> None:
+def test_the_mixture_of_a_query_is_not_rounded(llama: Base) -> None:
     half = load_base(llama.name, dtype="bfloat16")
     routed = RoutedModel(half, pool_of(make_experts(llama, 5)), make_router("logo"))
     with routed.recording(RoutingLog()) as log:

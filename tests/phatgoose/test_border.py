@@ -209,7 +209,7 @@ def smollm2() -> Base:
     ("context", "target"),
     [("hello wor", "ld"), ("I like https:", "//"), ("a.", "."), ("un", "der")],
 )
-def test_a_target_that_the_prompt_swallows_is_encoded_on_its_own(
+def test_a_target_merged_into_the_prompt_is_encoded_on_its_own(
     smollm2: Base, context: str, target: str
 ) -> None:
     tokenizer = smollm2.tokenizer
@@ -240,7 +240,7 @@ def test_an_end_token_in_a_prompt_stays_there(smollm2: Base) -> None:
 
 @pytest.mark.parametrize("context", ["", "  ", "<s>", "the lake", "<s>the lake", " <s> the"])
 @pytest.mark.parametrize("target", [" is deep", "<s> is deep"])
-def test_the_start_token_stands_in_front_once(llama: Base, context: str, target: str) -> None:
+def test_the_start_token_is_added_once(llama: Base, context: str, target: str) -> None:
     base = with_tokenizer(llama, llama_tokenizer(start=True))
     start = base.tokenizer.bos_token_id
     context_ids, target_ids = encode_pair(base, context, target)
@@ -258,7 +258,7 @@ def texts(base: Base) -> tuple[str, list[str]]:
 
 
 @pytest.mark.parametrize("length", [20, 33, 64])
-def test_what_is_too_long_is_cut_as_lm_eval_cuts_it(kind: Base, length: int) -> None:
+def test_long_sequences_are_truncated_as_in_lm_eval(kind: Base, length: int) -> None:
     """But for the start token, which lm-eval cuts away."""
     kind.model.config.n_positions = length
     lm = hflm(kind)
@@ -282,7 +282,7 @@ def test_what_is_too_long_is_cut_as_lm_eval_cuts_it(kind: Base, length: int) -> 
         assert found.tokens == len(target) - 1
 
 
-def test_the_end_of_a_row_that_is_full_is_scored_within_the_positions(llama: Base) -> None:
+def test_the_end_of_a_full_row_is_scored_within_the_positions(llama: Base) -> None:
     """Its own row is cut by one token more; a row that holds the end as well is not cut."""
     longest = 0
 
@@ -319,7 +319,7 @@ def test_the_end_of_a_row_that_is_full_is_scored_within_the_positions(llama: Bas
     assert one.is_cut(llama)
 
 
-def test_a_prompt_to_generate_from_is_cut_as_lm_eval_cuts_it(kind: Base) -> None:
+def test_generation_prompts_are_truncated_as_in_lm_eval(kind: Base) -> None:
     kind.model.config.n_positions = 30
     context, _ = texts(kind)
     room = 30 if kind.is_encoder_decoder else 23
@@ -337,7 +337,7 @@ def test_a_prompt_to_generate_from_is_cut_as_lm_eval_cuts_it(kind: Base) -> None
     assert whole != [""] or len(kind.tokenizer) < 100  # most ids of that base are no words of it
 
 
-def test_the_longest_choice_says_how_much_context_an_example_keeps(llama: Base) -> None:
+def test_the_longest_choice_limits_the_context_of_an_example(llama: Base) -> None:
     """With a recipe's lengths the choices share one context, as an expert's profile reads it."""
     llama.model.config.max_position_embeddings = 40
     context, choices = texts(llama)
@@ -348,7 +348,7 @@ def test_the_longest_choice_says_how_much_context_an_example_keeps(llama: Base) 
     assert question.parts(llama) == [question]
 
 
-def test_an_encoders_input_is_cut_beyond_its_length(t5: Base) -> None:
+def test_encoder_inputs_are_truncated_to_their_maximum_length(t5: Base) -> None:
     question = Question.encode(t5, "the grey goose flies over the lake", [" yes"])
     t5.model.config.n_positions = len(question.context)
     assert not question.is_cut(t5)
@@ -358,7 +358,7 @@ def test_an_encoders_input_is_cut_beyond_its_length(t5: Base) -> None:
     assert question.parts(t5)[0].context == question.context[1:]
 
 
-def test_a_choice_that_is_too_long_alone_is_refused(kind: Base) -> None:
+def test_a_choice_longer_than_the_base_is_refused(kind: Base) -> None:
     question = Question.encode(kind, "the", [" lake" * 20])
     kind.model.config.n_positions = len(question.choices[0]) - 1
     score(kind, [question])
@@ -367,13 +367,13 @@ def test_a_choice_that_is_too_long_alone_is_refused(kind: Base) -> None:
         score(kind, [question])
 
 
-def test_nothing_to_generate_or_no_room_for_it_is_refused(llama: Base) -> None:
+def test_generating_zero_tokens_or_without_room_is_refused(llama: Base) -> None:
     for count in (0, -1, 512, 600):
         with pytest.raises(PhatgooseError, match=f"max_new_tokens={count}: .* reads 512 tokens"):
             generate(llama, [[1]], count)
 
 
-def test_a_target_of_no_token_is_refused(kind: Base) -> None:
+def test_a_target_without_tokens_is_refused(kind: Base) -> None:
     for context in ("the lake", ""):
         with pytest.raises(PhatgooseError, match=r"target='': .* makes no token of it"):
             encode_pair(kind, context, "")

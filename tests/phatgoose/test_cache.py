@@ -50,13 +50,13 @@ def test_a_file_is_fetched_once(pip: Pip) -> None:
     assert commands[0][commands[0].index("--only-binary") + 1] == "goose"
 
 
-def test_sources_are_asked_for(pip: Pip) -> None:
+def test_packages_are_requested_as_sources(pip: Pip) -> None:
     commands = pip()
     fetch(source=True)
     assert commands[0][commands[0].index("--no-binary") + 1] == "goose"
 
 
-def test_another_content_is_refused_and_not_kept(pip: Pip) -> None:
+def test_unexpected_content_is_refused_and_not_kept(pip: Pip) -> None:
     pip(content=b"another wheel")
     with pytest.raises(PhatgooseError, match=rf"{WHEEL} is damaged.*{SHA256[:12]}"):
         fetch()
@@ -75,7 +75,7 @@ def test_a_damaged_file_in_the_cache_is_named(pip: Pip) -> None:
 @pytest.mark.parametrize(
     ("name", "found"), [("goose-1.1.whl", r"goose-1\.1\.whl"), ("", "nothing")]
 )
-def test_another_file_is_refused(pip: Pip, name: str, found: str) -> None:
+def test_a_different_file_is_refused(pip: Pip, name: str, found: str) -> None:
     pip(name=name)
     with pytest.raises(PhatgooseError, match=f"pip fetched {found} for goose==1.0, but {WHEEL}"):
         fetch()
@@ -85,14 +85,14 @@ def test_another_file_is_refused(pip: Pip, name: str, found: str) -> None:
     ("error", "reason"),
     [("warning\nERROR: no such version", "ERROR: no such version"), (" ", "no")],
 )
-def test_a_failed_download_gives_pips_reason(pip: Pip, error: str, reason: str) -> None:
+def test_a_failed_download_quotes_the_reason_of_pip(pip: Pip, error: str, reason: str) -> None:
     pip(name="", error=error)
     with pytest.raises(PhatgooseError, match=f"could not download goose==1.0: {reason}") as raised:
         fetch()
     assert "\n" not in str(raised.value)
 
 
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_location_is_configurable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PHATGOOSE_CACHE", "~/goose")
     assert cache.cache_dir() == Path.home() / "goose"
     monkeypatch.delenv("PHATGOOSE_CACHE")

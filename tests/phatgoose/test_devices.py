@@ -61,7 +61,7 @@ def one_device() -> Iterator[None]:
         yield
 
 
-def test_what_stands_for_a_gpu_refuses_the_cpu() -> None:
+def test_the_fake_gpu_refuses_cpu_tensors() -> None:
     for operation in (torch.add, torch.mul, torch.mm):
         assert operation(torch.ones(2, 2, device=META), torch.ones(2, 2).to(META)).device == META
         with pytest.raises(RuntimeError, match=r"cpu.*meta"):
@@ -70,7 +70,7 @@ def test_what_stands_for_a_gpu_refuses_the_cpu() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("absent", [True, False])
-def test_routers_stay_on_the_pools_device(base: Base, name: str, absent: bool) -> None:
+def test_routers_stay_on_the_device_of_the_pool(base: Base, name: str, absent: bool) -> None:
     """Linears that all experts adapt, and linears that one of them does not."""
     pool = on_meta(make_pool(base, 5))
     linears = [n for n, f in pool.linears.items() if (f.absent_E is not None) == absent]
@@ -93,7 +93,7 @@ def test_routers_stay_on_the_pools_device(base: Base, name: str, absent: bool) -
 
 @pytest.mark.parametrize("mixer", [mix, mix_factors])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_mixing_stays_on_the_inputs_device(mixer: Any, dtype: torch.dtype) -> None:
+def test_mixing_stays_on_the_device_of_the_inputs(mixer: Any, dtype: torch.dtype) -> None:
     """The dense way; the others read how many tokens an expert has."""
     x_TD = torch.zeros(3, 16, device=META, dtype=dtype)
     factors = x_TD.new_zeros(4, 2, 16), x_TD.new_zeros(4, 8, 2)
@@ -108,7 +108,7 @@ def questions_of(base: Base) -> list[Question]:
 
 
 @pytest.mark.parametrize("router", [None, "phatgoose", "merged"])
-def test_scoring_puts_its_inputs_where_the_base_is(
+def test_scoring_moves_its_inputs_to_the_device_of_the_base(
     llama: Base, router: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Tensor] = []
@@ -129,7 +129,7 @@ def test_scoring_puts_its_inputs_where_the_base_is(
     assert logits_PV.shape[1] == llama.model.config.vocab_size
 
 
-def test_what_is_trained_lies_where_the_base_is(base: Base) -> None:
+def test_trained_parameters_are_on_the_device_of_the_base(base: Base) -> None:
     expert = make_experts(base, 1)[0]
     nn.Module.to(base.model, META)
     layers = attach_lora(base.model, base.linears, rank=2, scale=1.0, init_std=0.1, seed=0)

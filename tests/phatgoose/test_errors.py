@@ -15,7 +15,9 @@ from phatgoose.errors import (
 
 @pytest.mark.parametrize("kind", [PhatgooseError, Diverged, OutOfMemory])
 @pytest.mark.parametrize("mark", ["\n", "\r\n", "\r", "\x0b", "\u2028"])
-def test_an_error_is_one_line_whatever_it_quotes(kind: type[PhatgooseError], mark: str) -> None:
+def test_an_error_is_one_line_even_if_it_quotes_several(
+    kind: type[PhatgooseError], mark: str
+) -> None:
     error = kind(f"column {mark}a{mark}b: there is none")
     assert str(error).splitlines() == ["column  a b: there is none"]
     # Actors send it to the driver.
@@ -32,21 +34,21 @@ def test_an_error_is_one_line_whatever_it_quotes(kind: type[PhatgooseError], mar
         ("", []),
     ],
 )
-def test_near_names(wanted: str, near: list[str]) -> None:
+def test_near_names_are_suggested(wanted: str, near: list[str]) -> None:
     names = ["task-1", "operators", "task-2", "operators", "linguistic/plural"]
     assert near_names(wanted, iter(names)) == near
     hint = f"did you mean {' or '.join(near)}?" if near else ""
     assert did_you_mean(wanted, names) == hint
 
 
-def test_near_names_are_three_at_most() -> None:
+def test_at_most_three_near_names_are_suggested() -> None:
     names = [f"task-{number}" for number in range(9)]
     assert len(near_names("task", names)) == len(near_names("ask", names)) == 3
     assert near_names("q", ["ab", "cd"]) == []
     assert len(near_names("q", ["ab", "cd"], cutoff=0.0)) == 2
 
 
-def test_the_reason_of_an_error_is_one_line_and_short() -> None:
+def test_an_error_reason_is_short_and_on_one_line() -> None:
     dump = ValueError(" no such key\n\n  full_key: a.b ")
     assert reason_of(dump) == "no such key full_key: a.b"
     assert reason_of(dump, first_line=True) == "no such key"
@@ -57,7 +59,7 @@ def test_the_reason_of_an_error_is_one_line_and_short() -> None:
     assert reason_of(own) == str(own)  # another of ours, which is quoted whole
 
 
-def test_the_reason_of_a_refusal_names_neither_number_nor_path(tmp_path: Path) -> None:
+def test_an_os_error_reason_contains_neither_errno_nor_path(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="missing") as caught:
         (tmp_path / "missing").read_bytes()
     assert reason_of(caught.value) == "No such file or directory"

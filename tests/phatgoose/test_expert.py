@@ -88,7 +88,7 @@ def test_hash_ignores_insertion_order_and_memory_layout() -> None:
     position=st.integers(0, 1000),
     bit=st.sampled_from([0, 7, 15, 22, 31]),
 )
-def test_hash_sees_every_bit(linear: str, field: str, position: int, bit: int) -> None:
+def test_hash_depends_on_every_bit(linear: str, field: str, position: int, bit: int) -> None:
     linears = make_linears()
     before = Expert(CARD, linears).content_hash()
     tensor = getattr(linears[linear], field)
@@ -100,7 +100,7 @@ def test_hash_sees_every_bit(linear: str, field: str, position: int, bit: int) -
     assert Expert(CARD, linears).content_hash() != before
 
 
-def test_hash_sees_dtype_shape_and_linear_name() -> None:
+def test_hash_depends_on_dtype_shape_and_linear_name() -> None:
     A, B = torch.zeros(2, 4), torch.zeros(4, 2)
     hashes = [
         Expert(CARD, linears).content_hash()
@@ -117,7 +117,7 @@ def test_hash_sees_dtype_shape_and_linear_name() -> None:
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Card)])
-def test_hash_sees_every_card_field(field: str) -> None:
+def test_hash_depends_on_every_card_field(field: str) -> None:
     value = getattr(CARD, field)
     changed = {**value, "more": 2.0} if isinstance(value, dict) else value * 2
     assert with_card(**{field: changed}).content_hash() != with_card().content_hash()
@@ -134,7 +134,7 @@ json_values = st.recursive(
 
 
 @given(recipe=st.dictionaries(st.text(max_size=3) | st.integers(0, 20), json_values, max_size=4))
-def test_any_recipe_comes_back_with_the_same_hash(recipe: dict[Any, Any]) -> None:
+def test_any_recipe_is_restored_with_the_same_hash(recipe: dict[Any, Any]) -> None:
     expert = with_card(recipe=recipe)
     read = Expert.from_buffer(expert.to_bytes(), "memory")
     assert read.card == expert.card
@@ -153,7 +153,7 @@ def test_load_maps_the_file_without_a_copy(tmp_path: Path) -> None:
             assert any(start <= tensor.data_ptr() < end for start, end in spans)
 
 
-def test_replacing_a_file_leaves_loaded_tensors_alone(tmp_path: Path) -> None:
+def test_replacing_a_file_does_not_change_loaded_tensors(tmp_path: Path) -> None:
     path = tmp_path / "expert.arrow"
     with_card().save(path)
     loaded = Expert.load(path)
@@ -161,7 +161,7 @@ def test_replacing_a_file_leaves_loaded_tensors_alone(tmp_path: Path) -> None:
     assert loaded.content_hash() == with_card().content_hash()
 
 
-def test_misaligned_values_are_read_right() -> None:
+def test_misaligned_values_are_read_correctly() -> None:
     one, wide = torch.ones(1, 1), torch.arange(3.0).view(1, 3)
     linears = {"a": LoraFactors(one.bfloat16(), one), "b": LoraFactors(wide, one, wide[0])}
     read = Expert.from_buffer(Expert(CARD, linears).to_bytes(), "memory")
@@ -202,7 +202,7 @@ def test_other_arrow_files_are_refused() -> None:
         Expert.from_buffer(sink.getvalue(), "other")
 
 
-def test_missing_file_and_folder(tmp_path: Path) -> None:
+def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(PhatgooseError, match=r"nowhere\.arrow"):
         Expert.load(tmp_path / "nowhere.arrow")
     with pytest.raises(PhatgooseError, match=r"cannot save expert 'task-a'.*nowhere"):
@@ -221,7 +221,9 @@ def test_newer_schema_asks_for_an_update() -> None:
 
 
 @given(position=st.integers(0, 10**6), bit=st.integers(0, 7))
-def test_a_flipped_bit_is_an_error_or_another_hash_or_harmless(position: int, bit: int) -> None:
+def test_a_flipped_bit_is_an_error_or_changes_the_hash_or_is_harmless(
+    position: int, bit: int
+) -> None:
     expert = with_card()
     data = bytearray(expert.to_bytes())
     data[position % len(data)] ^= 1 << bit
@@ -243,7 +245,7 @@ BAD_SHAPES = [
 
 
 @pytest.mark.parametrize("factors", BAD_SHAPES)
-def test_shapes_must_agree(factors: tuple[Any, Any, Any]) -> None:
+def test_shapes_must_match(factors: tuple[Any, Any, Any]) -> None:
     with pytest.raises(PhatgooseError, match=r"linear 'layers\.0\.q': the shapes lora_A_RD"):
         Expert(CARD, {"layers.0.q": LoraFactors(*factors)})
 
@@ -262,18 +264,18 @@ def test_integers_are_refused() -> None:
         Expert(CARD, {"q": LoraFactors(torch.ones(1, 1).long(), torch.ones(1, 1))})
 
 
-def test_an_expert_adapts_something() -> None:
+def test_an_expert_must_adapt_a_linear() -> None:
     with pytest.raises(PhatgooseError, match="adapts no linear"):
         Expert(CARD, {})
 
 
 @pytest.mark.parametrize("name", ["a", "0", "A.b-c_d", "x" * 100])
-def test_good_names(name: str) -> None:
+def test_valid_names_are_accepted(name: str) -> None:
     assert validate_name(name) == name
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", ".a", "-a", "a/b", "a\n", "a b", "ä", "x" * 101])
-def test_bad_names(name: str) -> None:
+def test_invalid_names_are_refused(name: str) -> None:
     with pytest.raises(PhatgooseError, match="cannot name an expert"):
         validate_name(name)
     with pytest.raises(PhatgooseError, match="cannot name an expert"):

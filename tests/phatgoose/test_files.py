@@ -8,7 +8,7 @@ from safetensors.torch import save
 from phatgoose.files import TEMPORARY, replacing, safetensors_metadata
 
 
-def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+def test_a_file_is_replaced_atomically(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("before")
     with replacing(path) as temporary:
@@ -19,7 +19,7 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_an_error_leaves_the_file_before_and_nothing_else(tmp_path: Path) -> None:
+def test_an_error_leaves_only_the_previous_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("before")
 
@@ -34,7 +34,7 @@ def test_an_error_leaves_the_file_before_and_nothing_else(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_content_is_on_the_disk_before_the_name(
+def test_the_content_is_synced_before_the_rename(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
@@ -51,7 +51,7 @@ def test_the_content_is_on_the_disk_before_the_name(
     assert calls == [False, True]  # the content; then, with the name, the folder
 
 
-def test_a_file_that_may_not_be_replaced_stays(tmp_path: Path) -> None:
+def test_an_existing_file_is_kept_unless_replacing_is_allowed(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("before")
     with pytest.raises(FileExistsError), replacing(path, os.link) as temporary:
@@ -60,7 +60,7 @@ def test_a_file_that_may_not_be_replaced_stays(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_metadata_of_safetensors() -> None:
+def test_safetensors_metadata_is_read() -> None:
     metadata = {"a": "é", "b": '{"c": 1}'}
     data = save({"x": torch.ones(2)}, metadata)
     assert safetensors_metadata(data) == metadata

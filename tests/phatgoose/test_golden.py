@@ -57,7 +57,7 @@ def load_generator() -> Any:
     return module
 
 
-def test_the_committed_cases_are_what_the_generator_writes(tmp_path: Path) -> None:
+def test_the_committed_cases_match_the_generator(tmp_path: Path) -> None:
     load_generator().main(tmp_path / "again.safetensors")
     again = load_file(tmp_path / "again.safetensors")
     committed = load_file(OWN / "cases.safetensors")
@@ -67,7 +67,7 @@ def test_the_committed_cases_are_what_the_generator_writes(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", sorted(OWN_CASES.keys() - {"gate_training"}))
-def test_textbook_routing(name: str) -> None:
+def test_routing_matches_the_textbook(name: str) -> None:
     case, sizes = OWN_CASES[name], load_generator().ROUTED[name]
     weights_TK, indices_TK = route(case["x_TD"], case["gates_ED"], top_k=sizes[4])
     assert torch.equal(indices_TK, case["indices_TK"])
@@ -97,7 +97,7 @@ def gated_lora(lora_A_RD: Tensor, lora_B_OR: Tensor, gate_D: Tensor) -> GatedLor
     return layer
 
 
-def test_textbook_gate_training() -> None:
+def test_gate_training_matches_the_textbook() -> None:
     case = OWN_CASES["gate_training"]
     layer = gated_lora(case["lora_A_RD"], case["lora_B_OR"], case["gate_D"])
     y_TO = layer(case["x_TD"])
@@ -111,7 +111,7 @@ def test_textbook_gate_training() -> None:
 
 
 @pytest.mark.parametrize("name", ["small", "top1", "top5", "166", "one_expert"])
-def test_authors_tokenwise(name: str) -> None:
+def test_tokenwise_routing_matches_the_authors(name: str) -> None:
     sizes = json.loads((AUTHORS / "cases.json").read_text())[f"tokenwise_{name}"]
     case = load_file(AUTHORS / f"tokenwise_{name}.safetensors")
     hidden_TD = case["hidden"].flatten(0, 1)
@@ -130,7 +130,7 @@ def test_authors_tokenwise(name: str) -> None:
         assert_near(y_TO, case["lora_output"].flatten(0, 1))
 
 
-def test_authors_arrow() -> None:
+def test_arrow_matches_the_authors() -> None:
     """Arrow as PHATGOOSE's authors compare with it: divided by sqrt(D), outputs mixed."""
     sizes = json.loads((AUTHORS / "cases.json").read_text())["arrow_scores"]
     case = load_file(AUTHORS / "arrow_scores.safetensors")
@@ -145,13 +145,13 @@ def test_authors_arrow() -> None:
         assert_near(y_TO, case["lora_output"].flatten(0, 1))
 
 
-def test_authors_retrieval() -> None:
+def test_retrieval_matches_the_authors() -> None:
     case = load_file(AUTHORS / "retrieval.safetensors")
     chosen_Q = nearest_example(case["query"], list(case["library"]))
     assert torch.equal(chosen_Q, case["chosen_expert"].long())
 
 
-def test_authors_gate_training() -> None:
+def test_gate_training_matches_the_authors() -> None:
     case = load_file(AUTHORS / "gate_training.safetensors")
     layer = gated_lora(case["lora_A"], case["lora_B"], case["gate"])
     y = layer(case["hidden"])
@@ -163,7 +163,7 @@ def test_authors_gate_training() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
-def test_authors_full_model(kind: str) -> None:
+def test_the_full_model_matches_the_authors(kind: str) -> None:
     folder = AUTHORS / "full_model" / kind
     case = json.loads((folder / "case.json").read_text())
     config = AutoConfig.from_pretrained(folder)

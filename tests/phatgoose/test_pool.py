@@ -19,7 +19,7 @@ def alter(expert: Expert, *, linears: dict[str, LoraFactors] | None = None, **ca
     return Expert(dataclasses.replace(expert.card, **card), linears or expert.linears)
 
 
-def test_experts_are_stacked_in_order_and_their_scales_folded_in(base: Base) -> None:
+def test_experts_are_stacked_in_order_with_their_scales_folded_in(base: Base) -> None:
     experts = make_experts(base, 3)
     assert len({expert.card.scale for expert in experts}) == 3
     pool = Pool.from_experts(experts)
@@ -35,7 +35,7 @@ def test_experts_are_stacked_in_order_and_their_scales_folded_in(base: Base) -> 
             assert torch.equal(stacked.gate_ED[index], factors.gate_D)
 
 
-def test_lower_ranks_add_what_they_did(llama: Base) -> None:
+def test_padding_a_lower_rank_changes_nothing(llama: Base) -> None:
     experts = [make_experts(llama, 1, rank=2, seed=1)[0], *make_experts(llama, 2, rank=5)[1:]]
     pool = Pool.from_experts(experts)
     for name, stacked in pool.linears.items():
@@ -49,7 +49,7 @@ def test_lower_ranks_add_what_they_did(llama: Base) -> None:
 
 
 @pytest.mark.parametrize("gates", [True, False])
-def test_a_saved_pool_opens_as_it_was(llama: Base, tmp_path: Path, gates: bool) -> None:
+def test_a_saved_pool_opens_unchanged(llama: Base, tmp_path: Path, gates: bool) -> None:
     pool = Pool.from_experts(make_experts(llama, 3, gates=gates))
     pool.save(tmp_path / "pool")
     opened = Pool.open(tmp_path / "pool")
@@ -68,7 +68,7 @@ def test_a_saved_pool_opens_as_it_was(llama: Base, tmp_path: Path, gates: bool) 
             assert other.gate_ED is None
 
 
-def test_one_expert_without_gates_leaves_the_pool_without(llama: Base) -> None:
+def test_a_pool_has_gates_only_if_all_experts_have_them(llama: Base) -> None:
     experts = [*make_experts(llama, 1), *make_experts(llama, 2, gates=False)[1:]]
     assert all(linear.gate_ED is None for linear in Pool.from_experts(experts).linears.values())
 
@@ -104,7 +104,7 @@ def other_shape(expert: Expert) -> Expert:
         (other_shape, r"'e0' and 'e1' differ in shape on .*q_proj"),
     ],
 )
-def test_experts_that_do_not_go_together(
+def test_incompatible_experts_are_refused(
     llama: Base, change: Callable[[Expert], Expert], message: str
 ) -> None:
     first, second = make_experts(llama, 2)
@@ -112,12 +112,12 @@ def test_experts_that_do_not_go_together(
         Pool.from_experts([first, change(second)])
 
 
-def test_no_experts() -> None:
+def test_an_empty_pool_is_refused() -> None:
     with pytest.raises(PhatgooseError, match="at least one expert"):
         Pool.from_experts([])
 
 
-def test_an_unknown_expert_is_named_with_those_there_are(llama: Base) -> None:
+def test_an_unknown_expert_is_named_with_the_available_ones(llama: Base) -> None:
     pool = Pool.from_experts(make_experts(llama, 2))
     assert pool.index("e1") == 1
     with pytest.raises(PhatgooseError, match=r"no expert 'e2': .*it has e0, e1"):

@@ -23,7 +23,7 @@ def profile(llama: Base) -> Profile:
     return dataclasses.replace(profile, description='naïve "quotes"\nand a second line ☃ {}')
 
 
-def test_a_saved_profile_is_loaded_as_it_was(profile: Profile, tmp_path: Path) -> None:
+def test_a_saved_profile_loads_unchanged(profile: Profile, tmp_path: Path) -> None:
     file = tmp_path / "a.profile"
     file.write_bytes(profile.to_bytes())
     for path in (file, str(file)):
@@ -38,13 +38,13 @@ def test_a_saved_profile_is_loaded_as_it_was(profile: Profile, tmp_path: Path) -
             assert all(tensor.dtype == torch.float32 for tensor in mine.values())
 
 
-def test_a_profile_has_the_same_bytes_again(profile: Profile, tmp_path: Path) -> None:
+def test_a_profile_is_saved_with_the_same_bytes(profile: Profile, tmp_path: Path) -> None:
     file = tmp_path / "a.profile"
     file.write_bytes(profile.to_bytes())
     assert profile.to_bytes() == Profile.load(file).to_bytes()
 
 
-def test_a_profile_may_be_stored_from_a_view(profile: Profile, tmp_path: Path) -> None:
+def test_a_profile_may_be_saved_from_a_view(profile: Profile, tmp_path: Path) -> None:
     rows_NS = torch.arange(12.0).view(3, 4)
     file = tmp_path / "a.profile"
     file.write_bytes(dataclasses.replace(profile, embeddings_NS=rows_NS.T).to_bytes())
@@ -84,7 +84,7 @@ DAMAGES: dict[str, Callable[[Path], bytes]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_is_named_with_the_mend(
+def test_a_damaged_file_is_named_with_the_fix(
     profile: Profile, tmp_path: Path, damage: str
 ) -> None:
     file = tmp_path / "a.profile"
@@ -99,7 +99,7 @@ def test_a_damaged_file_is_named_with_the_mend(
     assert "\n" not in str(e.value)
 
 
-def test_a_missing_file_and_a_directory(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "none", tmp_path):
         with pytest.raises(PhatgooseError, match=f"{path.name} is no whole profile"):
             Profile.load(path)
@@ -108,7 +108,7 @@ def test_a_missing_file_and_a_directory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["embedded_examples", "activation_examples", "max_input_tokens", "max_target_tokens"]
 )
-def test_a_configuration_that_measures_nothing(name: str) -> None:
+def test_a_configuration_that_measures_nothing_is_refused(name: str) -> None:
     options: dict[str, Any] = {name: 0}
     with pytest.raises(PhatgooseError, match=f"profile.{name} is 0: it must be at least 1"):
         ProfileConfig(**options)
@@ -126,7 +126,7 @@ def test_a_pool_has_a_profile_for_each_expert(llama: Base) -> None:
         pool.with_profiles([profiles[0], other, profiles[2]])
 
 
-def test_what_routers_read_stands_in_the_order_of_the_pool(base: Base) -> None:
+def test_router_inputs_follow_the_order_of_the_pool(base: Base) -> None:
     pool = pool_of(make_uneven_experts(base))
     assert pool.profiles is not None
     for name, factors in pool.linears.items():

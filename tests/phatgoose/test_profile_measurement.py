@@ -66,7 +66,7 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> Base:
     return load_base(str(make_decoder(tmp_path / "base", request.param)))
 
 
-def test_a_profile_is_what_the_plain_computation_gives(base: Base, config: ProfileConfig) -> None:
+def test_a_profile_matches_the_plain_computation(base: Base, config: ProfileConfig) -> None:
     expert, before = make_experts(base, 1)[0], state(base)
     profile = measure_profile(base, expert, EXAMPLES, config, description="about a lake")
     after = base.model.state_dict()
@@ -84,7 +84,7 @@ def test_a_profile_is_what_the_plain_computation_gives(base: Base, config: Profi
     assert profile.description == "about a lake"
 
 
-def test_embeddings_are_of_the_first_examples_in_the_form_of_the_paper(
+def test_embeddings_use_the_first_examples_in_the_format_of_the_paper(
     llama: Base, config: ProfileConfig
 ) -> None:
     profile = measure_profile(llama, make_experts(llama, 1)[0], EXAMPLES, config)
@@ -114,7 +114,9 @@ def test_a_profile_needs_examples(llama: Base, config: ProfileConfig) -> None:
         ProfileConfig(activation_examples=0)
 
 
-def test_an_expert_of_some_linears_is_measured_on_those(base: Base, config: ProfileConfig) -> None:
+def test_an_expert_of_some_linears_is_measured_only_on_those(
+    base: Base, config: ProfileConfig
+) -> None:
     whole = make_experts(base, 1)[0]
     names = base.linears[::3]
     expert = Expert(whole.card, {name: whole.linears[name] for name in names})

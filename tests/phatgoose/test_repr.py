@@ -6,7 +6,7 @@ from tests.support.pools import make_profiles
 from tests.support.tiny import make_experts
 
 
-def test_each_says_what_it_is_in_a_line(llama: Base) -> None:
+def test_each_repr_is_one_line(llama: Base) -> None:
     experts = make_experts(llama, 2)
     pool = Pool.from_experts(experts).with_profiles(make_profiles(experts))
     assert pool.profiles is not None

@@ -43,7 +43,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> "Folders":
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_choices_score_together_as_alone(folders: Folders, name: str) -> None:
+def test_choices_score_the_same_together_and_alone(folders: Folders, name: str) -> None:
     base = folders.load(*DECODERS[name])
     assert base.shares_context == (name not in APART)
     assert_plain(base, score(base, QUESTIONS))
@@ -70,7 +70,7 @@ def test_a_sliding_window_is_masked(folders: Folders, name: str, window: int) ->
     assert_answers_plainly(base, 7)
 
 
-def test_a_window_that_a_model_does_not_read_is_ignored(folders: Folders) -> None:
+def test_a_window_that_the_model_does_not_use_is_ignored(folders: Folders) -> None:
     base = folders.load("llama", {"sliding_window": 3})
     assert base.shares_context
     assert_plain(base, score(base, QUESTIONS))
@@ -78,7 +78,7 @@ def test_a_window_that_a_model_does_not_read_is_ignored(folders: Folders) -> Non
 
 
 @pytest.mark.parametrize("window", [10, 11, 12, 13])
-def test_a_window_at_the_length_of_a_row(folders: Folders, window: int) -> None:
+def test_a_window_of_the_length_of_a_row_is_exact(folders: Folders, window: int) -> None:
     """The last position that is read is 11."""
     base = folders.load("mistral", {"sliding_window": window})
     assert_plain(base, score(base, QUESTIONS))
@@ -87,7 +87,7 @@ def test_a_window_at_the_length_of_a_row(folders: Folders, window: int) -> None:
 @pytest.mark.parametrize("name", ["mistral", "gemma2"])
 @pytest.mark.parametrize("limit", [1, 2, 3, 4, 5, 7])
 @pytest.mark.parametrize("window", [12, 13])
-def test_answers_at_the_edge_of_a_window(
+def test_answers_at_the_edge_of_a_window_are_exact(
     folders: Folders, name: str, window: int, limit: int
 ) -> None:
     """Prompts of at most 8 tokens, targets of 3, and what is written."""
@@ -118,7 +118,7 @@ def test_a_prompt_within_the_window_is_read_once(
 
 @pytest.mark.parametrize("limit", [1, 5])
 @pytest.mark.parametrize("kind", ["lfm2", "mpt", "llama", "mistral"])
-def test_rows_of_their_own_are_counted_as_shared_ones(
+def test_separate_rows_are_counted_like_shared_rows(
     folders: Folders, kind: str, limit: int
 ) -> None:
     """Each context once, each choice once; what is written is not counted by `answer`."""
@@ -139,7 +139,7 @@ def test_rows_of_their_own_are_counted_as_shared_ones(
         assert_same(one, other)
 
 
-def test_separate_rows_give_what_shared_ones_give(
+def test_separate_rows_give_the_results_of_shared_rows(
     llama: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For routers that decide by token, by query, and by a bias for each query."""
@@ -167,7 +167,7 @@ def test_separate_rows_give_what_shared_ones_give(
             torch.testing.assert_close(separate_log.weights[name], weights_E, rtol=1e-4, atol=1e-4)
 
 
-def test_separate_rows_need_no_more_memory(llama: Base) -> None:
+def test_separate_rows_do_not_need_more_memory(llama: Base) -> None:
     """No pass has more tokens, padding included, than the shared rows of the batch."""
     many = [
         Question([5] * 30, [[7] * n + [0] for n in range(12)]),
@@ -189,7 +189,7 @@ def test_separate_rows_need_no_more_memory(llama: Base) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", sorted(APART))
-def test_a_base_that_leaks_is_found_and_says_so(
+def test_a_base_that_leaks_between_choices_is_detected_and_reported(
     folders: Folders, name: str, dtype: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -208,7 +208,7 @@ def test_a_base_that_leaks_is_found_and_says_so(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "falcon with groups", "mixtral"])
-def test_a_record_that_says_nothing_is_tested(
+def test_a_record_without_a_statement_is_probed(
     folders: Folders,
     name: str,
     dtype: str,
@@ -242,7 +242,7 @@ def test_a_record_that_says_nothing_is_tested(
         ),
     ],
 )
-def test_windows_that_no_test_covers_are_read_apart(
+def test_windows_not_covered_by_a_test_use_separate_rows(
     folders: Folders,
     kind: str,
     changes: dict[str, Any],
@@ -259,7 +259,7 @@ def test_windows_that_no_test_covers_are_read_apart(
     assert_answers_plainly(base, 5)
 
 
-def test_layers_whose_masks_are_unknown_are_read_apart(
+def test_layers_with_unknown_masks_use_separate_rows(
     folders: Folders, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Also under a record that says that sharing is exact."""
@@ -275,7 +275,7 @@ def test_layers_whose_masks_are_unknown_are_read_apart(
 @pytest.mark.parametrize(
     ("kind", "changes"), [("lfm2", {}), ("mpt", {}), ("mistral", {"sliding_window": 5})]
 )
-def test_routers_decide_the_same_where_a_prompt_is_read_twice(
+def test_routers_decide_the_same_when_a_prompt_is_read_twice(
     folders: Folders, kind: str, changes: dict[str, Any], router: str
 ) -> None:
     base = folders.load(kind, changes)
@@ -290,7 +290,7 @@ def test_routers_decide_the_same_where_a_prompt_is_read_twice(
         assert_same(one, other)
 
 
-def test_a_base_built_by_hand_is_read_apart(folders: Folders) -> None:
+def test_a_base_built_by_hand_uses_separate_rows(folders: Folders) -> None:
     loaded = folders.load("lfm2", {})
     base = Base("a", "b", loaded.model, loaded.tokenizer, loaded.linears)
     assert not base.shares_context

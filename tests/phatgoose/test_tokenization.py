@@ -53,7 +53,7 @@ PAIRS = [
 
 @pytest.mark.parametrize(("context", "target"), PAIRS)
 @pytest.mark.parametrize("which", ["llama", "t5", "starting_llama"])
-def test_a_pair_is_cut_as_lm_eval_cuts_it(
+def test_a_pair_is_split_as_in_lm_eval(
     request: pytest.FixtureRequest, which: str, context: str, target: str
 ) -> None:
     base: Base = request.getfixturevalue(which)
@@ -65,7 +65,7 @@ def test_a_pair_is_cut_as_lm_eval_cuts_it(
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(context=st.text("the goose?\n ", min_size=1), target=st.text("these goose\n", min_size=1))
-def test_any_pair_of_a_decoder_is_cut_as_lm_eval_cuts_it_or_by_the_rule(
+def test_any_pair_of_a_decoder_is_split_as_in_lm_eval_or_by_the_rule(
     llama: Base, context: str, target: str
 ) -> None:
     tokenizer = llama.tokenizer
@@ -80,7 +80,7 @@ def test_any_pair_of_a_decoder_is_cut_as_lm_eval_cuts_it_or_by_the_rule(
     assert tokenizer.decode(target_ids[:-1]) == moved
 
 
-def test_a_target_that_joins_its_prompt_is_encoded_on_its_own(
+def test_a_target_whose_tokens_merge_with_the_prompt_is_encoded_on_its_own(
     llama: Base, t5: Base, starting_llama: Base
 ) -> None:
     goose = llama.tokenizer.encode(" goose")
@@ -93,7 +93,7 @@ def test_a_target_that_joins_its_prompt_is_encoded_on_its_own(
 
 
 @pytest.mark.parametrize("context", ["", "  "])
-def test_an_empty_context_is_the_start_token_once(starting_llama: Base, context: str) -> None:
+def test_an_empty_context_becomes_a_single_start_token(starting_llama: Base, context: str) -> None:
     tokenizer = starting_llama.tokenizer
     context_ids, target_ids = encode_pair(starting_llama, context, "the goose")
     assert context_ids == encode_context(starting_llama, context) == [tokenizer.bos_token_id]
@@ -101,9 +101,7 @@ def test_an_empty_context_is_the_start_token_once(starting_llama: Base, context:
     assert target_ids == [*text, tokenizer.eos_token_id]
 
 
-def test_a_target_may_bring_the_start_token_where_there_is_no_context(
-    llama: Base, t5: Base
-) -> None:
+def test_a_target_may_contain_the_start_token_if_there_is_no_context(llama: Base, t5: Base) -> None:
     """As in lm-eval; a T5-like base has none, and keeps what is written."""
     end, a = llama.tokenizer.encode("<|end|>a")
     assert encode_pair(llama, "", "<|end|>a") == ([end], [a, end])
@@ -115,7 +113,7 @@ def test_a_target_may_bring_the_start_token_where_there_is_no_context(
     assert encode_pair(t5, "", "</s>a") == ([end], [*written, end])
 
 
-def test_only_spaces_leave_a_prompt_to_generate_from(base: Base) -> None:
+def test_only_trailing_spaces_are_removed_from_a_generation_prompt(base: Base) -> None:
     ids = base.tokenizer.encode("Is the lake deep?\n")
     assert encode_context(base, "Is the lake deep?\n  ") == ids
     assert ids != base.tokenizer.encode("Is the lake deep?")
@@ -124,19 +122,21 @@ def test_only_spaces_leave_a_prompt_to_generate_from(base: Base) -> None:
     ]
 
 
-def test_an_empty_context_without_start_token(llama: Base, t5: Base) -> None:
+def test_an_empty_context_without_a_start_token_becomes_the_end_token(
+    llama: Base, t5: Base
+) -> None:
     assert encode_context(llama, "") == [llama.tokenizer.bos_token_id]
     llama.tokenizer.bos_token = None
     assert encode_context(llama, "") == [llama.tokenizer.eos_token_id]
     assert encode_context(t5, "") == [t5.tokenizer.eos_token_id]
 
 
-def test_a_context_alone_reads_like_that_of_a_pair(base: Base) -> None:
+def test_a_context_alone_is_encoded_like_that_of_a_pair(base: Base) -> None:
     for context in ("Is the lake deep?", "Is the lake deep? ", "the goose  "):
         assert encode_context(base, context) == encode_pair(base, context, "yes")[0]
 
 
-def test_long_contexts_lose_their_end_in_an_encoder_and_their_start_in_a_decoder(
+def test_long_contexts_are_truncated_right_in_encoders_and_left_in_decoders(
     llama: Base, t5: Base
 ) -> None:
     context = "Question: which bird flies in the flock?"
@@ -148,7 +148,7 @@ def test_long_contexts_lose_their_end_in_an_encoder_and_their_start_in_a_decoder
     assert encode_context(llama, context, len(whole)) == whole
 
 
-def test_a_context_that_is_cut_keeps_its_start_token(starting_llama: Base) -> None:
+def test_a_truncated_context_keeps_its_start_token(starting_llama: Base) -> None:
     context = "Question: which bird flies in the flock?"
     for text in (context, f"<s>{context}"):
         whole = encode_context(starting_llama, text)
@@ -160,7 +160,7 @@ def test_a_context_that_is_cut_keeps_its_start_token(starting_llama: Base) -> No
         assert cut_context(starting_llama, whole, 1) == [start]
 
 
-def test_a_start_token_that_only_the_text_brings_stays_too(llama: Base) -> None:
+def test_a_start_token_that_comes_from_the_text_is_kept_too(llama: Base) -> None:
     whole = encode_context(llama, "<|end|>the goose flies")
     start = llama.tokenizer.bos_token_id
     assert whole[0] == start
@@ -169,7 +169,7 @@ def test_a_start_token_that_only_the_text_brings_stays_too(llama: Base) -> None:
     assert cut_context(llama, later, 3) == later[-3:]
 
 
-def test_an_example_for_training_is_cut_to_the_base(llama: Base, t5: Base) -> None:
+def test_a_training_example_is_truncated_to_the_base(llama: Base, t5: Base) -> None:
     """Its last token is not read, so a row of context and target may be one token longer."""
     for base in (llama, t5):
         context, target = "the grey goose " * 40, " the swan swims " * 5
@@ -202,7 +202,7 @@ def test_an_example_for_training_is_cut_to_the_base(llama: Base, t5: Base) -> No
         ({"text_config": SimpleNamespace(n_ctx=5), "n_positions": 7}, 10, 5),
     ],
 )
-def test_the_longest_row_is_that_of_lm_eval(
+def test_the_longest_row_matches_lm_eval(
     llama: Base, config: dict[str, Any], tokenizer: int, length: int
 ) -> None:
     llama.tokenizer.model_max_length = tokenizer

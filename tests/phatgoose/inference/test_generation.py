@@ -63,7 +63,7 @@ def test_a_text_ends_before_its_stop_string(
     assert write(llama, text, stops=stops) == expected
 
 
-def test_the_end_token_written_in_letters_ends_a_text_as_in_lm_eval(llama: Base) -> None:
+def test_an_end_token_spelled_as_text_ends_generation_as_in_lm_eval(llama: Base) -> None:
     letters = [i for letter in "the<|end|>goose" for i in ids_of(llama, letter)]
     with writing(llama, letters):
         assert generate(llama, [ids_of(llama, "the")], len(letters)) == ["the"]
@@ -74,7 +74,7 @@ def test_the_end_token_written_in_letters_ends_a_text_as_in_lm_eval(llama: Base)
     text=st.text("ab é\n", min_size=1, max_size=12),
     stops=st.lists(st.text("ab é\n", max_size=3), max_size=3),
 )
-def test_any_text_ends_where_lm_eval_ends_it(llama: Base, text: str, stops: list[str]) -> None:
+def test_any_text_ends_where_lm_eval_ends(llama: Base, text: str, stops: list[str]) -> None:
     # What a whole text gives is what its shortest beginning with a stop string in it gives.
     ids = ids_of(llama, text)
     ends = [
@@ -104,13 +104,13 @@ def test_any_text_ends_where_lm_eval_ends_it(llama: Base, text: str, stops: list
         (" <s>goose <s>flies", 1, [" <s>"], "goose"),
     ],
 )
-def test_the_spaces_of_a_prompt_belong_to_no_text_and_no_stop_string(
+def test_trailing_prompt_spaces_are_neither_generated_text_nor_stop_strings(
     llama: Base, text: str, spaces: int, stops: list[str], expected: str
 ) -> None:
     assert write(llama, text, spaces, stops=stops) == expected
 
 
-def test_a_row_ends_by_itself(llama: Base) -> None:
+def test_each_row_ends_independently(llama: Base) -> None:
     """What other rows still write changes nothing, and generation ends with the last of them."""
     rows = [ids_of(llama, text) for text in ("a\nthe goose flies", "bcd<|end|>the lake", "efgh\n")]
     contexts = [ids_of(llama, prompt) for prompt in PROMPTS]
@@ -119,7 +119,7 @@ def test_a_row_ends_by_itself(llama: Base) -> None:
     assert len(steps) == len(rows[2])
 
 
-def test_padding_behind_the_end_of_a_row_is_no_text(
+def test_padding_after_the_end_of_a_row_is_not_text(
     llama: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where it is no special token, which decoding would leave out."""
@@ -134,7 +134,7 @@ def test_padding_behind_the_end_of_a_row_is_no_text(
         assert generate(llama, contexts, 30)[2] == "b"
 
 
-def test_a_routed_model_writes_no_space_of_a_prompt_again(base: Base) -> None:
+def test_a_routed_model_does_not_repeat_the_trailing_space_of_a_prompt(base: Base) -> None:
     routed = RoutedModel(base, Pool.from_experts(make_experts(base, 2)))
     whole = routed.generate(PROMPTS, 8)
     for spaces in (1, 2):
@@ -165,7 +165,7 @@ WISHES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("wish", WISHES, ids=lambda wish: next(iter(wish)))
-def test_generation_is_greedy_whatever_the_configuration_says(
+def test_generation_is_greedy_regardless_of_the_configuration(
     base: Base, wish: dict[str, Any]
 ) -> None:
     contexts = [encode_context(base, prompt) for prompt in PROMPTS]
@@ -193,7 +193,7 @@ def test_a_question_that_is_too_long_is_not_answered_in_one_pass(base: Base) -> 
         answer(base, [question], 8)
 
 
-def test_an_answer_that_needs_more_room_than_is_generated_does_not_fit(llama: Base) -> None:
+def test_an_answer_longer_than_the_generation_limit_does_not_fit(llama: Base) -> None:
     question = Question.encode(llama, "the goose flies", [" over the lake"])
     answer_tokens = len(question.choices[0]) - 1
     llama.model.config.max_position_embeddings = len(question.context) + answer_tokens

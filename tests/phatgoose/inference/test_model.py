@@ -61,7 +61,7 @@ def test_merged_is_the_mean_of_the_products_added_to_the_weights(base: Base, cou
 
 
 @pytest.mark.parametrize("rank", [3, 40])
-def test_single_is_what_peft_makes_of_the_same_factors(base: Base, rank: int) -> None:
+def test_single_matches_peft_with_the_same_factors(base: Base, rank: int) -> None:
     experts = make_experts(base, 3, rank=rank)
     expert, other = experts[1], load_base(base.name)
     alpha: Any = rank * expert.card.scale  # PEFT takes what is no whole number, too
@@ -77,7 +77,7 @@ def test_single_is_what_peft_makes_of_the_same_factors(base: Base, rank: int) ->
 
 
 @pytest.mark.parametrize("router", ["phatgoose", "random"])
-def test_a_pool_of_one_routes_everything_to_it(base: Base, router: str) -> None:
+def test_a_pool_of_one_expert_routes_everything_to_it(base: Base, router: str) -> None:
     experts = make_experts(base, 1)
     routed = attach(base, experts, router)
     by_token = logits(base)
@@ -85,7 +85,7 @@ def test_a_pool_of_one_routes_everything_to_it(base: Base, router: str) -> None:
     torch.testing.assert_close(by_token, logits(base), rtol=1e-4, atol=1e-4)
 
 
-def test_keeping_all_experts_with_equal_gates_is_merging(base: Base) -> None:
+def test_keeping_all_experts_with_equal_gates_equals_merging(base: Base) -> None:
     experts = make_experts(base, 3)
     routed = attach(base, experts, "merged")
     merged = logits(base)
@@ -105,7 +105,7 @@ def test_keeping_all_experts_with_equal_gates_is_merging(base: Base) -> None:
     torch.testing.assert_close(logits(base), merged, rtol=1e-4, atol=1e-4)
 
 
-def test_the_bases_router_and_detaching_give_the_bases_own_bits(base: Base) -> None:
+def test_the_base_router_and_detaching_give_the_exact_outputs_of_the_base(base: Base) -> None:
     bare, before = logits(base), state(base)
     modules = {name: base.model.get_submodule(name) for name in base.linears}
     routed = RoutedModel(base, Pool.from_experts(make_experts(base, 3)))
@@ -125,7 +125,7 @@ def test_the_bases_router_and_detaching_give_the_bases_own_bits(base: Base) -> N
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-def test_setting_a_router_again_gives_the_same_bits(base: Base) -> None:
+def test_setting_a_router_again_gives_identical_outputs(base: Base) -> None:
     routed = attach(base, make_experts(base, 5), "random", seed=3)
     first = logits(base)
     for router, options in (("phatgoose", {}), ("merged", {}), ("random", {"seed": 4})):
@@ -135,7 +135,7 @@ def test_setting_a_router_again_gives_the_same_bits(base: Base) -> None:
     assert torch.equal(logits(base), first)
 
 
-def test_a_random_choice_depends_on_the_token_alone(llama: Base) -> None:
+def test_a_random_choice_depends_only_on_the_token(llama: Base) -> None:
     pool = Pool.from_experts(make_experts(llama, 6))
     name, other = llama.linears[0], llama.linears[1]
     x_TD = torch.randn(9, 32, generator=torch.Generator().manual_seed(0))
@@ -161,7 +161,7 @@ def test_a_pool_of_another_base_is_refused(llama: Base) -> None:
         RoutedModel(llama, pool)
 
 
-def test_a_pool_that_does_not_fit_is_refused_and_leaves_the_base_alone(llama: Base) -> None:
+def test_a_pool_that_does_not_fit_is_refused_and_leaves_the_base_unchanged(llama: Base) -> None:
     bare = logits(llama)
     pool = Pool.from_experts(make_experts(llama))
     first, last = llama.linears[0], llama.linears[-1]
@@ -188,7 +188,7 @@ def test_a_base_takes_one_pool_at_a_time(base: Base) -> None:
     RoutedModel(base, pool)
 
 
-def test_a_router_that_the_pool_cannot_serve_is_refused_and_the_old_one_stays(base: Base) -> None:
+def test_an_unsupported_router_is_refused_and_the_old_one_stays(base: Base) -> None:
     routed = attach(base, make_experts(base, gates=False), "random")
     before = logits(base)
     with pytest.raises(PhatgooseError, match="router phatgoose needs gates"):
@@ -248,7 +248,7 @@ def test_the_log_of_a_batch_is_the_sum_of_the_logs_of_its_questions(base: Base) 
         assert together.tokens[name] == sum(log.tokens[name] for log in alone)
 
 
-def test_the_log_holds_what_was_routed(llama: Base) -> None:
+def test_the_log_records_the_routing(llama: Base) -> None:
     pool = Pool.from_experts(make_experts(llama, 4))
     routed = RoutedModel(llama, pool)
     routed.set_router(make_router("phatgoose"))
@@ -267,7 +267,7 @@ def test_the_log_holds_what_was_routed(llama: Base) -> None:
     torch.testing.assert_close(log.weights[name], expected)
 
 
-def test_nothing_is_logged_without_routing_or_after_recording(base: Base) -> None:
+def test_nothing_is_recorded_without_routing_or_after_recording_ends(base: Base) -> None:
     routed = attach(base, make_experts(base), "merged")
     assert record(base, QUESTIONS, routed).tokens == {}
     routed.set_router(make_router("phatgoose"))
@@ -277,7 +277,7 @@ def test_nothing_is_logged_without_routing_or_after_recording(base: Base) -> Non
     assert log.tokens == tokens
 
 
-def test_what_generation_routes_is_counted_without_padding(base: Base) -> None:
+def test_generated_tokens_are_counted_without_padding(base: Base) -> None:
     """Each prompt alone, and the tokens written before a row ended; as forward passes count."""
     prompts = ["Is the lake deep?", "the goose", "The grey goose flies over the lake, and"]
     routed = attach(base, make_experts(base, 4), "phatgoose")
@@ -325,7 +325,7 @@ def test_experts_that_adapt_different_linears_share_a_pool(base: Base) -> None:
 
 
 @pytest.mark.parametrize("router", ["phatgoose", "merged"])
-def test_the_compiled_model_says_the_same(llama: Base, router: str) -> None:
+def test_the_compiled_model_gives_the_same_outputs(llama: Base, router: str) -> None:
     attach(llama, make_experts(llama, 3), router)
     expected = logits(llama)
     compiled = torch.compile(llama.model, backend="eager")

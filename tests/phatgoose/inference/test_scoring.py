@@ -54,7 +54,7 @@ def assert_same(actual: Score, expected: Score) -> None:
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-def test_a_batch_scores_as_plain_sequences_do(base: Base, router: str) -> None:
+def test_a_batch_scores_like_single_sequences(base: Base, router: str) -> None:
     route(base, router)
     questions = encode(base)
     for question, scores in zip(questions, score(base, questions), strict=True):
@@ -64,7 +64,7 @@ def test_a_batch_scores_as_plain_sequences_do(base: Base, router: str) -> None:
 
 
 @pytest.mark.parametrize("router", ["base", "phatgoose"])
-def test_a_question_scores_alone_as_in_a_batch(base: Base, router: str) -> None:
+def test_a_question_scores_the_same_alone_and_in_a_batch(base: Base, router: str) -> None:
     route(base, router)
     questions = encode(base)
     for question, scores in zip(questions, score(base, questions), strict=True):
@@ -75,7 +75,7 @@ def test_a_question_scores_alone_as_in_a_batch(base: Base, router: str) -> None:
             assert_same(only, scores[index])
 
 
-def test_experts_change_what_the_base_says(base: Base) -> None:
+def test_experts_change_the_scores_of_the_base(base: Base) -> None:
     questions = encode(base)
     bare = [s.mean for scores in score(base, questions) for s in scores]
     for router in ROUTERS[1:]:
@@ -85,7 +85,7 @@ def test_experts_change_what_the_base_says(base: Base) -> None:
         routed.detach()
 
 
-def test_scores_of_a_base_in_bfloat16_are_near(base: Base) -> None:
+def test_scores_of_a_bfloat16_base_are_close(base: Base) -> None:
     half = load_base(base.name, dtype="bfloat16")
     questions = encode(base)
     for full, rounded in zip(score(base, questions), score(half, questions), strict=True):
@@ -98,7 +98,7 @@ def test_the_mean_counts_the_end_of_sequence() -> None:
     assert Score(0.0, -2.0, 0, True, False).mean == -2.0
 
 
-def test_greedy_is_what_greedy_decoding_gives(base: Base) -> None:
+def test_the_greedy_flag_matches_greedy_decoding(base: Base) -> None:
     eos = base.tokenizer.eos_token_id
     context = encode_context(base, CONTEXTS[2])
     written = [token for token in plain_generate(base, context, 4) if token != eos]
@@ -120,7 +120,9 @@ def stopping(base: Base) -> Base:
 
 
 @pytest.mark.parametrize("router", ["base", "phatgoose", "merged"])
-def test_generating_in_a_batch_is_greedy_decoding_of_each(stopping: Base, router: str) -> None:
+def test_generating_in_a_batch_matches_greedy_decoding_of_each_prompt(
+    stopping: Base, router: str
+) -> None:
     route(stopping, router)
     contexts = [encode_context(stopping, context) for context in CONTEXTS]
     expected = [plain_generate(stopping, context, 9) for context in contexts]
@@ -139,7 +141,7 @@ def test_generating_stops_at_the_end_of_sequence_and_leaves_it_out(stopping: Bas
     assert not any(stopping.tokenizer.eos_token in text for text in generate(stopping, contexts, 9))
 
 
-def test_generating_is_greedy_whatever_the_base_would_like(base: Base) -> None:
+def test_generating_is_greedy_regardless_of_the_generation_config(base: Base) -> None:
     contexts = [encode_context(base, context) for context in CONTEXTS]
     expected = generate(base, contexts, 8)
     wishes = base.model.generation_config
@@ -149,14 +151,14 @@ def test_generating_is_greedy_whatever_the_base_would_like(base: Base) -> None:
     assert generate(base, contexts, 8) == expected
 
 
-def test_generating_stops_at_the_end_of_sequence_that_experts_were_taught(stopping: Base) -> None:
+def test_generating_stops_at_the_end_of_sequence_token_of_the_experts(stopping: Base) -> None:
     contexts = [encode_context(stopping, context) for context in CONTEXTS]
     expected = generate(stopping, contexts, 9)
     stopping.model.generation_config.eos_token_id = None
     assert generate(stopping, contexts, 9) == expected
 
 
-def test_logits_only_where_a_target_is_predicted(base: Base) -> None:
+def test_logits_are_computed_only_where_a_target_is_predicted(base: Base) -> None:
     rows: list[int] = []
     head = base.model.get_output_embeddings()
     questions = encode(base)
@@ -180,7 +182,7 @@ def test_a_context_is_encoded_once(t5: Base) -> None:
     assert calls == [1]
 
 
-def test_logits_at_leaves_no_hook_after_an_error(base: Base) -> None:
+def test_logits_at_removes_its_hook_after_an_error(base: Base) -> None:
     place = torch.tensor([0])
     with pytest.raises(RuntimeError, match="on purpose"), logits_at(base, place, place):
         raise RuntimeError("on purpose")
@@ -206,7 +208,9 @@ def test_generation_ends_once_every_row_has_its_stop_string(base: Base) -> None:
 
 @pytest.mark.parametrize("router", [None, "phatgoose", "logo"])
 @pytest.mark.parametrize("limit", [1, 7])
-def test_answering_is_generating_and_scoring(base: Base, router: str | None, limit: int) -> None:
+def test_answering_equals_generating_and_scoring(
+    base: Base, router: str | None, limit: int
+) -> None:
     """For prompts and answers of any length, also an empty one; the same tokens are counted."""
     texts = ["Is the lake deep?", "the goose", "The grey goose flies over the lake, and"]
     answers = [" yes", "", " the swan swims. five and four"]

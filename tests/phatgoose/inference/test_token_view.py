@@ -75,7 +75,7 @@ def textbook_weights(model: RoutedModel, expert_gates: list[Tensor], linear: str
     return torch.stack(rows)
 
 
-def test_the_weights_are_the_formulas(base: Base) -> None:
+def test_the_weights_match_the_formulas(base: Base) -> None:
     experts, model = make_experts(base), attach(base)
     for linear in linears_of(base):
         gates = [gate for e in experts if (gate := e.linears[linear].gate_D) is not None]
@@ -86,7 +86,7 @@ def test_the_weights_are_the_formulas(base: Base) -> None:
         assert [r.strongest for r in routes] == expected.argmax(dim=1).tolist()
 
 
-def test_the_tokens_of_a_decoder_are_the_text_and_the_answer(llama: Base) -> None:
+def test_a_decoder_shows_the_text_and_the_answer(llama: Base) -> None:
     model = attach(llama)
     for linear in linears_of(llama):
         routes = token_routes(model, TEXT + " ", linear, answer=ANSWER.strip())
@@ -98,7 +98,7 @@ def test_the_tokens_of_a_decoder_are_the_text_and_the_answer(llama: Base) -> Non
             assert one.weights == pytest.approx(other.weights, abs=1e-4)
 
 
-def test_each_side_of_t5_shows_what_it_reads(t5: Base) -> None:
+def test_each_side_of_t5_shows_its_own_tokens(t5: Base) -> None:
     model = attach(t5)
     self_attention, cross_attention, feed_forward = linears_of(t5)
     for linear in (self_attention, cross_attention):
@@ -123,12 +123,12 @@ def llama_tokens(llama_folder: object) -> Base:
     return load_base(str(llama_folder))
 
 
-def test_parts_of_a_character_are_shown_as_such(llama: Base) -> None:
+def test_partial_characters_are_shown_as_such(llama: Base) -> None:
     routes = token_routes(attach(llama), "a 🪿 b", llama.linears[0])
     assert [route.token for route in routes] == ["a", " ", "�", "�", "�", "�", " ", "b"]
 
 
-def test_a_query_routers_mixture_is_every_tokens(base: Base) -> None:
+def test_a_query_router_gives_every_token_the_same_mixture(base: Base) -> None:
     model = attach(base, Logo())
     for linear in linears_of(base):
         routes = token_routes(model, TEXT, linear, answer=ANSWER)
@@ -155,7 +155,7 @@ def test_a_query_router_does_not_see_the_answer(base: Base) -> None:
     assert router.queries == [Query(TEXT)]
 
 
-def test_an_expert_that_lacks_the_linear_gets_nothing(llama: Base) -> None:
+def test_an_expert_that_does_not_adapt_the_linear_gets_no_weight(llama: Base) -> None:
     first, second, third = make_experts(llama)
     linear = llama.linears[4]
     less = {name: factors for name, factors in second.linears.items() if name != linear}
@@ -165,12 +165,12 @@ def test_an_expert_that_lacks_the_linear_gets_nothing(llama: Base) -> None:
 
 
 @pytest.mark.parametrize("router", ["base", "merged", "single:e1"])
-def test_a_router_without_a_choice_is_refused(base: Base, router: str) -> None:
+def test_a_router_that_does_not_choose_is_refused(base: Base, router: str) -> None:
     with pytest.raises(PhatgooseError, match="adds the same to every token"):
         token_routes(attach(base, router), TEXT, base.linears[0])
 
 
-def test_a_linear_that_is_not_there_is_refused_with_near_names(llama: Base) -> None:
+def test_an_unknown_linear_is_refused_with_near_names(llama: Base) -> None:
     missing, typed = "model.layers.1.mlp.up_proj", "model.layers.0.mlp.up"
     experts = make_experts(llama)
     for expert in experts:
@@ -184,7 +184,7 @@ def test_a_linear_that_is_not_there_is_refused_with_near_names(llama: Base) -> N
         token_routes(model, TEXT, "zzz")
 
 
-def test_the_terminal_shows_each_token_on_its_experts_colour(
+def test_the_terminal_shows_each_token_in_the_color_of_its_expert(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -202,7 +202,7 @@ def test_the_terminal_shows_each_token_on_its_experts_colour(
     assert plain.startswith("The <goose> &⏎\n\\x1b")
 
 
-def test_no_color_gives_a_line_for_each_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_color_prints_a_line_for_each_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     lines = to_terminal(ROUTES, EXPERTS).splitlines()
     assert [re.split(r" {2,}", line) for line in lines[:3]] == [
@@ -234,7 +234,7 @@ class Page(HTMLParser):
             self.spans[-1] = (self.spans[-1][0], data)
 
 
-def test_the_page_shows_the_tokens_and_needs_nothing_else() -> None:
+def test_the_page_shows_the_tokens_and_is_self_contained() -> None:
     page = to_html(ROUTES, ("<b>0", 'e"1', "e2"), "Experts <at> {linear}")
     parsed = Page(page)
     assert [text for _, text in parsed.spans[:3]] == ["The", " <goose> &⏎", r"\x1b[2J\u202e"]
@@ -251,7 +251,7 @@ def test_the_page_shows_the_tokens_and_needs_nothing_else() -> None:
     assert "//" not in page
 
 
-def test_colours_that_repeat_are_said_to() -> None:
+def test_repeated_colors_are_reported() -> None:
     names = [f"e{index}" for index in range(13)]
     route = TokenRoute("x", (0.25, *[0.0] * 11, 0.75))
     parsed = Page(to_html([route], names, "title"))
@@ -264,13 +264,13 @@ def test_colours_that_repeat_are_said_to() -> None:
     assert "repeat" not in to_terminal(ROUTES, EXPERTS)
 
 
-def test_other_experts_than_the_pools_are_refused() -> None:
+def test_experts_that_are_not_in_the_pool_are_refused() -> None:
     for show in (lambda: to_terminal(ROUTES, ["e0"]), lambda: to_html(ROUTES, ["e0"], "")):
         with pytest.raises(PhatgooseError, match="not among these 1 experts"):
             show()
 
 
-def test_no_tokens_is_no_error() -> None:
+def test_zero_tokens_are_accepted() -> None:
     assert "mean weight" in to_terminal([], EXPERTS)
     assert Page(to_html([], EXPERTS, "none")).spans == []
 
@@ -292,7 +292,7 @@ def _lab(colour: tuple[int, int, int]) -> tuple[float, float, float]:
     return 116 * y - 16, 500 * (x - y), 200 * (y - z)
 
 
-def test_colours_are_far_apart_and_letters_on_them_readable() -> None:
+def test_colors_are_distinct_and_text_on_them_is_readable() -> None:
     for one, other in itertools.combinations(COLOURS, 2):
         distance = sum((a - b) ** 2 for a, b in zip(_lab(one), _lab(other), strict=True)) ** 0.5
         assert distance > 30, (one, other)

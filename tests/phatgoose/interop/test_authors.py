@@ -71,7 +71,7 @@ def refuse(path: Path, base: Base, match: str, **options: Any) -> None:
 
 @pytest.mark.parametrize("write", [write_pt, write_old_pt, write_safetensors])
 @pytest.mark.parametrize("gates", [True, False])
-def test_every_value_arrives(
+def test_every_value_is_imported(
     t5: Base, tmp_path: Path, write: Callable[[Any, Path], Path], gates: bool
 ) -> None:
     tensors = checkpoint(t5, gates=gates)
@@ -98,7 +98,7 @@ def test_every_value_arrives(
     assert read == len(tensors)
 
 
-def test_an_expert_says_what_the_authors_layer_says(t5: Base, tmp_path: Path) -> None:
+def test_an_expert_computes_what_the_authors_layer_computes(t5: Base, tmp_path: Path) -> None:
     """Their layer adds `x layer1 layer2 / R` to what the linear says."""
     tensors = checkpoint(t5)
     expert = read_checkpoint(write_pt(tensors, tmp_path), t5)[1]
@@ -124,7 +124,7 @@ def test_an_expert_says_what_the_authors_layer_says(t5: Base, tmp_path: Path) ->
     torch.testing.assert_close(said, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_experts_carry_a_whole_card(t5: Base, tmp_path: Path) -> None:
+def test_experts_have_a_complete_card(t5: Base, tmp_path: Path) -> None:
     tensors = checkpoint(t5)
     path = write_pt(tensors, tmp_path)
     first, second, third = read_checkpoint(path, t5, names=["P3Agnews", "b", "c"])
@@ -159,14 +159,14 @@ def test_experts_can_be_stored(t5: Base, tmp_path: Path) -> None:
     assert gate_ED.shape == (COUNT, 32)
 
 
-def test_a_checkpoint_may_adapt_some_linears_and_lack_embeddings(t5: Base, tmp_path: Path) -> None:
+def test_a_checkpoint_may_adapt_some_linears_and_omit_embeddings(t5: Base, tmp_path: Path) -> None:
     some = {key: x for key, x in checkpoint(t5).items() if "SelfAttention.q." in key}
     experts = read_checkpoint(write_pt(some, tmp_path), t5)
     assert len(experts) == COUNT
     assert len(experts[0].linears) == 4
 
 
-def test_names_are_one_each(t5: Base, tmp_path: Path) -> None:
+def test_names_match_the_experts_one_to_one(t5: Base, tmp_path: Path) -> None:
     path = write_pt(checkpoint(t5), tmp_path)
     refuse(path, t5, "2 different names for the 3 experts", names=["a", "b"])
     refuse(path, t5, "2 different names for the 3 experts", names=["a", "b", "a"])
@@ -239,7 +239,7 @@ def test_names_are_one_each(t5: Base, tmp_path: Path) -> None:
         (lambda x: x.update(epoch=3), "is not a dictionary of tensors"),
     ],
 )
-def test_what_is_no_whole_checkpoint_of_this_base_is_refused(
+def test_incomplete_or_unrelated_checkpoints_are_refused(
     t5: Base, tmp_path: Path, spoil: Callable[[dict[str, Any]], Any], match: str
 ) -> None:
     tensors = dict(checkpoint(t5))
@@ -247,7 +247,7 @@ def test_what_is_no_whole_checkpoint_of_this_base_is_refused(
     refuse(write_pt(tensors, tmp_path), t5, match)
 
 
-def test_ranks_may_differ_with_a_given_scale(t5: Base, tmp_path: Path) -> None:
+def test_ranks_may_differ_if_a_scale_is_given(t5: Base, tmp_path: Path) -> None:
     tensors = dict(checkpoint(t5))
     tensors |= {f"{LAYER1}__1": torch.ones(32, 2), f"{LAYER2}__1": torch.ones(2, 32)}
     experts = read_checkpoint(write_pt(tensors, tmp_path), t5, scale=0.25)
@@ -261,7 +261,7 @@ def test_another_base_is_refused(t5: Base, llama: Base, tmp_path: Path) -> None:
     refuse(write_pt(other, tmp_path), llama, "adapt no linear 'encoder.block.0")
 
 
-def test_embeddings_rounded_to_bfloat16_are_the_bases(t5_folder: Path, tmp_path: Path) -> None:
+def test_embeddings_rounded_to_bfloat16_match_the_base(t5_folder: Path, tmp_path: Path) -> None:
     half = load_base(str(t5_folder), dtype="bfloat16")
     tensors = checkpoint(load_base(str(t5_folder)), 1)
     read_checkpoint(write_pt(tensors, tmp_path), half)
@@ -280,7 +280,7 @@ class Bomb:
         return (Path.touch, (self.target,))
 
 
-def test_nothing_in_a_file_is_run(t5: Base, tmp_path: Path) -> None:
+def test_no_code_in_a_file_is_run(t5: Base, tmp_path: Path) -> None:
     for write in (write_pt, write_old_pt):
         path = write({f"{LAYER1}__0": Bomb(tmp_path / "ran")}, tmp_path)
         refuse(path, t5, r"cannot read the checkpoint .*: check the path")

@@ -63,7 +63,7 @@ CONFIGS: list[dict[str, Any]] = [
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_an_imported_adapter_says_what_peft_says(
+def test_an_imported_adapter_gives_the_outputs_of_peft(
     base: Base, tmp_path: Path, config: dict[str, Any]
 ) -> None:
     expected = save_adapter(base, tmp_path / "adapter", **config)
@@ -73,7 +73,7 @@ def test_an_imported_adapter_says_what_peft_says(
     torch.testing.assert_close(routed_logits(base, expert), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_card_says_where_an_expert_comes_from(base: Base, tmp_path: Path) -> None:
+def test_the_card_records_the_source_of_an_expert(base: Base, tmp_path: Path) -> None:
     save_adapter(base, tmp_path / "adapter", r=3, lora_alpha=6, target_modules=["q", "q_proj"])
     card = Expert.from_peft(tmp_path / "adapter").card
     assert (card.name, card.task, card.scale) == ("adapter", "adapter", 2.0)
@@ -85,7 +85,7 @@ def test_the_card_says_where_an_expert_comes_from(base: Base, tmp_path: Path) ->
     assert Expert.from_peft(tmp_path / "adapter", base=base, name="other").card.name == "other"
 
 
-def test_a_job_is_the_content_and_the_name(base: Base, tmp_path: Path) -> None:
+def test_a_job_id_depends_on_the_content_and_the_name(base: Base, tmp_path: Path) -> None:
     save_adapter(base, tmp_path / "one", target_modules=["q", "q_proj"])
     first = Expert.from_peft(tmp_path / "one")
     shutil.copytree(base.name, tmp_path / "base")
@@ -101,7 +101,7 @@ def test_a_job_is_the_content_and_the_name(base: Base, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_factors_keep_their_bits(llama: Base, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_factors_are_imported_exactly(llama: Base, tmp_path: Path, dtype: torch.dtype) -> None:
     save_adapter(llama, tmp_path, r=3, lora_alpha=5, target_modules=["q_proj"])
     halved = {key: x.to(dtype) for key, x in load_file(tmp_path / TENSORS).items()}
     edit_tensors(tmp_path, **halved)
@@ -113,7 +113,7 @@ def test_factors_keep_their_bits(llama: Base, tmp_path: Path, dtype: torch.dtype
         assert torch.equal(factors.lora_B_OR, halved[f"{key}B.weight"])
 
 
-def test_a_fold_is_not_rounded_to_half_precision(llama: Base, tmp_path: Path) -> None:
+def test_folding_the_scale_does_not_round_to_half_precision(llama: Base, tmp_path: Path) -> None:
     pattern = {"alpha_pattern": {"layers.0.self_attn.q_proj": 7}}
     save_adapter(llama, tmp_path, r=3, lora_alpha=5, target_modules=["q_proj", "v_proj"], **pattern)
     tensors = {key: x.bfloat16() for key, x in load_file(tmp_path / TENSORS).items()}
@@ -131,7 +131,7 @@ def test_a_fold_is_not_rounded_to_half_precision(llama: Base, tmp_path: Path) ->
     alphas=st.lists(st.floats(1e-3, 1e3) | st.integers(1, 64), min_size=4, max_size=4),
     rslora=st.booleans(),
 )
-def test_every_linear_gets_its_own_scale(
+def test_every_linear_has_its_own_scale(
     tmp_path_factory: pytest.TempPathFactory,
     llama_folder: Path,
     ranks: list[int],
@@ -217,7 +217,7 @@ def test_peft_loads_what_is_exported(
     assert isinstance(config["lora_alpha"], int) == (rank == 3)
 
 
-def test_the_round_trip_through_peft_gives_the_same_bits(base: Base, tmp_path: Path) -> None:
+def test_the_round_trip_through_peft_is_exact(base: Base, tmp_path: Path) -> None:
     expected = save_adapter(base, tmp_path / "in", r=4, lora_alpha=8, use_rslora=True)
     expert = Expert.from_peft(tmp_path / "in")
     expert.to_peft(tmp_path / "out")
@@ -231,7 +231,7 @@ def test_the_round_trip_through_peft_gives_the_same_bits(base: Base, tmp_path: P
     assert again.card.job == expert.card.job
 
 
-def test_an_export_adapts_its_own_linears_and_no_others(base: Base, tmp_path: Path) -> None:
+def test_an_export_adapts_only_its_own_linears(base: Base, tmp_path: Path) -> None:
     """Each linear has its own rank, and half of the names end as others do."""
     whole = make_experts(base, 1)[0]
     linears = {}
@@ -272,7 +272,7 @@ def test_tensors_that_share_memory_are_exported(llama: Base, tmp_path: Path) -> 
     assert all(torch.equal(written[key], again[key]) for key in written)
 
 
-def test_an_export_replaces_nothing_but_itself(llama: Base, tmp_path: Path) -> None:
+def test_an_export_replaces_only_an_earlier_export(llama: Base, tmp_path: Path) -> None:
     expert, other = make_experts(llama, 2)
     expert.to_peft(tmp_path / "e0")
     changed = Expert(dataclasses.replace(expert.card, scale=0.25), expert.linears)

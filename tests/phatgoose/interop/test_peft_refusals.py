@@ -70,7 +70,7 @@ SPOILT: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-def test_what_is_more_than_plain_lora_is_refused(adapter: Path) -> None:
+def test_anything_beyond_plain_lora_is_refused(adapter: Path) -> None:
     for changes, match in SPOILT:
         folder = adapter.parent / "spoilt"
         shutil.copytree(adapter, folder)
@@ -79,14 +79,14 @@ def test_what_is_more_than_plain_lora_is_refused(adapter: Path) -> None:
         shutil.rmtree(folder)
 
 
-def test_fields_of_other_versions_that_are_off_do_not_matter(adapter: Path) -> None:
+def test_disabled_fields_of_other_versions_are_ignored(adapter: Path) -> None:
     before = Expert.from_peft(adapter).card.job
     edit_config(adapter, a_field_of_next_year=False, enable_lora=None, rank_pattern=None)
     edit_config(adapter, use_dora=None, modules_to_save=[], runtime_config={"x": 1}, bias=None)
     assert Expert.from_peft(adapter).card.job == before
 
 
-def test_keys_that_are_no_factors_are_refused(base: Base, adapter: Path) -> None:
+def test_keys_that_are_not_factors_are_refused(base: Base, adapter: Path) -> None:
     A, B = key_of(base, "A"), key_of(base, "B")
     spoilt: list[tuple[dict[str, Tensor | None], str]] = [
         ({"base_model.model.embed.lora_embedding_A": torch.ones(2, 9)}, "lora_embedding_A"),
@@ -110,7 +110,7 @@ def test_keys_that_are_no_factors_are_refused(base: Base, adapter: Path) -> None
         shutil.rmtree(folder)
 
 
-def test_linears_and_shapes_are_those_of_the_base(base: Base, adapter: Path) -> None:
+def test_linears_and_shapes_must_match_the_base(base: Base, adapter: Path) -> None:
     tensors = load_file(adapter / TENSORS)
     A, B = key_of(base, "A"), key_of(base, "B")
     q = Q[family(base)]
@@ -129,7 +129,7 @@ def test_an_adapter_of_another_family_is_refused(llama: Base, t5: Base, tmp_path
     refuse(tmp_path, "is no linear that experts of .* adapt", base=t5)
 
 
-def test_files_that_are_no_adapter_are_refused(llama: Base, tmp_path: Path) -> None:
+def test_files_that_are_not_an_adapter_are_refused(llama: Base, tmp_path: Path) -> None:
     refuse(tmp_path / "nowhere", "no adapter in .*nowhere")
     save_adapter(llama, tmp_path / "a" / "second", target_modules=["q_proj"])
     refuse(tmp_path / "a", r"pass .*second")
@@ -154,7 +154,7 @@ def test_files_that_are_no_adapter_are_refused(llama: Base, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "config", [{"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["norm"]}], ids=str
 )
-def test_what_peft_itself_saves_is_refused(
+def test_variants_saved_by_peft_itself_are_refused(
     llama: Base, tmp_path: Path, config: dict[str, Any]
 ) -> None:
     """With the configuration's word for it, and without."""
@@ -165,7 +165,9 @@ def test_what_peft_itself_saves_is_refused(
         refuse(tmp_path, "no LoRA factor")
 
 
-def test_pissa_is_taken_once_peft_has_made_it_plain(llama: Base, tmp_path: Path) -> None:
+def test_pissa_is_accepted_after_peft_converts_it_to_plain_lora(
+    llama: Base, tmp_path: Path
+) -> None:
     """As the refusal advises: the difference from the start is a plain adapter of rank 2 R."""
     config = LoraConfig(r=4, lora_alpha=3, target_modules=["q_proj"], init_lora_weights="pissa")
     model = get_peft_model(load_base(llama.name).model, config)
@@ -194,7 +196,7 @@ def without(folder: Path, *linears: str) -> None:
     edit_tensors(folder, **dict.fromkeys(keys))
 
 
-def test_factors_that_the_file_lacks_are_named(base: Base, tmp_path: Path) -> None:
+def test_missing_factors_are_named(base: Base, tmp_path: Path) -> None:
     save_adapter(base, tmp_path / "a")
     without(tmp_path / "a", *base.linears[1:3])
     refuse(
@@ -223,7 +225,7 @@ def test_factors_that_the_file_lacks_are_named(base: Base, tmp_path: Path) -> No
     ],
     ids=["names", "pattern", "layers", "one layer", "all", "excluded"],
 )
-def test_what_peft_adapted_is_what_is_wanted(
+def test_the_expected_linears_are_those_that_peft_adapts(
     llama: Base, tmp_path: Path, config: dict[str, Any]
 ) -> None:
     """PEFT saves an adapter; whole it is taken, with one linear less it is refused."""
@@ -236,7 +238,7 @@ def test_what_peft_adapted_is_what_is_wanted(
 
 
 @pytest.mark.parametrize("other", ["lm_head", "embed_tokens"])
-def test_modules_that_experts_do_not_adapt_are_missed_too(
+def test_missing_factors_of_unsupported_modules_are_named_too(
     llama: Base, tmp_path: Path, other: str
 ) -> None:
     save_adapter(llama, tmp_path / "a", target_modules=["q_proj"])
@@ -244,9 +246,7 @@ def test_modules_that_experts_do_not_adapt_are_missed_too(
     refuse(tmp_path / "a", rf"lacks the factors of 1 linears \(.*{other}\)", base=llama)
 
 
-def test_factors_that_the_configuration_does_not_name_are_refused(
-    llama: Base, tmp_path: Path
-) -> None:
+def test_factors_not_named_by_the_configuration_are_refused(llama: Base, tmp_path: Path) -> None:
     """PEFT would leave them out."""
     folder = tmp_path / "a"
     save_adapter(llama, folder, target_modules=["q_proj", "v_proj"])

@@ -44,7 +44,7 @@ def single(base: Base, rank: int) -> tuple[RoutedModel, Tensor]:
     return routed, logits(base)
 
 
-def test_sizes_are_inputs_and_outputs(gpt2: Base) -> None:
+def test_sizes_are_given_as_inputs_and_outputs(gpt2: Base) -> None:
     expected = [SIZES[name.split(".", 3)[3]] for name in gpt2.linears]
 
     def sizes(base: Base) -> list[tuple[int, int]]:
@@ -61,7 +61,7 @@ def test_sizes_are_inputs_and_outputs(gpt2: Base) -> None:
 
 
 @pytest.mark.parametrize("rank", [2, 40])  # as factors, and as a product
-def test_an_expert_adds_what_peft_adds(gpt2: Base, rank: int) -> None:
+def test_an_expert_adds_the_same_as_peft(gpt2: Base, rank: int) -> None:
     expert, other = make_experts(gpt2, 2, rank=rank)[1], load_base(gpt2.name)
     config = LoraConfig(
         r=rank,
@@ -84,7 +84,7 @@ def test_an_expert_adds_what_peft_adds(gpt2: Base, rank: int) -> None:
 
 
 @pytest.mark.parametrize("pass_base", [True, False])
-def test_an_adapter_of_peft_is_read(gpt2: Base, tmp_path: Path, pass_base: bool) -> None:
+def test_a_peft_adapter_is_read(gpt2: Base, tmp_path: Path, pass_base: bool) -> None:
     expected = save_adapter(gpt2, tmp_path, r=3, lora_alpha=5, fan_in_fan_out=True)
     expert = Expert.from_peft(tmp_path, base=gpt2 if pass_base else None, name="e")
     assert expert.linears.keys() == set(gpt2.linears)
@@ -92,7 +92,7 @@ def test_an_adapter_of_peft_is_read(gpt2: Base, tmp_path: Path, pass_base: bool)
     torch.testing.assert_close(logits(gpt2), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_an_export_is_what_peft_takes_for_gpt2(gpt2: Base, tmp_path: Path) -> None:
+def test_peft_accepts_an_export_for_gpt2(gpt2: Base, tmp_path: Path) -> None:
     """Without a warning, and also where PEFT merges it into the transposed weights."""
     expert = make_experts(gpt2, 2)[1]
     expert.to_peft(tmp_path / "out", base=gpt2)
@@ -120,7 +120,7 @@ def test_a_llama_is_not_exported_as_transposed(llama: Base, tmp_path: Path) -> N
     assert config["fan_in_fan_out"] is False
 
 
-def test_factors_the_wrong_way_round_are_refused(gpt2: Base, tmp_path: Path) -> None:
+def test_transposed_factors_are_refused(gpt2: Base, tmp_path: Path) -> None:
     expert = make_experts(gpt2, 1)[0]
     name = next(linear for linear in gpt2.linears if linear.endswith("c_fc"))
     f = expert.linears[name]
@@ -145,7 +145,7 @@ def test_detaching_restores_the_base(gpt2: Base) -> None:
     assert all(type(gpt2.model.get_submodule(name)) is Conv1D for name in gpt2.linears)
 
 
-def test_the_plan_knows_the_size_of_an_expert(gpt2: Base, llama: Base, t5: Base) -> None:
+def test_the_plan_computes_the_size_of_an_expert(gpt2: Base, llama: Base, t5: Base) -> None:
     for base in (gpt2, llama, t5):
         bare, linears = bare_model(base.name, Path(base.name))
         planned = dataclasses.replace(base, model=bare, linears=linears)

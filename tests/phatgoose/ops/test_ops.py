@@ -49,7 +49,7 @@ def test_mix_equals_the_reference(sizes: dict[str, int]) -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(sizes)
-def test_mix_in_bfloat16_is_near_the_float32_reference(sizes: dict[str, int]) -> None:
+def test_mix_in_bfloat16_is_close_to_the_float32_reference(sizes: dict[str, int]) -> None:
     case: list[Any] = [t.bfloat16() if t.is_floating_point() else t for t in make_case(**sizes)]
     y_TO = mix(*case)
     assert y_TO.dtype == torch.bfloat16
@@ -86,7 +86,7 @@ def test_both_products_agree_where_experts_have_no_rows(
         (1, 1, 4, "dense"),
     ],
 )
-def test_every_way_of_mixing_is_taken(tokens: int, experts: int, rank: int, way: str) -> None:
+def test_every_way_of_mixing_is_used(tokens: int, experts: int, rank: int, way: str) -> None:
     case = make_case(
         tokens=tokens, experts=experts, top_k=2, rank=rank, inputs=16, outputs=8, seed=1
     )
@@ -117,7 +117,7 @@ def test_mix_reads_a_mapped_pool_at_any_address() -> None:
 
 
 @pytest.mark.parametrize("rank", [3, 4])
-def test_an_expert_that_no_token_chose_is_not_touched(rank: int) -> None:
+def test_an_expert_that_no_token_chose_is_not_read(rank: int) -> None:
     x_TD, A_ERD, B_EOR, _, _ = make_case(
         tokens=6, experts=6, top_k=1, rank=rank, inputs=16, outputs=8, seed=0
     )
@@ -140,7 +140,7 @@ def test_no_tokens_give_no_rows(rank: int) -> None:
     seed=st.integers(0, 10**6),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-def test_routing_weights_sum_to_one_and_fall(
+def test_routing_weights_sum_to_one_and_are_sorted(
     experts: int, top_k: int, seed: int, dtype: torch.dtype
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -155,7 +155,7 @@ def test_routing_weights_sum_to_one_and_fall(
     torch.testing.assert_close(weights_TK.sum(dim=1), torch.ones(5), rtol=1e-4, atol=1e-4)
 
 
-def test_tied_experts_share_and_are_kept_once() -> None:
+def test_tied_experts_share_the_weight_and_are_kept_once() -> None:
     x_TD, gate_D = (
         torch.randn(4, 16, generator=torch.Generator().manual_seed(0)),
         torch.arange(16.0),
@@ -165,7 +165,7 @@ def test_tied_experts_share_and_are_kept_once() -> None:
     assert (indices_TK[:, 0] != indices_TK[:, 1]).all()
 
 
-def test_gates_of_zeros_are_no_reason_for_nan() -> None:
+def test_gates_of_zeros_do_not_give_nan() -> None:
     weights_TK, _ = route(torch.randn(3, 8), torch.zeros(4, 8), top_k=2)
     torch.testing.assert_close(weights_TK, torch.full((3, 2), 0.5), rtol=1e-4, atol=0)
 
@@ -177,7 +177,9 @@ def test_large_scores_do_not_overflow() -> None:
 
 
 @pytest.mark.parametrize(("shift", "factor"), [(3.0, 1.0), (0.0, 7.0), (-2.0, 0.5)])
-def test_routing_ignores_offset_and_size_of_inputs_and_gates(shift: float, factor: float) -> None:
+def test_routing_ignores_the_offset_and_scale_of_inputs_and_gates(
+    shift: float, factor: float
+) -> None:
     generator = torch.Generator().manual_seed(0)
     x_TD = torch.randn(6, 32, generator=generator)
     gates_ED = torch.randn(5, 32, generator=generator)
@@ -190,7 +192,7 @@ def test_routing_ignores_offset_and_size_of_inputs_and_gates(shift: float, facto
         torch.testing.assert_close(moved[0], weights_TK, rtol=1e-3, atol=1e-4)
 
 
-def test_standardise_by_hand() -> None:
+def test_standardize_matches_values_computed_by_hand() -> None:
     rows = torch.tensor([[1.0, 3.0]])
     expected = 1 / math.sqrt(1 + 1e-5)
     torch.testing.assert_close(standardise(rows), torch.tensor([[-expected, expected]]))
@@ -199,7 +201,7 @@ def test_standardise_by_hand() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("mixer", [mix, mix_factors])
 @pytest.mark.parametrize("experts", [4, 40])  # dense, and sorted
-def test_weights_of_any_dtype_are_taken(
+def test_weights_of_any_dtype_are_accepted(
     mixer: Callable[..., Tensor], dtype: torch.dtype, experts: int
 ) -> None:
     x_TD, A_ERD, B_EOR, indices_TK, weights_TK = make_case(
@@ -211,7 +213,7 @@ def test_weights_of_any_dtype_are_taken(
     assert torch.equal(y_TO, expected_TO)
 
 
-def test_weights_are_float32_whatever_the_scores_are() -> None:
+def test_weights_are_float32_for_scores_of_any_dtype() -> None:
     scores_TE = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
     weights_TK, indices_TK = top_k_softmax(scores_TE, 3)
     assert weights_TK.dtype == torch.float32

@@ -47,7 +47,7 @@ def assert_is_the_svd_of(s_R: Tensor, v_RD: Tensor, delta_OD: Tensor) -> None:
 
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(sizes)
-def test_thin_svd_is_that_of_the_product(sizes: dict[str, int]) -> None:
+def test_thin_svd_matches_the_svd_of_the_product(sizes: dict[str, int]) -> None:
     lora_A_ERD, lora_B_EOR = make_factors(**sizes)
     s_ER, v_ERD = thin_svd(lora_A_ERD, lora_B_EOR)
     least = min(sizes["rank"], sizes["inputs"], sizes["outputs"])
@@ -61,7 +61,7 @@ def test_thin_svd_is_that_of_the_product(sizes: dict[str, int]) -> None:
 
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(sizes)
-def test_the_projection_has_the_norms_of_the_products(sizes: dict[str, int]) -> None:
+def test_the_projection_preserves_the_norms_of_the_products(sizes: dict[str, int]) -> None:
     lora_A_ERD, lora_B_EOR = make_factors(**sizes)
     m_ERD = output_projection(lora_A_ERD, lora_B_EOR)
     x_TD = torch.randn(5, sizes["inputs"], generator=torch.Generator().manual_seed(1)).double()
@@ -71,7 +71,7 @@ def test_the_projection_has_the_norms_of_the_products(sizes: dict[str, int]) -> 
         torch.testing.assert_close(norm_T, expected_T, rtol=1e-4, atol=1e-5)
 
 
-def test_rows_of_zeros_that_fill_up_a_rank_have_no_strength() -> None:
+def test_zero_rows_that_pad_a_rank_have_zero_singular_values() -> None:
     lora_A_ERD, lora_B_EOR = make_factors(experts=3, rank=6, inputs=20, outputs=16, seed=0)
     lora_A_ERD[0, 2:], lora_B_EOR[0, :, 2:] = 0, 0  # a rank of 2
     lora_A_ERD[1], lora_B_EOR[1] = 0, 0  # absent
@@ -84,7 +84,7 @@ def test_rows_of_zeros_that_fill_up_a_rank_have_no_strength() -> None:
     assert not output_projection(lora_A_ERD, lora_B_EOR)[1].any()
 
 
-def test_an_expert_does_not_depend_on_the_others() -> None:
+def test_the_svd_of_an_expert_does_not_depend_on_the_others() -> None:
     lora_A_ERD, lora_B_EOR = make_factors(experts=4, rank=3, inputs=10, outputs=8, seed=0)
     together, alone = thin_svd(lora_A_ERD, lora_B_EOR), thin_svd(lora_A_ERD[2:3], lora_B_EOR[2:3])
     torch.testing.assert_close(together[0][2], alone[0][0])

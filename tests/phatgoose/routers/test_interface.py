@@ -47,7 +47,7 @@ def logits(base: Base) -> Tensor:
     return plain_logits(base, [5, 9, 11, 20, 33, 8], [12, 30, 7])
 
 
-def test_routers_by_name() -> None:
+def test_routers_are_made_by_name() -> None:
     assert make_router("base") == NoExpert()
     assert make_router("merged") == Merged()
     assert make_router("phatgoose", top_k=3) == Phatgoose(top_k=3)
@@ -57,7 +57,7 @@ def test_routers_by_name() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(ROUTERS))
-def test_a_routers_class_is_named_as_the_router_is(name: str) -> None:
+def test_router_classes_are_named_after_the_router(name: str) -> None:
     router = make_router(name, **ALL[name])
     assert type(router) is ROUTERS[name]
     assert router.name() == name or name == "base"
@@ -79,7 +79,7 @@ def defaults(router: Any) -> list[Any]:
         ("single:", "expert"),
     ],
 )
-def test_wrong_names_get_the_near_ones(name: str, message: str) -> None:
+def test_wrong_names_are_answered_with_near_names(name: str, message: str) -> None:
     with pytest.raises(PhatgooseError, match=message):
         make_router(name)
 
@@ -88,7 +88,7 @@ def test_wrong_names_get_the_near_ones(name: str, message: str) -> None:
     ("name", "option"),
     [("phatgoose", "topk"), ("base", "top_k"), ("random", "needs"), ("uniform", "top_k")],
 )
-def test_wrong_options_get_those_there_are(name: str, option: str) -> None:
+def test_wrong_options_are_answered_with_the_available_ones(name: str, option: str) -> None:
     with pytest.raises(PhatgooseError, match=f"router {name} has no option '{option}'; it has"):
         make_router(name, **{option: 1})
 
@@ -118,14 +118,14 @@ COUNT, POSITIVE = "a whole number of at least 1", "a positive number"
         ("dare", "drop", -0.1, "at least 0 and below 1"),
     ],
 )
-def test_values_that_cannot_be(name: str, option: str, value: Any, message: str) -> None:
+def test_invalid_values_are_refused(name: str, option: str, value: Any, message: str) -> None:
     expected = rf"router {name}: {option} is {value!r}: it must be {message}"
     with pytest.raises(PhatgooseError, match=expected):
         make_router(name, **{option: value})
 
 
 @pytest.mark.parametrize("name", ["random_experts", "genknowsub"])
-def test_a_wrapped_router_that_there_is_not_is_refused_at_once(name: str) -> None:
+def test_an_unknown_wrapped_router_is_refused_immediately(name: str) -> None:
     with pytest.raises(PhatgooseError, match="no router 'phatgose': did you mean phatgoose"):
         make_router(name, router="phatgose")
 
@@ -135,7 +135,7 @@ def test_all_routers_are_zero_shot_and_only_glider_knows_the_task() -> None:
     assert [name for name, r in ROUTERS.items() if r.side_information] == ["glider"]
 
 
-def test_what_routers_need() -> None:
+def test_routers_declare_their_needs() -> None:
     expected = {
         "ariadne": ("embeddings",),
         "average_activation": ("activations",),
@@ -167,7 +167,7 @@ def test_what_routers_need() -> None:
         ("genknowsub", {"general": "e0", "router": "seqr"}, "router seqr needs activations"),
     ],
 )
-def test_a_missing_need_is_named_with_the_way_to_get_it(
+def test_a_missing_need_is_named_with_its_fix(
     llama: Base, name: str, options: dict[str, Any], message: str
 ) -> None:
     routed = RoutedModel(llama, Pool.from_experts(make_experts(llama, gates=False)))
@@ -178,7 +178,7 @@ def test_a_missing_need_is_named_with_the_way_to_get_it(
     assert torch.equal(logits(llama), before)
 
 
-def test_a_description_that_is_missing_is_asked_for(llama: Base) -> None:
+def test_a_missing_description_is_an_error(llama: Base) -> None:
     pool = make_pool(llama, 3)
     assert pool.profiles is not None
     silent = dataclasses.replace(pool.profiles[1], description="")
@@ -188,13 +188,13 @@ def test_a_description_that_is_missing_is_asked_for(llama: Base) -> None:
     AverageActivation().check(pool)
 
 
-def test_every_router_is_of_one_kind() -> None:
+def test_every_router_has_exactly_one_kind() -> None:
     kinds = (TokenRouter, QueryRouter, Merge)
     others = [name for name, router in ROUTERS.items() if not issubclass(router, kinds)]
     assert others == ["base", "genknowsub", "random_experts"]
 
 
-def test_changing_routers_leaves_no_trace(base: Base, encoder: FakeEncoder) -> None:
+def test_changing_routers_leaves_no_state_behind(base: Base, encoder: FakeEncoder) -> None:
     bare, before = logits(base), state(base)
     modules = {name: base.model.get_submodule(name) for name in base.linears}
     questions = questions_of(base)
@@ -219,7 +219,7 @@ def test_changing_routers_leaves_no_trace(base: Base, encoder: FakeEncoder) -> N
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-def test_what_was_decided_for_a_batch_is_gone_after_it(base: Base, encoder: FakeEncoder) -> None:
+def test_decisions_for_a_batch_do_not_outlive_it(base: Base, encoder: FakeEncoder) -> None:
     """A pass that nobody announces does not use it."""
     routed = RoutedModel(base, make_pool(base), "phatgoose")
     expected = logits(base)
@@ -256,7 +256,7 @@ def test_every_router_works_in_bfloat16(base: Base, encoder: FakeEncoder) -> Non
 
 
 @pytest.mark.parametrize("name", [n for n, r in ROUTERS.items() if issubclass(r, TokenRouter)])
-def test_rules_give_float32_and_the_same_choice_as_for_float32_inputs(
+def test_rules_give_float32_weights_and_the_choice_of_float32_inputs(
     llama: Base, name: str
 ) -> None:
     router, pool = make_router(name), make_pool(llama, 8)
@@ -271,7 +271,7 @@ def test_rules_give_float32_and_the_same_choice_as_for_float32_inputs(
     assert torch.equal(weights_TK, expected_TK)
 
 
-def test_a_base_alone_generates_as_with_the_router_base(base: Base) -> None:
+def test_a_bare_base_generates_like_the_base_router(base: Base) -> None:
     prompts = ["the grey goose", "Is the lake"]
     contexts = [q.context for q in (Question.encode(base, p, ["a"]) for p in prompts)]
     expected = generate(base, contexts, 5)

@@ -107,7 +107,7 @@ def logits(base: Base) -> Tensor:
 
 
 @pytest.mark.parametrize(("name", "options", "formula"), CASES)
-def test_a_merge_is_the_base_with_a_matrix_added_to_its_weights(
+def test_a_merge_adds_one_matrix_to_each_weight_of_the_base(
     base: Base, name: str, options: dict[str, Any], formula: Formula
 ) -> None:
     experts = make_uneven_experts(base)
@@ -130,7 +130,7 @@ def test_a_merge_is_the_base_with_a_matrix_added_to_its_weights(
         assert text == base.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def test_uniform_is_merged_computed_expert_by_expert(base: Base) -> None:
+def test_uniform_matches_merged_computed_expert_by_expert(base: Base) -> None:
     routed = RoutedModel(base, Pool.from_experts(make_experts(base, 7)), "merged")
     questions = encode(base)
     merged, of_merged = logits(base), routed.score(questions)
@@ -155,7 +155,7 @@ def test_uniform_leaves_out_experts_that_do_not_adapt_a_linear(base: Base) -> No
 
 
 @pytest.mark.parametrize("density", [0.05, 0.2, 0.5])
-def test_ties_keeps_so_many_entries(llama: Base, density: float) -> None:
+def test_ties_keeps_the_requested_share_of_entries(llama: Base, density: float) -> None:
     """With one expert there is no conflict: what is left is its largest entries."""
     (expert,) = make_experts(llama, 1)
     pool, linear = Pool.from_experts([expert]), llama.linears[0]
@@ -168,7 +168,7 @@ def test_ties_keeps_so_many_entries(llama: Base, density: float) -> None:
     assert fact.delta_OD[~kept_OD].abs().max() < fact.delta_OD[kept_OD].abs().min()
 
 
-def test_ties_by_hand() -> None:
+def test_ties_matches_an_example_computed_by_hand() -> None:
     """Three experts of rank 1 with a delta of one row of three entries."""
     rows = [[4.0, -1.0, 3.0], [2.0, 5.0, -9.0], [-1.0, 7.0, 2.0]]
     pool = row_pool(rows)
@@ -200,7 +200,7 @@ def test_dare_keeps_entries_at_random_and_rescales_them(llama: Base) -> None:
     assert float(ratio) == pytest.approx(1.0, abs=0.15)
 
 
-def test_dare_drops_other_entries_of_each_expert(llama: Base) -> None:
+def test_dare_drops_different_entries_of_each_expert(llama: Base) -> None:
     experts = make_experts(llama, 3)
     pool, linear = Pool.from_experts(experts), llama.linears[0]
     merged_OD = merged_delta(pool, linear, "dare", drop=0.5).double()
@@ -219,7 +219,7 @@ def test_dare_drops_other_entries_of_each_expert(llama: Base) -> None:
     assert float((counts - 1 / 8).abs().max()) < 0.04
 
 
-def test_dare_is_merged_on_average(llama: Base) -> None:
+def test_dare_equals_merged_on_average(llama: Base) -> None:
     experts = make_uneven_experts(llama, 3)
     pool, linear = pool_of(experts), llama.linears[0]
     draws = [merged_delta(pool, linear, "dare", seed=seed) for seed in range(400)]
@@ -229,7 +229,7 @@ def test_dare_is_merged_on_average(llama: Base) -> None:
     assert float(error) < 3 * float(alone) / 400**0.5  # it shrinks as a mean of 400 does
 
 
-def test_what_dare_drops_depends_on_seed_and_linear_alone(llama: Base) -> None:
+def test_dare_depends_only_on_the_seed_and_the_linear(llama: Base) -> None:
     pool = pool_of(make_experts(llama, 3))
     first, other = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
     again = merged_delta(pool, first, "dare")
@@ -244,7 +244,7 @@ def test_what_dare_drops_depends_on_seed_and_linear_alone(llama: Base) -> None:
     # What is left of one entry an expert is another one after rounding.
     [(name, options) for name, options, _ in CASES if options != {"density": 1e-6}],
 )
-def test_merges_of_a_pool_in_bfloat16_are_near(
+def test_merges_of_a_bfloat16_pool_are_close(
     base: Base, name: str, options: dict[str, Any]
 ) -> None:
     pool, half = pool_of(make_uneven_experts(base)), load_base(base.name, dtype="bfloat16")

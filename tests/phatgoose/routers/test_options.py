@@ -58,7 +58,7 @@ def make(name: str, option: str, value: Any) -> Any:
     return make_router(name, **{**needed, option: value})
 
 
-def test_every_kind_of_option_is_here() -> None:
+def test_every_option_is_covered() -> None:
     known = {*OPTIONS, "by", "seed", "expert", "general", "router", "divide_by_sqrt_d"}
     known |= {"standardise_input", "standardise_gates"}
     for name, fields in FIELDS.items():
@@ -67,7 +67,7 @@ def test_every_kind_of_option_is_here() -> None:
 
 
 @pytest.mark.parametrize(("name", "option"), HAVING)
-def test_values_that_cannot_be_are_refused(name: str, option: str) -> None:
+def test_invalid_option_values_are_refused(name: str, option: str) -> None:
     words, wrong, _ = allowed(name, option)
     for value in wrong:
         with pytest.raises(PhatgooseError) as caught:
@@ -76,12 +76,12 @@ def test_values_that_cannot_be_are_refused(name: str, option: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "option"), HAVING)
-def test_values_at_the_border_are_taken(name: str, option: str) -> None:
+def test_values_at_the_limits_are_accepted(name: str, option: str) -> None:
     for value in allowed(name, option)[2]:
         assert getattr(make(name, option, value), option) == value
 
 
-def test_a_weight_need_not_be_given() -> None:
+def test_a_weight_is_optional() -> None:
     assert make_router("dare", weight=None) == make_router("dare")
 
 
@@ -91,13 +91,13 @@ def test_a_wrapper_checks_its_inner_router(name: str) -> None:
         make(name, "router", "arow")
 
 
-def test_genknowsub_wants_a_router_of_tokens() -> None:
+def test_genknowsub_requires_a_token_router() -> None:
     for inner in ("merged", "retrieval", "base"):
         with pytest.raises(PhatgooseError, match=f"genknowsub: {inner} does not route tokens"):
             make("genknowsub", "router", inner)
 
 
-def test_defaults_are_the_papers() -> None:
+def test_defaults_match_the_papers() -> None:
     """As docs/routers.md and the papers have them; an unnoticed change would be another method."""
     expected = {
         "ariadne": {"centroids": 8},
@@ -135,7 +135,7 @@ def test_defaults_are_the_papers() -> None:
         assert getattr(make_router(name), "top_k") == 1  # noqa: B009
 
 
-def test_what_each_router_is_said_to_need_and_to_know() -> None:
+def test_each_router_declares_its_needs_and_side_information() -> None:
     def of(name: str) -> Any:
         given = {"genknowsub": {"general": "e0"}, "single": {"expert": "e0"}}.get(name, {})
         return make_router(name, **given)
@@ -163,14 +163,14 @@ def test_what_each_router_is_said_to_need_and_to_know() -> None:
 
 @pytest.mark.parametrize(("name", "options"), [("single", {}), ("single", {"expert": ""}),
                                                ("single:", {})])  # fmt: skip
-def test_single_wants_an_expert(name: str, options: dict[str, Any]) -> None:
+def test_single_requires_an_expert(name: str, options: dict[str, Any]) -> None:
     with pytest.raises(PhatgooseError) as caught:
         make_router(name, **options)
     assert str(caught.value) == "router single needs an expert: call it single:<expert>"
     assert make_router("single:e1") == make_router("single", expert="e1")
 
 
-def test_an_unknown_router_or_option_is_answered_with_what_there_is() -> None:
+def test_an_unknown_router_or_option_is_answered_with_the_available_ones() -> None:
     all_names = ", ".join(sorted(ROUTERS))
     with pytest.raises(PhatgooseError) as caught:
         make_router("phatgose")
@@ -187,7 +187,7 @@ def test_an_unknown_router_or_option_is_answered_with_what_there_is() -> None:
     )
 
 
-def test_gates_on_some_linears_are_not_enough(llama: Base) -> None:
+def test_gates_are_required_on_every_linear(llama: Base) -> None:
     pool = Pool.from_experts(make_experts(llama, 3))
     router = make_router("phatgoose")
     router.check(pool)
@@ -198,7 +198,7 @@ def test_gates_on_some_linears_are_not_enough(llama: Base) -> None:
             router.check(lacking)
 
 
-def test_embedded_texts_do_not_pile_up(
+def test_embedded_texts_do_not_accumulate(
     llama: Base, encoder: FakeEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("phatgoose.routers.stacked_profiles._MOST_EMBEDDED", 3)
@@ -221,7 +221,7 @@ def test_embedded_texts_do_not_pile_up(
         RandomExperts(router="genknowsub"),
     ],
 )
-def test_options_are_checked_wherever_a_router_comes_from(llama: Base, router: Router) -> None:
+def test_options_are_checked_however_a_router_is_made(llama: Base, router: Router) -> None:
     """Not only by `make_router`: a router may be made of its class."""
     model = RoutedModel(llama, pool_of(make_experts(llama, 3)), "merged")
     before = model.router
@@ -244,7 +244,7 @@ class Theirs(TokenRouter):
         return lambda x_TD: x_TD.new_zeros(len(x_TD), len(pool.experts))
 
 
-def test_what_a_plugin_calls_its_options_is_its_own_affair(llama: Base) -> None:
+def test_a_plugin_may_reuse_option_names(llama: Base) -> None:
     model = RoutedModel(llama, pool_of(make_experts(llama, 3)), Theirs())
     assert len(model.score([Question([5, 9], [[12, 1]])])[0]) == 1
     with pytest.raises(PhatgooseError, match="router theirs: top_k is 0: it must be a whole num"):

@@ -88,7 +88,7 @@ def pool(llama: Base) -> Pool:
     return pool_of(make_uneven_experts(llama, 7))
 
 
-def test_retrieval_takes_the_expert_of_the_nearest_example(
+def test_retrieval_chooses_the_expert_of_the_nearest_example(
     pool: Pool, encoder: FakeEncoder
 ) -> None:
     weights_Q1, indices_Q1 = Retrieval().mixture(pool, QUERIES, NO_PROBE)
@@ -100,7 +100,7 @@ def test_retrieval_takes_the_expert_of_the_nearest_example(
     assert torch.equal(weights_Q1, torch.ones(6, 1))
 
 
-def test_a_cosine_is_blind_to_length() -> None:
+def test_cosine_similarity_ignores_length() -> None:
     query_QS = torch.tensor([[3.0, 0.0], [0.0, 0.1]])
     library = [torch.tensor([[0.5, 0.0], [-1.0, 0.0]]), torch.tensor([[9.0, 9.0]])]
     assert nearest_example(query_QS, library).tolist() == [0, 1]
@@ -114,7 +114,9 @@ def test_a_text_is_embedded_once(pool: Pool, encoder: FakeEncoder) -> None:
     assert torch.equal(again_QS, torch.stack([fake_embedding(text) for text in "bc"]))
 
 
-def test_another_encoder_than_the_profiles_is_refused(pool: Pool, encoder: FakeEncoder) -> None:
+def test_an_encoder_other_than_that_of_the_profiles_is_refused(
+    pool: Pool, encoder: FakeEncoder
+) -> None:
     encoder.fingerprint = "other" * 12
     with pytest.raises(PhatgooseError, match=r"encoder fake fakefakefake, .* otherotherot: use"):
         Retrieval().mixture(pool, QUERIES, NO_PROBE)
@@ -141,7 +143,7 @@ def test_lorauter_mixes_the_nearest_tasks(
         assert weights.tolist() == pytest.approx([w / sum(warm) for w in warm], abs=1e-5)
 
 
-def test_ariadne_with_a_centroid_for_each_example_is_retrieval(
+def test_ariadne_with_one_centroid_per_example_equals_retrieval(
     pool: Pool, encoder: FakeEncoder
 ) -> None:
     assert pool.profiles is not None
@@ -155,7 +157,9 @@ def test_ariadne_with_a_centroid_for_each_example_is_retrieval(
         assert torch.equal(weights_Q1, expected[0])
 
 
-def test_ariadne_with_one_centroid_takes_the_nearest_mean(pool: Pool, encoder: FakeEncoder) -> None:
+def test_ariadne_with_one_centroid_chooses_the_nearest_mean(
+    pool: Pool, encoder: FakeEncoder
+) -> None:
     _, indices_Q1 = Ariadne(centroids=1).mixture(pool, QUERIES, NO_PROBE)
     means = [rows.mean(axis=0, keepdims=True) for rows in library_of(pool)]
     expected = [[retrieved(fake_embedding(text).double().numpy(), means)] for text in TEXTS]
@@ -163,7 +167,7 @@ def test_ariadne_with_one_centroid_takes_the_nearest_mean(pool: Pool, encoder: F
     assert indices_Q1.tolist() != Retrieval().mixture(pool, QUERIES, NO_PROBE)[1].tolist()
 
 
-def test_ariadne_finds_the_clumps_of_an_expert(llama: Base, encoder: FakeEncoder) -> None:
+def test_ariadne_finds_the_clusters_of_an_expert(llama: Base, encoder: FakeEncoder) -> None:
     """The query lies at one of two clumps of the first expert, whose mean is far from it."""
     experts = make_uneven_experts(llama, 2)
     at_S, off_S = fake_embedding(TEXTS[1]), fake_embedding("something else")
@@ -186,7 +190,7 @@ def test_ariadne_finds_the_clumps_of_an_expert(llama: Base, encoder: FakeEncoder
     assert chosen == {1: 1, 2: 0}
 
 
-def test_ariadne_says_the_same_again(llama: Base, encoder: FakeEncoder) -> None:
+def test_ariadne_is_deterministic(llama: Base, encoder: FakeEncoder) -> None:
     """With profiles that are read anew, so that nothing is known from before."""
     experts = make_uneven_experts(llama, 7)
     queries = [Query(f"question {i}") for i in range(40)]
@@ -226,7 +230,7 @@ def last_input(base: Base, context: list[int]) -> Tensor:
     return x_1LD[0, -1]
 
 
-def test_the_probe_is_the_bare_base_at_the_last_token(base: Base) -> None:
+def test_the_probe_reads_the_bare_base_at_the_last_token(base: Base) -> None:
     spy, bare, questions = Spy(), load_base(base.name), encode(base)
     routed = RoutedModel(base, pool_of(make_uneven_experts(base)), spy)
     assert len({len(question.context) for question in questions}) > 2
@@ -315,7 +319,7 @@ def test_each_row_of_a_batch_has_its_own_mixture(
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_logo_keeps_the_strongest(base: Base, top_k: int) -> None:
+def test_logo_keeps_the_strongest_experts(base: Base, top_k: int) -> None:
     experts, bare = make_uneven_experts(base, 6), load_base(base.name)
     questions = encode(base)
     logo = make_router("logo", top_k=top_k)
@@ -333,7 +337,7 @@ def test_logo_keeps_the_strongest(base: Base, top_k: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["retrieval", "logo"])
-def test_a_question_alone_is_scored_as_in_any_batch(
+def test_a_question_scores_the_same_alone_and_in_any_batch(
     base: Base, encoder: FakeEncoder, name: str
 ) -> None:
     routed = RoutedModel(base, pool_of(make_uneven_experts(base)), name)
@@ -347,7 +351,7 @@ def test_a_question_alone_is_scored_as_in_any_batch(
             assert one.mean == pytest.approx(three.mean, abs=1e-4)
 
 
-def test_rows_that_end_early_leave_the_others_their_mixtures(
+def test_rows_that_end_early_do_not_change_the_mixtures_of_others(
     base: Base, encoder: FakeEncoder
 ) -> None:
     routed = RoutedModel(base, pool_of(make_uneven_experts(base)), "retrieval")
@@ -358,7 +362,7 @@ def test_rows_that_end_early_leave_the_others_their_mixtures(
     assert routed.generate(queries, 6, stops=[stop]) == [text.split(stop)[0] for text in whole]
 
 
-def test_a_pass_that_nobody_announced_is_refused(base: Base) -> None:
+def test_an_unannounced_forward_pass_is_refused(base: Base) -> None:
     RoutedModel(base, pool_of(make_uneven_experts(base)), "logo")
     with pytest.raises(PhatgooseError, match=r"looks at whole queries, .* routed model's"):
         plain_logits(base, [5, 9, 11], [12])
@@ -377,7 +381,7 @@ def test_a_question_without_a_query_is_an_error(
     assert len(model.score([dataclasses.replace(asked, query=None)])[0]) == 2
 
 
-def test_the_right_answer_alone_is_no_part_of_a_query(llama: Base) -> None:
+def test_a_single_choice_is_not_part_of_the_query(llama: Base) -> None:
     context = "Is the lake deep?"
     assert Question.encode(llama, context, [" yes"]).query == Query(context)
     both = Question.encode(llama, context, [" yes", " no"]).query

@@ -111,7 +111,7 @@ def weights_of(router: TokenRouter, pool: Pool, x_TD: Tensor, bias_TE: Tensor | 
 @pytest.mark.parametrize(("name", "options", "rule"), CASES)
 @settings(deadline=None, max_examples=12, derandomize=True)
 @given(sizes)
-def test_rules_are_those_of_the_textbook(
+def test_rules_match_the_textbook(
     name: str, options: dict[str, Any], rule: Rule, sizes: dict[str, Any]
 ) -> None:
     sizes = dict(sizes)
@@ -151,7 +151,7 @@ def test_the_cases_differ() -> None:
 
 
 @pytest.mark.parametrize("name", [*RULES, "random"])
-def test_where_every_expert_is_absent_nobody_has_weight(name: str) -> None:
+def test_all_weights_are_zero_where_no_expert_is_present(name: str) -> None:
     experts = make_experts(inputs=12, outputs=9, ranks=[3, 4, 2], seed=0)
     pool = pool_of(experts)
     gone = dataclasses.replace(pool.linears[LINEAR], absent_E=torch.ones(3, dtype=torch.bool))
@@ -171,7 +171,7 @@ def test_equal_weights_stay_equal_where_scores_are_far_apart() -> None:
     assert ((weights_TE - 1 / 3).abs() < 1e-6).sum(dim=1).tolist() == [3] * 6
 
 
-def test_lag_looks_at_arrows_candidates_only() -> None:
+def test_lag_considers_only_the_candidates_of_arrow() -> None:
     """By hand: the rows of A are orthogonal and B is the identity, so A is its own spectrum."""
     e = torch.eye(5)
     spectra = [(e[1], 0.9 * e[2], 0.8 * e[3]), (2 * e[0],), (10 * e[4], 9 * e[0], 9 * e[1])]
@@ -190,7 +190,7 @@ def test_lag_looks_at_arrows_candidates_only() -> None:
     assert chosen(3, "projection") == chosen(3, "spectral") == 2  # sqrt(13), and 9 sqrt(13)
 
 
-def test_seqr_chooses_by_each_experts_own_measure() -> None:
+def test_seqr_scores_each_expert_by_its_own_measure() -> None:
     experts = make_experts(inputs=12, outputs=9, ranks=[3, 3], seed=0)
     loud = dataclasses.replace(experts[0].card, scale=100.0)
     experts[0] = Expert(loud, experts[0].linears)
@@ -207,7 +207,7 @@ def test_seqr_chooses_by_each_experts_own_measure() -> None:
         assert router.rule(pool, LINEAR)(x_TD, None)[1][:, 0].tolist() == [winner] * 20
 
 
-def test_random_gates_are_drawn_as_they_should_be() -> None:
+def test_random_gates_have_the_expected_distribution() -> None:
     experts = make_experts(inputs=40, outputs=9, ranks=[2] * 6, seed=0)
     pool = pool_of(experts)
     x_TD = torch.randn(3000, 40, generator=torch.Generator().manual_seed(0))
@@ -240,7 +240,7 @@ MODEL_CASES = [
 
 
 @pytest.mark.parametrize(("name", "options", "rule"), MODEL_CASES)
-def test_a_model_is_the_base_with_the_textbook_in_every_linear(
+def test_a_routed_model_matches_the_textbook_in_every_linear(
     base: Base, name: str, options: dict[str, Any], rule: Rule
 ) -> None:
     experts = make_uneven_experts(base)
@@ -268,7 +268,7 @@ def gliding(
     return lambda linear, x_D: RULES["glider"].added(x_D, facts[linear], bias)
 
 
-def test_glider_adds_to_each_querys_tokens_what_its_task_says(
+def test_glider_adds_the_task_bias_to_the_tokens_of_each_query(
     base: Base, encoder: FakeEncoder
 ) -> None:
     experts = make_uneven_experts(base)
@@ -292,7 +292,7 @@ def test_glider_adds_to_each_querys_tokens_what_its_task_says(
         assert text == base.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def test_glider_wants_to_be_told_the_task(llama: Base, encoder: FakeEncoder) -> None:
+def test_glider_requires_the_task(llama: Base, encoder: FakeEncoder) -> None:
     pool = pool_of(make_uneven_experts(llama))
     routed = RoutedModel(llama, pool, "glider")
     untold = Question.encode(llama, "Is the lake deep?", [" yes"])
@@ -302,7 +302,7 @@ def test_glider_wants_to_be_told_the_task(llama: Base, encoder: FakeEncoder) -> 
         routed.generate(["Is the lake deep?"], 2)
 
 
-def test_a_large_bias_does_not_drown_the_local_scores(llama: Base, encoder: FakeEncoder) -> None:
+def test_a_large_bias_does_not_hide_the_local_scores(llama: Base, encoder: FakeEncoder) -> None:
     """In bfloat16 1000 and 1003 are one number; with one description for all, gates decide."""
     experts = make_uneven_experts(llama)
     alike = [dataclasses.replace(p, description="the same") for p in make_profiles(experts)]

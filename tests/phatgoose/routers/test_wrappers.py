@@ -68,7 +68,7 @@ def padded(rows_RN: Tensor, rank: int = 4) -> Tensor:
 # The general expert: any, one of a lower rank, one that leaves some linears out.
 @pytest.mark.parametrize("general", ["e0", "e1", "e2"])
 @pytest.mark.parametrize("router", ["arrow", "phatgoose", "lag"])
-def test_genknowsub_routes_among_hand_subtracted_experts(
+def test_genknowsub_routes_among_experts_subtracted_by_hand(
     base: Base, router: str, general: str
 ) -> None:
     experts = make_uneven_experts(base)
@@ -86,7 +86,7 @@ def test_genknowsub_routes_among_hand_subtracted_experts(
 
 
 @pytest.mark.parametrize("router", TOKEN_ROUTERS)
-def test_genknowsub_is_its_router_over_a_pool_of_dense_differences(
+def test_genknowsub_equals_its_router_over_a_pool_of_dense_differences(
     llama: Base, router: str
 ) -> None:
     """The dense delta is a pair of factors whose A is the identity."""
@@ -136,7 +136,7 @@ def test_no_token_goes_to_the_general_expert(base: Base, encoder: FakeEncoder, r
         assert float(weights_E.sum()) == pytest.approx(log.tokens[name], rel=1e-3)
 
 
-def test_where_only_the_general_expert_acts_nothing_is_added(base: Base) -> None:
+def test_nothing_is_added_where_only_the_general_expert_acts(base: Base) -> None:
     """It alone adapts one linear, so that there is nobody to route to."""
     general, *others = make_experts(base, 3)
     ending = base.linears[-1].split(".")[-1]
@@ -161,7 +161,7 @@ def test_where_only_the_general_expert_acts_nothing_is_added(base: Base) -> None
         (1, {"general": "e0"}, "no expert but the general one"),
     ],
 )
-def test_what_genknowsub_cannot_subtract(
+def test_genknowsub_refuses_pools_it_cannot_subtract_from(
     llama: Base, count: int, options: dict[str, Any], message: str
 ) -> None:
     routed = RoutedModel(llama, pool_of(make_experts(llama, count)))
@@ -172,7 +172,7 @@ def test_what_genknowsub_cannot_subtract(
 
 
 @pytest.mark.parametrize("router", ["merged", "retrieval", "base", "random_experts"])
-def test_genknowsub_wraps_routers_of_tokens_only(router: str) -> None:
+def test_genknowsub_wraps_only_token_routers(router: str) -> None:
     with pytest.raises(PhatgooseError, match=f"router genknowsub: {router} does not route tokens"):
         make_router("genknowsub", general="e0", router=router)
 
@@ -200,7 +200,7 @@ def test_random_experts_have_the_norms_and_ranks_of_the_experts(base: Base) -> N
     assert all(int(torch.linalg.matrix_rank(product[1])) == 2 for product in products.values())
 
 
-def test_random_experts_depend_on_seed_and_linear_alone(llama: Base) -> None:
+def test_random_experts_depend_only_on_the_seed_and_the_linear(llama: Base) -> None:
     pool = pool_of(make_uneven_experts(llama))
     first, other = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"
     drawn = RandomExperts().change(pool).linears
@@ -217,7 +217,7 @@ def test_random_experts_depend_on_seed_and_linear_alone(llama: Base) -> None:
 
 
 @pytest.mark.parametrize("router", ["merged", "phatgoose", "retrieval", "single:e1", "glider"])
-def test_random_experts_are_routed_as_any_others(
+def test_random_experts_are_routed_like_any_others(
     base: Base, encoder: FakeEncoder, router: str
 ) -> None:
     """The same router over a pool of the random experts, made by hand."""
@@ -252,7 +252,7 @@ def test_random_experts_are_routed_as_any_others(
     assert wrapped == pytest.approx(expected, abs=1e-4)
 
 
-def test_an_expert_that_the_inner_router_names_must_be_there(llama: Base) -> None:
+def test_an_expert_named_by_the_inner_router_must_exist(llama: Base) -> None:
     wrapper = make_router("random_experts", router="single:e9")
     assert isinstance(wrapper, Wrapper)
     with pytest.raises(PhatgooseError, match="no expert 'e9'"):

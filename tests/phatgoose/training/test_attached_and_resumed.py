@@ -41,7 +41,7 @@ def test_an_expert_of_other_shapes_is_not_attached(base: Base, part: str) -> Non
     assert all(type(base.model.get_submodule(n)) is type(linear) for n in base.linears)
 
 
-def test_what_adam_remembers_is_a_copy() -> None:
+def test_the_optimizer_state_is_copied() -> None:
     remembered = {"exp_avg": torch.ones(3), "exp_avg_sq": torch.full((3,), 2.0)}
     state = adam_state(torch.zeros(3), 7, remembered)
     assert state["step"].item() == 7.0
@@ -63,7 +63,7 @@ def test_what_adam_remembers_is_a_copy() -> None:
         (MemoryError(), "MemoryError"),
     ],
 )  # fmt: skip
-def test_running_out_of_memory_says_what_the_allocator_said(
+def test_an_out_of_memory_error_quotes_the_allocator(
     llama: Base, error: Exception, reason: str
 ) -> None:
     class Full(PlainEngine):
@@ -79,7 +79,7 @@ def test_running_out_of_memory_says_what_the_allocator_said(
     )
 
 
-def test_other_errors_stay_what_they_are(llama: Base) -> None:
+def test_other_errors_are_unchanged(llama: Base) -> None:
     class Broken(PlainEngine):
         def step(self) -> None:
             raise RuntimeError("shapes differ")

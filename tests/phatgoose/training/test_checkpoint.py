@@ -32,7 +32,7 @@ from tests.support.tiny import make_experts
 
 
 @pytest.mark.parametrize("at", [[3], [5], [12], [15], [16], [19], [24], [7, 9, 4]])
-def test_an_interrupted_job_ends_with_the_same_bits(base: Base, at: list[int]) -> None:
+def test_an_interrupted_job_gives_identical_weights(base: Base, at: list[int]) -> None:
     expected, rows = train(base)
     expert, resumed, memory = train_interrupted(base, at)
     assert timeless(resumed) == timeless(rows)
@@ -45,7 +45,7 @@ def test_an_interrupted_job_ends_with_the_same_bits(base: Base, at: list[int]) -
     assert ("gates", 0) in memory.saved
 
 
-def test_the_best_state_is_still_the_best(llama: Base) -> None:
+def test_the_best_state_is_restored(llama: Base) -> None:
     wild = dataclasses.replace(
         RECIPE, lora=Stage(steps=4, lr=0.5, warmup=0.0), gates=None, validate_every=1
     )
@@ -65,7 +65,7 @@ def test_the_best_state_is_still_the_best(llama: Base) -> None:
     validate_every=st.sampled_from([0, 1, 3]),
     batch_size=st.sampled_from([2, 6, 16]),
 )
-def test_wherever_it_is_interrupted(
+def test_a_job_may_be_interrupted_anywhere(
     llama_session: Base, at: list[int], validate_every: int, batch_size: int
 ) -> None:
     recipe = dataclasses.replace(
@@ -84,7 +84,7 @@ def llama_session(llama_folder: Any) -> Base:
     return load_base(str(llama_folder))
 
 
-def test_gates_of_an_adapter_go_on_too(llama: Base) -> None:
+def test_gates_of_an_adapter_resume_too(llama: Base) -> None:
     adapter = make_experts(llama, 1)[0]
     memory = Memory()
 
@@ -101,13 +101,13 @@ def test_gates_of_an_adapter_go_on_too(llama: Base) -> None:
     assert memory.saved[2:] == [("gates", 3), ("gates", 4)]
 
 
-def test_every_forward_pass_is_a_sign_of_life(llama: Base) -> None:
+def test_every_forward_pass_sends_a_heartbeat(llama: Base) -> None:
     beats: list[None] = []
     train(llama, heartbeat=lambda: beats.append(None))
     assert len(beats) == PASSES
 
 
-def test_nothing_is_done_twice(llama: Base) -> None:
+def test_no_step_is_repeated(llama: Base) -> None:
     made: list[int] = []
 
     class Counting(PlainEngine):
@@ -126,7 +126,7 @@ def state_of(base: Base) -> Memory:
     return memory
 
 
-def test_a_state_survives_its_file(llama: Base) -> None:
+def test_a_state_survives_storing(llama: Base) -> None:
     memory = state_of(llama)
     state = State.from_bytes(memory.data, "job recipe")
     assert state.step == 3
@@ -140,7 +140,7 @@ def test_a_state_survives_its_file(llama: Base) -> None:
             assert other == value
 
 
-def test_damaged_and_foreign_states_are_refused(llama: Base) -> None:
+def test_damaged_and_unrelated_states_are_refused(llama: Base) -> None:
     data = state_of(llama).data
     for end in (0, 4, 100, len(data) // 2, len(data) - 1):
         with pytest.raises(PhatgooseError, match="it is damaged"):
@@ -154,7 +154,7 @@ def test_damaged_and_foreign_states_are_refused(llama: Base) -> None:
         State.from_bytes(data, "job other")
 
 
-def test_which_recipes_share_a_state() -> None:
+def test_a_state_is_shared_only_by_recipes_that_train_alike() -> None:
     own = owner_of("job", RECIPE)
     assert owner_of("job", dataclasses.replace(RECIPE, micro_batch_size=1)) == own
     others = [

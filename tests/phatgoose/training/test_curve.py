@@ -25,7 +25,7 @@ def first_refused(losses: list[float]) -> int | None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("split", ["train", "validation", "evaluation"])
-def test_a_loss_that_is_no_number_is_refused_at_once(bad: float, split: str) -> None:
+def test_a_loss_that_is_not_finite_is_refused_immediately(bad: float, split: str) -> None:
     with pytest.raises(Diverged, match=r"at step 1 of stage gates: lower the recipe's gates\.lr"):
         check_curve(curve([2.0, bad], "gates", split), VOCABULARY)
 
@@ -53,18 +53,18 @@ def test_ordinary_losses_are_not_refused(losses: list[float]) -> None:
     assert first_refused(losses) is None
 
 
-def test_stages_are_looked_at_apart() -> None:
+def test_stages_are_checked_separately() -> None:
     check_curve(curve([1.0] * 10) + curve([40.0] * 30, "gates"), VOCABULARY)
 
 
-def test_only_a_batch_of_training_can_explode() -> None:
+def test_only_training_batches_can_diverge() -> None:
     """An evaluation is looked at only for being a number: its rows are no batches."""
     rows = curve([2.0] * 8 + [10.0] * 5)
     for split in ("evaluation", "validation"):
         check_curve([*rows, CurveRow("lora", split, 13, 50.0, 0.0, None, 13, 0.0)], VOCABULARY)
 
 
-def test_the_limit_is_the_larger_of_the_two() -> None:
+def test_the_limit_is_the_larger_bound() -> None:
     guess = math.log(VOCABULARY) + 2.0
     assert first_refused([2.0] * 5 + [guess - 0.01] * 5) is None
     assert first_refused([2.0] * 5 + [guess + 0.01] * 5) == 9
@@ -73,7 +73,7 @@ def test_the_limit_is_the_larger_of_the_two() -> None:
     assert first_refused([4.0] * 4 + [100.0] * 5) is None  # too few to tell
 
 
-def test_what_is_no_number_is_called_by_its_split() -> None:
+def test_a_loss_that_is_not_finite_is_reported_with_its_split() -> None:
     for split, what in (("train", "loss"), ("evaluation", "evaluation loss")):
         with pytest.raises(Diverged) as caught:
             check_curve(curve([math.inf], "gates", split), VOCABULARY)

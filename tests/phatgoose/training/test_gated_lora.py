@@ -22,7 +22,7 @@ def test_a_new_expert_adds_nothing() -> None:
     assert torch.equal(layer(x), layer.base(x))
 
 
-def test_a_new_gate_lets_half_of_the_expert_pass() -> None:
+def test_a_new_gate_passes_half_of_the_expert() -> None:
     layer, x = make_layer(), torch.randn(2, 7, 8)
     layer.lora_B_OR.data.normal_()
     added = layer(x) - layer.base(x)
@@ -41,7 +41,7 @@ def test_each_stage_trains_its_own_parameters() -> None:
     assert {name for name, p in layer.named_parameters() if p.requires_grad} == {"gate_D"}
 
 
-def test_weights_of_an_expert_are_float32_over_any_base() -> None:
+def test_expert_weights_are_float32_over_any_base() -> None:
     layer = make_layer(torch.bfloat16)
     layer.add_gate()
     assert layer.gate_D is not None
@@ -49,7 +49,7 @@ def test_weights_of_an_expert_are_float32_over_any_base() -> None:
     assert layer(torch.randn(2, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-def test_factors_start_as_the_paper_says(base: Base) -> None:
+def test_factors_are_initialized_as_in_the_paper(base: Base) -> None:
     layers = attach_lora(base.model, base.linears, seed=0, **OPTIONS)
     starts = torch.cat([layer.lora_A_RD.detach().flatten() for layer in layers.values()])
     assert float(starts.std()) == pytest.approx(0.01, rel=0.1)
@@ -57,7 +57,7 @@ def test_factors_start_as_the_paper_says(base: Base) -> None:
     assert not any(layer.lora_B_OR.any() for layer in layers.values())
 
 
-def test_the_seed_decides_the_start(llama: Base) -> None:
+def test_the_seed_determines_the_initialization(llama: Base) -> None:
     starts = []
     for seed in (0, 0, 1):
         layers = attach_lora(llama.model, llama.linears, seed=seed, **OPTIONS)
@@ -68,7 +68,7 @@ def test_the_seed_decides_the_start(llama: Base) -> None:
     assert not torch.equal(starts[0], starts[2])
 
 
-def test_attached_and_detached_the_base_is_as_it_was(base: Base) -> None:
+def test_attaching_and_detaching_leave_the_base_unchanged(base: Base) -> None:
     before, modules = state(base), dict(base.model.named_modules())
     base.model.requires_grad_(True)
     layers = attach_lora(base.model, base.linears, seed=0, **OPTIONS)
@@ -91,7 +91,7 @@ def test_factors_are_read_as_copies(llama: Base) -> None:
     assert not factors.lora_A_RD.requires_grad
 
 
-def test_what_cannot_be_adapted_is_named_and_nothing_is_replaced(llama: Base) -> None:
+def test_an_unsupported_module_is_named_and_nothing_is_replaced(llama: Base) -> None:
     modules = dict(llama.model.named_modules())
     for name, message in (("model.nothing", "no module model.nothing"), ("model.norm", "not a pl")):
         with pytest.raises(PhatgooseError, match=message):

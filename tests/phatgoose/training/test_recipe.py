@@ -10,7 +10,7 @@ from phatgoose.errors import PhatgooseError
 from phatgoose.training.recipe import Recipe, Stage, recipe_from_dict
 
 
-def test_the_defaults_are_the_papers() -> None:
+def test_the_defaults_match_the_paper() -> None:
     recipe = Recipe()
     assert recipe.gates is not None
     assert (recipe.rank, recipe.scale, recipe.init_std, recipe.seed) == (16, 1 / 16, 0.01, 42)
@@ -19,7 +19,7 @@ def test_the_defaults_are_the_papers() -> None:
     assert recipe.accumulation * recipe.micro_batch_size == recipe.batch_size
 
 
-def test_the_rate_grows_for_six_percent_of_the_steps_and_stays() -> None:
+def test_the_learning_rate_warms_up_for_six_percent_of_the_steps() -> None:
     stage = Stage(steps=100)
     factors = [stage.lr_factor(step) for step in range(100)]
     assert factors[:6] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1])
@@ -27,7 +27,7 @@ def test_the_rate_grows_for_six_percent_of_the_steps_and_stays() -> None:
 
 
 @given(steps=st.integers(0, 2000), warmup=st.floats(0, 1))
-def test_any_warm_up_rises_to_the_full_rate(steps: int, warmup: float) -> None:
+def test_any_warmup_reaches_the_full_learning_rate(steps: int, warmup: float) -> None:
     factors = [Stage(steps=steps, warmup=warmup).lr_factor(step) for step in range(steps)]
     assert factors == sorted(factors)
     assert all(0 < factor <= 1 for factor in factors)
@@ -48,11 +48,11 @@ def test_any_warm_up_rises_to_the_full_rate(steps: int, warmup: float) -> None:
         ("dtype", "float16"),
     ],
 )
-def test_impossible_values_are_named(field: str, value: Any) -> None:
+def test_invalid_values_are_named(field: str, value: Any) -> None:
     with pytest.raises(PhatgooseError, match=rf"recipe\.{field}"):
         dataclasses.replace(Recipe(), **{field: value})
 
 
-def test_a_recipe_survives_its_card() -> None:
+def test_a_recipe_survives_storing_in_a_card() -> None:
     recipe = Recipe(rank=4, lora=Stage(steps=7, lr=1e-3), dtype="float32")
     assert recipe_from_dict(json.loads(json.dumps(dataclasses.asdict(recipe)))) == recipe

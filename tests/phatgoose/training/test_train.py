@@ -147,9 +147,7 @@ def whole_batches(spy: Spy, recipe: Recipe) -> list[list[Question]]:
 
 
 @pytest.mark.parametrize("clip", [1.0, 0.05])
-def test_losses_and_weights_are_those_of_a_plain_loop(
-    base: Base, spies: list[Spy], clip: float
-) -> None:
+def test_losses_and_weights_match_a_plain_loop(base: Base, spies: list[Spy], clip: float) -> None:
     trained, rows = train(base, clip=clip)
     lora, gates = spies
     starts = iter(lora.start)
@@ -187,7 +185,7 @@ def test_losses_and_weights_are_those_of_a_plain_loop(
         torch.testing.assert_close(factors.gate_D, V[name].detach(), rtol=1e-2, atol=5e-3)
 
 
-def test_gates_start_at_zero_and_nothing_else_moves(base: Base, spies: list[Spy]) -> None:
+def test_gates_start_at_zero_and_only_they_change(base: Base, spies: list[Spy]) -> None:
     before = state(base)
     trained, _ = train(base)
     lora, gates = spies
@@ -208,7 +206,7 @@ def test_gates_start_at_zero_and_nothing_else_moves(base: Base, spies: list[Spy]
     assert gates.closed
 
 
-def test_micro_batches_add_up_to_the_batch(base: Base, spies: list[Spy]) -> None:
+def test_micro_batches_sum_to_the_batch(base: Base, spies: list[Spy]) -> None:
     whole, rows = train(base, micro_batch_size=8)
     for size in (4, 2, 1):
         parts, part_rows = train(base, micro_batch_size=size)
@@ -241,7 +239,7 @@ def test_the_curve_is_complete(base: Base, spies: list[Spy]) -> None:
     assert list(trained.card.metrics) == ["nll_base", "nll_lora", "nll_gates_start", "nll_gates"]
 
 
-def test_the_first_evaluation_is_of_the_bare_base(base: Base, spies: list[Spy]) -> None:
+def test_the_first_evaluation_measures_the_bare_base(base: Base, spies: list[Spy]) -> None:
     context = encode_context(base, "Answer:")
     right_but_for_its_end = [*plain_generate(base, context, 1), base.tokenizer.eos_token_id]
     evaluation = [Question.encode(base, e.input, [e.target]) for e in EVALUATION]
@@ -256,7 +254,7 @@ def test_the_first_evaluation_is_of_the_bare_base(base: Base, spies: list[Spy]) 
     assert rows[0].exact_match == sum(right) / len(right)
 
 
-def test_what_was_learned_by_heart_is_an_exact_match(llama: Base, spies: list[Spy]) -> None:
+def test_memorized_examples_are_exact_matches(llama: Base, spies: list[Spy]) -> None:
     rows: list[CurveRow] = []
     recipe = dataclasses.replace(
         RECIPE, lora=Stage(steps=30, lr=3e-2), batch_size=2, micro_batch_size=2
@@ -270,7 +268,7 @@ def test_what_was_learned_by_heart_is_an_exact_match(llama: Base, spies: list[Sp
     assert after.loss < before.loss / 2
 
 
-def test_seeds(llama: Base, spies: list[Spy]) -> None:
+def test_the_seed_determines_the_result(llama: Base, spies: list[Spy]) -> None:
     hashes = [train(llama, seed=seed, batch_size=4)[0].content_hash() for seed in (1, 1, 2)]
     assert hashes[0] == hashes[1] != hashes[2]
 
@@ -279,7 +277,7 @@ def order(spy: Spy) -> list[tuple[int, ...]]:
     return [tuple(question.context) for batch in spy.batches for question in batch]
 
 
-def test_every_example_is_read_once_before_any_is_read_again(llama: Base, spies: list[Spy]) -> None:
+def test_every_example_is_used_once_before_any_is_repeated(llama: Base, spies: list[Spy]) -> None:
     sizes: dict[str, Any] = {"batch_size": 4, "micro_batch_size": 4}
     train(llama, **sizes, seed=1)
     train(llama, **sizes, seed=2)
@@ -297,20 +295,20 @@ def test_every_example_is_read_once_before_any_is_read_again(llama: Base, spies:
     ]
 
 
-def test_batches_larger_than_the_data_go_round(llama: Base, spies: list[Spy]) -> None:
+def test_batches_larger_than_the_data_repeat_examples(llama: Base, spies: list[Spy]) -> None:
     train(llama, examples=EXAMPLES[:3], batch_size=8, micro_batch_size=8)
     seen = order(spies[0])[:8]
     assert {seen.count(context) for context in set(seen)} == {2, 3}
 
 
-def test_only_so_many_examples_are_used(llama: Base, spies: list[Spy]) -> None:
+def test_the_number_of_examples_is_limited(llama: Base, spies: list[Spy]) -> None:
     train(llama, max_examples=2)
     assert len(set(order(spies[0]))) == 2
 
 
 @pytest.mark.usefixtures("spies")
 @pytest.mark.parametrize("at", [0, 5])
-def test_a_target_of_no_token_is_not_trained_on(base: Base, at: int) -> None:
+def test_targets_without_tokens_are_not_trained_on(base: Base, at: int) -> None:
     """Only the end would be."""
     examples = [*EXAMPLES]
     examples[at] = Example("Is the lake deep?", "")
@@ -318,7 +316,7 @@ def test_a_target_of_no_token_is_not_trained_on(base: Base, at: int) -> None:
         train(base, examples=examples)
 
 
-def test_lengths_are_cut(base: Base, spies: list[Spy]) -> None:
+def test_long_examples_are_truncated(base: Base, spies: list[Spy]) -> None:
     train(base, max_input_tokens=3, max_target_tokens=2)
     for question in (q for spy in spies for batch in spy.batches for q in batch):
         assert len(question.context) <= 3
@@ -326,7 +324,7 @@ def test_lengths_are_cut(base: Base, spies: list[Spy]) -> None:
         assert question.choices[0][-1] == base.tokenizer.eos_token_id
 
 
-def test_over_a_bfloat16_base_the_trained_weights_are_float32(base: Base, spies: list[Spy]) -> None:
+def test_weights_trained_over_a_bfloat16_base_are_float32(base: Base, spies: list[Spy]) -> None:
     _, full_rows = train(base)
     half = load_base(base.name, dtype="bfloat16")
     before = state(half)
@@ -388,7 +386,7 @@ def test_the_base_is_restored_after_an_error(base: Base, spies: list[Spy]) -> No
 @pytest.mark.parametrize(
     ("at", "where"), [((1, 0), "step 0 of stage lora"), ((2, 2), "step 1 of stage gates")]
 )
-def test_a_loss_that_is_no_number_ends_the_training(
+def test_training_ends_on_a_loss_that_is_not_finite(
     llama: Base, spies: list[Spy], monkeypatch: pytest.MonkeyPatch, at: tuple[int, int], where: str
 ) -> None:
     monkeypatch.setattr(Diverging, "at", at, raising=False)
@@ -407,7 +405,7 @@ class Moving(Spy):
             self.made[0].parameters[0].data[0, 0] += 1
 
 
-def test_moving_more_than_the_gates_is_an_error(llama: Base, spies: list[Spy]) -> None:
+def test_changing_more_than_the_gates_is_an_error(llama: Base, spies: list[Spy]) -> None:
     with pytest.raises(PhatgooseError, match="task: a LoRA factor moved while gates"):
         train(llama, engine=Moving)
 
@@ -417,7 +415,7 @@ def test_gates_that_stay_at_zero_are_an_error(llama: Base, spies: list[Spy]) -> 
         train(llama, gates=Stage(steps=2, lr=1e-60))  # too small for a float32
 
 
-def test_what_is_missing_is_named(llama: Base, spies: list[Spy]) -> None:
+def test_missing_inputs_are_named(llama: Base, spies: list[Spy]) -> None:
     card = make_card("task", llama)
     with pytest.raises(PhatgooseError, match="task task: 0 training and 2 evaluation examples"):
         train_expert(llama, card, [], EVALUATION, RECIPE)

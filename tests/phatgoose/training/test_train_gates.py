@@ -28,7 +28,7 @@ RECIPE = Recipe(
 )
 
 
-def test_gates_trained_later_are_those_trained_at_once(base: Base) -> None:
+def test_gates_trained_later_equal_those_trained_immediately(base: Base) -> None:
     card = make_card("task", base, scale=1.0)
     at_once = train_expert(base, card, EXAMPLES, EVALUATION, RECIPE)
     first = dataclasses.replace(RECIPE, gates=None)
@@ -46,7 +46,7 @@ def test_gates_trained_later_are_those_trained_at_once(base: Base) -> None:
         assert torch.equal(other.gate_D, factors.gate_D)
 
 
-def test_an_expert_of_a_few_linears_gets_gates_on_those(base: Base) -> None:
+def test_an_expert_of_a_few_linears_gets_gates_only_there(base: Base) -> None:
     before, rows = state(base), list[CurveRow]()
     expert = make_experts(base, 1, rank=3, gates=False)[0]
     some = dict(list(expert.linears.items())[::3])
@@ -64,7 +64,7 @@ def test_an_expert_of_a_few_linears_gets_gates_on_those(base: Base) -> None:
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-def test_what_does_not_fit_is_refused(llama: Base, t5: Base) -> None:
+def test_incompatible_inputs_are_refused(llama: Base, t5: Base) -> None:
     expert = make_experts(llama, 1, gates=False)[0]
     none = dataclasses.replace(RECIPE, gates=None)
     with pytest.raises(PhatgooseError, match="no stage gates"):

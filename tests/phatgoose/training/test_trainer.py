@@ -130,7 +130,7 @@ def test_each_stage_ends_with_the_state_of_its_lowest_validation_loss(
         assert same(own(expert, *names), engine.after[best - 1])
 
 
-def test_the_last_evaluation_is_of_the_best_state(base: Base, engines: list[Watched]) -> None:
+def test_the_last_evaluation_measures_the_best_state(base: Base, engines: list[Watched]) -> None:
     expert, rows = train(base, gates=None)
     pool = Pool.from_experts([expert])
     routed = RoutedModel(base, pool, f"single:{expert.card.name}")
@@ -141,7 +141,7 @@ def test_the_last_evaluation_is_of_the_best_state(base: Base, engines: list[Watc
     assert expert.card.metrics["nll_lora"] == last.loss
 
 
-def test_what_validates_is_never_trained_on(base: Base, engines: list[Watched]) -> None:
+def test_validation_examples_are_never_trained_on(base: Base, engines: list[Watched]) -> None:
     _, rows = train(base)
     kept_out = [Question.encode(base, e.input, [e.target]) for e in EXAMPLES[-2:]]
     rest = [Question.encode(base, e.input, [e.target]) for e in EXAMPLES[:-2]]
@@ -157,7 +157,7 @@ def test_what_validates_is_never_trained_on(base: Base, engines: list[Watched]) 
     ("examples", "validation_examples", "kept_out"),
     [(20, 1, 1), (20, 500, 2), (19, 500, 1), (9, 500, 0), (20, 0, 0)],
 )
-def test_at_most_a_tenth_is_kept_out(
+def test_at_most_a_tenth_is_held_out(
     llama: Base, engines: list[Watched], examples: int, validation_examples: int, kept_out: int
 ) -> None:
     _, rows = train(llama, EXAMPLES[:examples], validation_examples=validation_examples, gates=None)
@@ -167,7 +167,7 @@ def test_at_most_a_tenth_is_kept_out(
 
 
 @pytest.mark.parametrize("validate_every", [0, 7])
-def test_without_validation_every_example_is_trained_on_and_the_last_state_kept(
+def test_without_validation_all_examples_are_used_and_the_last_state_is_kept(
     llama: Base, engines: list[Watched], validate_every: int
 ) -> None:
     expert, rows = train(llama, validate_every=validate_every)
@@ -197,7 +197,7 @@ class Scripted(Watched):
     [((1.0, 2.0, 3.0), 2), ((3.0, 2.0, 1.0), 6), ((2.0, 1.0, 3.0), 4), ((2.0, 2.0, 2.0), 2),
      ((2.0, 1.0, 1.0), 4), ((0.0, 1.0, 0.0), 2)],
 )  # fmt: skip
-def test_of_equal_states_the_first_is_the_best(
+def test_the_first_of_equal_states_is_the_best(
     llama: Base,
     engines: list[Watched],
     monkeypatch: pytest.MonkeyPatch,
@@ -215,7 +215,7 @@ def test_of_equal_states_the_first_is_the_best(
     assert same(own(expert, "lora_A_RD", "lora_B_OR"), engines[0].after[best - 1])
 
 
-def test_a_validation_loss_that_is_no_number_ends_the_training(
+def test_training_ends_on_a_validation_loss_that_is_not_finite(
     llama: Base, engines: list[Watched], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Scripted, "losses", (1.0, float("nan")))
@@ -269,7 +269,7 @@ def rank_of(job: TrainingJob, rank: int, ranks: int) -> Rank:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_ranks_share_what_is_measured(base: Base, ranks: int) -> None:
+def test_ranks_share_the_evaluation(base: Base, ranks: int) -> None:
     """11 examples in parts of 4 (micro-batches of 1): 3 parts, and ranks that have none repeat."""
     beats: list[None] = []
     job = job_of(base, lambda: beats.append(None), micro_batch_size=1, batch_size=4)
@@ -334,14 +334,14 @@ class Due(NoCheckpoints):
         return True
 
 
-def test_a_checkpoint_is_due_if_any_rank_says_so(llama: Base) -> None:
+def test_a_checkpoint_is_due_if_any_rank_requests_it(llama: Base) -> None:
     job = job_of(llama)
     job.hooks = dataclasses.replace(job.hooks, checkpoints=Due())
     batch = [job.encode(example) for example in EXAMPLES[:4]]
     assert job.take_step(rank_of(job, 0, 2), batch)[1] is True
 
 
-def test_a_weight_that_is_no_number_after_the_last_step_is_refused(llama: Base) -> None:
+def test_a_weight_that_is_not_finite_after_the_last_step_is_refused(llama: Base) -> None:
     class Broken(PlainEngine):
         def weights(self) -> list[Tensor]:
             found = super().weights()
@@ -354,7 +354,7 @@ def test_a_weight_that_is_no_number_after_the_last_step_is_refused(llama: Base) 
         train_expert(llama, card, EXAMPLES, EVALUATION, recipe, Hooks(engine=Broken))
 
 
-def test_examples_may_be_token_ids_already(base: Base, engines: list[Watched]) -> None:
+def test_examples_may_be_given_as_token_ids(base: Base, engines: list[Watched]) -> None:
     questions = [Question.encode(base, e.input, [e.target]) for e in EXAMPLES]
     from_text, rows = train(base)
     from_ids, again = train(base, questions)
@@ -362,7 +362,7 @@ def test_examples_may_be_token_ids_already(base: Base, engines: list[Watched]) -
     assert [row.loss for row in again] == [row.loss for row in rows]
 
 
-def test_a_factor_that_moves_with_the_gates_is_named(llama: Base) -> None:
+def test_a_factor_that_changes_with_the_gates_is_named(llama: Base) -> None:
     class Moving(PlainEngine):
         def close(self) -> None:
             if self._stage == RECIPE.gates:
@@ -388,7 +388,7 @@ def with_gates_at_zero(count: int) -> type[PlainEngine]:
     return Still
 
 
-def test_a_gate_may_stay_at_zero_but_not_all(llama: Base) -> None:
+def test_one_gate_may_stay_at_zero_but_not_all(llama: Base) -> None:
     card = make_card("task", llama, scale=RECIPE.scale)
     recipe = dataclasses.replace(RECIPE, validate_every=0)
     first, *rest = llama.linears
