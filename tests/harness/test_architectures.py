@@ -59,7 +59,7 @@ def test_the_plan_refuses_a_base_that_actors_could_not_use(
     assert "\n" not in line
 
 
-def test_the_plan_says_what_no_expert_adapts(
+def test_the_plan_reports_weights_that_no_expert_adapts(
     config: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config.base = BaseConfig(str(make_decoder(tmp_path / "base", "mixtral")))
@@ -84,7 +84,7 @@ TEXTS = ["the", "Is the lake deep?", "Question: which bird flies in the flock?\n
         ("gpt2", {}),
     ],
 )
-def test_an_actor_answers_as_plain_sequences_do(
+def test_an_actor_answers_like_single_sequences(
     tmp_path: Path, kind: str, changes: dict[str, Any], router: str
 ) -> None:
     base = load_base(str(make_decoder(tmp_path / "base", kind, **changes)))

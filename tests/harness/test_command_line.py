@@ -50,14 +50,14 @@ def examples(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_full_disk(examples: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported(examples: Path, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "300k") as disk:
         line = the_line(prepare(examples, disk))
     assert "No space left on device" in line
     assert "free some space there" in line
 
 
-def test_a_disk_that_cannot_be_written_to(examples: Path, tmp_path: Path) -> None:
+def test_a_read_only_disk_is_reported(examples: Path, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "1m") as disk:
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         line = the_line(prepare(examples, disk))

@@ -31,7 +31,7 @@ def without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "readlink", refuse)
 
 
-def test_cores_where_there_is_no_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores_are_counted_without_cpu_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hardware.usable_cores() == len(os.sched_getaffinity(0))
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: 11)
@@ -39,7 +39,7 @@ def test_cores_where_there_is_no_affinity(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.slow
-def test_a_local_cluster_where_there_is_no_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_cluster_starts_without_cpu_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -49,7 +49,7 @@ def test_a_local_cluster_where_there_is_no_affinity(monkeypatch: pytest.MonkeyPa
         assert ray.cluster_resources()["CPU"] == os.cpu_count()
 
 
-def test_names_of_a_machine_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_proc_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     assert hardware.memory_gib() == pytest.approx(memory, abs=1)
     assert hardware.processor()
@@ -61,7 +61,7 @@ def test_names_of_a_machine_without_proc(monkeypatch: pytest.MonkeyPatch) -> Non
     assert re.fullmatch("[0-9a-f]{16}", files._machine())
 
 
-def test_nothing_else_is_of_linux_alone() -> None:
+def test_no_other_linux_only_function_is_used() -> None:
     """Each of these names is missing on a Mac; two modules have a way around."""
     names = r"sched_getaffinity|/proc/|/dev/shm|import (fcntl|resource|pwd|grp)|prctl|pidfd"
     names += r"|memfd|sendfile|posix_fadvise|SC_PHYS_PAGES|signal\.(SIGPWR|SIGSTKFLT|sigtimedwait)"
@@ -80,7 +80,7 @@ def test_nothing_else_is_of_linux_alone() -> None:
         (False, True, 1, "cuda"),
     ],
 )
-def test_the_device_of_a_run(
+def test_the_device_of_a_run_is_chosen(
     cuda: bool, mps: bool, gpus: float | None, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -114,7 +114,7 @@ def on_mps(tensor: Tensor) -> Tensor:
     return tensor.as_subclass(OnMps)
 
 
-def test_what_mps_lacks_is_computed_on_the_host() -> None:
+def test_operations_missing_on_mps_are_computed_on_the_host() -> None:
     weights_TK, indices_TK = torch.rand(5, 2), torch.randint(3, (5, 2))
     mask_T = torch.tensor([True, True, False, True, True])
     with pytest.raises(TypeError, match="float64"):
@@ -128,7 +128,9 @@ def test_what_mps_lacks_is_computed_on_the_host() -> None:
     assert there.tokens == here.tokens
 
 
-def test_decompositions_of_tensors_on_mps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decompositions_of_mps_tensors_are_computed_on_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     A_ERD, B_EOR = torch.randn(3, 2, 8), torch.randn(3, 6, 2)
     expected = [*svd.thin_svd(A_ERD, B_EOR), svd.output_projection(A_ERD, B_EOR)]
     moves: list[torch.device] = []
@@ -160,6 +162,6 @@ def test_the_grouped_kernel_is_not_used_on_mps() -> None:
     torch.testing.assert_close(y_TO.as_subclass(Tensor), expected_TO, rtol=1e-4, atol=1e-4)
 
 
-def test_other_devices_are_left_alone() -> None:
+def test_other_devices_are_unchanged() -> None:
     tensor = torch.rand(2)
     assert off_mps(tensor, tensor)[1] is tensor

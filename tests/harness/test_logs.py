@@ -22,7 +22,7 @@ def _as_before() -> Iterator[None]:
         logger.handlers, logger.level = handlers, level
 
 
-def test_lines_for_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_terminal_lines_are_plain(capsys: pytest.CaptureFixture[str]) -> None:
     log_to_terminal()
     log_to_terminal()  # twice is no different
     logger = logging.getLogger("harness.somewhere")
@@ -43,7 +43,7 @@ def test_lines_for_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
-def test_a_bar_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_message_does_not_break_a_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
     with tqdm(total=2, file=stream, mininterval=0) as bar:
@@ -53,7 +53,7 @@ def test_a_bar_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "a line" in lines  # not behind a bar
 
 
-def test_an_actor_logs_to_a_file_with_all_else_that_it_writes(tmp_path: Path) -> None:
+def test_an_actor_logs_to_a_file_with_its_other_output(tmp_path: Path) -> None:
     script = f"""
 import logging, os
 from harness.scheduling.actor import log_to_run_folder

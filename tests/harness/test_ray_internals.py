@@ -12,7 +12,7 @@ from harness.scheduling import ray_internals
 ROOT = Path(__file__).parents[2]
 
 
-def test_only_one_module_reaches_behind_ray() -> None:
+def test_only_one_module_uses_ray_internals() -> None:
     packages = ("harness", "phatgoose", "benchmarks", "results", "docs", "examples")
     files = [file for package in packages for file in (ROOT / package).rglob("*.py")]
     found = [
@@ -23,7 +23,7 @@ def test_only_one_module_reaches_behind_ray() -> None:
     assert found == ["harness/scheduling/ray_internals.py"]
 
 
-def test_the_setting_is_put_back() -> None:
+def test_the_setting_is_restored() -> None:
     before = ray_constants.ENABLE_RAY_CLUSTER
     with ray_internals.loopback_only():
         assert ray_constants.ENABLE_RAY_CLUSTER is False
@@ -31,7 +31,7 @@ def test_the_setting_is_put_back() -> None:
 
 
 @pytest.mark.slow
-def test_states_of_nodes_and_actors(two_cores: None) -> None:
+def test_states_of_nodes_and_actors_are_read(two_cores: None) -> None:
     class Busy:
         def node(self) -> str:
             return ray.get_runtime_context().get_node_id()

@@ -58,7 +58,7 @@ def folder(tmp_path: Path) -> Folder:
     return Folder(tmp_path)
 
 
-def test_scores_come_back_as_written(folder: Folder) -> None:
+def test_scores_are_read_as_written(folder: Folder) -> None:
     rows = [SCORE, {**SCORE, "router": "base", "top_k": None, "stderr": 0.1}]
     run_folder.write_table(folder, "scores.parquet", run_folder.SCORES, rows)
     assert run_folder.read_table(folder, "scores.parquet", run_folder.SCORES).to_pylist() == rows
@@ -73,13 +73,13 @@ def test_samples_of_all_routers_are_read_together(folder: Folder) -> None:
     assert dict(table["metrics"].to_pylist()[0]) == {"acc": 0.0, "nll": 2.0}
 
 
-def test_an_absent_folder_has_no_rows(folder: Folder) -> None:
+def test_a_missing_folder_has_no_rows(folder: Folder) -> None:
     table = run_folder.read_folder(folder, "routing", run_folder.ROUTING)
     assert table.num_rows == 0
     assert table.schema == run_folder.ROUTING
 
 
-def test_equal_rows_give_equal_bytes(folder: Folder) -> None:
+def test_equal_rows_are_written_with_equal_bytes(folder: Folder) -> None:
     turned = {**SAMPLE, "metrics": {"acc": 0.0, "nll": 2.0}}
     for name, row in (("a.parquet", SAMPLE), ("b.parquet", turned)):
         run_folder.write_table(folder, name, run_folder.SAMPLES, [row])
@@ -124,7 +124,7 @@ def test_a_file_with_other_columns_is_named(folder: Folder, tmp_path: Path) -> N
         run_folder.read_table(folder, "scores.parquet", run_folder.SCORES)
 
 
-def test_an_absent_file_is_named(folder: Folder) -> None:
+def test_a_missing_file_is_named(folder: Folder) -> None:
     with pytest.raises(PhatgooseError, match=r"scores\.parquet is not there"):
         run_folder.read_table(folder, "scores.parquet", run_folder.SCORES)
 
@@ -139,7 +139,7 @@ def test_an_absent_file_is_named(folder: Folder) -> None:
         run_folder.TRAINING,
     ],
 )
-def test_the_file_itself_says_what_its_columns_mean(folder: Folder, schema: pa.Schema) -> None:
+def test_the_file_describes_its_columns(folder: Folder, schema: pa.Schema) -> None:
     run_folder.write_table(folder, "table.parquet", schema, [])
     read = run_folder.read_table(folder, "table.parquet", schema).schema
     assert all(field.metadata[b"meaning"] for field in read)
@@ -149,7 +149,7 @@ names = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,30}", fullmatch=True)
 
 
 @given(names)
-def test_a_name_can_be_read_back_from_its_file(name: str) -> None:
+def test_a_name_can_be_recovered_from_its_file(name: str) -> None:
     # So no two names share a file.
     assert run_folder.file_stem(name).replace("@", ":") == name
 
@@ -159,12 +159,12 @@ def test_a_file_stem_is_readable() -> None:
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", ":a", "a/b", "a@b", "a b", "ü", "a\n", "x" * 201])
-def test_names_that_are_no_file_names_are_refused(name: str) -> None:
+def test_names_that_are_not_file_names_are_refused(name: str) -> None:
     with pytest.raises(PhatgooseError, match="cannot become a file name"):
         run_folder.file_stem(name)
 
 
-def test_run_record(folder: Folder, tmp_path: Path) -> None:
+def test_the_run_record_is_read_as_written(folder: Folder, tmp_path: Path) -> None:
     with pytest.raises(PhatgooseError, match="no run folder"):
         run_folder.read_run(folder)
     run_folder.write_run(folder, {"configuration": {"pool": "demo"}})

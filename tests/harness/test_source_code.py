@@ -68,7 +68,7 @@ def test_a_changed_formula_makes_only_its_own_router_s_answers_stale(edit: Edit)
 
 
 @pytest.mark.parametrize("name", sorted(ROUTERS))
-def test_no_path_reaches_every_router(name: str) -> None:
+def test_no_code_path_covers_every_router(name: str) -> None:
     """A router's code holds no other router's module, but for one that it builds upon."""
     home = "phatgoose.routers."
     own = type(router(name)).__module__
@@ -79,7 +79,7 @@ def test_no_path_reaches_every_router(name: str) -> None:
     assert {m for m in code_of(SCORING) if m.startswith(home)} == shared
 
 
-def test_a_shared_formula_makes_those_stale_that_use_it(edit: Edit) -> None:
+def test_a_shared_formula_makes_the_answers_of_its_users_stale(edit: Edit) -> None:
     before = routers_code()
     edit("phatgoose/routers/merged.py", "* weight", "* weight * 2")
     after = routers_code()
@@ -145,13 +145,13 @@ def test_training_and_profiles_know_their_own_code(
     assert {name for name in roots if before[name] != after[name]} == stale
 
 
-def test_what_changed_is_named() -> None:
+def test_changed_modules_are_named() -> None:
     before = {"a": "1", "b": "1", "c": "1"}
     assert changes(before, {"a": "1", "b": "2", "d": "1"}) == ["b", "c (gone)", "d (new)"]
     assert changes(before, before) == []
 
 
-def test_a_plugin_s_code_is_its_module_and_what_it_imports_of_its_package(
+def test_a_plugin_s_code_is_its_module_and_its_imports_from_its_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = tmp_path / "plugin_of_a_user"
@@ -176,7 +176,7 @@ def test_a_plugin_s_code_is_its_module_and_what_it_imports_of_its_package(
     assert changes(before, router_code(Mine())) == ["plugin_of_a_user.helper"]
 
 
-def test_a_plugin_s_code_holds_the_classes_that_it_extends(
+def test_a_plugin_s_code_includes_the_classes_that_it_extends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "router_by_attribute.py").write_text(
@@ -211,12 +211,12 @@ def test_a_router_without_a_source_file_is_refused() -> None:
         "if TYPE_CHECKING:\n    pass\nelse:\n    from phatgoose.routers import Arrow\n",
     ],
 )
-def test_a_router_that_is_reached_through_its_package_counts(edit: Edit, text: str) -> None:
+def test_a_router_reached_through_its_package_counts(edit: Edit, text: str) -> None:
     edit("harness/extra_routers.py", "from phatgoose", f"{text}from phatgoose")
     assert "phatgoose.routers.arrow" in code_of(["harness.extra_routers"])
 
 
-def test_the_code_of_a_training_holds_what_the_actor_computes(edit: Edit) -> None:
+def test_the_code_of_a_training_includes_what_the_actor_computes(edit: Edit) -> None:
     """Everything but the routers, since no training asks these."""
     found = code_of(TRAINING)
     assert {

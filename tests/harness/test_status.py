@@ -55,7 +55,7 @@ def rows(folder: Folder) -> dict[str, dict[str, Any]]:
     return {row["expert"]: row for row in found}
 
 
-def test_the_table_says_what_became_of_every_job(folder: Folder, jobs: dict[str, TrainJob]) -> None:
+def test_the_table_has_the_outcome_of_every_job(folder: Folder, jobs: dict[str, TrainJob]) -> None:
     made = table(folder, jobs, "aa")
     made.start(jobs["bb"], HERE)
     made.put_back(jobs["bb"], "its actor died: gone", "Traceback ...")
@@ -87,7 +87,7 @@ def test_the_table_says_what_became_of_every_job(folder: Folder, jobs: dict[str,
     assert found["bb"]["errors"] == ["its actor died: gone"]  # how it went then
 
 
-def test_a_run_is_described_while_it_lasts(
+def test_a_run_is_described_while_it_is_running(
     folder: Folder, jobs: dict[str, TrainJob], capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = table(folder, jobs, "aa")
@@ -117,7 +117,9 @@ def test_a_run_is_described_while_it_lasts(
     assert read_status(folder)["stage"]["state"] == "finished"
 
 
-def test_what_earlier_calls_trained_stays_done(folder: Folder, jobs: dict[str, TrainJob]) -> None:
+def test_experts_trained_by_earlier_calls_stay_done(
+    folder: Folder, jobs: dict[str, TrainJob]
+) -> None:
     idle = Workers(lambda: None, lambda: 0)
     with StageProgress(folder, "train", 4000, "token", 4, 3000) as progress:
         made = table(folder, jobs, "aa")
@@ -129,9 +131,7 @@ def test_what_earlier_calls_trained_stays_done(folder: Folder, jobs: dict[str, T
     assert stage["rate"] == 0
 
 
-def test_a_driver_that_says_nothing_any_more_is_noticed(
-    folder: Folder, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_silent_driver_is_noticed(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
     with StageProgress(folder, "train", 10, "token", 1):
         pass
     status = run_folder.read_json(folder, run_folder.STATUS_FILE)
@@ -146,7 +146,7 @@ def test_a_driver_that_says_nothing_any_more_is_noticed(
     assert read_status(folder)["state"] == "running"  # another clock
 
 
-def test_a_stopped_and_a_finished_run_are_told_apart(
+def test_a_stopped_and_a_finished_run_are_distinguished(
     folder: Folder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(KeyboardInterrupt), StageProgress(folder, "train", 10, "token", 1):
@@ -170,7 +170,7 @@ def test_a_folder_without_a_run_is_refused(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("two_cores")
-def test_prometheus_sees_the_progress(folder: Folder) -> None:
+def test_prometheus_can_scrape_the_progress(folder: Folder) -> None:
     """Scraped from the agent of a real Ray's node, as Prometheus does."""
     import urllib.request
 

@@ -29,7 +29,7 @@ def refused(*arguments: str) -> str:
     return line
 
 
-def test_the_defaults_and_what_follows_from_them() -> None:
+def test_the_defaults_and_derived_values() -> None:
     config = load()
     assert config.base.name == "smollm2-135m"
     assert config.registry == "/data/run/registry"
@@ -49,7 +49,7 @@ def test_the_defaults_and_what_follows_from_them() -> None:
     assert routers["phatgoose"] == Phatgoose(top_k=2)
 
 
-def test_overrides() -> None:
+def test_overrides_change_the_configuration() -> None:
     config = load(
         "train.lora.steps=7",
         "train.lora.lr=1e-4",
@@ -85,7 +85,7 @@ def test_a_base_may_be_a_folder_or_a_hub_name(name: str) -> None:
     assert config.base.dtype == "float32"
 
 
-def test_single_experts() -> None:
+def test_single_experts_are_routers() -> None:
     config = load("router=[single:plural,base,single:qa_wikidata]")
     routers = config.routers([task.name for task in config.pool_tasks()])
     assert routers["single:plural"] == Single("plural")
@@ -94,7 +94,7 @@ def test_single_experts() -> None:
     assert list(load("router=[single]").routers(["x", "y"])) == ["single:x", "single:y"]
 
 
-def test_stages() -> None:
+def test_stages_are_chosen() -> None:
     assert load("stages=[report]").stages == ["report"]
     assert load("stages=train").stages == ["train"]
     assert load("stages=[]").stages == []
@@ -166,7 +166,7 @@ def test_a_mistyped_name_is_refused_with_the_near_names(argument: str, expected:
         ("--cfg", "cannot read the command line"),
     ],
 )
-def test_a_value_that_cannot_be_is_refused(argument: str, expected: str) -> None:
+def test_an_invalid_value_is_refused(argument: str, expected: str) -> None:
     assert expected in refused(argument)
 
 
@@ -239,7 +239,7 @@ def test_a_mistyped_command_line_ends_within_seconds(tmp_path: Path) -> None:
     assert time.monotonic() - started < 30
 
 
-def test_a_variant_stands_beside_the_router_that_it_is_a_variant_of() -> None:
+def test_a_variant_is_evaluated_beside_its_original_router() -> None:
     config = load(
         "+router.top1.kind=phatgoose", "+router.top1.top_k=1", "router=[phatgoose,arrow_phatgoose]"
     )
@@ -278,7 +278,7 @@ def test_a_variant_stands_beside_the_router_that_it_is_a_variant_of() -> None:
         (["router=[multitask]", "+pool.tasks.multitask.members=[plural]"], "multitask"),
     ],
 )
-def test_routers_that_cannot_be_are_refused(arguments: list[str], expected: str) -> None:
+def test_invalid_routers_are_refused(arguments: list[str], expected: str) -> None:
     with pytest.raises(PhatgooseError, match=re.escape(expected)):
         load(*arguments)
 
@@ -294,7 +294,7 @@ def test_every_router_is_among_all() -> None:
             assert router == make_router(name), name
 
 
-def test_the_multitask_expert_is_trained_as_long_as_all_experts_together() -> None:
+def test_the_multitask_expert_trains_as_long_as_all_experts_together() -> None:
     recipe = load("router=[multitask]").multitask_recipe
     assert recipe is not None
     assert (recipe.lora.steps, recipe.gates) == (8 * 24, None)
@@ -304,7 +304,7 @@ def test_the_multitask_expert_is_trained_as_long_as_all_experts_together() -> No
     assert load().multitask_recipe is None
 
 
-def test_a_report_of_no_run_is_refused_and_makes_no_folder(tmp_path: Path) -> None:
+def test_a_report_without_a_run_is_refused_and_makes_no_folder(tmp_path: Path) -> None:
     from harness.run import run
 
     with pytest.raises(PhatgooseError, match="holds no run to report"):
@@ -312,7 +312,7 @@ def test_a_report_of_no_run_is_refused_and_makes_no_folder(tmp_path: Path) -> No
     assert not (tmp_path / "run").exists()
 
 
-def test_ranks_are_no_part_of_the_recipe() -> None:
+def test_ranks_are_not_part_of_the_recipe() -> None:
     alone = load_config(["train.batch_size=8", "train.micro_batch_size=2"])
     config = load_config(
         [
@@ -348,6 +348,6 @@ def test_ranks_are_no_part_of_the_recipe() -> None:
         (["train.retry_lr=1.5"], "train.retry_lr is 1.5"),
     ],
 )
-def test_ranks_that_cannot_be(arguments: list[str], problem: str) -> None:
+def test_invalid_ranks_are_refused(arguments: list[str], problem: str) -> None:
     with pytest.raises(PhatgooseError, match=problem.replace(".", r"\.")):
         load_config(arguments)

@@ -67,7 +67,9 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[TaskData]:
     return prepare_toys([choices, answers], tmp_path)
 
 
-def test_nothing_of_it_is_asked_again(tmp_path: Path, llama: Base, tasks: list[TaskData]) -> None:
+def test_early_answers_are_not_requested_again(
+    tmp_path: Path, llama: Base, tasks: list[TaskData]
+) -> None:
     scene = Scene(tmp_path / "run", llama, tasks, shared=False)
     scene.early.step()
     assert scene.workers.calls == 0  # no expert is there
@@ -91,7 +93,7 @@ def test_nothing_of_it_is_asked_again(tmp_path: Path, llama: Base, tasks: list[T
     assert later.calls == len(evaluation.chunks)
 
 
-def test_training_goes_before_on_nodes_of_both(
+def test_training_has_priority_on_nodes_that_do_both(
     tmp_path: Path, llama: Base, tasks: list[TaskData]
 ) -> None:
     scene = Scene(tmp_path / "run", llama, tasks, shared=True)
@@ -108,7 +110,7 @@ def test_training_goes_before_on_nodes_of_both(
     assert not scene.workers.paused
 
 
-def test_an_error_of_it_stops_no_training(
+def test_an_error_in_early_evaluation_does_not_stop_training(
     tmp_path: Path, llama: Base, tasks: list[TaskData], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scene = Scene(tmp_path / "run", llama, tasks, shared=False)

@@ -66,7 +66,7 @@ def forged(folder: Path, number: int, **values: Any) -> Path:
     return path
 
 
-def test_the_second_driver_is_told_who_holds_the_folder(
+def test_the_second_driver_reports_who_holds_the_folder(
     tmp_path: Path, holder: subprocess.Popen[str]
 ) -> None:
     started = time.monotonic()
@@ -79,7 +79,7 @@ def test_the_second_driver_is_told_who_holds_the_folder(
     assert files(tmp_path) == ["1.json"]
 
 
-def test_a_dead_process_of_this_machine_is_taken_over_at_once(
+def test_the_lease_of_a_dead_local_process_is_taken_over_immediately(
     tmp_path: Path, holder: subprocess.Popen[str]
 ) -> None:
     holder.send_signal(signal.SIGKILL)
@@ -92,12 +92,12 @@ def test_a_dead_process_of_this_machine_is_taken_over_at_once(
     assert files(tmp_path) == []
 
 
-def test_another_process_with_the_number_of_a_dead_one_is_not_it(tmp_path: Path) -> None:
+def test_a_process_that_reuses_a_pid_does_not_hold_the_lease(tmp_path: Path) -> None:
     forged(tmp_path, 1, machine=lease.MACHINE, process=os.getpid(), process_started=1.0)
     give_back(take(tmp_path))
 
 
-def test_a_lease_elsewhere_that_changes_is_alive(tmp_path: Path) -> None:
+def test_a_remote_lease_that_changes_is_alive(tmp_path: Path) -> None:
     path = forged(tmp_path, 1)
     ended = threading.Event()
 
@@ -120,7 +120,7 @@ def test_a_lease_elsewhere_that_changes_is_alive(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", "{"], ids=["lease", "empty", "list", "cut"])
-def test_a_lease_elsewhere_that_stays_as_it_is_expires(tmp_path: Path, content: str | None) -> None:
+def test_a_remote_lease_that_does_not_change_expires(tmp_path: Path, content: str | None) -> None:
     path = forged(tmp_path, 3)
     if content is not None:
         path.write_text(content)
@@ -131,12 +131,12 @@ def test_a_lease_elsewhere_that_stays_as_it_is_expires(tmp_path: Path, content: 
     give_back(held)
 
 
-def test_it_expires_within_half_a_minute() -> None:
+def test_a_lease_expires_within_half_a_minute() -> None:
     assert lease._EXPIRE_SECONDS + lease._LOOK_SECONDS <= 30
     assert 3 * lease._RENEW_SECONDS < lease._EXPIRE_SECONDS
 
 
-def test_of_several_that_take_over_at_once_one_does(tmp_path: Path) -> None:
+def test_only_one_of_several_drivers_takes_over(tmp_path: Path) -> None:
     forged(tmp_path, 1, machine=lease.MACHINE, process=2**30)
     barrier = threading.Barrier(4)
     outcomes: list[str] = []
@@ -169,7 +169,7 @@ def test_a_lease_is_renewed(tmp_path: Path) -> None:
     give_back(held)
 
 
-def test_a_driver_that_lost_its_lease_ends(tmp_path: Path) -> None:
+def test_a_driver_that_lost_its_lease_exits(tmp_path: Path) -> None:
     """It was suspended, and another one took over meanwhile."""
 
     def work() -> None:
@@ -185,7 +185,7 @@ def test_a_driver_that_lost_its_lease_ends(tmp_path: Path) -> None:
     assert files(tmp_path) == ["1.json", "2.json"]  # the other one's stays
 
 
-def test_only_its_own_lease_is_given_back(tmp_path: Path) -> None:
+def test_a_driver_releases_only_its_own_lease(tmp_path: Path) -> None:
     held = take(tmp_path)
     forged(tmp_path, 1)
     give_back(held)
@@ -193,7 +193,7 @@ def test_only_its_own_lease_is_given_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("follower", ["gone", "of the same number"])
-def test_a_driver_whose_follower_ended_ends_too(tmp_path: Path, follower: str) -> None:
+def test_a_driver_exits_even_if_its_successor_has_ended(tmp_path: Path, follower: str) -> None:
     """It was suspended; another one took over, gave the lease back, and a third may have come."""
 
     def work() -> None:
@@ -209,7 +209,7 @@ def test_a_driver_whose_follower_ended_ends_too(tmp_path: Path, follower: str) -
     assert files(tmp_path) == ([] if follower == "gone" else ["1.json"])
 
 
-def test_a_folder_that_cannot_create_has_a_lease_all_the_same(
+def test_a_folder_without_atomic_create_still_has_a_lease(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> bool:

@@ -45,7 +45,7 @@ def test_many_tasks_are_prepared_on_the_cluster(two_cores: None, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_a_faulty_task_is_reported_after_the_others_are_made(
+def test_an_invalid_task_is_reported_after_the_others_are_prepared(
     two_cores: None, tmp_path: Path
 ) -> None:
     files = write_files(tmp_path, 6)
@@ -65,7 +65,7 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
     return status, out, err
 
 
-def test_what_there_is_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_available_tasks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = call(capsys, "list")
     assert status == 0
     lines = {line.split()[0]: line for line in out.splitlines() if "=" in line}
@@ -90,7 +90,7 @@ def test_a_task_is_shown_as_the_model_reads_it(
     assert (status, "did you mean sums1 or sums0?" in err) == (2, True)
 
 
-def test_columns_are_named_on_the_command_line(
+def test_columns_can_be_named_on_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "sums.csv").write_text("question,answer\n1 and 1 is,2\n2 and 1 is,3\n")

@@ -51,7 +51,7 @@ class LogOnGpu(RoutingLog):
         super().add(linear, weights_TK.as_subclass(OnGpu), indices_TK, mask_T, experts)
 
 
-def test_what_stands_for_a_gpu_behaves_like_one() -> None:
+def test_the_fake_gpu_behaves_like_a_gpu() -> None:
     log = LogOnGpu()
     log.add("q", torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.long), torch.ones(2), 3)
     assert log.weights["q"].device == GPU
@@ -64,7 +64,7 @@ def test_what_stands_for_a_gpu_behaves_like_one() -> None:
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("router", ["phatgoose", "uniform"])
-def test_an_answer_holds_cpu_tensors_only(
+def test_an_answer_contains_only_cpu_tensors(
     base: Base, router: str, chunk: Chunk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     experts = make_experts(base, 3)

@@ -23,7 +23,7 @@ def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.name.startswith("harness.")]
 
 
-def test_a_second_run_asks_nothing_and_says_the_same(
+def test_a_second_run_asks_nothing_and_gives_the_same_results(
     run: Run, workers: LocalWorkers, tasks: list[TaskData]
 ) -> None:
     wanted = routers("base", "phatgoose", "single:e0")
@@ -83,7 +83,7 @@ def test_a_router_that_is_complete_waits_for_no_other(run: Run, workers: LocalWo
     ],
     ids=["pool", "dtype", "chunks"],
 )
-def test_other_answers_are_asked_anew(
+def test_changed_conditions_are_asked_again(
     run: Run, workers: LocalWorkers, changes: dict[str, Any]
 ) -> None:
     if "members" in changes:
@@ -96,7 +96,7 @@ def test_other_answers_are_asked_anew(
 
 
 @pytest.mark.parametrize("name", ["base", "single:e1"])
-def test_answers_that_need_no_other_expert_stay_when_the_pool_grows(
+def test_answers_that_do_not_depend_on_other_experts_stay_when_the_pool_grows(
     run: Run, workers: LocalWorkers, name: str
 ) -> None:
     small = Members({"e1": run.members.experts["e1"]})
@@ -106,7 +106,7 @@ def test_answers_that_need_no_other_expert_stay_when_the_pool_grows(
     assert workers.calls == before
 
 
-def test_a_router_with_other_options_is_asked_anew(run: Run, workers: LocalWorkers) -> None:
+def test_a_router_with_other_options_is_asked_again(run: Run, workers: LocalWorkers) -> None:
     evaluation = run.evaluation(workers)
     one = evaluation.run("phatgoose", make_router("phatgoose", top_k=1))
     two = evaluation.run("phatgoose", make_router("phatgoose", top_k=2))
@@ -158,7 +158,7 @@ def test_results_of_another_pool_do_not_stay(run: Run, workers: LocalWorkers) ->
     assert {(row["manifest"], row["router"]) for row in rows} == {(pool_id(two.experts), "base")}
 
 
-def test_what_was_answered_before_a_failure_is_kept(run: Run, workers: LocalWorkers) -> None:
+def test_answers_from_before_a_failure_are_kept(run: Run, workers: LocalWorkers) -> None:
     answer: Callable[..., Any] = workers.worker.answer
     left = 3
 
@@ -194,7 +194,7 @@ def changed_code(monkeypatch: pytest.MonkeyPatch, router: str) -> None:
     monkeypatch.setattr(eval_actor, "router_code", other)
 
 
-def test_an_edited_router_is_asked_again_and_said_to_be(
+def test_an_edited_router_is_asked_again_with_a_message(
     run: Run,
     workers: LocalWorkers,
     monkeypatch: pytest.MonkeyPatch,
@@ -260,7 +260,7 @@ def test_answers_under_other_conditions_are_asked_again(
 
 
 @pytest.mark.parametrize("damage", ["cut", "number", "empty"])
-def test_a_damaged_answer_is_asked_again_with_a_line(
+def test_a_damaged_answer_is_asked_again_with_a_message(
     run: Run, workers: LocalWorkers, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     def evaluate() -> list[dict[str, Any]]:
@@ -300,7 +300,7 @@ def test_a_lost_answer_is_asked_again(
     assert f"{file.name} is gone; it is asked again" in messages(caplog)[0]
 
 
-def test_an_actor_with_other_code_of_a_router_refuses(
+def test_an_actor_with_different_router_code_refuses(
     run: Run, workers: LocalWorkers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a plugin, say, whose files differ between nodes."""

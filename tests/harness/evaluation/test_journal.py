@@ -20,7 +20,9 @@ KEY = "0" * 32
 
 
 @given(REQUESTS, st.integers(1, 200))
-def test_a_cut_is_a_partition_in_order_of_length(requests: list[Request], characters: int) -> None:
+def test_chunks_partition_the_requests_in_order_of_length(
+    requests: list[Request], characters: int
+) -> None:
     chunks = cut("task", "score", requests, characters)
     places = [place for _, group in chunks for place in group]
     assert sorted(places) == list(range(len(requests)))
@@ -32,7 +34,7 @@ def test_a_cut_is_a_partition_in_order_of_length(requests: list[Request], charac
 
 
 @given(REQUESTS, st.integers(1, 200))
-def test_a_chunk_is_as_large_as_it_may_be(requests: list[Request], characters: int) -> None:
+def test_a_chunk_is_as_large_as_allowed(requests: list[Request], characters: int) -> None:
     sizes = [
         [request.characters for request in chunk.requests]
         for chunk, _ in cut("task", "score", requests, characters)
@@ -45,18 +47,18 @@ def test_a_chunk_is_as_large_as_it_may_be(requests: list[Request], characters: i
 
 
 @given(REQUESTS, st.integers(1, 200))
-def test_a_cut_depends_on_the_requests_alone(requests: list[Request], characters: int) -> None:
+def test_chunks_depend_only_on_the_requests(requests: list[Request], characters: int) -> None:
     assert cut("t", "score", requests, characters) == cut("t", "score", requests, characters)
 
 
-def test_a_chunk_is_larger_if_it_may_be() -> None:
+def test_a_larger_limit_gives_larger_chunks() -> None:
     requests = [Request("x" * 10) for _ in range(8)]
     assert len(cut("t", "generate", requests, 20)) == 4
     assert len(cut("t", "generate", requests, 80)) == 1
     assert cut("t", "generate", [], 80) == []
 
 
-def test_a_key_changes_with_whatever_changes_the_answer() -> None:
+def test_a_key_changes_with_everything_that_changes_the_answer() -> None:
     request = Request("context", ("a", "b"), max_new_tokens=4, until=("\n",))
     chunk = Chunk("task", "score", (request, Request("other")))
     identity = [1, "pool", "base", "Phatgoose", {"top_k": 2}]
@@ -117,7 +119,7 @@ def test_an_answer_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert_same(journal.read(KEY), answer())
 
 
-def test_an_answer_without_routing(tmp_path: Path) -> None:
+def test_an_answer_without_routing_is_stored(tmp_path: Path) -> None:
     journal = Journal(Folder(tmp_path))
     plain = Answer(texts=["yes"], tokens=3)
     journal.write(KEY, plain)
@@ -135,7 +137,7 @@ def test_a_truncated_file_is_named(tmp_path: Path, kept: float) -> None:
         journal.read(KEY)
 
 
-def test_a_file_of_something_else_is_named(tmp_path: Path) -> None:
+def test_a_file_with_other_content_is_named(tmp_path: Path) -> None:
     journal = Journal(Folder(tmp_path))
     journal.write(KEY, answer())
     [file] = (tmp_path / "journal").iterdir()

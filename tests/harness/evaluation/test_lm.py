@@ -77,7 +77,7 @@ def shuffled(places: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("router", ["base", "phatgoose", "merged", "single:e2"])
-def test_answers_do_not_depend_on_who_answers_when(base: Base, router: str) -> None:
+def test_answers_do_not_depend_on_actors_or_their_order(base: Base, router: str) -> None:
     actor, characters = pool_actor(base), 60
     requests = [*choice_requests(), *choice_requests("again")]
     in_order = ShardedLM(ask(actor, router), characters)
@@ -102,7 +102,7 @@ def test_answers_do_not_depend_on_who_answers_when(base: Base, router: str) -> N
 
 
 @pytest.mark.parametrize("router", ["base", "random"])
-def test_generated_text_does_not_depend_on_who_writes_when(base: Base, router: str) -> None:
+def test_generated_text_does_not_depend_on_actors_or_their_order(base: Base, router: str) -> None:
     actor = pool_actor(base)
     requests = generation_requests(CONTEXTS, max_gen_toks=6)
     one_by_one = ShardedLM(ask(actor, router, shuffled), 1).generate_until(requests)
@@ -147,7 +147,7 @@ def reference(llama: Base) -> HFLM:
     return HFLM(pretrained=llama.model, tokenizer=llama.tokenizer, batch_size=2, device="cpu")
 
 
-def test_loglikelihoods_are_those_of_lm_eval(llama: Base, reference: HFLM) -> None:
+def test_loglikelihoods_match_lm_eval(llama: Base, reference: HFLM) -> None:
     expected = reference.loglikelihood(choice_requests(), disable_tqdm=True)
     actual = ShardedLM(ask(pool_actor(llama), "base"), 100).loglikelihood(choice_requests())
     for (value, greedy), (known, known_greedy) in zip(actual, expected, strict=True):
@@ -155,7 +155,7 @@ def test_loglikelihoods_are_those_of_lm_eval(llama: Base, reference: HFLM) -> No
         assert greedy == known_greedy
 
 
-def test_greedy_is_told_as_lm_eval_tells_it(llama: Base, reference: HFLM) -> None:
+def test_the_greedy_flag_matches_lm_eval(llama: Base, reference: HFLM) -> None:
     requests = []
     for document, context in enumerate(CONTEXTS):
         options: dict[str, Any] = {"until": [], "max_gen_toks": 3, "do_sample": False}
@@ -171,7 +171,7 @@ def test_greedy_is_told_as_lm_eval_tells_it(llama: Base, reference: HFLM) -> Non
     assert not all(greedy for _, greedy in actual)
 
 
-def test_generation_is_that_of_lm_eval(llama: Base, reference: HFLM) -> None:
+def test_generation_matches_lm_eval(llama: Base, reference: HFLM) -> None:
     options: dict[str, Any] = {"until": [], "max_gen_toks": 8, "do_sample": False}
     lm = ShardedLM(ask(pool_actor(llama), "base"), 100)
     whole = reference.generate_until(generation_requests(CONTEXTS, **options), disable_tqdm=True)
@@ -193,7 +193,7 @@ def test_the_space_after_a_prompt_is_not_part_of_the_answer(llama: Base, referen
     assert lm.generate_until(generation_requests(spaced, **options)) == expected
 
 
-def test_one_stop_string_may_be_given_bare(llama: Base) -> None:
+def test_a_single_stop_string_may_be_given_without_a_list(llama: Base) -> None:
     lm = ShardedLM(ask(pool_actor(llama), "base"), 100)
     [text] = lm.generate_until(generation_requests(CONTEXTS[:1], until=[], max_gen_toks=8))
     stop = text[3:5]
@@ -213,7 +213,7 @@ def test_usage_is_counted_by_task(llama: Base) -> None:
     assert not math.isnan(one.seconds)
 
 
-def test_what_is_not_offered_is_refused(llama: Base) -> None:
+def test_unsupported_requests_are_refused(llama: Base) -> None:
     lm = ShardedLM(ask(pool_actor(llama), "base"), 100)
     with pytest.raises(PhatgooseError, match="task wikitext asks for rolling log-likelihoods"):
         lm.loglikelihood_rolling(
@@ -225,7 +225,7 @@ def test_what_is_not_offered_is_refused(llama: Base) -> None:
 
 
 @pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens", "max_tokens"])
-def test_every_name_of_the_limit_is_obeyed_as_in_lm_eval(
+def test_every_name_of_the_limit_is_honored_as_in_lm_eval(
     llama: Base, reference: HFLM, name: str
 ) -> None:
     lm = ShardedLM(ask(pool_actor(llama), "base"), 100)
@@ -236,7 +236,7 @@ def test_every_name_of_the_limit_is_obeyed_as_in_lm_eval(
     assert lm.generate_until(generation_requests(CONTEXTS, **longer)) != expected
 
 
-def test_an_empty_stop_string_ends_nothing(base: Base) -> None:
+def test_an_empty_stop_string_is_ignored(base: Base) -> None:
     lm = ShardedLM(ask(pool_actor(base), "base"), 100)
     whole = lm.generate_until(generation_requests(CONTEXTS, until=[], max_gen_toks=8))
     for until in ("", [""], None):
@@ -246,7 +246,7 @@ def test_an_empty_stop_string_ends_nothing(base: Base) -> None:
 
 
 @pytest.mark.parametrize("right", [{}, {"generation": [" nine"]}], ids=["alone", "scored"])
-def test_a_stop_string_of_a_space_ends_the_second_word(
+def test_a_space_as_stop_string_ends_generation_before_the_second_word(
     llama: Base, right: dict[str, list[str]]
 ) -> None:
     """The space behind the prompt is the prompt's, as in lm-eval, which leaves it there."""
@@ -258,7 +258,7 @@ def test_a_stop_string_of_a_space_ends_the_second_word(
         assert lm.generate_until(generation_requests(["the"], **options)) == [""]
 
 
-def test_requests_of_one_chunk_end_each_in_its_own_way(base: Base) -> None:
+def test_requests_of_one_chunk_may_have_different_options(base: Base) -> None:
     """They may differ where a task makes its requests itself."""
     lm = ShardedLM(ask(pool_actor(base), "base"), 10**6)
     options: list[dict[str, Any]] = [
@@ -281,7 +281,7 @@ def test_requests_of_one_chunk_end_each_in_its_own_way(base: Base) -> None:
 LONG = "the grey goose flies over the lake, and the swan swims. " * 40 + "Is the lake deep?"
 
 
-def test_a_prompt_that_is_too_long_is_cut_as_lm_eval_cuts_it_and_counted(
+def test_a_prompt_that_is_too_long_is_truncated_as_in_lm_eval_and_counted(
     llama: Base, reference: HFLM
 ) -> None:
     assert len(encode_pair(llama, LONG, "x")[0]) > 512
@@ -318,7 +318,7 @@ def test_the_answer_after_a_prompt_that_is_too_long_is_scored(base: Base) -> Non
         assert found.mean == pytest.approx(expected.mean, abs=1e-4)
 
 
-def test_a_query_router_answers_for_what_is_left_of_a_prompt(base: Base) -> None:
+def test_a_query_router_sees_the_truncated_prompt(base: Base) -> None:
     base.model.config.n_positions = 64
     actor = pool_actor(base)
     lm = ShardedLM(ask(actor, "logo"), 10**6)
@@ -335,7 +335,7 @@ def test_a_query_router_answers_for_what_is_left_of_a_prompt(base: Base) -> None
     assert lm.cut == {("choices", 0)}
 
 
-def test_a_prompt_that_is_cut_only_for_its_answer_is_counted(llama: Base) -> None:
+def test_a_prompt_truncated_only_for_its_answer_is_counted(llama: Base) -> None:
     right = {"generation": [" the grey goose flies over"]}
     context, target = encode_pair(llama, LONG, right["generation"][0])
     assert len(target) > 4
@@ -345,7 +345,7 @@ def test_a_prompt_that_is_cut_only_for_its_answer_is_counted(llama: Base) -> Non
     assert lm.cut == {("generation", 0)}
 
 
-def test_no_pass_of_any_router_reads_more_than_the_base_has_positions(base: Base) -> None:
+def test_no_router_reads_more_positions_than_the_base_has(base: Base) -> None:
     base.model.config.n_positions = 64
     longest = 0
 

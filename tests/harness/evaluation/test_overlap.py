@@ -36,19 +36,19 @@ def overlaps(
     return {o.suite_task: (o.documents, o.exact, o.shared) for o in found}
 
 
-def test_eight_words_in_a_row_are_found_whatever_their_case_and_punctuation() -> None:
+def test_eight_words_in_a_row_are_found_regardless_of_case_and_punctuation() -> None:
     suite = {"t": table([f"Zero. {EIGHT} nine", "something else"])}
     assert overlaps(suite, ["no", f"x {EIGHT.upper().replace(' ', ', ')}!"]) == {"t": (2, 0, 1)}
     assert overlaps(suite, ["one two three four five six seven"]) == {}
     assert overlaps(suite, [EIGHT.replace("four", "4")]) == {}
 
 
-def test_other_alphabets_count() -> None:
+def test_other_alphabets_are_compared_too() -> None:
     text = "мама мыла раму а папа читал газету вслух"
     assert overlaps({"t": table([text])}, [text + " сегодня"]) == {"t": (1, 0, 1)}
 
 
-def test_the_same_input_counts_however_short_but_only_with_its_prompt() -> None:
+def test_an_equal_input_counts_at_any_length_but_only_with_its_prompt() -> None:
     suite = {"t": table(["dog", "cat"])}
     assert overlaps(suite, ["dog"], ["q:  DOG a:"]) == {"t": (2, 1, 1)}
     assert overlaps(suite, ["dog"], ["Plural of dog:"]) == {}
@@ -68,14 +68,12 @@ def test_the_same_input_counts_however_short_but_only_with_its_prompt() -> None:
         ("?! 😀", "?! 😀", False),
     ],
 )
-def test_the_same_input_is_the_same_but_for_case_and_spacing(
-    held: str, trained: str, same: bool
-) -> None:
+def test_equal_inputs_may_differ_in_case_and_spacing(held: str, trained: str, same: bool) -> None:
     suite = {"t": table([""], [held])}
     assert overlaps(suite, [""], [trained]) == ({"t": (1, 1, 1)} if same else {})
 
 
-def test_every_document_of_a_prompt_is_hit() -> None:
+def test_every_document_with_the_same_prompt_is_found() -> None:
     """Of documents with their own text, and of those that differ in case and spacing only."""
     suite = {
         "one prompt": table(["dog", "cat", "cow"], ["Which?", "Which?", "What?"]),
@@ -87,13 +85,13 @@ def test_every_document_of_a_prompt_is_hit() -> None:
     }
 
 
-def test_nothing_is_found_where_there_is_nothing() -> None:
+def test_nothing_is_found_in_empty_texts() -> None:
     assert overlaps({}, [EIGHT]) == {}
     assert overlaps({"t": table([EIGHT])}, []) == {}
     assert overlaps({"t": table(["", "short"])}, ["", EIGHT], ["", EIGHT]) == {}
 
 
-def test_a_border_between_examples_makes_no_sequence() -> None:
+def test_sequences_do_not_cross_examples() -> None:
     words = EIGHT.split()
     suite = {"t": table([EIGHT])}
     assert overlaps(suite, [" ".join(words[:4]), " ".join(words[4:])], ["", ""]) == {}
@@ -102,7 +100,7 @@ def test_a_border_between_examples_makes_no_sequence() -> None:
     assert overlaps(split, [EIGHT], [EIGHT]) == {}
 
 
-def test_what_stands_in_many_documents_is_the_wording_of_the_task() -> None:
+def test_sequences_in_many_documents_are_the_wording_of_the_task() -> None:
     """Six documents begin alike; the seventh shares what is its own."""
     own = "k l m n o p q r"
     texts = [f"{EIGHT} is number {i}" for i in range(6)] + [f"{EIGHT} {own}"]
@@ -113,17 +111,17 @@ def test_what_stands_in_many_documents_is_the_wording_of_the_task() -> None:
     assert overlaps(few, [EIGHT]) == {"t": (5, 0, 5)}
 
 
-def test_prompts_of_one_document_are_one_document() -> None:
+def test_prompts_of_one_document_count_as_one_document() -> None:
     suite = {"t": table([EIGHT] * 20, [f"prompt {i} {EIGHT}" for i in range(20)])}
     assert overlaps(suite, [EIGHT]) == {"t": (1, 0, 1)}
 
 
-def test_without_a_text_of_its_own_the_prompt_counts() -> None:
+def test_the_prompt_counts_for_a_document_without_text() -> None:
     suite = {"t": table(["", ""], [EIGHT, "short"])}
     assert overlaps(suite, [""], [f"x {EIGHT}"]) == {"t": (2, 0, 1)}
 
 
-def test_a_text_longer_than_what_is_hashed_at_once_is_whole() -> None:
+def test_a_text_longer_than_a_hashing_block_is_processed_completely() -> None:
     long = " ".join(f"w{i}" for i in range(400_000))  # 2.7 MB
     hashes, documents = windows(["short", long, f"x {EIGHT}"])
     assert len(np.unique(hashes)) == len(hashes) == 400_000 - 7 + 2
@@ -133,7 +131,7 @@ def test_a_text_longer_than_what_is_hashed_at_once_is_whole() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 7, 30, 1000])
-def test_where_texts_are_cut_changes_nothing(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_borders_change_nothing(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ["", f"{EIGHT}, {EIGHT}", "x" * 100, "это, и так далее: " * 9, "?", f"{EIGHT} 9"]
     hashes, documents = windows(texts)
     monkeypatch.setattr("harness.evaluation.overlap._PART", size)
@@ -187,7 +185,7 @@ EXAMPLES = st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=12)
 
 @settings(deadline=None, max_examples=150)
 @given(first=EXAMPLES, second=EXAMPLES, train=EXAMPLES, size=st.sampled_from([30, 2**17]))
-def test_any_texts_against_the_plain_computation(
+def test_any_texts_give_the_results_of_the_plain_computation(
     first: list[tuple[str, str]],
     second: list[tuple[str, str]],
     train: list[tuple[str, str]],
@@ -202,7 +200,7 @@ def test_any_texts_against_the_plain_computation(
     assert found == {name: counts for name, counts in expected.items() if counts}
 
 
-def test_more_than_a_hundredth_of_many_documents_is_wording() -> None:
+def test_sequences_in_more_than_a_hundredth_of_many_documents_are_wording() -> None:
     """Of 800 documents, 8 may share a sequence, and 9 may not."""
 
     def task(alike: int) -> pa.Table:
@@ -212,7 +210,7 @@ def test_more_than_a_hundredth_of_many_documents_is_wording() -> None:
     assert overlaps(suite, [EIGHT], ["no"]) == {"eight": (800, 0, 8)}
 
 
-def test_every_word_has_a_hash_of_its_own() -> None:
+def test_different_words_have_different_hashes() -> None:
     """Words of one to five letters, each of a window of its own."""
     letters = "abcdeéя中"
     words = [
@@ -227,7 +225,7 @@ def test_every_word_has_a_hash_of_its_own() -> None:
     assert len(np.unique(hashes)) == len(words) == 8**4 * 9
 
 
-def test_many_sequences_that_are_not_the_same_are_not_taken_for_it() -> None:
+def test_many_different_sequences_are_not_mistaken_for_equal_ones() -> None:
     """The first table lets through about one in twenty of them."""
     held, trained = (
         " ".join(f"w{i}" for i in numbers) for numbers in (range(10_000), range(10_000, 60_000))
@@ -256,7 +254,7 @@ def test_hashes_are_the_same_in_every_process() -> None:
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_what_is_read() -> None:
+def test_memory_does_not_grow_with_the_input() -> None:
     """200,000 examples, 10 MB as text and 30 MB as strings; a part of them is held."""
     body = "word " * 6 + "a b"
     before, in_tables = pa.total_allocated_bytes(), 0
@@ -280,7 +278,7 @@ def test_memory_does_not_grow_with_what_is_read() -> None:
     assert in_tables < 2e6
 
 
-def test_a_long_text_takes_little_more_memory_than_what_is_found() -> None:
+def test_a_long_text_takes_little_more_memory_than_its_result() -> None:
     text = "word " * 2_000_000
     windows(["the tables are made"])
     tracemalloc.start()

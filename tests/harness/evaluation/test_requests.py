@@ -90,7 +90,7 @@ def prompts(requests: SuiteRequests, task: str) -> list[str]:
     return [instance.args[0] for instance in requests.tasks[f"own/{task}"].instances]
 
 
-def test_two_builds_are_the_same_whatever_was_drawn_and_built_before(tasks: Path) -> None:
+def test_a_build_does_not_depend_on_earlier_draws_and_builds(tasks: Path) -> None:
     first = build(tasks, "plain", "mixed")
     random.seed(5)
     np.random.seed(5)
@@ -107,7 +107,7 @@ def test_two_builds_are_the_same_whatever_was_drawn_and_built_before(tasks: Path
     assert documents != sorted(documents)
 
 
-def test_the_generators_are_left_as_they_were(tasks: Path) -> None:
+def test_random_generators_are_restored(tasks: Path) -> None:
     random.seed(7)
     np.random.seed(7)
     torch.manual_seed(7)
@@ -119,7 +119,7 @@ def test_the_generators_are_left_as_they_were(tasks: Path) -> None:
     assert torch.equal(torch.rand(3), drawn)
 
 
-def test_another_process_builds_the_same(tasks: Path, tmp_path: Path) -> None:
+def test_another_process_builds_the_same_requests(tasks: Path, tmp_path: Path) -> None:
     """With another seed for the hashes of strings."""
     ours = build(tasks, "mixed", "plain")
     script = (
@@ -140,7 +140,7 @@ def test_another_process_builds_the_same(tasks: Path, tmp_path: Path) -> None:
     assert found == str([ours.tasks[f"own/{n}"].fingerprint for n in ("plain", "mixed")])
 
 
-def test_lm_eval_gets_copies_of_what_was_built(tasks: Path) -> None:
+def test_lm_eval_gets_copies_of_the_requests(tasks: Path) -> None:
     requests = build(tasks, "plain")
     asked = requests.tasks["own/plain"]
     for _ in range(2):
@@ -152,7 +152,7 @@ def test_lm_eval_gets_copies_of_what_was_built(tasks: Path) -> None:
             instance.filtered_resps["none"] = (1.0, True)
 
 
-def test_two_suites_may_hold_the_same_task(tasks: Path) -> None:
+def test_two_suites_may_contain_the_same_task(tasks: Path) -> None:
     specs = task_specs(
         {"name": "a", "source": "lm_eval", "lm_eval": ["plain"], "include_path": str(tasks)}
     )
@@ -180,7 +180,7 @@ def test_documents_drawn_without_a_seed_are_refused(tasks: Path) -> None:
         SuiteRequests.build("own", data)
 
 
-def test_requests_of_an_earlier_call_may_not_change(tasks: Path, tmp_path: Path) -> None:
+def test_requests_must_not_change_between_calls(tasks: Path, tmp_path: Path) -> None:
     run = Folder(tmp_path / "run")
     requests = build(tasks, "plain", "mixed")
     requests.check(run)
@@ -194,7 +194,7 @@ def test_requests_of_an_earlier_call_may_not_change(tasks: Path, tmp_path: Path)
         requests.check(run)
 
 
-def test_other_documents_are_other_requests(tasks: Path, tmp_path: Path) -> None:
+def test_other_documents_give_other_requests(tasks: Path, tmp_path: Path) -> None:
     run = Folder(tmp_path / "run")
     build(tasks, "plain", limit=4).check(run)
     build(tasks, "plain", limit=6).check(run)  # asked for
@@ -204,7 +204,7 @@ def test_other_documents_are_other_requests(tasks: Path, tmp_path: Path) -> None
     build(tasks, "mixed").check(run)
 
 
-def test_the_fingerprint_is_that_of_the_prompts_and_the_answers(tasks: Path) -> None:
+def test_the_fingerprint_covers_the_prompts_and_the_answers(tasks: Path) -> None:
     def fingerprint(task: str = "plain", **keys: Any) -> str:
         return build(tasks, task, **keys).tasks[f"own/{task}"].fingerprint
 

@@ -31,7 +31,7 @@ def plain(base: Base, context: str, choice: str) -> Any:
     return plain_score(base, *encode_pair(base, context, choice))
 
 
-def test_choices_are_measured_as_computed_by_hand(
+def test_metrics_of_choices_match_values_computed_by_hand(
     run: Run, workers: LocalWorkers, llama: Base, tasks: list[TaskData]
 ) -> None:
     rows = run.evaluation(workers).run("single:e1", make_router("single:e1"))
@@ -74,7 +74,7 @@ def test_choices_are_measured_as_computed_by_hand(
     assert len({round(value, 3) for value in by_hand["nll"]}) > 1
 
 
-def test_generated_answers_are_measured_as_computed_by_hand(
+def test_metrics_of_generated_answers_match_values_computed_by_hand(
     run: Run, workers: LocalWorkers, llama: Base, tasks: list[TaskData]
 ) -> None:
     rows = run.evaluation(workers).run("base", make_router("base"))
@@ -95,7 +95,7 @@ def test_generated_answers_are_measured_as_computed_by_hand(
     assert scored["bigbench_normalized"] == scored["exact_match"]
 
 
-def test_rows_say_what_they_are_of(run: Run, workers: LocalWorkers) -> None:
+def test_rows_name_their_suite_task_and_router(run: Run, workers: LocalWorkers) -> None:
     evaluation = run.evaluation(workers)
     rows = [row for n, r in routers("base", "phatgoose").items() for row in evaluation.run(n, r)]
     evaluation.write_scores(rows)
@@ -112,7 +112,7 @@ def test_rows_say_what_they_are_of(run: Run, workers: LocalWorkers) -> None:
         assert row["seconds"] > 0
 
 
-def test_documents_whose_prompt_is_cut_are_counted(
+def test_documents_with_a_truncated_prompt_are_counted(
     run: Run, workers: LocalWorkers, llama: Base, tasks: list[TaskData]
 ) -> None:
     """The last token of a choice is read by nothing, so a row may be longer by one."""
@@ -174,7 +174,7 @@ def test_the_oracle_is_the_best_single_expert(run: Run, workers: LocalWorkers) -
         assert row["value"] == best(singles.values()) == singles[f"single:{row['expert']}"]
 
 
-def test_an_actor_heeds_the_order_of_the_pool(run: Run, workers: LocalWorkers) -> None:
+def test_an_actor_follows_the_order_of_the_pool(run: Run, workers: LocalWorkers) -> None:
     turned = Members(dict(reversed([*run.members.experts.items()])))
     shares = []
     for name, members in (("as-is", run.members), ("turned", turned)):
@@ -185,13 +185,13 @@ def test_an_actor_heeds_the_order_of_the_pool(run: Run, workers: LocalWorkers) -
     assert shares[0] == pytest.approx(shares[1], abs=1e-6)
 
 
-def test_a_failure_says_which_router_and_task(run: Run, workers: LocalWorkers) -> None:
+def test_a_failure_names_the_router_and_the_task(run: Run, workers: LocalWorkers) -> None:
     with pytest.raises(PhatgooseError, match="the pool has no expert 'e9': it has e0, e1, e2"):
         run.evaluation(workers).run("single:e9", make_router("single:e9"))
     assert run.folder.names() == []
 
 
-def test_rows_say_what_computed_them(run: Run, workers: LocalWorkers) -> None:
+def test_rows_record_what_computed_them(run: Run, workers: LocalWorkers) -> None:
     evaluation = run.evaluation(workers)
     rows = [row for n, r in routers("base", "merged").items() for row in evaluation.run(n, r)]
     evaluation.write_scores(rows)

@@ -82,7 +82,7 @@ def test_a_router_never_sees_the_right_answer(
         assert query.task == "about birds"
 
 
-def test_other_profiles_or_another_multitask_expert_are_asked_anew(
+def test_other_profiles_or_another_multitask_expert_are_asked_again(
     tmp_path: Path, llama: Base, tasks: list[TaskData]
 ) -> None:
     spy = Spy(llama)
@@ -112,7 +112,7 @@ def test_other_profiles_or_another_multitask_expert_are_asked_anew(
 
 
 @pytest.mark.parametrize(("name", "again"), [("glider", True), ("phatgoose", False)])
-def test_another_description_is_asked_anew_where_it_is_read(
+def test_another_description_is_asked_again_where_it_is_read(
     name: str, again: bool, tmp_path: Path, llama: Base, tasks: list[TaskData]
 ) -> None:
     spy, router = Spy(llama), make_router(name)

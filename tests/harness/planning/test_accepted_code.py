@@ -84,7 +84,7 @@ def test_experts_of_version_0_1_0_stay_usable(config: RunConfig) -> None:
     assert len(make_plan(config).open_jobs) == 2
 
 
-def test_the_id_of_a_job_is_that_of_version_0_1_0(config: RunConfig) -> None:
+def test_the_id_of_a_job_is_the_same_as_in_version_0_1_0(config: RunConfig) -> None:
     """A registry of 0.1.0 holds hundreds of experts under these ids."""
     plan = make_plan(config)
     card = plan.jobs[0].card
@@ -131,7 +131,7 @@ def test_profiles_of_version_0_1_0_stay_usable(config: RunConfig) -> None:
     assert make_plan(config).jobs[0].profile_id == measured
 
 
-def test_a_record_keeps_its_code(tmp_path: Path) -> None:
+def test_a_record_stores_its_code(tmp_path: Path) -> None:
     from harness.storage import Folder
 
     record = Record("a" * 64, "birds", "b" * 16)

@@ -51,7 +51,7 @@ def publish(plan: Plan, *names: str, profiles: bool = True) -> dict[str, str]:
     return hashes
 
 
-def test_everything_is_served_where_nothing_is_lacking(config: RunConfig) -> None:
+def test_every_router_is_served_by_a_complete_pool(config: RunConfig) -> None:
     plan = make_plan(config)
     experts = publish(plan, "birds", "lakes", "numbers", "multitask")
     served = available_routers(plan, Registry(config.registry, plan.base_fingerprint), experts)
@@ -67,7 +67,7 @@ def test_everything_is_served_where_nothing_is_lacking(config: RunConfig) -> Non
     assert served.others == {"multitask": registry.recorded(plan.multitask.card.job)}
 
 
-def test_what_failed_leaves_the_others_standing(config: RunConfig) -> None:
+def test_a_failed_expert_does_not_affect_unrelated_routers(config: RunConfig) -> None:
     plan = make_plan(config)
     experts = publish(plan, "birds", "numbers")
     served = available_routers(plan, Registry(config.registry, plan.base_fingerprint), experts)
@@ -78,7 +78,7 @@ def test_what_failed_leaves_the_others_standing(config: RunConfig) -> None:
     assert "router single:lakes is left out: the pool has no expert 'lakes'" in single
 
 
-def test_a_missing_profile_concerns_only_the_routers_that_look_at_profiles(
+def test_a_missing_profile_affects_only_routers_that_read_profiles(
     config: RunConfig,
 ) -> None:
     plan = make_plan(config)
@@ -90,7 +90,7 @@ def test_a_missing_profile_concerns_only_the_routers_that_look_at_profiles(
     assert "retrieval" not in served.routers
 
 
-def test_no_router_left_is_an_error(config: RunConfig) -> None:
+def test_an_error_is_raised_if_no_router_is_left(config: RunConfig) -> None:
     plan = make_plan(dataclasses.replace(config, router={"retrieval": {}}))
     experts = publish(plan, "birds", profiles=False)
     with pytest.raises(PhatgooseError, match="router retrieval is left out: there is no profile"):

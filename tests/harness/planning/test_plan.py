@@ -65,7 +65,7 @@ def publish(plan: Plan, *names: str) -> None:
             registry.publish(Expert(job.card, expert.linears))
 
 
-def test_a_plan_says_what_will_be_done(config: RunConfig) -> None:
+def test_a_plan_describes_the_work(config: RunConfig) -> None:
     plan = make_plan(config)
     assert [job.card.name for job in plan.jobs] == ["birds", "lakes", "numbers"]
     assert len(plan.open_jobs) == 3
@@ -81,7 +81,7 @@ def test_a_plan_says_what_will_be_done(config: RunConfig) -> None:
     assert files(Path(config.run.dir)) == {}
 
 
-def test_the_size_of_an_expert_is_that_of_its_file(config: RunConfig) -> None:
+def test_the_size_of_an_expert_is_the_size_of_its_file(config: RunConfig) -> None:
     plan = make_plan(config)
     base = load_base(config.base.name)
     [expert] = make_experts(base, 1, rank=config.train.rank)
@@ -141,7 +141,7 @@ def test_job_ids_change_with_the_base_and_not_with_its_folder(
     assert set(planned(make_llama(tmp_path / "other", seed=1))).isdisjoint(first)
 
 
-def test_open_jobs_come_longest_first(config: RunConfig) -> None:
+def test_open_jobs_are_sorted_longest_first(config: RunConfig) -> None:
     # Prompts of `lakes` list the choices.
     assert make_plan(config).open_jobs[0].card.name == "lakes"
 
@@ -159,7 +159,7 @@ def test_finished_jobs_are_not_open(config: RunConfig) -> None:
     assert {job.card.name for job in make_plan(config).open_jobs} == {"birds", "lakes"}
 
 
-def test_the_same_run_may_go_on(config: RunConfig) -> None:
+def test_the_same_run_may_be_resumed(config: RunConfig) -> None:
     plan = make_plan(config)
     write_run(plan.folder, {"identity": plan.identity})
     assert job_ids(make_plan(config)) == job_ids(plan)
@@ -206,7 +206,7 @@ def test_trained_documents_are_not_evaluated_on(config: RunConfig, split: str) -
     assert "held holds documents of birds that expert birds is trained on" in line
 
 
-def test_trained_inputs_are_not_evaluated_on_by_another_name(
+def test_trained_inputs_are_not_evaluated_on_under_another_name(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     same = generation_task("BIRD ", "swan")  # the inputs of `birds`, but for case and space
@@ -249,7 +249,7 @@ def test_a_full_disk_is_refused(config: RunConfig, monkeypatch: pytest.MonkeyPat
     assert not Path(config.run.dir).exists()
 
 
-def test_a_base_that_is_not_there_is_refused(config: RunConfig, tmp_path: Path) -> None:
+def test_a_missing_base_is_refused(config: RunConfig, tmp_path: Path) -> None:
     for folder in (tmp_path / "nowhere", tmp_path):
         base = dataclasses.replace(config.base, name=str(folder))
         assert str(folder) in refused(dataclasses.replace(config, base=base))
@@ -268,12 +268,14 @@ def test_a_damaged_record_of_the_run_is_refused(config: RunConfig) -> None:
     assert RUN_FILE in refused(config)
 
 
-def test_a_run_folder_with_something_else_in_it_is_refused(config: RunConfig) -> None:
+def test_a_run_folder_with_unrelated_files_is_refused(config: RunConfig) -> None:
     Folder(config.run.dir).write(RUN_FILE, b"{}")
     assert "holds a run with another base" in refused(config)
 
 
-def test_a_run_enters_what_an_earlier_one_trained_and_did_not_enter(config: RunConfig) -> None:
+def test_a_run_registers_experts_that_an_earlier_one_trained_but_did_not_register(
+    config: RunConfig,
+) -> None:
     """A driver that died between an expert's record and the manifest; here all are trained."""
     plan = make_plan(config)
     registry = Registry(plan.config.registry, plan.base_fingerprint)

@@ -91,9 +91,7 @@ def check(base: Base, suite: dict[str, Any], tasks: list[TaskData]) -> None:
         check_lengths(base, SuiteRequests.build(suite["name"], tasks).chunks(1))
 
 
-def test_too_long_prompts_are_refused_where_that_is_asked_for(
-    base: Base, tasks: list[TaskData]
-) -> None:
+def test_overlong_prompts_are_refused_if_requested(base: Base, tasks: list[TaskData]) -> None:
     prompts = {
         data.name: [
             len(encode_pair(base, row["input"], choice)[0])
@@ -127,7 +125,7 @@ def rows(data: TaskData) -> list[dict[str, Any]]:
     return found
 
 
-def test_the_room_for_what_is_generated_counts(llama: Base, tasks: list[TaskData]) -> None:
+def test_the_room_for_generated_tokens_counts(llama: Base, tasks: list[TaskData]) -> None:
     longest = max(len(encode_pair(llama, row["input"], "x")[0]) for row in rows(tasks[1]))
     llama.model.config.max_position_embeddings = longest + SUMS.max_new_tokens
     check(llama, REFUSE, tasks[1:])
@@ -146,7 +144,7 @@ def test_more_to_generate_than_the_base_reads_is_refused(
         check_suite(llama, CUT, tasks)
 
 
-def test_an_answer_that_is_longer_than_the_base_is_refused(
+def test_an_answer_longer_than_the_context_of_the_base_is_refused(
     base: Base, tasks: list[TaskData]
 ) -> None:
     longest = max(
@@ -189,12 +187,12 @@ def test_options_of_lm_evals_tasks_are_refused_while_planning(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_check_of_tasks_says_which_options_are_refused(own_task: Any) -> None:
+def test_the_check_of_tasks_reports_refused_options(own_task: Any) -> None:
     (spec,) = task_specs(own_task(generation_kwargs={"until": ["\n"], "num_beams": 4}))
     assert "generation_kwargs.num_beams=4" in str(lm_eval.missing(spec))
 
 
-def test_every_way_to_say_a_limit_and_every_stop_string_is_planned(
+def test_every_spelling_of_a_limit_and_every_stop_string_is_planned(
     llama: Base, own_task: Any
 ) -> None:
     for options in ({"max_new_tokens": 3}, {"max_tokens": 3}, {"until": [""]}, {"until": "x"}):
@@ -203,7 +201,7 @@ def test_every_way_to_say_a_limit_and_every_stop_string_is_planned(
         check_suite(llama, suite, prepare_all(task_specs(suite)))
 
 
-def test_prompts_with_shots_are_measured_as_they_are_asked(llama: Base, own_task: Any) -> None:
+def test_prompts_are_measured_with_their_shots(llama: Base, own_task: Any) -> None:
     suite = own_task(num_fewshot=2, generation_kwargs={"max_gen_toks": 4})
     specs = task_specs(suite)
     data = prepare_all(specs)
@@ -213,7 +211,7 @@ def test_prompts_with_shots_are_measured_as_they_are_asked(llama: Base, own_task
         check(llama, {**suite, "too_long": "refuse"}, data)
 
 
-def test_the_choice_is_checked(llama_folder: Path, tmp_path: Path) -> None:
+def test_the_truncation_setting_is_validated(llama_folder: Path, tmp_path: Path) -> None:
     config: RunConfig = toy_config(llama_folder, tmp_path / "run")
     for value in ("cut", "refuse"):
         config.suites[0]["too_long"] = value

@@ -28,7 +28,7 @@ def local(tmp_path: Path) -> Registry:
     return Registry(tmp_path / "pool", BASE)
 
 
-def test_remove_forgets_the_job_and_keeps_the_object(registry: Registry) -> None:
+def test_remove_deletes_the_job_record_and_keeps_the_object(registry: Registry) -> None:
     expert, other = make_expert(1), make_expert(2)
     content_hash, stays = registry.publish(expert), registry.publish(other)
     assert registry.remove("task-1") == content_hash
@@ -48,14 +48,14 @@ def test_remove_forgets_the_job_and_keeps_the_object(registry: Registry) -> None
     assert registry.finished(expert.card.job) == again
 
 
-def test_remove_works_where_the_object_is_damaged(local: Registry) -> None:
+def test_remove_works_if_the_object_is_damaged(local: Registry) -> None:
     content_hash = local.publish(make_expert(1))
     local.folder.write(f"objects/{content_hash}.arrow", b"half")
     assert local.remove("task-1") == content_hash
     assert local.finished(make_expert(1).card.job) is None
 
 
-def test_rename(registry: Registry) -> None:
+def test_rename_changes_the_name_and_the_job(registry: Registry) -> None:
     old, other = make_expert(1, name="old"), make_expert(2)
     old_hash, stays = registry.publish(old), registry.publish(other)
     new_hash = registry.rename("old", "new")
@@ -77,7 +77,9 @@ def test_rename(registry: Registry) -> None:
     assert registry.manifest().experts == {"new": new_hash, "old": old_hash, "task-2": stays}
 
 
-def test_an_imported_adapter_renamed_is_as_if_imported_under_the_new_name(local: Registry) -> None:
+def test_renaming_an_imported_adapter_equals_importing_it_under_the_new_name(
+    local: Registry,
+) -> None:
     def imported(name: str) -> Expert:
         expert = make_expert(1, name=name)
         return replace(expert, card=with_job(expert.card, expert.linears))
@@ -112,7 +114,7 @@ class Died(BaseException):
 
 @pytest.mark.parametrize("change", ["remove", "rename"])
 @pytest.mark.parametrize("crash_at", range(5))
-def test_a_change_cut_short_is_completed_by_repeating_it(
+def test_an_interrupted_change_is_completed_by_repeating_it(
     local: Registry, monkeypatch: pytest.MonkeyPatch, change: str, crash_at: int
 ) -> None:
     """Die before each write or delete in turn; between the two calls, the job is asked for."""
@@ -150,7 +152,7 @@ def test_a_change_cut_short_is_completed_by_repeating_it(
 
 
 @pytest.mark.parametrize("change", ["remove", "rename"])
-def test_a_run_under_way_does_not_bring_back_what_is_removed(
+def test_a_running_driver_does_not_restore_removed_experts(
     local: Registry, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     """The record is read, then another process removes the expert, then it would be entered."""
@@ -191,7 +193,7 @@ def _together(*calls: Callable[[], object]) -> None:
     assert not errors, errors
 
 
-def test_removes_renames_and_publishes_at_once_lose_nothing(local: Registry) -> None:
+def test_concurrent_removes_renames_and_publishes_lose_nothing(local: Registry) -> None:
     for number in range(20):
         local.publish(make_expert(number))
 
@@ -217,7 +219,7 @@ def test_removes_renames_and_publishes_at_once_lose_nothing(local: Registry) -> 
         assert local.finished(make_expert(number).card.job) is None
 
 
-def test_one_expert_removed_and_published_at_once(local: Registry) -> None:
+def test_an_expert_removed_and_published_concurrently_is_consistent(local: Registry) -> None:
     """Whatever came last, the pool and the job's record agree at the end."""
     expert = make_expert(1)
     for _ in range(10):

@@ -78,7 +78,7 @@ def load(folder: Path, content_hash: str) -> Expert | None:
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.data())
-def test_a_changed_bit_or_a_cut_is_found_or_harmless(whole: Path, data: st.DataObject) -> None:
+def test_a_flipped_bit_or_truncation_is_found_or_harmless(whole: Path, data: st.DataObject) -> None:
     file = data.draw(st.sampled_from(files(whole)))
     path, before = whole / file, content(whole, file)
     originals = {name: (whole / name).read_bytes() for name in files(whole)}
@@ -130,7 +130,9 @@ def test_every_missing_file_is_found_or_harmless(copy: Path) -> None:
     assert set(newest.experts) == {"task-2", "task-3"}
 
 
-def test_a_half_written_newest_manifest(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_truncated_newest_manifest_is_reported_and_repaired(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Told with the newest good one, refused by all who need the pool, and mended as told."""
     newest = max((copy / "manifests").iterdir(), key=lambda path: int(path.stem))
     newest.write_bytes(newest.read_bytes()[:-20])
@@ -154,7 +156,7 @@ def test_a_half_written_newest_manifest(copy: Path, capsys: pytest.CaptureFixtur
     assert verify(Folder(copy)).problems == []
 
 
-def test_the_only_manifest_is_malformed(tmp_path: Path) -> None:
+def test_a_malformed_only_manifest_is_reported(tmp_path: Path) -> None:
     registry = Registry(tmp_path, BASE)
     registry.publish(make_expert(1))
     registry.folder.write("manifests/1.json", b"")
@@ -162,7 +164,7 @@ def test_the_only_manifest_is_malformed(tmp_path: Path) -> None:
     assert problem.endswith("; there is no other")
 
 
-def test_what_is_called_otherwise_is_found(copy: Path) -> None:
+def test_files_under_a_wrong_name_are_found(copy: Path) -> None:
     """Files that are whole, and say something else than what they belong to."""
     folder = Folder(copy)
     registry = Registry(copy, BASE)

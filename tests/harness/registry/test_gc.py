@@ -64,7 +64,7 @@ def test_a_registry_in_use_has_no_garbage(registry: Registry) -> None:
     assert registry.finished(make_expert(4).card.job) == registry.find("task-4")
 
 
-def test_garbage_goes_when_it_is_old(registry: Registry, tmp_path: Path) -> None:
+def test_garbage_is_removed_when_it_is_old(registry: Registry, tmp_path: Path) -> None:
     kept = files(registry)
     orphan = make_expert(9)
     garbage = {
@@ -96,7 +96,7 @@ def test_garbage_goes_when_it_is_old(registry: Registry, tmp_path: Path) -> None
     assert verify(registry.folder) == Check(3)
 
 
-def test_old_manifests_and_what_only_they_named(registry: Registry) -> None:
+def test_old_manifests_and_objects_that_only_they_name_are_removed(registry: Registry) -> None:
     gone = registry.remove("task-1")
     assert gone is not None
     registry.put_profile(gone, ID, b"a profile")
@@ -114,7 +114,7 @@ def test_old_manifests_and_what_only_they_named(registry: Registry) -> None:
         collect(registry.folder, keep_manifests=0)
 
 
-def test_a_pack_goes_with_its_experts(registry: Registry, tmp_path: Path) -> None:
+def test_a_pack_is_removed_with_its_experts(registry: Registry, tmp_path: Path) -> None:
     pool = registry.manifest().experts
     open_pool(registry, pool, registry.load)
     open_pool(registry, {name: pool[name] for name in ("task-2", "task-3")}, registry.load)
@@ -128,7 +128,7 @@ def test_a_pack_goes_with_its_experts(registry: Registry, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("file", ["manifests/1.json", "manifests/3.json", "jobs/{}.json"])
-def test_it_refuses_where_it_cannot_know_what_is_named(registry: Registry, file: str) -> None:
+def test_gc_refuses_if_it_cannot_tell_what_is_named(registry: Registry, file: str) -> None:
     store(registry, make_expert(9))
     registry.folder.write(file.format(make_expert(1).card.job), b"{")
     age(registry)
@@ -140,7 +140,7 @@ def test_it_refuses_where_it_cannot_know_what_is_named(registry: Registry, file:
 
 @pytest.mark.parametrize("moment", ["listed", "read", "deleted", "looked again"])
 @pytest.mark.parametrize("enter", [False, True])
-def test_an_object_published_again_meanwhile_is_not_lost(
+def test_an_object_published_again_during_gc_is_not_lost(
     registry: Registry, monkeypatch: pytest.MonkeyPatch, moment: str, enter: bool
 ) -> None:
     """A publish finds the old object in place at every moment of a gc; the object must stay."""
@@ -181,7 +181,7 @@ def test_an_object_published_again_meanwhile_is_not_lost(
     assert registry.load(expert.content_hash()).card.name == "task-9"
 
 
-def test_a_publish_notices_that_the_object_it_found_was_collected(
+def test_publish_notices_that_an_existing_object_was_collected(
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole gc happens after the publish found the object and before its record is there."""
@@ -200,7 +200,7 @@ def test_a_publish_notices_that_the_object_it_found_was_collected(
     assert registry.load(registry.find("task-9")).card == expert.card
 
 
-def test_on_an_object_store(s3: object, tmp_path: Path) -> None:
+def test_gc_works_on_an_object_store(s3: object, tmp_path: Path) -> None:
     registry = Registry(s3.uri(f"{tmp_path.name}/pool"), BASE)  # type: ignore[attr-defined]
     registry.publish(make_expert(1))
     file = store(registry, make_expert(9))
@@ -209,7 +209,9 @@ def test_on_an_object_store(s3: object, tmp_path: Path) -> None:
     assert verify(registry.folder, every_manifest=True) == Check(1)
 
 
-def test_the_command(registry: Registry, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_gc_command_reports_and_deletes(
+    registry: Registry, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = store(registry, make_expert(9))
     age(registry)
     pool = registry.folder.uri

@@ -98,7 +98,7 @@ def where(registry: Registry) -> str:
     return registry.folder.uri
 
 
-def test_list(
+def test_list_prints_the_experts(
     registry: Registry, experts: list[Expert], run: Callable[..., Output], ask: Callable[..., Any]
 ) -> None:
     document = ask("list", where(registry))
@@ -140,7 +140,7 @@ def test_list(
     assert lines[6].startswith(f"3 experts, {sum(sizes) / 1024:.1f} KiB, manifest 3, base ")
 
 
-def test_list_tells_ranks_and_gates_apart(
+def test_list_shows_ranks_and_gates(
     tmp_path: Path, llama: Base, run: Callable[..., Output]
 ) -> None:
     plain, mixed = with_jobs(make_experts(llama, 2, gates=False))
@@ -154,7 +154,7 @@ def test_list_tells_ranks_and_gates_apart(
     assert lines[3].split()[3:6] == ["2-4", "14", "some"]
 
 
-def test_list_of_an_empty_pool(registry: Registry, run: Callable[..., Output]) -> None:
+def test_list_of_an_empty_pool_is_empty(registry: Registry, run: Callable[..., Output]) -> None:
     for name in ("e0", "e1", "e2"):
         registry.remove(name)
     output = run("list", where(registry))
@@ -162,7 +162,7 @@ def test_list_of_an_empty_pool(registry: Registry, run: Callable[..., Output]) -
     assert output.out.splitlines()[-1].startswith("0 experts, 0.0 KiB, manifest 6")
 
 
-def test_show(
+def test_show_prints_the_card(
     registry: Registry, experts: list[Expert], run: Callable[..., Output], ask: Callable[..., Any]
 ) -> None:
     expert = experts[1]
@@ -189,7 +189,7 @@ def test_show(
     assert re.search(r"(?m)^14 linears, ", text)
 
 
-def test_verify_of_a_whole_registry(
+def test_verify_accepts_an_intact_registry(
     registry: Registry, experts: list[Expert], run: Callable[..., Output], ask: Callable[..., Any]
 ) -> None:
     registry.remove("e0")
@@ -211,7 +211,7 @@ def test_verify_of_a_whole_registry(
     )
 
 
-def test_a_problem_is_told(registry: Registry, run: Callable[..., Output]) -> None:
+def test_a_problem_is_reported(registry: Registry, run: Callable[..., Output]) -> None:
     path = registry.folder.local(object_file(registry.find("e1")))
     assert path is not None
     path.write_bytes(b"half")
@@ -229,7 +229,7 @@ def test_a_problem_is_told(registry: Registry, run: Callable[..., Output]) -> No
     assert re.search(rf"(?m)^e1: {path} ", listed)
 
 
-def test_rename_and_remove(
+def test_rename_and_remove_change_the_registry(
     registry: Registry,
     experts: list[Expert],
     run: Callable[..., Output],
@@ -260,7 +260,9 @@ def test_rename_and_remove(
     assert "removed e3" in run("remove", pool, "e3").out
 
 
-def test_a_folder_without_a_registry(tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_a_folder_without_a_registry_is_refused(
+    tmp_path: Path, refused: Callable[..., str]
+) -> None:
     for command in (
         ["list"], ["show", "e0"], ["verify"], ["gc"], ["export-peft", "e0", tmp_path / "x"],
         ["rename", "e0", "e1"], ["remove", "e0"], ["import-peft", tmp_path / "adapter"],
@@ -270,7 +272,7 @@ def test_a_folder_without_a_registry(tmp_path: Path, refused: Callable[..., str]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_export_and_import(
+def test_an_exported_adapter_can_be_imported(
     tmp_path: Path, base: Base, run: Callable[..., Output], ask: Callable[..., Any]
 ) -> None:
     expert = with_jobs(make_experts(base, 1))[0]
@@ -302,7 +304,7 @@ def test_export_and_import(
     assert run("verify", where(first)).status == 0
 
 
-def test_import_refusals(
+def test_invalid_imports_are_refused(
     registry: Registry,
     tmp_path: Path,
     llama: Base,
@@ -334,7 +336,7 @@ def test_import_refusals(
     assert registry.find("e0") == replaced["hash"]
 
 
-def test_it_starts_without_ray(registry: Registry) -> None:
+def test_the_command_starts_without_ray(registry: Registry) -> None:
     code = (
         "import runpy, sys\n"
         "try: runpy.run_module('harness.registry', run_name='__main__')\n"
@@ -370,7 +372,7 @@ def test_the_commands_of_the_page_work(
 
 
 @given(rows=st.lists(st.lists(st.text("ab ", max_size=9), min_size=3, max_size=3), max_size=4))
-def test_columns_of_a_table_line_up(rows: list[list[str]]) -> None:
+def test_table_columns_are_aligned(rows: list[list[str]]) -> None:
     lines = table(["x", "yy", "zzz"], rows, right={1}).split("\n")
     widths = [max(len(row[i]) for row in [["x", "yy", "zzz"], *rows]) for i in range(3)]
     assert len(lines) == len(rows) + 3
@@ -383,7 +385,7 @@ def test_columns_of_a_table_line_up(rows: list[list[str]]) -> None:
         assert padded[start + widths[1] + 2 :] == row[2].ljust(widths[2])
 
 
-def test_sizes() -> None:
+def test_sizes_are_printed_with_units() -> None:
     assert [_size(n) for n in (0, 100, 2**20 - 1, 2**20, 3 * 2**29)] == [
         "0.0 KiB", "0.1 KiB", "1024.0 KiB", "1.0 MiB", "1536.0 MiB"
     ]  # fmt: skip

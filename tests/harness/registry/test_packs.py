@@ -50,7 +50,7 @@ def test_a_pack_is_made_once(registry: Registry) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "no index", "no file", "other index", "empty"])
-def test_a_damaged_or_stale_pack_is_made_anew(registry: Registry, damage: str) -> None:
+def test_a_damaged_or_stale_pack_is_made_again(registry: Registry, damage: str) -> None:
     experts = registry.manifest().experts
     open_pool(registry, experts, registry.load)
     folder = folder_of(registry)
@@ -79,7 +79,7 @@ def test_a_damaged_or_stale_pack_is_made_anew(registry: Registry, damage: str) -
 
 
 @pytest.mark.parametrize("code", ["0" * 16, None], ids=["other", "of 0.1.0"])
-def test_a_pack_that_other_code_stacked_is_made_again(registry: Registry, code: str | None) -> None:
+def test_a_pack_made_by_other_code_is_made_again(registry: Registry, code: str | None) -> None:
     experts = registry.manifest().experts
     open_pool(registry, experts, registry.load)
     index = folder_of(registry) / INDEX_FILE
@@ -135,7 +135,7 @@ def _open_again_and_again(uri: str, number: int, failures: Any) -> None:
 
 
 @pytest.mark.parametrize("with_locks", [True, False])
-def test_no_process_gets_a_half_written_pack(
+def test_no_process_reads_a_partially_written_pack(
     registry: Registry, with_locks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not with_locks:
@@ -172,7 +172,7 @@ def _note_loads(uri: str, loads: Any) -> None:
     loads.put("done")
 
 
-def test_one_process_makes_it_and_the_others_wait(registry: Registry) -> None:
+def test_one_process_makes_a_pack_and_the_others_wait(registry: Registry) -> None:
     loads = processes.CONTEXT.Queue()
     openers = processes.start(_note_loads, *[(registry.folder.uri, loads)] * 3)
     said: list[str] = []
@@ -189,7 +189,7 @@ def small(tmp_path: Path) -> Iterator[Path]:
         yield disk
 
 
-def test_a_full_disk_is_one_line(registry: Registry, small: Path) -> None:
+def test_a_full_disk_gives_a_one_line_error(registry: Registry, small: Path) -> None:
     (small / "fill").write_bytes(bytes(8000))
     with pytest.raises(PhatgooseError, match=r"^cannot write the pack .* \(.*No space.*\): free"):
         open_pool(registry, registry.manifest().experts, registry.load)

@@ -13,7 +13,7 @@ from tests.support.tiny import make_experts
 ID = "0123456789abcdef"
 
 
-def test_a_profile_is_kept_beside_its_expert(tmp_path: Path, llama: Base) -> None:
+def test_a_profile_is_stored_beside_its_expert(tmp_path: Path, llama: Base) -> None:
     experts = make_experts(llama, 2)
     registry = Registry(tmp_path, llama.fingerprint)
     profile = make_profiles(experts)[0]
@@ -33,7 +33,7 @@ def test_a_profile_is_kept_beside_its_expert(tmp_path: Path, llama: Base) -> Non
         assert again.description == profile.description
 
 
-def test_a_profile_that_is_there_stays(tmp_path: Path, llama: Base) -> None:
+def test_an_existing_profile_is_kept(tmp_path: Path, llama: Base) -> None:
     experts = make_experts(llama, 1)
     first, second = make_profiles(experts, seed=0)[0], make_profiles(experts, seed=1)[0]
     registry, content_hash = Registry(tmp_path, llama.fingerprint), experts[0].content_hash()

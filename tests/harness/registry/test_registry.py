@@ -27,7 +27,7 @@ def test_an_empty_registry_writes_nothing(local: Registry) -> None:
     assert local.folder.names() == []
 
 
-def test_publish_then_load(registry: Registry) -> None:
+def test_a_published_expert_can_be_loaded(registry: Registry) -> None:
     expert = make_expert(1)
     content_hash = registry.publish(expert)
 
@@ -58,7 +58,7 @@ def test_the_first_expert_of_a_job_is_kept(registry: Registry) -> None:
     assert registry.manifest() == Manifest(1, 0, BASE, {"task-1": first})
 
 
-def test_another_job_takes_over_the_name_and_gives_it_back(registry: Registry) -> None:
+def test_a_name_follows_the_job_that_a_run_asks_for(registry: Registry) -> None:
     """Recipe one, then recipe two, then one again: each run finds its own expert by name."""
     first = registry.publish(make_expert(1, name="task"))
     second = registry.publish(make_expert(2, name="task"))
@@ -69,7 +69,7 @@ def test_another_job_takes_over_the_name_and_gives_it_back(registry: Registry) -
 
 
 @pytest.mark.parametrize("crash_before", ["objects/", "jobs/", "manifests/"])
-def test_a_publish_cut_short_is_taken_up_again(
+def test_an_interrupted_publish_is_resumed(
     local: Registry, monkeypatch: pytest.MonkeyPatch, crash_before: str
 ) -> None:
     write, create = Folder.write, Folder.create
@@ -109,7 +109,7 @@ def test_left_over_temporary_files_are_ignored(local: Registry, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "replace"])
-def test_damaged_objects_are_refused_and_can_be_mended(local: Registry, damage: str) -> None:
+def test_damaged_objects_are_refused_and_can_be_fixed(local: Registry, damage: str) -> None:
     content_hash = local.publish(make_expert(1))
     path = local.folder.local(f"objects/{content_hash}.arrow")
     assert path is not None
@@ -136,7 +136,7 @@ def test_damaged_objects_are_refused_and_can_be_mended(local: Registry, damage: 
     assert local.manifest().number == 1
 
 
-def test_a_job_trained_again_after_its_object_was_lost_replaces_it(local: Registry) -> None:
+def test_retraining_a_job_replaces_its_lost_object(local: Registry) -> None:
     lost = local.publish(make_expert(1, value=1.0))
     local.folder.delete(f"objects/{lost}.arrow")
     again = local.publish(make_expert(1, value=2.0))
@@ -208,7 +208,7 @@ def test_ids_are_validated(local: Registry, job: str) -> None:
         local.load(job)
 
 
-def test_open_finds_the_base_by_itself(registry: Registry) -> None:
+def test_open_finds_the_base_automatically(registry: Registry) -> None:
     with pytest.raises(PhatgooseError, match=r"no registry here: .*pool has no manifests"):
         Registry.open(registry.folder.uri)
     content_hash = registry.publish(make_expert(1))
@@ -217,7 +217,7 @@ def test_open_finds_the_base_by_itself(registry: Registry) -> None:
         assert (opened.base_fingerprint, opened.find("task-1")) == (BASE, content_hash)
 
 
-def test_publish_refuses_to_take_over_a_name_if_told(registry: Registry) -> None:
+def test_publish_can_refuse_to_take_over_a_name(registry: Registry) -> None:
     first = registry.publish(make_expert(1, name="task"), replace=False)
     assert registry.publish(make_expert(1, name="task"), replace=False) == first
     files = registry.folder.names()

@@ -63,7 +63,7 @@ def _publish_then_enter(barrier: Any, uri: str, first: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["each", "together"])
-def test_processes_that_publish_at_once_lose_nothing(uri: str, how: str) -> None:
+def test_processes_that_publish_concurrently_lose_nothing(uri: str, how: str) -> None:
     target = {"each": _publish_each, "together": _publish_then_enter}[how]
     _together(target, *[(uri, first) for first in (0, 100, 200)])
     registry = Registry(uri, BASE)
@@ -79,7 +79,7 @@ def test_processes_that_publish_at_once_lose_nothing(uri: str, how: str) -> None
     assert verify(registry.folder, every_manifest=True) == Check(len(hashes))
 
 
-def test_many_jobs_are_entered_by_one_manifest(uri: str) -> None:
+def test_many_jobs_are_registered_by_one_manifest(uri: str) -> None:
     registry = Registry(uri, BASE)
     experts = [make_expert(number) for number in range(20)]
     jobs = [expert.card.job for expert in experts]
@@ -97,7 +97,7 @@ def test_many_jobs_are_entered_by_one_manifest(uri: str) -> None:
     assert registry.manifest() == Manifest(1, 0, BASE, hashes)
 
 
-def test_looking_up_many_jobs_asks_for_few_files(
+def test_looking_up_many_jobs_reads_few_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No listing per job, no manifest per job, and no file that is not there."""
@@ -122,7 +122,7 @@ def test_looking_up_many_jobs_asks_for_few_files(
     assert calls.count("create") == 1
 
 
-def test_two_drivers_with_different_experts_of_one_name(uri: str) -> None:
+def test_two_drivers_may_publish_different_experts_under_one_name(uri: str) -> None:
     """Both are kept; each driver finds its own by its job; the name is the last one's."""
     first, second = Registry(uri, BASE), Registry(uri, BASE)
     one, other = make_expert(1, name="task"), make_expert(2, name="task")
@@ -143,7 +143,7 @@ def test_two_drivers_with_different_experts_of_one_name(uri: str) -> None:
     assert verify(first.folder, every_manifest=True) == Check(2)
 
 
-def test_two_drivers_with_different_bases(uri: str) -> None:
+def test_two_drivers_with_different_bases_cannot_share_a_registry(uri: str) -> None:
     """Both found the registry empty; the second one is told, and the pool stays the first's."""
     first, second = Registry(uri, BASE), Registry(uri, OTHER_BASE)
     mine, theirs = make_expert(1), make_expert(2, base=OTHER_BASE)
@@ -165,7 +165,7 @@ def _enter_same(barrier: Any, uri: str, jobs: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_jobs_entered_by_all_at_once_make_one_manifest(uri: str) -> None:
+def test_jobs_registered_by_several_drivers_make_one_manifest(uri: str) -> None:
     """As after a crash: both drivers find the same finished jobs that no manifest names."""
     registry = Registry(uri, BASE)
     experts = [make_expert(number) for number in range(12)]

@@ -18,7 +18,7 @@ def registry(tmp_path: Path) -> Registry:
     return registry
 
 
-def test_a_whole_registry(registry: Registry) -> None:
+def test_an_intact_registry_has_no_problems(registry: Registry) -> None:
     registry.remove("task-1")
     registry.folder.write("profiles/0123.safetensors", b"not looked at")
     registry.folder.write("objects/notes.txt", b"nor this")
@@ -26,7 +26,7 @@ def test_a_whole_registry(registry: Registry) -> None:
     assert verify(registry.folder, every_manifest=True) == Check(3)
 
 
-def test_what_no_manifest_names_is_no_problem(registry: Registry) -> None:
+def test_files_that_no_manifest_names_are_not_problems(registry: Registry) -> None:
     orphan = make_expert(4)
     file = object_file(orphan.content_hash())
     registry.folder.write(file, orphan.to_bytes())
@@ -34,7 +34,7 @@ def test_what_no_manifest_names_is_no_problem(registry: Registry) -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "exchanged", "missing"])
-def test_damage_is_found_and_its_mend_mends(registry: Registry, damage: str) -> None:
+def test_damage_is_found_and_the_suggested_fix_works(registry: Registry, damage: str) -> None:
     path = registry.folder.local(object_file(registry.find("task-2")))
     assert path is not None
     data = bytearray(path.read_bytes())

@@ -58,7 +58,7 @@ def write_run(folder: Folder, answers: Answers) -> None:
         run_folder.write_table(folder, run_folder.training_file(expert), run_folder.TRAINING, rows)
 
 
-def test_report_tables_hold_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_tables_contain_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "_draw", lambda folder: [])
     folder = Folder(tmp_path)
     answers = demo_answers()
@@ -99,7 +99,7 @@ def test_reporting_again_changes_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     assert sum(row["router"] == "oracle" for row in scores) == 8
 
 
-def test_without_merged_there_is_no_difference(
+def test_no_difference_is_given_without_merged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(report, "_draw", lambda folder: [])
@@ -110,7 +110,7 @@ def test_without_merged_there_is_no_difference(
     assert "oracle" not in text
 
 
-def test_many_tasks_go_on_in_further_blocks() -> None:
+def test_many_tasks_continue_in_further_blocks() -> None:
     answers: Answers = {f"task_number_{i}": {"base": {"acc": [1.0, 0.0]}} for i in range(30)}
     text = report.routers_table(summary_rows(*tables(answers)), "s", "primary")
     assert max(map(len, text.splitlines())) <= report.WIDTH
@@ -118,13 +118,13 @@ def test_many_tasks_go_on_in_further_blocks() -> None:
     assert text.count("n=2") == 30
 
 
-def test_an_unfinished_run_says_what_is_missing(tmp_path: Path) -> None:
+def test_the_report_of_an_unfinished_run_names_what_is_missing(tmp_path: Path) -> None:
     text = report.make_report(Folder(tmp_path))
     assert "no training curves" in text
     assert "nothing has been evaluated yet" in text
 
 
-def test_an_expert_without_gates_or_exact_match() -> None:
+def test_an_expert_without_gates_or_exact_match_is_reported() -> None:
     rows = [row for row in training_rows("plural", 2.0) if row["stage"] == "lora"]
     table = pa.Table.from_pylist(
         [{**row, "exact_match": None} for row in rows], run_folder.TRAINING
@@ -146,7 +146,7 @@ def test_long_names_are_wrapped(name: str, lines: list[str]) -> None:
     assert report._wrapped(name) == lines
 
 
-def test_pictures_that_fail_do_not_end_the_run(
+def test_plots_that_fail_do_not_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def plot_routers(folder: Folder) -> Path:
@@ -158,7 +158,7 @@ def test_pictures_that_fail_do_not_end_the_run(
     assert "no picture (plot_routers): no ink no paper\n" in report.make_report(folder)
 
 
-def test_a_report_without_matplotlib_says_how_to_get_pictures(
+def test_a_report_without_matplotlib_explains_how_to_get_plots(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
@@ -170,7 +170,7 @@ def test_a_report_without_matplotlib_says_how_to_get_pictures(
     assert not (tmp_path / "plots" / "routers.png").exists()
 
 
-def test_a_report_draws_into_the_run_folder_and_leaves_the_backend(tmp_path: Path) -> None:
+def test_a_report_draws_into_the_run_folder_and_keeps_the_backend(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     write_run(folder, {"t": {"phatgoose": {"acc": [1.0, 0.0]}}})
     before = matplotlib.get_backend()
@@ -179,13 +179,13 @@ def test_a_report_draws_into_the_run_folder_and_leaves_the_backend(tmp_path: Pat
     assert matplotlib.get_backend() == before
 
 
-def test_a_report_elsewhere_than_on_a_local_disk_has_no_pictures() -> None:
+def test_a_report_that_is_not_on_a_local_disk_has_no_plots() -> None:
     folder = Folder("memory:///run")
     write_run(folder, {"t": {"phatgoose": {"acc": [1.0, 0.0]}}})
     assert "no picture (plot_routers): memory:///run is not a local" in report.make_report(folder)
 
 
-def test_a_router_measured_otherwise_gets_no_difference_and_a_mark(tmp_path: Path) -> None:
+def test_a_router_measured_differently_is_marked_and_gets_no_difference(tmp_path: Path) -> None:
     values = {"merged": {"acc": [0, 1, 1, 0]}, "phatgoose": {"acc": [1, 1, 1, 0]}}
     scores, samples = tables({"t": {**values, "old": {"acc": [1, 1, 1, 1]}}})
     rows = scores.to_pylist()

@@ -30,7 +30,7 @@ def test_bootstrap_draws_the_binomial_distribution() -> None:
     assert np.mean(means_B1 == 0) == pytest.approx(1 / 27, abs=0.01)
 
 
-def test_bootstrap_does_not_depend_on_how_much_is_drawn_at_once(
+def test_bootstrap_does_not_depend_on_the_block_size(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     values_N2 = np.random.default_rng(0).random((7, 2))
@@ -39,7 +39,7 @@ def test_bootstrap_does_not_depend_on_how_much_is_drawn_at_once(
     np.testing.assert_allclose(resampled_means(values_N2, np.random.default_rng(1)), whole)
 
 
-def test_paired_differences_are_narrower_than_unpaired_ones() -> None:
+def test_paired_differences_have_narrower_intervals_than_unpaired_ones() -> None:
     merged = coin(400, 0.5, seed=0)
     better = merged.copy()
     better[:20] = 1.0
@@ -63,7 +63,7 @@ def test_equal_routers_differ_by_exactly_zero() -> None:
         assert row["difference"] == row["difference_low"] == row["difference_high"] == expected
 
 
-def test_tasks_are_drawn_independently_and_weigh_the_same() -> None:
+def test_tasks_are_drawn_independently_and_weighted_equally() -> None:
     # Equal answers in two tasks: independent draws make the mean's interval narrower by sqrt(2).
     values = coin(300, 0.4, seed=5)
     rows = summary_rows(*tables({task: {"base": {"acc": values}} for task in ("one", "two")}))
@@ -90,7 +90,7 @@ def test_primary_is_accuracy_or_exact_match() -> None:
     assert find(rows, "base", "nll", None)["value"] == 1.25
 
 
-def test_a_router_that_lacks_a_task_has_no_mean() -> None:
+def test_a_router_with_a_missing_task_has_no_mean() -> None:
     answers: Answers = {
         "one": {"base": {"acc": [1.0, 0.0]}, "merged": {"acc": [1.0, 1.0]}},
         "two": {"base": {"acc": [1.0, 0.0]}},
@@ -133,7 +133,7 @@ def test_the_oracle_is_never_worse_than_a_single_expert(data: st.DataObject) -> 
         assert not best["zero_shot"]
 
 
-def test_the_oracle_takes_the_samples_of_its_experts() -> None:
+def test_the_oracle_uses_the_samples_of_its_experts() -> None:
     shares = {"single:bad": 0.2, "single:good": 0.8, "merged": 0.5}
     answers = {name: {"acc": coin(200, share, seed=7)} for name, share in shares.items()}
     scores, samples = tables({"t": answers})
@@ -146,7 +146,7 @@ def test_the_oracle_takes_the_samples_of_its_experts() -> None:
     assert [oracle[key] for key in same] == [chosen[key] for key in same]
 
 
-def test_the_best_individual_is_the_best_on_average_and_no_oracle() -> None:
+def test_the_best_individual_is_best_on_average_and_not_an_oracle() -> None:
     """`a` is best on one task and in nll, `b` on average over the primary metrics."""
     acc = {"one": {"a": 0.9, "b": 0.7, "c": 0.7}, "two": {"a": 0.1, "b": 0.5, "c": 0.5}}
     nll = {"a": 0.1, "b": 2.0, "c": 2.0}
@@ -164,7 +164,7 @@ def test_the_best_individual_is_the_best_on_average_and_no_oracle() -> None:
 
 
 @pytest.mark.parametrize("column", ["dtype", "device", "versions", "code"])
-def test_without_merged_most_routers_say_what_is_comparable(column: str) -> None:
+def test_without_merged_the_majority_of_routers_defines_what_is_comparable(column: str) -> None:
     answers = {name: {"acc": [0.0, 1.0, 1.0]} for name in ("a", "b", "c")}
     scores, samples = tables({"t": answers, "u": answers})
     rows = [
@@ -204,7 +204,7 @@ def test_samples_of_version_0_1_0_beside_others_do_not_split_clusters() -> None:
         assert {row["clusters"] for row in summary} == {2}
 
 
-def test_a_task_without_a_mean_of_lm_eval_has_the_paper_s_metric_or_none() -> None:
+def test_a_task_without_a_mean_from_lm_eval_has_the_metric_of_the_paper_or_none() -> None:
     """Such as one whose only metric is MCC, which has no value per document."""
     routers = {
         name: {"acc_paper": [0.0, 1.0, 1.0], "nll": [1.0, 2.0, 3.0]} for name in ("base", "merged")

@@ -62,7 +62,7 @@ def test_the_best_individual_is_one_expert_for_the_whole_suite() -> None:
         assert (row["router"], row["zero_shot"], row["expert"]) == ("best_individual", False, "b")
 
 
-def test_of_equally_good_individuals_the_first_by_name_is_taken() -> None:
+def test_the_first_by_name_of_equally_good_individuals_is_chosen() -> None:
     scores = scores_of(("single:b", "t", "acc", 0.5), ("single:a", "t", "acc", 0.5))
     assert value_of(best_individual_rows(scores)) == {("t", "acc"): (0.5, "a")}
     assert best_individual_rows(scores_of(("merged", "t", "acc", 1.0))) == []
@@ -88,11 +88,11 @@ def test_each_suite_has_its_own_best_individual() -> None:
         ({"f1", "bleu", "nll", "acc_norm", "acc_paper", "bigbench_normalized"}, "bleu"),
     ],
 )
-def test_the_primary_metric(metrics: set[str], primary: str) -> None:
+def test_the_primary_metric_is_chosen(metrics: set[str], primary: str) -> None:
     assert primary_metric(metrics) == primary
 
 
-def test_metrics_of_our_own_are_never_primary() -> None:
+def test_our_own_metrics_are_never_primary() -> None:
     own = {"nll", "acc_norm", "acc_paper", "bigbench_normalized"}
     assert primary_metric(own) == "acc_paper"  # where lm-eval gives no mean over documents
     assert primary_metric({*own, "word_f1"}) == "word_f1"
@@ -111,7 +111,7 @@ def test_equal_values_are_not_better() -> None:
     assert not better("nll", 0.5, 0.4)
 
 
-def test_an_interval_is_of_ninety_five_percent() -> None:
+def test_an_interval_covers_ninety_five_percent() -> None:
     """Of the numbers 0 to 1000, and of ten times them: 25 of a thousand are cut at either end."""
     means_BM = np.arange(1001.0)[:, None] * [1.0, 10.0]
     low_M, high_M = interval(means_BM)
@@ -126,7 +126,7 @@ def test_columns_are_resampled_together() -> None:
     assert means_BM[:, 0].std() > 0.1
 
 
-def test_a_mean_over_tasks_weighs_tasks_alike_and_adds_their_documents() -> None:
+def test_a_mean_over_tasks_weights_tasks_equally_and_sums_their_documents() -> None:
     answers = {
         "t": {"merged": {"acc": [1.0] * 8 + [0.0] * 2}, "mine": {"acc": [1.0] * 10}},
         "u": {"merged": {"acc": [0.0, 0.0]}, "mine": {"acc": [1.0, 0.0]}},
@@ -142,13 +142,13 @@ def test_a_mean_over_tasks_weighs_tasks_alike_and_adds_their_documents() -> None
     assert mine["difference_low"] <= mine["difference"] <= mine["difference_high"]
 
 
-def test_without_merged_there_is_no_difference() -> None:
+def test_no_difference_is_given_without_merged() -> None:
     rows = summary_rows(*tables({"t": {"mine": {"acc": [1.0, 0.0]}}}))
     for row in rows:
         assert row["difference"] is row["difference_low"] is row["difference_high"] is None
 
 
-def test_where_merged_lacks_a_task_the_mean_has_no_difference() -> None:
+def test_the_mean_has_no_difference_if_merged_has_a_missing_task() -> None:
     answers = {
         "t": {"merged": {"acc": [1.0, 0.0]}, "mine": {"acc": [1.0, 1.0]}},
         "u": {"mine": {"acc": [1.0, 0.0]}},
@@ -170,7 +170,7 @@ def test_a_router_without_one_of_the_tasks_has_no_mean() -> None:
     assert find(rows, "merged", "acc", None)["value"] == 0.5
 
 
-def test_a_metric_that_some_tasks_lack_is_averaged_over_those_that_have_it() -> None:
+def test_a_metric_is_averaged_over_the_tasks_that_have_it() -> None:
     answers = {
         "t": {"mine": {"acc": [1.0, 0.0], "acc_norm": [1.0, 1.0]}},
         "u": {"mine": {"acc": [1.0, 1.0]}},
@@ -182,7 +182,7 @@ def test_a_metric_that_some_tasks_lack_is_averaged_over_those_that_have_it() -> 
     assert {row["task"] for row in rows if row["metric"] == "acc_norm"} == {"t", None}
 
 
-def test_rows_say_what_a_router_knows() -> None:
+def test_rows_record_the_side_information_of_a_router() -> None:
     scores, samples = tables({"t": {"mine": {"acc": [1.0, 0.0]}, "single:a": {"acc": [1.0, 1.0]}}})
     told = [
         {**row, "side_information": "the task"} if row["router"] == "mine" else row
@@ -195,7 +195,7 @@ def test_rows_say_what_a_router_knows() -> None:
         assert row["side_information"] == ("the task" if mine else None)
 
 
-def test_a_derived_router_is_summed_up_from_its_experts_samples() -> None:
+def test_a_derived_router_is_summarized_from_the_samples_of_its_experts() -> None:
     scores, samples = tables(
         {"t": {"single:a": {"acc": [1.0, 0.0]}, "merged": {"acc": [0.0, 0.0]}}}
     )

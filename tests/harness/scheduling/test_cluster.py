@@ -21,7 +21,7 @@ def listening() -> set[str]:
     return found
 
 
-def test_a_local_cluster_is_out_of_reach_and_ends_with_its_run() -> None:
+def test_a_local_cluster_is_unreachable_from_outside_and_ends_with_its_run() -> None:
     with Cluster() as cluster:
         assert not ray.is_initialized()  # nothing is started before it is needed
         cluster.connect()

@@ -106,7 +106,7 @@ def test_nothing_starts_without_work(make: Make, tmp_path: Path) -> None:
     assert notes(tmp_path) == {}
 
 
-def test_a_call_whose_actor_dies_is_repeated(make: Make, tmp_path: Path) -> None:
+def test_a_call_is_repeated_if_its_actor_dies(make: Make, tmp_path: Path) -> None:
     calls = [("a",), ("b", "dies", 1), ("c",), ("d", "dies", 2), ("e",)]
     assert run(make(), *calls) == [f"done {name}" for name in "abcde"]
     counts = notes(tmp_path)
@@ -116,7 +116,7 @@ def test_a_call_whose_actor_dies_is_repeated(make: Make, tmp_path: Path) -> None
     assert 2 < counts["started"] <= 2 + 3  # no more than a new actor for each that died
 
 
-def test_a_call_that_always_kills_its_actor_stops_no_other(
+def test_a_call_that_always_kills_its_actor_does_not_stop_others(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jobs, "DEATHS", 3)
@@ -128,7 +128,7 @@ def test_a_call_that_always_kills_its_actor_stops_no_other(
     assert [first, *others] == ["done a", "done c", "done d", "done e"]
 
 
-def test_an_unexpected_error_is_tried_again(make: Make, tmp_path: Path) -> None:
+def test_an_unexpected_error_is_retried(make: Make, tmp_path: Path) -> None:
     once, always = run(make(), ("a", "unexpected", 1), ("b", "unexpected"))
     assert once == "done a"
     assert isinstance(always, Failure)
@@ -220,7 +220,7 @@ def test_a_stopped_process_loses_its_lease(
             os.kill(process, signal.SIGCONT)
 
 
-def test_a_node_that_leaves_gets_no_new_call(
+def test_a_node_that_leaves_gets_no_new_calls(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jobs, "_LOOK_SECONDS", 0.0)
@@ -244,7 +244,7 @@ def test_a_node_that_leaves_gets_no_new_call(
     assert finish(workers) == {key: "done c"}
 
 
-def test_workers_that_are_paused_start_nothing_and_hold_no_core(make: Make) -> None:
+def test_paused_workers_start_nothing_and_hold_no_core(make: Make) -> None:
     workers = make()
     keys = workers.add("work", [("a",), ("b",)])
     workers.paused = True
@@ -266,7 +266,7 @@ def begin(workers: Workers, *calls: tuple[Any, ...]) -> range:
     return keys
 
 
-def test_a_result_and_a_sign_of_life_may_come_at_once(make: Make, tmp_path: Path) -> None:
+def test_a_result_and_a_heartbeat_may_arrive_together(make: Make, tmp_path: Path) -> None:
     workers = make()
     (key,) = begin(workers, ("a", "waits"))
     (actor,) = [actor for actor in workers._actors if actor.call]
@@ -277,7 +277,7 @@ def test_a_result_and_a_sign_of_life_may_come_at_once(make: Make, tmp_path: Path
     assert workers.step(0) == [(key, "done a")]
 
 
-def test_time_in_which_nobody_looked_ends_no_lease(make: Make) -> None:
+def test_time_between_two_steps_does_not_expire_a_lease(make: Make) -> None:
     workers = make(lease_seconds=50.0)
     (key,) = begin(workers, ("a", "hangs"))
     workers._stepped -= 100
@@ -287,7 +287,7 @@ def test_time_in_which_nobody_looked_ends_no_lease(make: Make) -> None:
     assert key in workers.under_way
 
 
-def test_nodes_are_asked_for_as_long_as_there_is_work(make: Make) -> None:
+def test_nodes_are_requested_while_there_is_work(make: Make) -> None:
     told: list[int] = []
     workers = make(want=told.append)
     assert run(workers, ("a",), ("b",), ("c",)) == ["done a", "done b", "done c"]
@@ -296,9 +296,7 @@ def test_nodes_are_asked_for_as_long_as_there_is_work(make: Make) -> None:
     assert told[-1] == 0
 
 
-def test_calls_fail_when_all_nodes_are_gone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_calls_fail_if_all_nodes_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "_LOOK_SECONDS", 0.0)
     rooms = itertools.chain([1], itertools.repeat(0))
     remote = ray.remote(num_cpus=1, resources={"node that left": 1})(Worker)
@@ -308,7 +306,7 @@ def test_calls_fail_when_all_nodes_are_gone(
     assert workers.size == 0
 
 
-def test_bad_starts_are_forgotten_while_an_actor_works(make: Make, tmp_path: Path) -> None:
+def test_failed_starts_are_forgotten_while_an_actor_works(make: Make, tmp_path: Path) -> None:
     modes = itertools.chain([None], ["unexpected"] * 3, itertools.repeat(None))
     remote = ray.remote(num_cpus=1, max_concurrency=2)(Worker)
     workers = Workers(lambda: remote.remote(tmp_path, next(modes)), lambda: 2)
@@ -322,14 +320,14 @@ def test_bad_starts_are_forgotten_while_an_actor_works(make: Make, tmp_path: Pat
     workers.close()
 
 
-def test_an_actor_that_does_not_start_is_given_up(tmp_path: Path) -> None:
+def test_an_actor_that_does_not_start_is_abandoned(tmp_path: Path) -> None:
     remote = ray.remote(num_cpus=1, resources={"not to be had": 1})(Worker)
     workers = Workers(lambda: remote.remote(tmp_path), lambda: 1, lease_seconds=0.2)
     (failure,) = run(workers, ("a",))
     assert "no actor could be started within 0 s" in failure.error
 
 
-def test_a_job_that_gets_on_outlives_many_actors() -> None:
+def test_a_job_that_makes_progress_survives_many_actors() -> None:
     call = jobs._Call(0, "train", (), Watch())
     workers = Workers(lambda: None, lambda: 0)
     for steps in range(1, 3 * DEATHS):
@@ -340,7 +338,7 @@ def test_a_job_that_gets_on_outlives_many_actors() -> None:
     assert "died 10 times" in failure.error
 
 
-def test_clocks_that_jump_end_no_lease(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clock_jumps_do_not_expire_a_lease(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.time()
     jumps = itertools.cycle([now - 10**6, now + 10**6])
     monkeypatch.setattr(time, "time", lambda: next(jumps))
@@ -351,7 +349,7 @@ def test_clocks_that_jump_end_no_lease(make: Make, monkeypatch: pytest.MonkeyPat
     assert watch.told == [("started", key) for key in keys]
 
 
-def test_an_expected_error_is_not_tried_again(make: Make, tmp_path: Path) -> None:
+def test_an_expected_error_is_not_retried(make: Make, tmp_path: Path) -> None:
     bad, good = run(make(), ("a", "expected"), ("b",))
     assert bad == Failure("a cannot be: choose another")
     assert good == "done b"
@@ -359,7 +357,9 @@ def test_an_expected_error_is_not_tried_again(make: Make, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("calls", [1, 3])
-def test_actors_that_cannot_start_say_why(make: Make, tmp_path: Path, calls: int) -> None:
+def test_the_reason_why_actors_cannot_start_is_reported(
+    make: Make, tmp_path: Path, calls: int
+) -> None:
     bad = run(make("expected"), *[(f"a{i}",) for i in range(calls)])
     message = "this node has another base: put the same files on every node"
     assert bad == [Failure(message)] * calls
@@ -378,7 +378,7 @@ def test_an_actor_that_fails_to_start_is_started_again(make: Make, tmp_path: Pat
     assert ATTEMPTS <= notes(tmp_path)["started"] <= 2 * ATTEMPTS
 
 
-def test_calls_fail_when_the_last_actor_died_and_none_starts(make: Make, tmp_path: Path) -> None:
+def test_calls_fail_if_the_last_actor_died_and_none_starts(make: Make, tmp_path: Path) -> None:
     [bad] = run(make("later"), ("a", "dies"))
     assert isinstance(bad, Failure)
     assert "no such device" in bad.error
@@ -393,7 +393,7 @@ def test_closing_frees_the_cores(make: Make, tmp_path: Path) -> None:
     assert run(make(), ("c",), ("d",)) == ["done c", "done d"]  # would wait for ever
 
 
-def test_actors_are_sized_by_the_cluster() -> None:
+def test_actor_sizes_follow_the_cluster() -> None:
     assert actor_options(ClusterConfig(), {}) == {"num_cpus": 1, "num_gpus": 0}
     for cores, count in ((1, 2), (2, 1), (0.5, 4), (3, 0)):
         assert room(actor_options(ClusterConfig(cpus_per_actor=cores), {})) == count
@@ -406,7 +406,7 @@ def test_actors_are_sized_by_the_cluster() -> None:
         check_room(ClusterConfig(), {}, ranks=3)
 
 
-def test_a_connection_of_the_caller_is_used_and_left_open() -> None:
+def test_an_existing_connection_is_used_and_left_open() -> None:
     with Cluster() as cluster:
         cluster.connect()
         assert ray.cluster_resources()["CPU"] == 2

@@ -31,7 +31,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
     return Folder(uris[request.param])
 
 
-def test_write_read_and_overwrite(folder: Folder) -> None:
+def test_a_file_can_be_written_read_and_overwritten(folder: Folder) -> None:
     assert not folder.exists("objects/a.bin")
     folder.write("objects/a.bin", b"one")
     assert folder.exists("objects/a.bin")
@@ -56,7 +56,7 @@ def test_names_are_sorted_relative_and_filtered(folder: Folder) -> None:
     assert folder.names("a/1") == ["a/10"]
 
 
-def test_bytes_are_stored_as_they_are(folder: Folder) -> None:
+def test_bytes_are_stored_unchanged(folder: Folder) -> None:
     """Above all, a name such as x.gz must not make pyarrow compress or decompress."""
     data = bytes(range(256)) * 10
     for name in ("x.gz", "x.zst", "x.parquet"):
@@ -64,7 +64,7 @@ def test_bytes_are_stored_as_they_are(folder: Folder) -> None:
         assert folder.read(name) == data
 
 
-def test_delete(folder: Folder) -> None:
+def test_delete_removes_a_file(folder: Folder) -> None:
     folder.write("a", b"")
     folder.delete("a")
     assert folder.names() == []
@@ -74,7 +74,7 @@ def test_delete(folder: Folder) -> None:
     folder.delete("no/such/folder", missing_ok=True)
 
 
-def test_missing_file_is_named(folder: Folder) -> None:
+def test_a_missing_file_is_named(folder: Folder) -> None:
     with pytest.raises(PhatgooseError, match=r"cannot read .*pool/jobs/a\.json") as raised:
         folder.read("jobs/a.json")
     assert "\n" not in str(raised.value)
@@ -89,7 +89,7 @@ BAD_NAMES = ["", "/etc/x", "..", "../x", "a/../x", "a//b", "./a", ".a", "a/.b", 
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
-def test_names_stay_inside_the_folder(folder: Folder, name: str) -> None:
+def test_names_cannot_leave_the_folder(folder: Folder, name: str) -> None:
     calls: list[Any] = [folder.read, folder.exists, folder.path, folder.local, folder.delete]
     calls += [lambda n: folder.write(n, b"x"), lambda n: folder.create(n, b"x")]
     for call in calls:
@@ -109,7 +109,7 @@ def test_every_accepted_name_is_below_the_folder(name: str) -> None:
     assert path.startswith("/pool/")
 
 
-def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_are_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for uri in ("pool", "./pool/", tmp_path / "pool", f"{tmp_path.as_uri()}/pool/"):
         folder = Folder(uri)
@@ -124,12 +124,12 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert remote.local("a/b") is None
 
 
-def test_spaces_in_paths(tmp_path: Path) -> None:
+def test_paths_may_contain_spaces(tmp_path: Path) -> None:
     Folder(tmp_path / "a b%20").write("x", b"1")
     assert Folder((tmp_path / "a b%20").as_uri()).read("x") == b"1"
 
 
-def test_options_stay_at_the_end_and_secrets_are_not_shown() -> None:
+def test_options_stay_at_the_end_and_secrets_are_hidden() -> None:
     folder = Folder("s3://key:secret@bucket/pool?region=eu-west-1&endpoint_override=localhost:1")
     assert folder.path("a").startswith("s3://key:secret@bucket/pool/a?region=")
     assert str(folder) == "s3://bucket/pool"
@@ -137,12 +137,12 @@ def test_options_stay_at_the_end_and_secrets_are_not_shown() -> None:
         folder.path("../a")
 
 
-def test_unknown_filesystem() -> None:
+def test_an_unknown_filesystem_is_refused() -> None:
     with pytest.raises(PhatgooseError, match="cannot open the folder nowhere://a/b"):
         Folder("nowhere://user:secret@a/b")
 
 
-def test_a_folder_travels_to_another_process(tmp_path: Path) -> None:
+def test_a_folder_can_be_sent_to_another_process(tmp_path: Path) -> None:
     folder = pickle.loads(pickle.dumps(Folder(tmp_path)))
     folder.write("a", b"x")
     assert folder.read("a") == b"x"
@@ -184,13 +184,13 @@ def test_refused_writes_name_the_file(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_in_the_way(tmp_path: Path) -> None:
+def test_a_file_in_place_of_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "pool").write_text("not a folder")
     with pytest.raises(PhatgooseError, match=rf"{tmp_path}/pool"):
         Folder(tmp_path / "pool").check_writable()
 
 
-def test_entries_tell_size_and_time(folder: Folder) -> None:
+def test_entries_have_size_and_time(folder: Folder) -> None:
     before = time.time()
     folder.write("a/b", b"12345")
     [entry] = folder.entries("a/")
@@ -208,7 +208,7 @@ def test_many_files_are_found_in_order(folder: Folder) -> None:
     assert isinstance(error, PhatgooseError)
 
 
-def test_the_root_of_a_bucket(s3: S3Server) -> None:
+def test_the_root_of_a_bucket_is_a_folder(s3: S3Server) -> None:
     s3.make_bucket("whole")
     folder = Folder(s3.uri("", "whole"))
     folder.write("a/b", b"1")
@@ -217,7 +217,7 @@ def test_the_root_of_a_bucket(s3: S3Server) -> None:
     assert Folder(s3.uri("", "whole")).read("a/b") == b"1"
 
 
-def test_a_listing_has_all_pages(s3: S3Server, tmp_path: Path) -> None:
+def test_a_listing_includes_all_pages(s3: S3Server, tmp_path: Path) -> None:
     folder = Folder(s3.uri(tmp_path.name))
     names = [f"jobs/{number:05}" for number in range(1100)]
     for name in names:
@@ -231,7 +231,7 @@ def _create_all(uri: str, mine: bytes, made: Any) -> None:
 
 
 @pytest.mark.parametrize("place", ["local", "s3"])
-def test_of_many_creators_one_makes_the_file(
+def test_only_one_of_many_creators_makes_the_file(
     place: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     uri = str(tmp_path)
@@ -247,7 +247,7 @@ def test_of_many_creators_one_makes_the_file(
     assert Folder(uri).names() == sorted(map(str, range(30)))
 
 
-def test_a_store_without_conditional_writes_is_refused_at_the_start(tmp_path: Path) -> None:
+def test_a_store_without_conditional_writes_is_refused_immediately(tmp_path: Path) -> None:
     with s3_server({"TEST_S3_WITHOUT_CONDITIONS": "1"}) as server:
         folder = Folder(server.uri(tmp_path.name))
         with pytest.raises(PhatgooseError, match=r"overwrites a file .*If-None-Match"):
@@ -257,7 +257,7 @@ def test_a_store_without_conditional_writes_is_refused_at_the_start(tmp_path: Pa
         assert folder.names() == []
 
 
-def test_other_filesystems_hold_results_but_no_registry() -> None:
+def test_other_filesystems_can_hold_results_but_not_a_registry() -> None:
     folder = Folder("mock:///pool")  # pyarrow's, in memory
     folder.write("a/b", b"1")
     assert (folder.read("a/b"), folder.names(), folder.exists("a")) == (b"1", ["a/b"], False)
@@ -267,7 +267,7 @@ def test_other_filesystems_hold_results_but_no_registry() -> None:
         folder.check_writable()
 
 
-def test_credentials_and_options_of_a_uri(
+def test_credentials_and_options_of_a_uri_are_used(
     s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Folder(s3.uri("one")).write("a", b"1")
@@ -290,7 +290,7 @@ def test_credentials_and_options_of_a_uri(
         Folder("s3:///one")
 
 
-def test_a_bucket_that_is_not_there(s3: S3Server) -> None:
+def test_a_missing_bucket_is_refused(s3: S3Server) -> None:
     folder = Folder(s3.uri("pool", "nowhere"))
     with pytest.raises(PhatgooseError, match=r"cannot create s3://nowhere/pool/check-") as raised:
         folder.check_writable()
@@ -305,7 +305,7 @@ def test_other_object_stores_open_without_a_request(monkeypatch: pytest.MonkeyPa
         assert Folder(uri).local("x") is None
 
 
-def test_a_link_whose_reply_was_lost_counts(
+def test_a_link_succeeds_if_only_its_reply_was_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a network filesystem does: the link is made, and made again when no reply comes."""
@@ -330,7 +330,7 @@ def small(tmp_path: Path) -> Iterator[Path]:
         yield disk
 
 
-def test_a_full_disk_leaves_what_there_was(small: Path) -> None:
+def test_a_full_disk_leaves_the_previous_content(small: Path) -> None:
     folder = Folder(small / "pool")
     folder.write("a", b"earlier")
     for call in (folder.write, folder.create):

@@ -18,7 +18,7 @@ def name_of_a_dead_process() -> str:
     return done.stdout.strip()
 
 
-def test_what_dead_processes_left_goes_and_all_else_stays(tmp_path: Path) -> None:
+def test_only_files_left_by_dead_processes_are_removed(tmp_path: Path) -> None:
     (tmp_path / "journal").mkdir()
     (tmp_path / "packs").mkdir()
     dead = tmp_path / "journal" / name_of_a_dead_process()
@@ -37,11 +37,11 @@ def test_what_dead_processes_left_goes_and_all_else_stays(tmp_path: Path) -> Non
     assert remove_left_over(Folder(tmp_path)) == 0
 
 
-def test_a_folder_that_is_not_there_has_nothing_left_over(tmp_path: Path) -> None:
+def test_a_missing_folder_has_no_leftovers(tmp_path: Path) -> None:
     assert remove_left_over(Folder(tmp_path / "nothing")) == 0
 
 
-def test_no_two_names_are_the_same() -> None:
+def test_temporary_names_are_unique() -> None:
     names = {temporary_name() for _ in range(10)}
     assert len(names) == 10
     assert all(f"-{os.getpid()}-" in name and name.startswith(".") for name in names)

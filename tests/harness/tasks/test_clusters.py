@@ -55,7 +55,7 @@ def test_documents_about_one_passage_are_one_cluster() -> None:
     assert partition(rows) == [["a", "b"], ["c"], ["x0"], ["x1"], ["x2"]]
 
 
-def test_the_document_s_own_words_count_where_there_are_some() -> None:
+def test_the_words_of_a_document_count_if_it_has_any() -> None:
     rows = [
         row("a", f"{PASSAGE}\nWho?", text="who is a"),
         row("b", f"{PASSAGE}\nWho?!", text="who is b"),
@@ -77,19 +77,19 @@ def test_documents_that_differ_in_numbers_are_one_cluster() -> None:
     assert found[:4] == [["a", "b"], ["c"], ["d"], ["e"]]
 
 
-def test_wording_that_most_documents_have_makes_no_cluster() -> None:
+def test_wording_shared_by_most_documents_does_not_make_a_cluster() -> None:
     rows = [row(f"d{i}", f"{PASSAGE}\nquestion {chr(97 + i)}") for i in range(4)]
     assert len(partition([*rows, *singles(2)])) == 6
 
 
-def test_sharing_that_chains_most_documents_together_makes_no_cluster() -> None:
+def test_chains_through_most_documents_do_not_make_a_cluster() -> None:
     lines = [f"{PASSAGE} {chr(97 + i)}" for i in range(7)]
     rows = [row(f"d{i}", f"{lines[i]}\n{lines[i + 1]}") for i in range(6)]
     assert len(partition(rows)) == 6
     assert len(partition([*rows, *singles(6)])) == 7  # here they are half
 
 
-def test_clusters_join_over_kinds() -> None:
+def test_clusters_of_different_kinds_are_joined() -> None:
     rows = [
         row("a", "one", cluster="row 1"),
         row("b", "two", cluster="row 1"),
@@ -99,14 +99,14 @@ def test_clusters_join_over_kinds() -> None:
     assert partition(rows)[0] == ["a", "b", "c"]
 
 
-def test_intervals_without_clusters_are_those_of_documents() -> None:
+def test_intervals_without_clusters_are_computed_over_documents() -> None:
     values_N1 = np.random.default_rng(0).normal(size=(30, 1))
     alone = resampled_means(values_N1, np.random.default_rng(1))
     each = resampled_means(values_N1, np.random.default_rng(1), np.arange(30))
     assert np.array_equal(alone, each)
 
 
-def test_copies_of_documents_make_no_interval_narrower() -> None:
+def test_copies_of_documents_do_not_narrow_an_interval() -> None:
     """Ten copies of each of 30 documents know no more than the 30."""
     values_N1 = np.random.default_rng(0).normal(size=(30, 1))
     copies_N1, clusters_N = np.repeat(values_N1, 10, axis=0), np.repeat(np.arange(30), 10)
@@ -117,14 +117,14 @@ def test_copies_of_documents_make_no_interval_narrower() -> None:
     assert b - a < (high - low) / 2
 
 
-def test_every_document_weighs_the_same() -> None:
+def test_every_document_has_the_same_weight() -> None:
     values_N1 = np.array([[0.0], [1.0], [1.0], [1.0]])
     means_B = resampled_means(values_N1, np.random.default_rng(0), np.array([0, 1, 1, 1]))[:, 0]
     # Two clusters are drawn: both the first, one of each, both the second.
     assert {*np.round(means_B, 6)} == {0.0, 0.75, 1.0}
 
 
-def test_the_standard_error_is_that_of_clusters() -> None:
+def test_the_standard_error_accounts_for_clusters() -> None:
     """Against Miller's formula (arXiv 2411.00640, section 2.2)."""
     rng = np.random.default_rng(3)
     sizes = rng.integers(1, 6, size=400)

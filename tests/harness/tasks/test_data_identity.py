@@ -78,7 +78,7 @@ def test_an_edited_data_file_is_read_again(folder: Path) -> None:
     assert [row["correct"] for row in rows(folder)] == [[1]] * 12
 
 
-def test_an_edit_that_keeps_size_and_time_is_seen(folder: Path) -> None:
+def test_an_edit_that_keeps_size_and_time_is_noticed(folder: Path) -> None:
     file = folder / "docs.jsonl"
     before = file.stat()
     assert rows(folder)[0]["correct"] == [0]
@@ -119,7 +119,7 @@ def write_own_dataset(folder: Path, function: str) -> None:
     file.write_text(task + f"custom_dataset: !function utils.{function}\n")
 
 
-def test_a_file_that_own_code_reads_is_read_again(folder: Path) -> None:
+def test_a_file_read_by_custom_code_is_read_again(folder: Path) -> None:
     """It lies outside all folders whose files count by themselves."""
     write_own_dataset(folder, "make")
     assert [row["input"] for row in rows(folder)] == ["one", "two"]
@@ -129,7 +129,7 @@ def test_a_file_that_own_code_reads_is_read_again(folder: Path) -> None:
     assert [row["input"] for row in rows(folder)] == ["one", "two"]
 
 
-def test_own_code_that_draws_documents_is_refused(folder: Path) -> None:
+def test_custom_code_that_draws_documents_is_refused(folder: Path) -> None:
     write_own_dataset(folder, "draw")
     with pytest.raises(PhatgooseError, match="own code draws documents: seed it there"):
         rows(folder)
@@ -165,7 +165,7 @@ def test_data_named_in_an_overlay_is_read_again(
     assert [row["correct"] for row in rows(folder, **keys)] == [[1]] * 5
 
 
-def test_nothing_is_read_again_for_nothing(folder: Path) -> None:
+def test_unchanged_data_are_not_read_again(folder: Path) -> None:
     (spec,) = task_specs(group(folder))
     before = folder_of(spec)
     os.utime(folder / "docs.jsonl")
@@ -183,7 +183,7 @@ def test_nothing_is_read_again_for_nothing(folder: Path) -> None:
         ),
     ],
 )
-def test_other_sources_go_by_content_too(
+def test_other_sources_are_identified_by_content_too(
     tmp_path: Path, make: Callable[[Path], dict[str, Any]]
 ) -> None:
     def write(word: str) -> None:
@@ -204,7 +204,7 @@ def test_other_sources_go_by_content_too(
     assert folder_of(spec) != before
 
 
-def test_the_digest_of_a_folder(tmp_path: Path) -> None:
+def test_the_digest_of_a_folder_covers_names_and_content(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.txt").write_text("a")
     (tmp_path / ".git").mkdir()

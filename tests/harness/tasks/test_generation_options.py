@@ -34,7 +34,7 @@ from phatgoose.errors import PhatgooseError
         ({"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0}, 256, ()),
     ],
 )
-def test_options_are_obeyed_or_change_nothing(
+def test_options_are_honored_or_change_nothing(
     given_options: dict[str, Any], tokens: int, until: tuple[str, ...]
 ) -> None:
     before = {**given_options}
@@ -106,7 +106,7 @@ VALUES = st.one_of(
 
 
 @given(st.dictionaries(st.sampled_from(KEYS), VALUES))
-def test_any_options_are_obeyed_or_refused(options: dict[str, Any]) -> None:
+def test_any_options_are_honored_or_refused(options: dict[str, Any]) -> None:
     found = None
     with contextlib.suppress(PhatgooseError):
         found = generation_options("toy", options)

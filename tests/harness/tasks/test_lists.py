@@ -55,7 +55,7 @@ P3 = [spec for spec in specs_of(*EXPECTED) if spec.source == "p3"]
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_a_list_has_the_tasks_of_the_paper_in_order(name: str) -> None:
+def test_a_list_contains_the_tasks_of_the_paper_in_order(name: str) -> None:
     count, first, last = EXPECTED[name]
     names = [spec.name for spec in specs_of(name)]
     assert (len(names), names[0], names[-1]) == (count, first, last)
@@ -74,7 +74,7 @@ def test_a_list_names_no_task_twice(name: str) -> None:
     assert len(keys) == len(set(keys)) == EXPECTED[name][0]
 
 
-def test_kinds_of_tasks() -> None:
+def test_tasks_have_the_expected_kinds() -> None:
     """36 + 7 of the pool and 11 of the suite are P3's; generated answers have limit and metric."""
     specs = specs_of(*EXPECTED)
     assert len(P3) == 36 + 7 + 11
@@ -93,7 +93,7 @@ def test_kinds_of_tasks() -> None:
 
 
 @pytest.mark.parametrize("spec", P3, ids=lambda spec: spec.name)
-def test_a_data_set_is_read_as_hub_ids_says(spec: TaskSpec) -> None:
+def test_a_data_set_is_read_under_the_id_in_hub_ids(spec: TaskSpec) -> None:
     options = options_of(Options, spec)
     known = by_hub_id()[spec.members[0]]
     assert options.revision == known.get("revision", "")
@@ -103,7 +103,7 @@ def test_a_data_set_is_read_as_hub_ids_says(spec: TaskSpec) -> None:
     assert {options.train_split, options.evaluation_split} - {""} <= splits
 
 
-def test_hub_ids_say_what_shows_them() -> None:
+def test_hub_ids_have_evidence() -> None:
     used = {spec.members[0] for spec in P3} | {DATA_SET, "SaylorTwift/bbh"}
     known = by_hub_id()
     assert set(known) == used
@@ -113,7 +113,7 @@ def test_hub_ids_say_what_shows_them() -> None:
         assert len(entry["evidence"]) > 20
 
 
-def test_every_template_that_is_named_is_one_of_promptsource() -> None:
+def test_every_named_template_exists_in_promptsource() -> None:
     try:
         templates_of("ag_news")
     except PhatgooseError as error:
@@ -126,7 +126,7 @@ def test_every_template_that_is_named_is_one_of_promptsource() -> None:
         assert names.issuperset(options.ignore or ()), spec.name
 
 
-def test_splits_are_found_where_the_hub_has_them(tmp_path: Path) -> None:
+def test_splits_with_other_names_on_the_hub_are_found(tmp_path: Path) -> None:
     """The three data sets of the lists whose splits are called otherwise, laid out as they are."""
     rows = [{"text": "a goose"}]
     anli = {f"{part}_r{i}": rows for part in ("train", "dev", "test") for i in (1, 2, 3)}

@@ -59,7 +59,7 @@ def run(lm: LM, data: TaskData) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return found["results"]["toy"], found["samples"]["toy"]
 
 
-def test_multiple_choice(tmp_path: Path) -> None:
+def test_multiple_choice_is_scored_by_lm_eval(tmp_path: Path) -> None:
     records = [
         Record("toy", "1", "p1\nA: ", ["no"], ["yes, indeed", "no"], [1]),
         Record("toy", "2", "p2\nA: ", ["b", "cc"], ["aaaa", "b", "cc"], [1, 2]),
@@ -92,7 +92,7 @@ def test_multiple_choice(tmp_path: Path) -> None:
     assert samples[1]["doc"]["correct"] == [1, 2]
 
 
-def test_generation(tmp_path: Path) -> None:
+def test_generation_is_scored_by_lm_eval(tmp_path: Path) -> None:
     records = [
         Record("toy", "1", "one ", ["three", "3"], [], []),
         Record("toy", "2", "two ", ["three"], [], []),
@@ -111,7 +111,7 @@ def test_generation(tmp_path: Path) -> None:
     assert samples[3]["filtered_resps"] == ["drei"]
 
 
-def test_one_right_choice_in_the_first_document_does_not_hide_several_later(tmp_path: Path) -> None:
+def test_a_first_document_with_one_right_choice_does_not_hide_several_later(tmp_path: Path) -> None:
     """lm-eval decides by the first document whether targets are lists."""
     records = [
         Record("toy", "1", "p", ["a"], ["a", "b"], [0]),
@@ -122,7 +122,7 @@ def test_one_right_choice_in_the_first_document_does_not_hide_several_later(tmp_
     assert results["acc,none"] == 1.0
 
 
-def test_split_and_limit_choose_the_documents(archive: Archive) -> None:
+def test_split_and_limit_select_the_documents(archive: Archive) -> None:
     examples = [{"input": f"question {i}", "target": "x"} for i in range(60)]
     path = archive({"toy": {"examples": examples}})
 

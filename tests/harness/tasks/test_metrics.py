@@ -11,7 +11,7 @@ from harness.tasks.metrics import bigbench_grade, bigbench_low, bigbench_normali
 GRADES = st.lists(st.integers(0, 4).map(lambda n: n / 4), min_size=1, max_size=6)
 
 
-def test_the_grade_is_that_of_the_likeliest_choice() -> None:
+def test_the_grade_is_the_score_of_the_likeliest_choice() -> None:
     row = {"grades": [0.0, 0.5, 1.0]}
     assert bigbench_grade(row, [-3.0, -1.0, -2.0]) == 0.5
     assert bigbench_grade(row, [-3.0, -2.0, -1.0]) == 1.0
@@ -39,7 +39,7 @@ def test_chance_is_the_mean_grade_of_the_choices() -> None:
 
 
 @given(st.lists(GRADES, min_size=1, max_size=8))
-def test_guessing_every_choice_alike_scores_chance(grades: list[list[float]]) -> None:
+def test_uniform_guessing_scores_chance(grades: list[list[float]]) -> None:
     """The expected grade of a guess, written out with one try for each choice."""
     rows = [{"grades": own} for own in grades]
     expected = [

@@ -58,18 +58,18 @@ def test_prepare_writes_both_splits_of_all_members(archive: Archive) -> None:
     assert all(r.choices == ["Yes", "No"] for r in all_records(colours))
 
 
-def test_the_canaries_go_with_the_data(archive: Archive) -> None:
+def test_canaries_are_stored_with_the_data(archive: Archive) -> None:
     data = prepare(SUMS, archive(TASKS))
     assert data.origin is not None
     assert data.origin["canary"] == "canary GUID 1\ncanary GUID 2"
 
 
-def test_the_second_time_needs_no_archive(archive: Archive, tmp_path: Path) -> None:
+def test_preparing_again_does_not_need_the_archive(archive: Archive, tmp_path: Path) -> None:
     first = prepare_all([SUMS, COLOURS], from_archive(archive(TASKS)))
     assert prepare_all([SUMS, COLOURS], from_archive(tmp_path / "missing")) == first
 
 
-def test_an_interrupted_preparation_is_made_anew(archive: Archive) -> None:
+def test_an_interrupted_preparation_is_repeated(archive: Archive) -> None:
     path = archive(TASKS)
     first = prepare(SUMS, path)
     rows = all_records(first)
@@ -87,7 +87,7 @@ def test_an_interrupted_preparation_is_made_anew(archive: Archive) -> None:
         TaskSpec("plus", ("sums/1", "sums/2")),
     ],
 )
-def test_whatever_changes_records_changes_the_fingerprint(
+def test_everything_that_changes_records_changes_the_fingerprint(
     archive: Archive, changed: TaskSpec
 ) -> None:
     path = archive(TASKS)
@@ -102,7 +102,7 @@ def test_how_a_task_is_evaluated_does_not_change_its_data(archive: Archive) -> N
     assert (first.train, first.fingerprint) == (other.train, other.fingerprint)
 
 
-def test_a_faulty_task_is_named_and_leaves_nothing(archive: Archive, cache: Path) -> None:
+def test_an_invalid_task_is_named_and_leaves_no_files(archive: Archive, cache: Path) -> None:
     with pytest.raises(
         PhatgooseError,
         match="task odd: BIG-bench task broken, example 1: none of the choices is right",
@@ -119,7 +119,7 @@ def test_an_archive_with_another_hash_is_never_read(archive: Archive, cache: Pat
     assert not list(cache.rglob("*.parquet"))
 
 
-def test_task_specs_take_defaults_from_the_group() -> None:
+def test_task_specs_inherit_defaults_from_the_group() -> None:
     group = {
         "name": "small",
         "limit": 40,
@@ -148,7 +148,7 @@ def test_task_specs_take_defaults_from_the_group() -> None:
         (None, "members must (be a list|say what)"),
     ],
 )
-def test_mistakes_in_a_task_name_it(task: dict[str, Any] | None, reason: str) -> None:
+def test_an_error_in_a_task_names_the_task(task: dict[str, Any] | None, reason: str) -> None:
     with pytest.raises(PhatgooseError, match=reason) as caught:
         task_specs({"name": "small", "tasks": {"sums": task}})
     assert "sums" in str(caught.value)
@@ -160,7 +160,7 @@ def test_names_that_could_become_other_paths_are_refused(name: str) -> None:
         TaskSpec(name, ("x",))
 
 
-def test_the_demo_evaluates_on_nothing_it_trains_on() -> None:
+def test_the_demo_does_not_evaluate_on_training_data() -> None:
     folder = Path(harness.conf.__path__[0])
     pool, suite = (
         task_specs(yaml.safe_load((folder / group / "demo.yaml").read_text()))

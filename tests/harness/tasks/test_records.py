@@ -11,7 +11,7 @@ def record(text: str, **changes: object) -> Record:
     return Record("some_task", document_id("some_task", text), text, **values)  # type: ignore[arg-type]
 
 
-def test_split_and_document_are_fixed_for_ever() -> None:
+def test_split_and_document_ids_never_change() -> None:
     """By hand: `printf 'plural\\nthis is a boy' | sha256sum`; its last 8 digits are 3 modulo 5."""
     assert document_id("plural", "This is  a boy\n") == "3e98c260e9542466"
     assert split_of("plural", "This is  a boy\n") == "train"
@@ -31,7 +31,7 @@ def test_split_keeps_about_one_fifth_for_evaluation_and_depends_on_the_task() ->
     assert splits["a"] != splits["b"]
 
 
-def test_punctuation_tells_documents_apart() -> None:
+def test_punctuation_distinguishes_documents() -> None:
     assert document_id("sums", "5 + 3") != document_id("sums", "5 - 3")
 
 
@@ -46,11 +46,11 @@ def test_punctuation_tells_documents_apart() -> None:
         (record("x", choices=["yes", "no"], correct=[0], grades=[1.0]), "1 grades for 2 choices"),
     ],
 )
-def test_a_faulty_record_names_its_place(faulty: Record, reason: str) -> None:
+def test_an_invalid_record_is_reported_with_its_location(faulty: Record, reason: str) -> None:
     with pytest.raises(PhatgooseError, match=f"^x.jsonl, line 3: .*{reason}"):
         check_record(faulty, "x.jsonl, line 3")
 
 
-def test_a_good_record_passes() -> None:
+def test_a_valid_record_is_accepted() -> None:
     check_record(record("x"), "here")
     check_record(record("x", choices=["a", "b"], correct=[1], grades=[0.0, 0.5]), "here")

@@ -31,7 +31,7 @@ def write(
     return store.read_task(folder)
 
 
-def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+def test_records_are_read_as_they_were_written(tmp_path: Path) -> None:
     train = [record("ça va ?\nA: ", targets=["oui", "yes"]), record("and you?", text="you")]
     graded = record("pick", targets=["b"], choices=["a", "b"], correct=[1], grades=[0.0, 0.7])
     folder = tmp_path / "task"
@@ -48,7 +48,7 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.integers(0, 30), min_size=1), st.sampled_from([1, 3, 7, 1000]))
-def test_any_stream_is_sorted_without_repeats_whatever_fits_in_memory(
+def test_any_stream_is_sorted_and_deduplicated_for_any_buffer_size(
     numbers: list[int], in_memory: int
 ) -> None:
     """Against a plain dictionary, over every size of the buffer and of the shards."""
@@ -67,7 +67,7 @@ def test_any_stream_is_sorted_without_repeats_whatever_fits_in_memory(
         assert file.counts["train"] == len(expected)
 
 
-def test_the_fingerprint_is_of_what_is_trained_on(tmp_path: Path) -> None:
+def test_the_fingerprint_covers_the_training_data(tmp_path: Path) -> None:
     """By hand: the six first fields of each record, as JSON lists, split by split."""
     one, two = record("one"), record("two")
     expected = hashlib.sha256(b"evaluation\n")
@@ -83,9 +83,7 @@ def test_the_fingerprint_is_of_what_is_trained_on(tmp_path: Path) -> None:
     assert len(set(prints)) == 3
 
 
-def test_shards_hold_no_more_than_they_should(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shards_do_not_exceed_their_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "_ROWS_PER_SHARD", 100)
     write(tmp_path / "task", [record(f"question {i}") for i in range(1000)], [])
     shards = store.shards(tmp_path / "task" / "train")
@@ -119,7 +117,7 @@ def test_a_large_task_is_never_held_in_memory(
         ([record("x"), record("y", choices=["yes"], correct=[0])], [], "mixes"),
     ],
 )
-def test_a_task_of_no_kind_is_named_and_leaves_nothing(
+def test_a_task_without_a_kind_is_named_and_leaves_no_files(
     tmp_path: Path, train: list[Record], evaluation: list[Record], reason: str
 ) -> None:
     with pytest.raises(PhatgooseError, match=f"some_task.*{reason}"):
@@ -127,7 +125,7 @@ def test_a_task_of_no_kind_is_named_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_stream_that_breaks_leaves_nothing(tmp_path: Path) -> None:
+def test_a_stream_that_fails_leaves_no_files(tmp_path: Path) -> None:
     def stream() -> Iterator[tuple[Split, Record]]:
         for i in range(50):
             yield "train", record(f"question {i}")
@@ -138,7 +136,7 @@ def test_a_stream_that_breaks_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_of_two_writers_the_first_stays(tmp_path: Path) -> None:
+def test_the_first_of_two_writers_wins(tmp_path: Path) -> None:
     first = write(tmp_path / "task", [record("one")], [])
     before = (tmp_path / "task" / "task.json").stat().st_mtime_ns
     assert write(tmp_path / "task", [record("one")], []) == first

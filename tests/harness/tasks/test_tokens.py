@@ -40,7 +40,7 @@ def data(tmp_path: Path) -> TaskData:
 
 
 @pytest.mark.parametrize("which", ["llama", "t5"])
-def test_examples_are_what_training_makes_of_their_texts(
+def test_token_examples_match_the_tokenization_of_training(
     request: pytest.FixtureRequest, which: str, data: TaskData
 ) -> None:
     base: Base = request.getfixturevalue(which)
@@ -58,7 +58,7 @@ def test_examples_are_what_training_makes_of_their_texts(
         part[len(part)]
 
 
-def test_they_are_made_once_per_tokenizer(llama: Base, t5: Base, data: TaskData) -> None:
+def test_token_examples_are_made_once_per_tokenizer(llama: Base, t5: Base, data: TaskData) -> None:
     def files() -> dict[str, int]:
         import os
 
@@ -76,7 +76,7 @@ def test_they_are_made_once_per_tokenizer(llama: Base, t5: Base, data: TaskData)
     assert len(files()) == 4
 
 
-def test_an_expert_comes_out_the_same_from_texts_and_from_tokens(
+def test_an_expert_is_the_same_from_texts_and_from_tokens(
     llama_folder: Path, data: TaskData, tmp_path: Path
 ) -> None:
     recipe: Recipe = toy_config(llama_folder, tmp_path / "run").train
@@ -92,7 +92,7 @@ def test_an_expert_comes_out_the_same_from_texts_and_from_tokens(
 
 
 @pytest.mark.parametrize("which", ["llama", "t5"])
-def test_a_target_of_no_token_is_refused_with_its_example(
+def test_a_target_without_tokens_is_refused_with_its_example(
     request: pytest.FixtureRequest, which: str, tmp_path: Path
 ) -> None:
     base: Base = request.getfixturevalue(which)

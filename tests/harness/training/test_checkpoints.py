@@ -24,7 +24,7 @@ def checkpoints(tmp_path: Path, job: str = "job", **changes: Any) -> FolderCheck
     return FolderCheckpoints(Folder(tmp_path), job, dataclasses.replace(RECIPE, **changes))
 
 
-def test_it_is_found_until_it_is_deleted(kept: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_found_until_it_is_deleted(kept: Path, tmp_path: Path) -> None:
     state = checkpoints(tmp_path).load()
     assert state == State("lora", step=3)
     assert checkpoints(tmp_path, micro_batch_size=1).load() == state
@@ -34,7 +34,7 @@ def test_it_is_found_until_it_is_deleted(kept: Path, tmp_path: Path) -> None:
     assert checkpoints(tmp_path).load() is None
 
 
-def test_one_that_cannot_be_used_costs_a_line(
+def test_an_unusable_checkpoint_is_ignored_with_a_message(
     kept: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert checkpoints(tmp_path, seed=1).load() is None
@@ -60,7 +60,9 @@ def test_a_full_disk_does_not_end_a_training(
     assert caplog.messages == ["no checkpoint at step 3: no space"]
 
 
-def test_when_it_is_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_is_due_after_an_interval(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     own = FolderCheckpoints(Folder(tmp_path), "job", RECIPE, 60)
@@ -76,7 +78,7 @@ def test_when_it_is_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert other_rank.load() is None
 
 
-def test_those_of_finished_jobs_are_deleted(kept: Path, tmp_path: Path) -> None:
+def test_checkpoints_of_finished_jobs_are_deleted(kept: Path, tmp_path: Path) -> None:
     checkpoints(tmp_path, "other").save(State("lora", step=1))
     delete_checkpoints(Folder(tmp_path), {"job", "another"})
     assert [path.name for path in kept.parent.iterdir()] == ["other.safetensors"]

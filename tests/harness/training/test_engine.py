@@ -70,7 +70,7 @@ def train(base: Base, recipe: Recipe = RECIPE, **options: Any) -> tuple[Expert, 
 
 
 @pytest.mark.parametrize("micro_batch_size", [6, 2], ids=["whole", "accumulated"])
-def test_deepspeed_trains_as_plain_pytorch_does(
+def test_deepspeed_trains_like_plain_pytorch(
     base: Base, deepspeed: Any, micro_batch_size: int
 ) -> None:
     recipe = dataclasses.replace(RECIPE, micro_batch_size=micro_batch_size, clip=1e9)
@@ -89,7 +89,7 @@ def test_deepspeed_trains_as_plain_pytorch_does(
 
 
 @pytest.mark.parametrize("micro_batch_size", [6, 2], ids=["whole", "accumulated"])
-def test_deepspeed_clips_as_plain_pytorch_does(
+def test_deepspeed_clips_like_plain_pytorch(
     base: Base, deepspeed: Any, micro_batch_size: int
 ) -> None:
     recipe = dataclasses.replace(RECIPE, micro_batch_size=micro_batch_size)
@@ -108,7 +108,7 @@ def assert_alike(rows: list[CurveRow], expected: list[CurveRow], tolerance: floa
         assert (row.lr, row.exact_match, row.tokens) == (other.lr, other.exact_match, other.tokens)
 
 
-def test_the_same_job_gives_the_same_bits(llama: Base, deepspeed: Any) -> None:
+def test_the_same_job_gives_identical_weights(llama: Base, deepspeed: Any) -> None:
     first, _ = train(llama, engine=deepspeed)
     second, _ = train(llama, engine=deepspeed)
     assert first.content_hash() == second.content_hash()
@@ -126,7 +126,7 @@ def test_a_failed_job_leaves_the_engine_usable(llama: Base, deepspeed: Any) -> N
 
 
 @pytest.mark.parametrize("at", [[3], [12], [19], [24], [7, 9, 4]])
-def test_an_interrupted_job_ends_with_the_same_bits(
+def test_an_interrupted_job_gives_identical_weights(
     base: Base, deepspeed: Any, at: list[int]
 ) -> None:
     expected, rows = interrupted.train(base, engine=deepspeed)
@@ -135,5 +135,5 @@ def test_an_interrupted_job_ends_with_the_same_bits(
     assert expert.content_hash() == expected.content_hash()
 
 
-def test_nothing_was_compiled(deepspeed: Any, compiled: Path) -> None:
+def test_nothing_is_compiled(deepspeed: Any, compiled: Path) -> None:
     assert list(compiled.rglob("*")) == []

@@ -62,14 +62,14 @@ def assert_alike(found: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_two_ranks_train_as_one(
+def test_two_ranks_train_like_one(
     ranks: list[Any], folders: dict[str, Path], zero_stage: int, family: str
 ) -> None:
     assert_alike(on_both(ranks, family, zero_stage), alone(folders[family]))
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_what_two_ranks_began_one_can_end(
+def test_one_rank_can_resume_a_training_of_two(
     ranks: list[Any], folders: dict[str, Path], zero_stage: int
 ) -> None:
     data = on_both(ranks, "llama", zero_stage, 10)

@@ -44,7 +44,7 @@ def test_the_release_prompt_and_generation(tmp_path: Path) -> None:
     assert len(found) == 20
 
 
-def test_the_hub_copy_gives_the_same(tmp_path: Path) -> None:
+def test_the_hub_copy_gives_the_same_records(tmp_path: Path) -> None:
     write_release(tmp_path / "a", EXAMPLES)
     write_copy(tmp_path / "b", DATA_SET, {"test": EXAMPLES}, config="truth")
     write_copy(tmp_path / "b", DATA_SET, {"test": EXAMPLES[:1]}, config="other")
@@ -68,7 +68,7 @@ def test_broken_files_are_named(tmp_path: Path, examples: list[Any], reason: str
         records(tmp_path)
 
 
-def test_what_is_nowhere_is_named(tmp_path: Path) -> None:
+def test_missing_data_are_named(tmp_path: Path) -> None:
     with pytest.raises(PhatgooseError, match=r"no truth\.json in .*SaylorTwift/bbh truth.*folder="):
         records(tmp_path)
     with pytest.raises(PhatgooseError, match="is no task of BIG-Bench-Hard"):

@@ -88,7 +88,9 @@ COLOURS = {"red": 0, "blue": 1, "pink": 0, "grey": 0}
         ),
     ],
 )
-def test_prompt(definition: dict[str, Any], example: dict[str, Any], prompt: str) -> None:
+def test_the_prompt_follows_bigbench(
+    definition: dict[str, Any], example: dict[str, Any], prompt: str
+) -> None:
     assert prompt_of(definition, example) == prompt
 
 
@@ -139,13 +141,13 @@ def test_the_choices_of_the_file_outrank_its_free_text() -> None:
     assert record.targets == ["Yes"]
 
 
-def test_paper_style() -> None:
+def test_prompts_in_the_style_of_the_paper() -> None:
     record = records_of({"input": "How many?", "target": ["3", "three"]}, style="paper")
     assert record.input == "Q: How many?\nA:\nAnswer: "
     assert record.targets == ["three", "3"]
 
 
-def test_duplicates_collapse_and_repeated_inputs_stay_in_one_split() -> None:
+def test_duplicates_are_dropped_and_repeated_inputs_stay_in_one_split() -> None:
     once = {"input": "Mass of 1 l of water?", "target_scores": {"1 kg": 1, "2 kg": 0}}
     other_choices = {"input": "mass of 1 l of water?", "target_scores": {"1 kg": 1, "9 kg": 0}}
     records = made({"examples": [once, once]}, {"examples": [other_choices]}, name="physics")
@@ -177,7 +179,7 @@ def test_short_prefix_keeps_the_last_sentence() -> None:
         )
 
 
-def test_no_append() -> None:
+def test_choices_need_not_be_appended() -> None:
     source = {"examples": [{"input": "x", "target_scores": {"a": 1, "b": 0}}]}
     definition = parse_member("sum", json.dumps(source).encode(), Options(no_append=True))
     assert prompt_of(definition, definition["examples"][0]) == "\nQ: x\nA: "
@@ -208,7 +210,7 @@ def test_members_are_read_from_the_archive(archive: Archive) -> None:
     assert (task.description, task.origin["canary"]) == ("sums; small", "c")
 
 
-def test_several_tasks_are_read_in_one_pass_each_when_it_is_whole(archive: Archive) -> None:
+def test_several_tasks_are_read_in_one_pass_and_returned_when_complete(archive: Archive) -> None:
     """The order is that in which the archive completes them; a pattern is open to its end."""
     path = archive({name: ask(name) for name in ("a/1", "b", "a/2", "c")})
     specs = [TaskSpec("all", ("*",)), TaskSpec("a", ("a/1", "a/2")), TaskSpec("b", ("b",))]
@@ -226,7 +228,7 @@ def test_an_unknown_member_names_the_near_ones(archive: Archive) -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "not an archive"])
-def test_a_damaged_archive_is_one_clear_error(archive: Archive, damage: str) -> None:
+def test_a_damaged_archive_gives_one_clear_error(archive: Archive, damage: str) -> None:
     path = archive({"first": ask("x"), "operators": ask("y")})
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2] if damage == "truncated" else b"<html>404</html>")
@@ -248,7 +250,7 @@ def test_yes_and_no_become_choices() -> None:
         options([{"input": "x", "target": "Maybe."}], choices=["Yes.", "No."])
 
 
-def test_balance_and_cap_take_the_first_by_their_hashes() -> None:
+def test_balance_and_cap_keep_the_first_examples_by_hash() -> None:
     """Whatever the order in the file."""
     examples = [{"input": f"q{i}", "target": "yes" if i % 5 else "no"} for i in range(50)]
     balanced = options(examples, balance=True)
@@ -273,7 +275,7 @@ def test_shots_are_other_training_examples_after_the_prefix() -> None:
         )
 
 
-def test_examples_without_a_target_are_an_error_unless_they_are_left_out() -> None:
+def test_examples_without_a_target_are_an_error_unless_dropped() -> None:
     examples = [{"input": "x", "target": " "}, {"input": "y", "target": "z"}]
     with pytest.raises(PhatgooseError, match="BIG-bench task m, example 1: the target is empty"):
         options(examples)

@@ -39,7 +39,7 @@ def documents(*examples: dict[str, Any], **more: Any) -> int:
     return len({record.document for _, record in read(*examples, **more)})
 
 
-def test_questions_that_stand_in_hidden_choices_are_different_documents() -> None:
+def test_questions_contained_in_hidden_choices_are_different_documents() -> None:
     """As in logical_deduction: one paragraph, and a question for each place, in the choices."""
     hidden = {"append_choices_to_input": False}
     row = "An owl, a jay and a hen sit in a row. The owl is left of the jay."
@@ -54,7 +54,7 @@ def test_questions_that_stand_in_hidden_choices_are_different_documents() -> Non
     assert len({split for split, _ in records}) == 1
 
 
-def test_questions_without_an_input_are_told_apart_and_split() -> None:
+def test_questions_without_an_input_are_distinguished_and_split() -> None:
     """As in misconceptions_russian, whose prompts are empty: a claim and its negation are all."""
     empty = {
         "example_input_prefix": "",
@@ -67,7 +67,7 @@ def test_questions_without_an_input_are_told_apart_and_split() -> None:
     assert 3 <= sum(split == "evaluation" for split, _ in records) <= 24
 
 
-def test_other_answers_to_one_prompt_are_other_documents() -> None:
+def test_different_answers_to_one_prompt_are_different_documents() -> None:
     """As in gem/e2e_nlg; they stay in one split."""
     one, two = {"input": "name: Inn", "target": "An inn."}, {"input": "name: Inn", "target": "Inn!"}
     records = read(one, two, one)
@@ -75,7 +75,7 @@ def test_other_answers_to_one_prompt_are_other_documents() -> None:
     assert len({split for split, _ in records}) == 1
 
 
-def test_the_order_of_answers_case_and_spacing_tell_nothing() -> None:
+def test_the_order_of_answers_case_and_spacing_do_not_distinguish_documents() -> None:
     scores = {"up": 1, "down": 0}
     assert documents(
         {"input": "Where to?", "target_scores": scores},
@@ -85,14 +85,14 @@ def test_the_order_of_answers_case_and_spacing_tell_nothing() -> None:
     assert documents({"input": "n", "target": two}, {"input": "n", "target": two[::-1]}) == 1
 
 
-def test_cap_and_balance_keep_questions_that_stand_in_hidden_choices() -> None:
+def test_cap_and_balance_keep_questions_contained_in_hidden_choices() -> None:
     keys = {"append_choices_to_input": False}
     asked = [{"input": "x", "target_scores": {f"{n}": 1, "no": 0}} for n in range(9)]
     assert documents(*asked, keys=keys, load_opts={"cap": 5}) == 5
     assert len(read(*asked, *asked, keys=keys, load_opts={"cap": 20})) == 9
 
 
-def test_shots_stand_between_the_prefix_and_the_question() -> None:
+def test_shots_are_placed_between_the_prefix_and_the_question() -> None:
     """As in mult_data_wrangling, whose rule is hidden without them; also for multiple choice."""
     keys = {
         "task_prefix": "Cut it.\n",
@@ -117,7 +117,7 @@ def test_shots_stand_between_the_prefix_and_the_question() -> None:
             )
 
 
-def test_multiple_choice_that_is_labelled_as_exact_match_is_multiple_choice() -> None:
+def test_multiple_choice_labeled_as_exact_match_is_multiple_choice() -> None:
     """As in arithmetic and penguins_in_a_table."""
     labels = {"metrics": ["exact_str_match"], "preferred_score": "exact_str_match"}
     scores = {"6": 0.0, "5": 1.0}
@@ -137,14 +137,14 @@ def test_multiple_choice_that_is_labelled_as_exact_match_is_multiple_choice() ->
         ({"choices": [True, False]}, "yes and no need quotes"),
     ],
 )
-def test_options_that_cannot_be_meant_are_refused(load_opts: dict[str, Any], message: str) -> None:
+def test_contradictory_options_are_refused(load_opts: dict[str, Any], message: str) -> None:
     with pytest.raises(PhatgooseError, match=message):
         bigbench.check(TaskSpec("t", ("m",), load_opts=load_opts))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not ARCHIVE.exists(), reason=f"{ARCHIVE} has not been fetched")
-def test_suites_have_all_documents_of_the_archive() -> None:
+def test_suites_contain_all_documents_of_the_archive() -> None:
     specs = task_specs({"name": "suites", "lists": ["bbh", "bbl", "bbl_rest"], "style": "paper"})
     chosen = [spec for spec in specs if spec.name in DOCUMENTS]
     found = {

@@ -126,7 +126,7 @@ def record(definition: dict[str, Any], example: dict[str, Any], style: str) -> R
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_both_styles(name: str) -> None:
+def test_both_prompt_styles_match_prompts_written_by_hand(name: str) -> None:
     definition, example, bigbench, paper = CASES[name]
     assert record(definition, example, "bigbench").input == bigbench
     assert record(definition, example, "paper").input == paper
@@ -142,7 +142,7 @@ def archive() -> Path:
 
 
 @pytest.mark.slow(seconds=20)
-def test_all_core_groups_come_out_of_the_archive(archive: Path, cache: Path) -> None:
+def test_all_core_groups_are_read_from_the_archive(archive: Path, cache: Path) -> None:
     """Numbers of examples are those counted before, less those that repeat."""
     conf = Path(harness.conf.__path__[0]) / "pool" / "bigbench.yaml"
     specs = task_specs(yaml.safe_load(conf.read_text()))

@@ -23,7 +23,7 @@ def spec(folder: Path, **load_opts: Any) -> TaskSpec:
     return TaskSpec("poems", (FOLDER,), "flan", load_opts=load_opts, folder=str(folder))
 
 
-def test_rows_and_split_are_the_authors(tmp_path: Path) -> None:
+def test_rows_and_splits_match_the_authors(tmp_path: Path) -> None:
     """Against a few lines that follow their code: filter, shuffle, cut off the first tenth."""
     kinds = ("zs_opt", "fs_opt", "zs_noopt", "fs_noopt")
     rows = [row(i, kinds[i % 4]) for i in range(300)]
@@ -50,7 +50,7 @@ def test_rows_and_split_are_the_authors(tmp_path: Path) -> None:
     assert data.kind == "generation"
 
 
-def test_training_rows_above_the_cap_are_drawn_as_the_authors_draw_them() -> None:
+def test_training_rows_above_the_cap_are_drawn_as_by_the_authors() -> None:
     order = np.random.RandomState(1234).choice(1000, size=1000, replace=False)
     drawn = np.random.default_rng(42).choice(900, size=50, replace=False)
     split = split_rows(1000, 50)
@@ -66,7 +66,9 @@ def test_training_rows_above_the_cap_are_drawn_as_the_authors_draw_them() -> Non
         ([row(1, "fs_opt")], "has no zero-shot rows"),
     ],
 )
-def test_other_data_are_refused(tmp_path: Path, rows: list[dict[str, Any]], reason: str) -> None:
+def test_unexpected_data_are_refused(
+    tmp_path: Path, rows: list[dict[str, Any]], reason: str
+) -> None:
     write_saved(tmp_path, DATA_SET, FOLDER, {"train": rows})
     with pytest.raises(PhatgooseError, match=f"Poem Writing {reason}"):
         prepare(spec(tmp_path))

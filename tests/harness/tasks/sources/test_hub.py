@@ -37,7 +37,7 @@ def test_the_parquet_branch_and_saved_data_sets_are_read(tmp_path: Path) -> None
         hub.rows(saved, "test", str(tmp_path))
 
 
-def test_what_is_not_there_is_named_with_each_place_looked_in(tmp_path: Path) -> None:
+def test_missing_data_are_named_with_each_searched_location(tmp_path: Path) -> None:
     data = HubData("owner/quiz", config="easy")
     problem = hub.missing(data, str(tmp_path))
     assert problem is not None
@@ -88,7 +88,7 @@ def test_identity_changes_with_the_copy(tmp_path: Path) -> None:
     assert hub.identity(data, str(tmp_path)) != first
 
 
-def test_a_changed_copy_is_read_anew(tmp_path: Path) -> None:
+def test_a_changed_copy_is_read_again(tmp_path: Path) -> None:
     data = HubData("owner/quiz")
     write_copy(tmp_path, "owner/quiz", {"train": ROWS})
     assert len(hub.rows(data, "train", str(tmp_path))) == 5
@@ -107,7 +107,7 @@ def snapshot(cache: Path, path: str, commit: str) -> Path:
     return folder
 
 
-def test_what_was_downloaded_is_pinned_at_its_revision(tmp_path: Path, cache: Path) -> None:
+def test_downloads_are_pinned_to_their_revision(tmp_path: Path, cache: Path) -> None:
     old, new = "a" * 40, "b" * 40
     folder = snapshot(tmp_path / "hub-cache", "owner/quiz", old)
     write_copy(folder, "", {"train": ROWS})

@@ -77,7 +77,7 @@ def test_every_format_gives_the_same_records(tmp_path: Path, suffix: str) -> Non
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
-def test_the_right_choice_is_an_index_or_itself(tmp_path: Path, suffix: str) -> None:
+def test_the_right_choice_is_given_as_an_index_or_as_text(tmp_path: Path, suffix: str) -> None:
     found = {r.input: r for r in records(write(tmp_path / f"a{suffix}", CHOICES))}
     assert {text: record.correct for text, record in found.items()} == {
         "Is ice warm? ": [1],
@@ -94,7 +94,7 @@ def test_the_right_choice_is_an_index_or_itself(tmp_path: Path, suffix: str) -> 
         min_size=1,
     )
 )
-def test_any_texts_come_back_from_every_format(
+def test_any_texts_survive_every_format(
     tmp_path_factory: pytest.TempPathFactory, pairs: list[tuple[str, str]]
 ) -> None:
     folder = tmp_path_factory.mktemp("files")
@@ -122,7 +122,7 @@ def test_the_user_may_give_the_evaluation_split(tmp_path: Path) -> None:
     assert data.counts == {"train": 2, "evaluation": 1}
 
 
-def test_other_answers_to_one_prompt_are_other_examples(tmp_path: Path) -> None:
+def test_different_answers_to_one_prompt_are_different_examples(tmp_path: Path) -> None:
     same = [{"input": "Say it", "target": t} for t in ("a", "b", "a")]
     assert sorted(r.targets[0] for r in records(write(tmp_path / "a.jsonl", same))) == ["a", "b"]
 
@@ -251,7 +251,7 @@ GOOD = '{"input": "a", "target": "b"}\n'
         ("a.txt", "no", r"a\.txt does not end in \.jsonl, \.csv, \.tsv, \.parquet"),
     ],
 )
-def test_broken_files_are_one_error_with_their_place(
+def test_broken_files_give_one_error_with_the_location(
     tmp_path: Path, cache: Path, name: str, content: str | bytes, error: str
 ) -> None:
     text(content)(tmp_path / name)
@@ -261,13 +261,13 @@ def test_broken_files_are_one_error_with_their_place(
     assert not list(cache.rglob("*.parquet"))
 
 
-def test_a_mixture_of_kinds_is_refused(tmp_path: Path) -> None:
+def test_mixed_kinds_of_examples_are_refused(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [EXAMPLES[0], *CHOICES] * 1)
     with pytest.raises(PhatgooseError, match="mine mixes multiple choice with generation"):
         records(file, evaluation=[str(file)])
 
 
-def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(PhatgooseError, match=r"there is no .*gone\.jsonl"):
         records(tmp_path / "gone.jsonl")
     with pytest.raises(PhatgooseError, match=r"no file matches .*\*\.jsonl"):
@@ -276,7 +276,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         records(tmp_path)
 
 
-def test_a_line_without_end_is_refused_before_it_is_read(tmp_path: Path) -> None:
+def test_an_endless_line_is_refused_before_it_is_read(tmp_path: Path) -> None:
     """100 MB in one line: no more than the bound is ever held."""
     path = tmp_path / "a.jsonl"
     with path.open("wb") as file:
@@ -330,7 +330,7 @@ def test_adapters_become_one_expert_each(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv"])
-def test_lists_of_numbers_mean_the_same_in_every_format(tmp_path: Path, suffix: str) -> None:
+def test_lists_of_numbers_are_equal_in_every_format(tmp_path: Path, suffix: str) -> None:
     examples: list[dict[str, Any]] = [
         {"input": "how many", "choices": [1, 2, 3], "correct": [1]},
         {"input": "which", "choices": ["a", "b"], "correct": 1},
@@ -349,7 +349,7 @@ def test_lists_of_numbers_mean_the_same_in_every_format(tmp_path: Path, suffix: 
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_number_that_is_none_in_parquet_is_refused(tmp_path: Path, value: float) -> None:
+def test_a_number_that_is_not_finite_in_parquet_is_refused(tmp_path: Path, value: float) -> None:
     pq.write_table(pa.table({"input": ["a", "b"], "target": [1.5, value]}), tmp_path / "a.parquet")
     with pytest.raises(
         PhatgooseError, match=r"a\.parquet, row 2: an answer is (nan|inf), not text"
@@ -357,14 +357,14 @@ def test_a_number_that_is_none_in_parquet_is_refused(tmp_path: Path, value: floa
         records(tmp_path / "a.parquet")
 
 
-def test_columns_that_are_there_twice_in_parquet_are_refused(tmp_path: Path) -> None:
+def test_duplicate_columns_in_parquet_are_refused(tmp_path: Path) -> None:
     columns = [pa.array(["a"]), pa.array(["b"]), pa.array(["c"])]
     pq.write_table(pa.table(columns, ["input", "target", "target"]), tmp_path / "a.parquet")
     with pytest.raises(PhatgooseError, match="the column 'target' is there twice"):
         records(tmp_path / "a.parquet")
 
 
-def test_equal_choices_are_equally_right(tmp_path: Path) -> None:
+def test_equal_choices_are_equally_correct(tmp_path: Path) -> None:
     examples = [{"input": f"q{i}", "choices": ["x", "y", "x"], "correct": 2} for i in range(3)]
     spec = TaskSpec("mine", (str(write(tmp_path / "a.jsonl", examples)),), "jsonl", split="all")
     assert evaluation_table(prepare(spec))["correct"].to_pylist() == [[0, 2]] * 3

@@ -62,7 +62,7 @@ def ends_in_records_or_one_error(path: Path) -> None:
 @settings(deadline=None, max_examples=300)
 @given(LINES, st.binary(max_size=12))
 @example(lines=['{"\\n": null}'], tail=b"")
-def test_any_json_lines_end_in_records_or_one_error(
+def test_any_json_lines_give_records_or_one_error(
     tmp_path_factory: pytest.TempPathFactory, lines: list[str], tail: bytes
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzz.jsonl"
@@ -77,7 +77,7 @@ def test_any_json_lines_end_in_records_or_one_error(
     st.sampled_from([",", "\t"]),
     st.binary(max_size=8),
 )
-def test_any_csv_ends_in_records_or_one_error(
+def test_any_csv_gives_records_or_one_error(
     tmp_path_factory: pytest.TempPathFactory,
     header: list[str],
     rows: list[list[str]],
@@ -112,7 +112,7 @@ ARROW = st.sampled_from(
 
 @settings(deadline=None, max_examples=200)
 @given(st.data())
-def test_any_parquet_ends_in_records_or_one_error(
+def test_any_parquet_gives_records_or_one_error(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzz.parquet"

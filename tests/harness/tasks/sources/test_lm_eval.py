@@ -136,7 +136,7 @@ def evaluate(folder: Folder, suite: str, data: list[TaskData], base: Base) -> Ev
     return Evaluation(made, SuiteRequests.build(suite, data), members_of(experts))
 
 
-def test_values_are_lm_evals_own_with_a_reference_model(
+def test_values_match_lm_eval_with_a_reference_model(
     own_tasks: Path, tmp_path: Path, llama: Base
 ) -> None:
     """Against lm-eval with its own HFLM over the same base."""
@@ -183,7 +183,7 @@ def test_values_are_lm_evals_own_with_a_reference_model(
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_texts_are_lm_evals_own_whatever_the_limit_is_called(
+def test_texts_match_lm_eval_for_every_name_of_the_limit(
     own_tasks: Path, tmp_path: Path, llama: Base, options: dict[str, Any]
 ) -> None:
     definition = yaml.safe_load((own_tasks / "own_filters.yaml").read_text())
@@ -204,7 +204,7 @@ def test_texts_are_lm_evals_own_whatever_the_limit_is_called(
     assert any(expected)
 
 
-def test_a_summary_is_made_of_them(own_tasks: Path, tmp_path: Path, llama: Base) -> None:
+def test_lm_eval_tasks_are_summarized(own_tasks: Path, tmp_path: Path, llama: Base) -> None:
     from harness.reporting.report import make_report
 
     data = prepare_all(task_specs(suite(own_tasks, "own", limit=5)))
@@ -217,7 +217,7 @@ def test_a_summary_is_made_of_them(own_tasks: Path, tmp_path: Path, llama: Base)
     assert "own_words" in text
 
 
-def test_what_cannot_be_is_refused(own_tasks: Path) -> None:
+def test_invalid_tasks_are_refused(own_tasks: Path) -> None:
     with pytest.raises(PhatgooseError, match=r"no task or group own_choce: did you mean own_choi"):
         task_specs(suite(own_tasks, "own_choce"))
     path = own_tasks / "own_choice.yaml"

@@ -150,7 +150,7 @@ def lm_evals_own(folder: Path, base: Base, name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["few_shot", "mutual", "several", "repeated"])
-def test_values_are_lm_evals_own(folder: Path, tmp_path: Path, base: Base, name: str) -> None:
+def test_values_match_lm_eval(folder: Path, tmp_path: Path, base: Base, name: str) -> None:
     expected = lm_evals_own(folder, base, name)
     run = Folder(tmp_path / "run")
     # Another task before it must change nothing.
@@ -171,7 +171,7 @@ def test_values_are_lm_evals_own(folder: Path, tmp_path: Path, base: Base, name:
         assert len(ours) == (2 if name == "several" else 3)
 
 
-def test_several_responses_to_a_prompt_are_its_greedy_one(
+def test_repeated_responses_to_a_prompt_equal_the_greedy_one(
     folder: Path, tmp_path: Path, llama: Base
 ) -> None:
     """Filters such as a vote get as many responses as the definition's `repeats` says."""
@@ -185,13 +185,13 @@ def test_several_responses_to_a_prompt_are_its_greedy_one(
     assert sum(len(chunk.requests) for chunk in found.chunks) == len(DOCS)
 
 
-def test_no_shots_may_be_asked_for(folder: Path) -> None:
+def test_zero_shots_may_be_requested(folder: Path) -> None:
     group = {"name": "own", "source": "lm_eval", "lm_eval": ["few_shot"]}
     (spec,) = task_specs({**group, "include_path": str(folder), "num_fewshot": 0})
     assert lm_eval.load_task(spec).config.num_fewshot == 0
 
 
-def test_the_paper_s_metrics_are_those_of_the_conditional_choices(
+def test_the_metrics_of_the_paper_use_the_conditional_choices(
     folder: Path, tmp_path: Path, llama: Base
 ) -> None:
     """Whatever else a task's metrics make lm-eval ask."""
@@ -213,7 +213,7 @@ def test_the_paper_s_metrics_are_those_of_the_conditional_choices(
     assert len({round(dict(sample["metrics"])["nll"], 3) for sample in table}) > 3
 
 
-def test_several_inputs_are_records_with_their_beginnings_as_choices(folder: Path) -> None:
+def test_several_inputs_become_records_with_their_beginnings_as_choices(folder: Path) -> None:
     from harness.tasks.lm_eval_tasks import evaluation_table
 
     (data,) = prepare_all(specs(folder, "several"))
@@ -226,7 +226,7 @@ def test_several_inputs_are_records_with_their_beginnings_as_choices(folder: Pat
     assert rows[1]["targets"] == ["swims."]
 
 
-def test_what_cannot_be_read_is_named_before_it_is_prepared(folder: Path) -> None:
+def test_unreadable_tasks_are_named_before_preparation(folder: Path) -> None:
     """`check` builds a few records of every task."""
     path = folder / "utils.py"
     path.write_text(UTILS.replace('return doc["n"] % 2', 'return doc["gone"]'))

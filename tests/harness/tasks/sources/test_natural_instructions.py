@@ -89,7 +89,7 @@ def test_broken_files_are_named(clone: Path, instance: dict[str, Any], reason: s
         prepare_all(task_specs(group(clone)))
 
 
-def test_a_folder_that_is_no_clone_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_clone_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PhatgooseError, match=r"is no clone of natural-instructions"):
         task_specs(group(tmp_path))
     with pytest.raises(PhatgooseError, match=r"pool\.folder=/data/natural-instructions"):

@@ -97,7 +97,7 @@ def test_every_entry_has_a_loader_a_prompt_and_a_metric(tmp_path: Path, spec: Ta
             assert spec.metric in ("exact_match", "rouge_l")
 
 
-def test_the_pools_and_suites_are_those_of_the_paper() -> None:
+def test_the_pools_and_suites_match_the_paper() -> None:
     def names(group: str) -> list[str]:
         return [spec.name for spec in task_specs(yaml.safe_load((CONF / group).read_text()))]
 
@@ -124,7 +124,7 @@ def test_the_pools_and_suites_are_those_of_the_paper() -> None:
     assert len(names("pool/bigbench_extended.yaml")) == 145
 
 
-def test_every_data_set_of_the_lists_has_its_evidence() -> None:
+def test_every_listed_data_set_has_evidence() -> None:
     known = yaml.safe_load((CONF.parent / "tasks" / "lists" / "hub_ids.yaml").read_text())
     now = {entry["now"] for entry in known.values()}
     assert {spec.members[0] for spec in SPECS} <= now
@@ -133,7 +133,7 @@ def test_every_data_set_of_the_lists_has_its_evidence() -> None:
         assert len(entry["evidence"]) > 20
 
 
-def test_what_cannot_be_reached_is_named_before_any_work() -> None:
+def test_unreachable_data_are_named_before_any_work() -> None:
     problems = unreachable(SPECS[:36])
     assert len(problems) == 36
     assert "fancyzhx/ag_news" in problems["P3Agnews"]
@@ -144,7 +144,7 @@ def spec_of(name: str) -> TaskSpec:
     return next(spec for spec in SPECS[::-1] if spec.name == name)
 
 
-def test_prompts_are_those_written_out_by_hand(tmp_path: Path) -> None:
+def test_prompts_match_those_written_by_hand(tmp_path: Path) -> None:
     _, copa = both(write_rows(tmp_path, spec_of("COPA"), [ROWS["super_glue/copa"]]))
     prompts = {record.input: record for record in copa}
     assert len(copa) == 8
@@ -158,7 +158,7 @@ def test_prompts_are_those_written_out_by_hand(tmp_path: Path) -> None:
     assert said[prompt] == ["No"]
 
 
-def test_evaluation_takes_the_original_templates_and_training_all(tmp_path: Path) -> None:
+def test_evaluation_uses_the_original_templates_and_training_uses_all(tmp_path: Path) -> None:
     """HellaSwag has eleven templates, four of which ask for its task."""
     rows = [{**ROWS["hellaswag"], "ctx": f"A goose swims {i}. it"} for i in range(3)]
     train, evaluation = both(write_rows(tmp_path, spec_of("P3Hswag"), rows))
@@ -171,7 +171,7 @@ def test_evaluation_takes_the_original_templates_and_training_all(tmp_path: Path
     assert all(not record.choices for record in train)
 
 
-def test_random_choices_of_templates_are_settled_by_the_row(tmp_path: Path) -> None:
+def test_random_choices_in_templates_are_determined_by_the_row(tmp_path: Path) -> None:
     template = next(t for t in templates_of("social_i_qa") if "random" in t.jinja)
     row = ROWS["social_i_qa"]
     said = [template.apply(row, number) for number in range(20)]
@@ -179,21 +179,21 @@ def test_random_choices_of_templates_are_settled_by_the_row(tmp_path: Path) -> N
     assert said == [template.apply(row, number) for number in range(20)]
 
 
-def test_a_separator_in_the_data_is_text(tmp_path: Path) -> None:
+def test_a_separator_in_the_data_is_treated_as_text(tmp_path: Path) -> None:
     row = {**ROWS["ag_news"], "text": "geese ||| swans"}
     _, evaluation = both(write_rows(tmp_path, spec_of("P3Agnews"), [row]))
     assert len(evaluation) == 7
     assert all("geese ||| swans" in record.input for record in evaluation)
 
 
-def test_too_many_pairs_are_drawn_as_the_authors_draw_them() -> None:
+def test_pairs_above_the_cap_are_drawn_as_by_the_authors() -> None:
     drawn = np.random.default_rng(42).choice(70, 20, replace=False)
     expected = sorted((i // 7, i % 7) for i in drawn.tolist())
     assert list(_pairs(10, 7, "train", Options(max_examples=20))) == expected
     assert len(list(_pairs(10, 7, "evaluation", Options(max_examples=20)))) == 70
 
 
-def test_app_reviews_are_split_as_the_authors_split_them(tmp_path: Path) -> None:
+def test_app_reviews_are_split_as_by_the_authors(tmp_path: Path) -> None:
     rows = [{**ROWS["app_reviews"], "review": f"review {i}"} for i in range(10_003)]
     order = list(range(10_003))
     np.random.RandomState(1234).shuffle(order)
@@ -202,14 +202,14 @@ def test_app_reviews_are_split_as_the_authors_split_them(tmp_path: Path) -> None
     assert list(_numbers(len(rows), "evaluation", options)) == order[:10_000]
 
 
-def test_rows_without_an_answer_say_so_in_duorc(tmp_path: Path) -> None:
+def test_duorc_rows_without_an_answer_get_a_target_that_says_so(tmp_path: Path) -> None:
     row = {**ROWS["duorc/ParaphraseRC"], "no_answer": True, "answers": []}
     train, _ = both(write_rows(tmp_path, spec_of("P3Duorc"), [row] * 9))
     assert train
     assert not any("the lake" in target for record in train for target in record.targets)
 
 
-def test_trec_has_one_prompt_over_all_fine_labels(tmp_path: Path) -> None:
+def test_trec_has_one_prompt_for_all_fine_labels(tmp_path: Path) -> None:
     train, (record,) = both(write_rows(tmp_path, spec_of("P3Trec"), [ROWS["trec"]]))
     assert len(train) == 1
     assert record.input.startswith("Question: How deep is the lake?\nAnswer choices: ['Abbreviat")
@@ -217,7 +217,7 @@ def test_trec_has_one_prompt_over_all_fine_labels(tmp_path: Path) -> None:
     assert (len(record.choices), record.targets) == (50, ["Distance, linear measure."])
 
 
-def test_mistakes_are_named() -> None:
+def test_unknown_names_are_answered_with_near_names() -> None:
     with pytest.raises(PhatgooseError, match=r"no 'ag_nws'; did you mean ag_news"):
         templates_of("ag_nws")
     task = {"members": ["a/b"], "source": "p3", "load_opts": {"templats": "ag_news"}}
