@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 DEADLINE = 900.0
 
 
-def test_a_plan_has_every_kind_in_its_phase_and_is_the_same_for_a_seed() -> None:
+def test_a_plan_has_every_kind_of_kill_and_depends_on_the_seed_alone() -> None:
     for seed in range(20):
         planned = plan(seed, 20)
         assert planned == plan(seed, 20)
@@ -30,7 +30,7 @@ def test_a_plan_has_every_kind_in_its_phase_and_is_the_same_for_a_seed() -> None
 
 
 @pytest.mark.slow(seconds=200)
-def test_a_disturbed_run_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+def test_a_disturbed_run_gives_the_results_of_an_undisturbed_one(tmp_path: Path) -> None:
     # A process of its own, because a cluster's processes end with the thread that started them.
     command = [sys.executable, "-m", "tests.chaos", "--seed", "1", "--kills", "6"]
     done = subprocess.run(

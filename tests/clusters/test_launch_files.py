@@ -60,7 +60,7 @@ def test_kuberay_accepts_the_file(name: str) -> None:
 
 
 @pytest.mark.parametrize("place", ["spec", "template"])
-def test_the_schema_would_refuse_a_mistyped_key(place: str) -> None:
+def test_the_schema_refuses_a_mistyped_key(place: str) -> None:
     document = load("kuberay-cluster")
     spec = document["spec"]
     target = spec if place == "spec" else spec["headGroupSpec"]["template"]["spec"]
@@ -74,7 +74,7 @@ def all_files() -> list[Path]:
 
 
 @pytest.mark.parametrize("path", all_files(), ids=lambda path: path.name)
-def test_no_file_holds_a_secret_or_opens_a_door(path: Path) -> None:
+def test_no_file_contains_a_secret_or_opens_a_port(path: Path) -> None:
     text = path.read_text()
     assert not re.search(r"(?i)(secret|password|access)_?key\s*[:=]|AKIA[0-9A-Z]{16}", text)
     assert "0.0.0.0" not in text
@@ -82,7 +82,7 @@ def test_no_file_holds_a_secret_or_opens_a_door(path: Path) -> None:
     assert "nightly" not in text
 
 
-def test_versions_are_those_of_the_constraints() -> None:
+def test_versions_match_the_constraints() -> None:
     ray = importlib.metadata.version("ray")
     pinned = (CLUSTERS.parent / "constraints.txt").read_text()
     assert f"ray=={ray}" in pinned
@@ -92,7 +92,7 @@ def test_versions_are_those_of_the_constraints() -> None:
 
 
 @pytest.mark.parametrize("name", ["aws", "gcp"])
-def test_cloud_files_keep_the_rules(name: str) -> None:
+def test_cloud_files_follow_the_rules(name: str) -> None:
     config = load(name)
     types = config["available_node_types"]
     assert types["head"]["resources"] == {"CPU": 0}
@@ -111,7 +111,7 @@ def test_cloud_files_keep_the_rules(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", KUBERAY)
-def test_kubernetes_files_keep_the_rules(name: str) -> None:
+def test_kubernetes_files_follow_the_rules(name: str) -> None:
     spec = load(name)["spec"]
     if name == "kuberay-rayjob":
         for key in ("submissionMode", "backoffLimit", "activeDeadlineSeconds"):
@@ -130,7 +130,7 @@ def test_kubernetes_files_keep_the_rules(name: str) -> None:
     assert spot == {"train"}
 
 
-def test_the_run_of_the_job_is_one_that_the_harness_accepts() -> None:
+def test_the_harness_accepts_the_command_of_the_job() -> None:
     """Its overrides compose, with the labels of the file's own nodes."""
     from harness.config.load import load_config
 
@@ -149,7 +149,7 @@ def tool(name: str) -> str:
     return str(path)
 
 
-def test_the_slurm_script_is_clean_shell() -> None:
+def test_the_slurm_script_passes_shellcheck() -> None:
     script = CLUSTERS / "slurm.sbatch"
     subprocess.run(["bash", "-n", str(script)], check=True)
     done = subprocess.run([tool("shellcheck"), str(script)], capture_output=True, text=True)
@@ -158,7 +158,7 @@ def test_the_slurm_script_is_clean_shell() -> None:
     assert (refused.returncode, "usage: sbatch" in refused.stderr) == (2, True)
 
 
-def test_the_image_is_clean() -> None:
+def test_the_dockerfile_passes_hadolint() -> None:
     command = [tool("hadolint"), str(CLUSTERS / "Dockerfile")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

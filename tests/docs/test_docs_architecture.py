@@ -37,7 +37,7 @@ def test_every_name_exists(name: str) -> None:
     assert find(name) is not None
 
 
-def test_a_name_that_is_gone_is_noticed() -> None:
+def test_a_removed_name_is_noticed() -> None:
     for gone in ("harness.training.stage.Trainings", "phatgoose.no_such_module"):
         with pytest.raises((AttributeError, ModuleNotFoundError)):
             find(gone)
@@ -49,14 +49,14 @@ def test_every_path_exists() -> None:
 
 
 @pytest.mark.parametrize("package", ["harness", "phatgoose"])
-def test_every_room_is_on_the_page(package: str) -> None:
+def test_every_package_is_on_the_page(package: str) -> None:
     rooms = {file.parent.name for file in (ROOT / package).glob("*/__init__.py")}
     named = {name.split(".")[1] for name in NAMES if name.startswith(f"{package}.")}
     assert rooms - named == set()
 
 
 @pytest.mark.parametrize("package", ["harness", "phatgoose"])
-def test_the_arrows_are_the_contract(package: str) -> None:
+def test_the_arrows_match_the_import_contract(package: str) -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     contracts = settings["tool"]["importlinter"]["contracts"]
     layers = {c["containers"][0]: c["layers"] for c in contracts if c["type"] == "layers"}

@@ -97,7 +97,7 @@ def test_the_parser_accepts_the_arguments(
     ],
     ids=" ".join,
 )
-def test_a_command_that_is_gone_is_noticed(
+def test_a_removed_command_is_noticed(
     words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(SystemExit) as refused:
@@ -105,7 +105,7 @@ def test_a_command_that_is_gone_is_noticed(
     assert refused.value.code == 2
 
 
-def test_an_override_that_is_gone_is_noticed() -> None:
+def test_a_removed_override_is_noticed() -> None:
     for override in ("pool=demos", "train.lora.step=3", "router=[phatgooze]"):
         with pytest.raises(PhatgooseError):
             load_config([override])
@@ -129,7 +129,7 @@ def test_modules_and_files_exist() -> None:
                 assert (ROOT / word).exists(), str(command)
 
 
-def test_targets_and_variables_of_make_exist() -> None:
+def test_make_targets_and_variables_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([\w-]+):", makefile, flags=re.MULTILINE))
     variables = set(re.findall(r"^(\w+) \?=", makefile, flags=re.MULTILINE))
@@ -148,7 +148,7 @@ def keys_of(group: str) -> set[str]:
     return {key for content in [*files, own] if isinstance(content, dict) for key in content}
 
 
-def test_keys_in_the_text_are_keys_of_the_configuration() -> None:
+def test_keys_in_the_text_exist_in_the_configuration() -> None:
     named = set()
     for page in PAGES:
         for span in spans(page):
@@ -162,7 +162,7 @@ def test_keys_in_the_text_are_keys_of_the_configuration() -> None:
     assert [f"{group}.{key}" for group, key in sorted(named) if key not in known[group]] == []
 
 
-def test_pools_and_suites_in_yaml_blocks_are_read() -> None:
+def test_pools_and_suites_in_yaml_blocks_load() -> None:
     from harness.tasks import task_specs
 
     read = 0

@@ -44,7 +44,7 @@ def broken(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", CHECKED, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_resolve(page: Path) -> None:
     assert broken(page) == []
 
 

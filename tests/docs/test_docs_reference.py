@@ -36,13 +36,13 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert documented == set(phatgoose.__all__)
 
 
-def test_the_interface_of_routers_is_in_the_reference() -> None:
+def test_the_router_interface_is_in_the_reference() -> None:
     documented = set(re.findall(r"^\.\. auto\w+:: phatgoose\.routers\.(\w+)$", API, re.MULTILINE))
     assert documented == set(phatgoose.routers.__all__) - set(phatgoose.__all__)
 
 
 @pytest.mark.parametrize("file", SCHEMAS)
-def test_the_columns_are_those_of_the_schema(file: str) -> None:
+def test_the_columns_match_the_schema(file: str) -> None:
     rows = re.findall(r"^\| `(.+?)` \| .*? \| (.*?) \|$", RESULTS.read_text(), re.MULTILINE)
     assert dict(rows)[file].split(", ") == SCHEMAS[file].names
 
@@ -61,7 +61,7 @@ def test_the_example_prints_every_column(
     )
 
 
-def test_the_citation_is_of_this_version() -> None:
+def test_the_citation_names_this_version() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == PROJECT["version"]
     assert citation["license"] == PROJECT["license"]
@@ -87,13 +87,13 @@ def test_tested_versions_are_within_the_bounds() -> None:
 
 
 @pytest.mark.parametrize("name", ["ray", "deepspeed", "transformers", "peft", "lm-eval"])
-def test_what_is_reached_by_internal_names_has_an_upper_bound(name: str) -> None:
+def test_libraries_used_by_internal_names_have_an_upper_bound(name: str) -> None:
     (found,) = [r for r in requirements() if r.name == name]
     assert any(one.operator == "<" for one in found.specifier)
     assert version(name) in found.specifier
 
 
-def test_hooks_are_tools_of_the_environment() -> None:
+def test_hooks_run_tools_of_the_environment() -> None:
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
     hooks = [hook for repository in config["repos"] for hook in repository["hooks"]]
     assert {repository["repo"] for repository in config["repos"]} == {"local"}

@@ -45,7 +45,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", PAGE, flags=re.DOTALL)
 
 
-def test_the_table_is_what_the_code_says(tables: ModuleType) -> None:
+def test_the_table_matches_the_code(tables: ModuleType) -> None:
     assert tables.with_table(PAGE) == PAGE, "run: python docs/tables.py --write"
 
 
@@ -104,7 +104,7 @@ def test_write_updates_the_page(
 
 @pytest.mark.parametrize("experts", [5, 9])
 @pytest.mark.parametrize("name", sorted(ROUTERS))
-def test_a_token_costs_what_the_table_says(
+def test_the_cost_per_token_matches_the_table(
     tables: ModuleType, base: Base, name: str, experts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As in a large pool: in a small one every expert is evaluated, because that is faster.
@@ -133,7 +133,7 @@ def test_a_token_costs_what_the_table_says(
     assert counter.get_total_flops() == tokens * per_token
 
 
-def test_costs_of_variants_are_those_of_their_kind(tables: ModuleType) -> None:
+def test_variants_have_the_cost_of_their_kind(tables: ModuleType) -> None:
     for variant, kind in (("arrow_phatgoose", "arrow"), ("lag_spectral", "lag")):
         assert tables.COSTS[variant] == tables.COSTS[kind]
     for name in ("oracle", "best_individual", "multitask"):
@@ -153,7 +153,7 @@ def test_the_commands_compose(tmp_path: Path) -> None:
         assert len(routers) > 1
 
 
-def test_what_the_commands_change(tmp_path: Path) -> None:
+def test_the_commands_add_a_variant_of_a_router(tmp_path: Path) -> None:
     config = load_config(
         ["+router.top1.kind=phatgoose", "+router.top1.top_k=1", f"run.dir={tmp_path}"]
     )

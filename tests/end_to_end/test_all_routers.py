@@ -53,7 +53,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
-def test_every_router_in_one_run(
+def test_every_router_works_in_one_run(
     family: str, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base: Path = request.getfixturevalue(f"{family}_folder")
@@ -91,7 +91,7 @@ def test_every_router_in_one_run(
     assert scores_of(config) == scores
 
 
-def test_a_pool_of_imported_adapters(tmp_path: Path, llama_folder: Path) -> None:
+def test_a_pool_of_imported_adapters_is_evaluated(tmp_path: Path, llama_folder: Path) -> None:
     base = load_base(str(llama_folder))
     save_adapter(base, tmp_path / "one", r=3)
     save_adapter(base, tmp_path / "two", r=2, target_modules=["q_proj", "v_proj"])

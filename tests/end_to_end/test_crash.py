@@ -117,7 +117,7 @@ def outcome(run_dir: Path) -> tuple[list[dict[str, Any]], list[str]]:
     return same, sorted(finished(run_dir))
 
 
-def test_a_run_killed_again_and_again_ends_as_one_left_alone(
+def test_a_run_killed_repeatedly_gives_the_results_of_an_undisturbed_one(
     start: Callable[[str], Command], tmp_path: Path, llama_folder: Path
 ) -> None:
     run_dir = tmp_path / "disturbed"
@@ -156,7 +156,7 @@ def test_a_run_killed_again_and_again_ends_as_one_left_alone(
     assert outcome(run_dir) == outcome(tmp_path / "undisturbed")
 
 
-def test_a_run_stopped_by_ctrl_c_says_so_in_one_line(
+def test_a_run_stopped_by_ctrl_c_reports_it_in_one_line(
     start: Callable[[str], Command], tmp_path: Path
 ) -> None:
     command = start("stopped")

@@ -63,7 +63,7 @@ class Checkout:
         return found
 
 
-def test_new_code_gives_new_numbers_and_other_answers_stay(
+def test_new_code_gives_new_numbers_and_keeps_other_answers(
     tmp_path: Path, llama_folder: Path
 ) -> None:
     checkout = Checkout(tmp_path, llama_folder)

@@ -37,7 +37,7 @@ def pairs(count: int) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
-def test_it_trains_routes_and_shows(
+def test_the_example_trains_routes_and_shows_the_weights(
     example: Any,
     kind: str,
     request: pytest.FixtureRequest,
@@ -69,7 +69,7 @@ def test_it_trains_routes_and_shows(
     assert page.count('title="') > 50
 
 
-def test_its_tasks_are_right_and_held_out(example: Any) -> None:
+def test_the_example_tasks_are_correct_and_held_out(example: Any) -> None:
     tasks = {name: example.read_task(example.DATA / f"{name}.jsonl") for name in NAMES}
     for task in tasks.values():
         assert (len(task.train), len(task.held_out)) == (48, 12)
@@ -82,7 +82,7 @@ def test_its_tasks_are_right_and_held_out(example: Any) -> None:
         assert int(row.target) == len(row.input.split(": ")[1].split())
 
 
-def test_equal_examples_are_not_trained_on_and_held_out(example: Any, tmp_path: Path) -> None:
+def test_equal_examples_are_not_both_trained_on_and_held_out(example: Any, tmp_path: Path) -> None:
     task = example.read_task(Path(write(tmp_path / "double.jsonl", *pairs(12), *pairs(12))))
     assert task.held_out
     assert not set(task.train) & set(task.held_out)
@@ -97,13 +97,13 @@ def test_equal_examples_are_not_trained_on_and_held_out(example: Any, tmp_path: 
         {"input": "2 + 2 =", "target": ["4", "four"]},
     ],
 )
-def test_a_line_that_is_no_example_is_named(example: Any, tmp_path: Path, row: Any) -> None:
+def test_a_line_that_is_not_an_example_is_named(example: Any, tmp_path: Path, row: Any) -> None:
     file = write(tmp_path / "mine.jsonl", *pairs(10), row)
     with pytest.raises(PhatgooseError, match=r"mine\.jsonl, line 11: write"):
         example.main([file])
 
 
-def test_what_cannot_be_trained_on_is_refused_at_once(
+def test_unusable_files_are_refused_before_training(
     example: Any, tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(example, "train_expert", None)
@@ -123,7 +123,9 @@ def test_what_cannot_be_trained_on_is_refused_at_once(
             example.main(arguments)
 
 
-def test_as_a_script_it_ends_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_script_reports_an_error_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(tmp_path / "none.jsonl")])
     with pytest.raises(SystemExit) as exit_info:
         runpy.run_path(str(SCRIPT), run_name="__main__")

@@ -88,7 +88,7 @@ def objects(config: RunConfig) -> list[Path]:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
-def test_a_damaged_expert_is_found_and_made_again(
+def test_a_damaged_expert_is_found_and_trained_again(
     done: RunConfig, whole: RunConfig, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
     victim = objects(done)[0]
@@ -141,7 +141,7 @@ def small(tmp_path: Path) -> Iterator[Path]:
         yield disk
 
 
-def test_a_disk_that_fills_costs_no_work(
+def test_a_full_disk_loses_no_work(
     whole: RunConfig, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = moved(whole, small / "run")
@@ -167,7 +167,7 @@ def objects_size(config: RunConfig) -> int:
     return sum(path.stat().st_size for path in objects(config))
 
 
-def test_a_clock_that_jumps_does_no_harm(
+def test_clock_jumps_do_no_harm(
     fresh: RunConfig,
     whole: RunConfig,
     monkeypatch: pytest.MonkeyPatch,

@@ -61,7 +61,7 @@ class Started(Watch):
         self.nodes.add(location.node)
 
 
-def test_a_node_that_comes_is_used(
+def test_a_node_that_joins_is_used(
     nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jobs, "_LOOK_SECONDS", 0.2)

@@ -149,7 +149,7 @@ def ray_job(
     )
 
 
-def test_a_submitted_job_does_the_whole_run(
+def test_a_submitted_job_completes_the_run(
     dashboard: str, checkout: Path, tmp_path: Path, llama_folder: Path, own_ray: Path
 ) -> None:
     run_dir = tmp_path / "run"

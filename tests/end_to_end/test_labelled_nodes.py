@@ -33,7 +33,7 @@ def nodes(own_ray: Path) -> Iterator[None]:
         cluster.shutdown()
 
 
-def test_actors_go_to_the_nodes_with_their_labels(nodes: None) -> None:
+def test_actors_run_on_the_nodes_with_their_labels(nodes: None) -> None:
     groups = {node["NodeID"]: (node["Labels"] or {}).get("group") for node in ray.nodes()}
 
     class Where:

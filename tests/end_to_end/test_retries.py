@@ -43,7 +43,7 @@ class Trained:
         self.card: Card | None = registry.load(content).card if content else None
 
 
-def test_half_a_micro_batch_where_memory_is_short(
+def test_a_job_that_runs_out_of_memory_retries_with_half_the_micro_batch(
     tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("harness.driver.stages.TrainActor", ShortOfMemory)
@@ -57,7 +57,9 @@ def test_half_a_micro_batch_where_memory_is_short(
     assert trained.checkpoints == []
 
 
-def test_one_more_try_at_a_lower_rate(tmp_path: Path, llama_folder: Path) -> None:
+def test_a_diverging_job_retries_at_a_lower_learning_rate(
+    tmp_path: Path, llama_folder: Path
+) -> None:
     mad = Stage(steps=6, lr=1e30, warmup=0.0)
     trained = Trained(llama_folder, tmp_path, lora=mad, retry_lr=1e-32)
     assert trained.problems == []
@@ -69,7 +71,7 @@ def test_one_more_try_at_a_lower_rate(tmp_path: Path, llama_folder: Path) -> Non
 
 
 @pytest.mark.parametrize(("retry_lr", "starts"), [(0.5, 2), (0.0, 1)])
-def test_a_job_that_always_explodes_is_given_up(
+def test_a_job_that_always_diverges_fails(
     tmp_path: Path, llama_folder: Path, retry_lr: float, starts: int
 ) -> None:
     mad = Stage(steps=6, lr=1e30, warmup=0.0)

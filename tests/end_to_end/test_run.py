@@ -138,7 +138,7 @@ def whole_run(config: RunConfig, linears: int, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.usefixtures("two_nodes")
-def test_a_whole_run_on_two_nodes(
+def test_a_complete_run_on_two_nodes(
     tmp_path: Path, llama_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = config_of(llama_folder, tmp_path)
@@ -148,7 +148,7 @@ def test_a_whole_run_on_two_nodes(
     assert sorted(logs) == ["evaluate", "evaluate", "train", "train"]
 
 
-def test_a_whole_run_of_an_encoder_decoder(
+def test_a_complete_run_of_an_encoder_decoder(
     tmp_path: Path, t5_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole_run(config_of(t5_folder, tmp_path), 2 * 7 + 2 * 11, capsys)

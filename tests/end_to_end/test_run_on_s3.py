@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow(seconds=30), pytest.mark.usefixtures("own_ray")]
 EXPERTS = {"birds", "lakes", "numbers"}
 
 
-def test_a_whole_run_in_a_bucket(
+def test_a_complete_run_in_a_bucket(
     s3: S3Server, tmp_path: Path, llama_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir, registry = s3.uri(f"{tmp_path.name}/run"), s3.uri(f"{tmp_path.name}/registry")

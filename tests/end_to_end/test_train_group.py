@@ -118,9 +118,7 @@ def check_expert(came: list[tuple[int, Any]]) -> None:
     assert ray.get(expert).card.metrics["nll_lora"] < ray.get(expert).card.metrics["nll_base"]
 
 
-def test_a_rank_that_is_killed_costs_a_few_steps(
-    workers: Workers, plan: Plan, tmp_path: Path
-) -> None:
+def test_a_killed_rank_costs_only_a_few_steps(workers: Workers, plan: Plan, tmp_path: Path) -> None:
     job: TrainJob = replace(plan.jobs[0], profile_id=None)
     watch = Lost()
     workers.add("train", [(job,)], watch)
@@ -139,6 +137,6 @@ def test_a_rank_that_is_killed_costs_a_few_steps(
     assert "going on from step" in logs
 
 
-def test_two_groups_find_no_room_on_two_cores(workers: Workers, plan: Plan) -> None:
+def test_two_groups_do_not_fit_on_two_cores(workers: Workers, plan: Plan) -> None:
     assert room({"num_cpus": 1, "num_gpus": 0}, ranks=2) == 1
     assert room({"num_cpus": 1, "num_gpus": 0}, ranks=3) == 0

@@ -53,7 +53,7 @@ def values(run_dir: Path) -> dict[tuple[str, str, str], float]:
     return {(row["router"], row["task"], row["metric"]): row["value"] for row in rows}
 
 
-def test_its_registry_is_whole_and_its_experts_route(
+def test_the_registry_is_complete_and_its_experts_route(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert registry_command(["verify", str(folder / "run" / "registry")]) == 0
@@ -68,7 +68,7 @@ def test_its_registry_is_whole_and_its_experts_route(
     assert all(math.isfinite(score.loglikelihood) for score in model.score([question])[0])
 
 
-def test_its_run_folder_is_reported(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_run_folder_is_reported(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "run" / run_folder.SUMMARY_FILE).unlink()
     run(toy_run(folder, "run", "report"))
     shown = capsys.readouterr().out
@@ -78,7 +78,7 @@ def test_its_run_folder_is_reported(folder: Path, capsys: pytest.CaptureFixture[
 
 @pytest.mark.slow(seconds=25)
 @pytest.mark.usefixtures("own_ray")
-def test_its_run_folder_is_resumed(folder: Path) -> None:
+def test_the_run_folder_is_resumed(folder: Path) -> None:
     """Nothing is trained, everything is asked again, and the scores are the same."""
     before, objects = values(folder / "run"), folder / "run" / "registry" / "objects"
     run(toy_run(folder, "run", "train", "evaluate", "report"))

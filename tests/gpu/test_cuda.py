@@ -50,7 +50,7 @@ def bases(request: pytest.FixtureRequest) -> tuple[Base, Base]:
 @pytest.mark.parametrize("tokens", [1, 3, 200])
 @pytest.mark.parametrize(("experts", "top_k"), [(4, 2), (60, 2), (200, 1)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
-def test_mixing_is_that_of_the_reference(
+def test_mixing_matches_the_reference(
     tokens: int, experts: int, top_k: int, dtype: torch.dtype, tolerance: float
 ) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -70,7 +70,7 @@ def test_mixing_is_that_of_the_reference(
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-def test_a_gpu_answers_as_a_cpu(bases: tuple[Base, Base], router: str) -> None:
+def test_a_gpu_gives_the_answers_of_the_cpu(bases: tuple[Base, Base], router: str) -> None:
     answers = []
     for base in bases:
         model = RoutedModel(base, Pool.from_experts(make_experts(base, 4)), make_router(router))
@@ -87,7 +87,7 @@ def test_a_gpu_answers_as_a_cpu(bases: tuple[Base, Base], router: str) -> None:
         torch.testing.assert_close(weights_E, on_cpu.routing[linear], rtol=1e-3, atol=1e-3)
 
 
-def test_generation_on_a_gpu_is_that_on_a_cpu(bases: tuple[Base, Base]) -> None:
+def test_generation_on_a_gpu_matches_the_cpu(bases: tuple[Base, Base]) -> None:
     written = [
         RoutedModel(b, Pool.from_experts(make_experts(b, 4)), "phatgoose").generate(
             ["the goose", "two and three is"], 6
@@ -97,7 +97,7 @@ def test_generation_on_a_gpu_is_that_on_a_cpu(bases: tuple[Base, Base]) -> None:
     assert written[0] == written[1]
 
 
-def test_a_training_step_on_a_gpu(bases: tuple[Base, Base]) -> None:
+def test_a_training_step_runs_on_a_gpu(bases: tuple[Base, Base]) -> None:
     from phatgoose.card import Card
     from phatgoose.training.recipe import Recipe, Stage
     from phatgoose.training.train import Example, train_expert
@@ -122,7 +122,7 @@ def test_a_training_step_on_a_gpu(bases: tuple[Base, Base]) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_bfloat16_routes_as_float32_does(bases: tuple[Base, Base]) -> None:
+def test_bfloat16_routes_like_float32(bases: tuple[Base, Base]) -> None:
     """Scores for routing are in float32: the base's own rounding is all that differs."""
     _, on_gpu = bases
     half = load_base(on_gpu.name, device="cuda", dtype="bfloat16")

@@ -86,14 +86,14 @@ def test_constants_fields_defaults_and_decorated_functions_are_mutated(
         assert line in lines
 
 
-def test_what_has_no_behavior_is_not_mutated(mutants: list[Mutant]) -> None:
+def test_code_without_behavior_is_not_mutated(mutants: list[Mutant]) -> None:
     lines = added(mutants)
     for words in ("XX", "TOO MANY", "int & None", "torch(", "len(None)"):
         assert not any(words in line for line in lines), words
     assert not any("__all__" in line for line in lines)
 
 
-def test_a_mutant_is_asked_of_the_tests_that_run_its_lines() -> None:
+def test_a_mutant_runs_the_tests_that_cover_its_lines() -> None:
     names = ["tests/test_other.py::a", "tests/test_module.py::b", "tests/test_other.py::c"]
     seconds = dict(zip(names, (0.1, 0.2, 0.3), strict=True))
     seconds |= {"tests/test_other.py::slow": 60.0}
@@ -111,7 +111,7 @@ def test_a_mutant_is_asked_of_the_tests_that_run_its_lines() -> None:
     assert tests_of(1) == tests_of(3)  # a constant: whoever runs the module
 
 
-def test_what_is_asked_of_one_mutant_ends() -> None:
+def test_the_tests_of_one_mutant_are_limited() -> None:
     seconds = {f"tests/test_other.py::{i}": 2.0 for i in range(100)}
     covered = Covered(seconds, {"x/module.py": {3: [*seconds]}})
     chosen = covered.tests_of(Mutant("x/module.py", 0, "", range(3, 4), None))
@@ -129,13 +129,13 @@ def _sleep(folder: Path) -> int:
     return 0
 
 
-def test_a_run_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+def test_a_run_that_takes_too_long_is_killed(tmp_path: Path) -> None:
     run = start("forever", _sleep, tmp_path / "run", 0.2)
     with pytest.raises(Killed):
         status_of(run)
 
 
-def test_a_run_gives_its_status_and_what_it_wrote(tmp_path: Path) -> None:
+def test_a_run_returns_its_status_and_its_result(tmp_path: Path) -> None:
     def work(folder: Path) -> int:
         (folder / "result.json").write_text('"a"')
         return 3

@@ -76,14 +76,14 @@ def write_summary(folder: Folder) -> None:
 
 
 @pytest.mark.parametrize("linears", [LLAMA, T5], ids=["llama", "t5"])
-def test_routing_picture(tmp_path: Path, linears: list[str]) -> None:
+def test_routing_plot_is_drawn(tmp_path: Path, linears: list[str]) -> None:
     write_routing(Folder(tmp_path), "phatgoose", linears)
     write_routing(Folder(tmp_path), "arrow", linears)
     path = picture(run("plot_routing.py", tmp_path))
     assert path == tmp_path / "plots" / "routing_phatgoose_elementary_math_qa.png"
 
 
-def test_routing_picture_of_another_router_and_task(tmp_path: Path) -> None:
+def test_routing_plot_of_another_router_and_task(tmp_path: Path) -> None:
     write_routing(Folder(tmp_path), "single:plural", ["model.layers.0.mlp.up_proj"])
     path = picture(run("plot_routing.py", tmp_path, "--task", "strategyqa"))
     assert path.name == "routing_single@plural_strategyqa.png"
@@ -104,14 +104,14 @@ def test_linears_are_sorted_into_kinds_and_layers() -> None:
     assert len(set(places)) == len(LLAMA) + len(T5)
 
 
-def test_routers_picture(tmp_path: Path) -> None:
+def test_routers_plot_is_drawn(tmp_path: Path) -> None:
     write_summary(Folder(tmp_path))
     assert picture(run("plot_routers.py", tmp_path)) == tmp_path / "plots" / "routers.png"
     out = tmp_path / "elsewhere" / "nll.png"
     assert picture(run("plot_routers.py", tmp_path, "--metric", "nll", "--out", out)) == out
 
 
-def test_routers_picture_names_what_is_missing(tmp_path: Path) -> None:
+def test_routers_plot_names_missing_results(tmp_path: Path) -> None:
     done = run("plot_routers.py", tmp_path)
     assert done.returncode != 0
     assert "summary.parquet is not there" in done.stderr
@@ -121,7 +121,7 @@ def test_routers_picture_names_what_is_missing(tmp_path: Path) -> None:
     assert done.stderr == "no metric f1 in this run; there are: primary, nll, acc\n"
 
 
-def test_a_router_that_cannot_be_compared_is_marked() -> None:
+def test_a_router_that_is_not_comparable_is_marked() -> None:
     label = plots._label
     row = {"router": "phatgoose", "comparable": True}
     assert label(row) == "phatgoose"
