@@ -1,4 +1,4 @@
-"""Every record: what is adapted, what training and routing reach, and what is refused."""
+"""Check every record: adapted linears, training, routing, and refusals."""
 
 import json
 import logging
@@ -46,7 +46,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> "Folders":
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_experts_reach_every_linear(folders: Folders, name: str) -> None:
-    """Routed and merged experts are what the textbook says; training reaches each linear."""
+    """Check that routed and merged experts match the textbook, and training reaches each linear."""
     base = folders.load(*DECODERS[name])
     experts = make_experts(base, 3)
     routed = RoutedModel(base, Pool.from_experts(experts), "phatgoose")
@@ -206,7 +206,7 @@ def test_weights_that_no_expert_adapts_are_reported(
         base = load_base(str(t5_folder)) if name == "t5" else folders.load(*DECODERS[name])
         loaded, total = caplog.text, sum(p.numel() for p in base.model.parameters())
         caplog.clear()
-        bare, linears = bare_model(base.name, Path(base.name))  # as the plan has it
+        bare, linears = bare_model(base.name, Path(base.name))  # as in the plan
     assert bare.device.type == "meta"
     assert linears == base.linears
     for text in (loaded, caplog.text):
@@ -218,7 +218,7 @@ def test_weights_that_no_expert_adapts_are_reported(
 
 
 def refused(folder: Path) -> list[str]:
-    """What loading, and planning with the bare base, say."""
+    """Return the error of loading, which must equal that of planning with the bare base."""
     said = []
     for attempt in (lambda: load_base(str(folder)), lambda: bare_model(str(folder), folder)):
         with pytest.raises(PhatgooseError) as raised:

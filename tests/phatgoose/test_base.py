@@ -27,7 +27,7 @@ from tests.support.tiny import llama_tokenizer, make_llama, make_t5
 
 @pytest.fixture
 def copied(llama_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny base that a test may change."""
+    """Return a copy of the tiny base that a test may change."""
     return Path(shutil.copytree(llama_folder, tmp_path / "copied"))
 
 
@@ -55,7 +55,7 @@ def test_a_base_loads_in_bfloat16_under_the_same_fingerprint(base_folder: Path) 
 
 @pytest.fixture(params=["llama_folder", "t5_folder"])
 def base_folder(request: pytest.FixtureRequest) -> Path:
-    """Each of the tiny directories."""
+    """Return each of the tiny directories."""
     folder: Path = request.getfixturevalue(request.param)
     return folder
 
@@ -126,7 +126,7 @@ def test_the_fingerprint_is_computed_once(copied: Path, monkeypatch: pytest.Monk
         assert fingerprint(copied) == before
     os.utime(copied / "model.safetensors", (1, 1))
     monkeypatch.setattr(hashlib, "file_digest", None)
-    with pytest.raises(TypeError):  # another time of the file: it is read again
+    with pytest.raises(TypeError):  # the file has another time, so it is read again
         fingerprint(copied)
 
 
@@ -200,7 +200,7 @@ def test_a_hub_id_without_safetensors_is_fetched_as_pytorch(
 
 
 def write_gguf(path: Path, vocabulary: int, sizes: dict[str, int]) -> dict[str, np.ndarray]:
-    """A tiny Llama-like model as llama.cpp names its parts; returns its weights by that name."""
+    """Write a tiny Llama-like model with llama.cpp's tensor names; return its weights by name."""
     gguf = pytest.importorskip("gguf")
     hidden, inner, heads = sizes["hidden"], sizes["inner"], sizes["heads"]
     random = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Routing and mixing over a bfloat16 base, against float64.
+"""Compare routing and mixing over a bfloat16 base with float64.
 
 Shape suffixes: T tokens, D input features, O output features, E experts, K experts kept, R rank,
 Q queries.
@@ -52,7 +52,7 @@ def chosen(weights: list[float]) -> set[int]:
 
 
 def surely(rule: Rule, x_D: Tensor, facts: Facts) -> bool:
-    """Whether the choice is safe from the rounding of float32, though not from bfloat16's."""
+    """Return where the choice is safe from float32 rounding, but not from bfloat16 rounding."""
     scores = sorted((s for s in rule.scores(x_D, facts) if s > -torch.inf), reverse=True)
     if len(scores) <= rule.top_k:
         return True
@@ -62,7 +62,7 @@ def surely(rule: Rule, x_D: Tensor, facts: Facts) -> bool:
 
 def test_every_token_router_is_among_the_cases() -> None:
     routers = {name for name, router in ROUTERS.items() if issubclass(router, TokenRouter)}
-    # Glider's scores are PHATGOOSE's and a bias; uniform has none.
+    # Glider's scores are PHATGOOSE's plus a bias; uniform has no scores.
     assert routers - {"glider", "uniform"} == {name for name, _, _ in CASES}
 
 
@@ -70,7 +70,7 @@ def test_every_token_router_is_among_the_cases() -> None:
 def test_tokens_are_routed_as_in_float64(
     base: Base, name: str, options: dict[str, Any], rule: Rule
 ) -> None:
-    """For every token at every linear; the experts and gates of the textbook are not rounded."""
+    """Check every token at every linear; experts and gates of the textbook are not rounded."""
     experts = make_uneven_experts(base, EXPERTS)
     profiles = make_profiles(experts)
     half = load_base(base.name, dtype="bfloat16")
@@ -141,7 +141,7 @@ def test_the_operation_scores_in_float32() -> None:
         assert weights_TK.dtype == torch.float32
         expected_TK, kept_TK = route_in_float64(x_TD.double(), gates.double(), 2)
         differ = (indices_TK.sort().values != kept_TK.sort().values).any(dim=1)
-        assert int(differ.sum()) <= 1  # two scores equal to the last bits of float32
+        assert int(differ.sum()) <= 1  # two scores that are equal up to the last bits of float32
         torch.testing.assert_close(
             weights_TK[~differ].double(), expected_TK[~differ], rtol=1e-4, atol=1e-5
         )
@@ -158,7 +158,7 @@ def route_in_float64(x_TD: Tensor, gates_ED: Tensor, top_k: int) -> tuple[Tensor
 
 
 def mixed(x_TD: Tensor, A_ERD: Tensor, B_EOR: Tensor, indices_TK: Tensor, w_TK: Tensor) -> Tensor:
-    """In float64, token by token: the sum of the experts' outputs."""
+    """Return the sum of the experts' outputs, in float64, token by token."""
     x_TD, A_ERD, B_EOR, w_TK = (t.double() for t in (x_TD, A_ERD, B_EOR, w_TK))
     rows = [
         sum(w * (B_EOR[e] @ (A_ERD[e] @ x_D)) for e, w in zip(chosen_K, w_K, strict=True))
@@ -170,7 +170,7 @@ def mixed(x_TD: Tensor, A_ERD: Tensor, B_EOR: Tensor, indices_TK: Tensor, w_TK: 
 def mixed_factors(
     x_TD: Tensor, A_ERD: Tensor, B_EOR: Tensor, indices_TK: Tensor, w_TK: Tensor
 ) -> Tensor:
-    """The same, where factors are mixed."""
+    """Return the same with mixed factors."""
     x_TD, A_ERD, B_EOR, w_TK = (t.double() for t in (x_TD, A_ERD, B_EOR, w_TK))
     rows = []
     for x_D, chosen_K, w_K in zip(x_TD, indices_TK, w_TK, strict=True):
@@ -193,10 +193,10 @@ def test_sums_over_experts_are_not_rounded(
     top_k: int,
     rank: int,
 ) -> None:
-    """Error is that of the products' operands and of the result, however many experts there are.
+    """Check that the error is that of the operands and the result, for any number of experts.
 
-    Rounding to bfloat16 once is off by up to 2^-9. Where each sum is rounded too, or the weights
-    are, the error is 2.2 to 5.5 times that much.
+    Rounding to bfloat16 once is off by up to 2^-9. If each sum or the weights are rounded too, the
+    error is 2.2 to 5.5 times as large.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -229,7 +229,7 @@ def test_the_pool_keeps_its_gates_and_rounds_its_factors(base: Base) -> None:
 
 
 def test_factors_changed_by_a_wrapper_are_rounded_afterwards(base: Base) -> None:
-    """Scores are those of the changed factors, unrounded; what is mixed is in bfloat16."""
+    """Check that scores use the changed, unrounded factors, and mixing uses bfloat16."""
     experts = make_uneven_experts(base)
     half = load_base(base.name, dtype="bfloat16")
     pool = pool_of(experts)
@@ -256,7 +256,7 @@ MERGES = [n for n, r in ROUTERS.items() if issubclass(r, Merge) and n != "single
 
 
 @pytest.mark.parametrize("name", [*MERGES, "single:e1", "random_experts"])
-@pytest.mark.parametrize("count", [3, 9])  # `merged` as factors, and as a matrix
+@pytest.mark.parametrize("count", [3, 9])  # `merged` as factors and as a matrix
 def test_a_merge_of_unrounded_experts_is_rounded_once(base: Base, name: str, count: int) -> None:
     pool = pool_of(make_uneven_experts(base, count))
     half = load_base(base.name, dtype="bfloat16")

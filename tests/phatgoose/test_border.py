@@ -1,4 +1,4 @@
-"""The border between prompt and answer, beside lm-evaluation-harness's own language model.
+"""Compare the border between prompt and answer with lm-evaluation-harness's own language model.
 
 Four kinds of tokenizer: byte-level BPE, the same with a start token, Unigram for a decoder, and
 Unigram for T5.
@@ -23,7 +23,7 @@ from phatgoose.tokenization import encode_context, encode_pair
 from tests.support.plain import plain_generate, plain_score
 from tests.support.tiny import llama_tokenizer, t5_tokenizer, with_tokenizer
 
-# The user's cache, looked up on import: the tests have one of their own.
+# The user's cache, looked up on import because tests have a separate one.
 ARCHIVE = cache_dir() / "downloads" / "bigbench-1.0.0.tar.gz"
 PACKAGED = cache_dir() / "bases" / "smollm2-135m"
 TASKS = [
@@ -47,7 +47,7 @@ Pair = tuple[str, str]
 
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> Base:
-    """A base with each kind of tokenizer."""
+    """Return a base with each kind of tokenizer."""
     if request.param == "t5":
         loaded: Base = request.getfixturevalue("t5")
         return loaded
@@ -60,7 +60,7 @@ def kind(request: pytest.FixtureRequest) -> Base:
 
 
 def hflm(base: Base) -> HFLM:
-    # Its cache takes one request's logits for another's where the same text has two borders.
+    # Its cache confuses the logits of two requests whose equal texts have different borders.
     return HFLM(
         pretrained=base.model,
         tokenizer=base.tokenizer,
@@ -77,7 +77,7 @@ def loglikelihoods(lm: HFLM, pairs: list[Pair]) -> list[tuple[float, bool]]:
 
 
 def invented() -> list[Pair]:
-    """Pairs as BIG-bench writes them: with a space, a line's end or nothing at the border."""
+    """Return pairs in the style of BIG-bench: with a space, a newline or nothing at the border."""
     pairs = []
     for name in ("goose", "swan", "lake", "zebra crossing", "été"):
         for deed in ("flies", "is deep", "swims!", "has 12 legs"):
@@ -95,7 +95,7 @@ def invented() -> list[Pair]:
 
 @pytest.fixture(scope="module")
 def of_bigbench() -> list[Pair]:
-    """Pairs of the real BIG-bench, the same ones every time."""
+    """Return pairs of the real BIG-bench, always the same ones."""
     if not ARCHIVE.exists():
         pytest.skip("the archive of BIG-bench is not in the cache")
     pairs = []
@@ -114,7 +114,7 @@ def mutate(base: Base, pair: Pair, draw: random.Random) -> Pair:
     special = draw.choice([base.tokenizer.eos_token, base.tokenizer.all_special_tokens[0]])
     middle = draw.randrange(1, 4)
     mutants = [
-        (context.rstrip() + target[:middle], target[middle:]),  # in the middle of a word
+        (context.rstrip() + target[:middle], target[middle:]),  # inside a word
         (context[:-middle], context[-middle:] + target),
         (context.rstrip(), target.lstrip()),
         (context + draw.choice([" ", "  ", "\n", "\t", " \n "]), target),
@@ -130,7 +130,7 @@ def mutate(base: Base, pair: Pair, draw: random.Random) -> Pair:
 
 
 def follows(base: Base, lm: HFLM, pair: Pair) -> bool:
-    """Return whether the context's ids begin the whole's, as lm-eval encodes the two."""
+    """Return whether the whole's ids begin with those of the context, as encoded by lm-eval."""
     context, target = pair
     bare = context.rstrip()
     if base.is_encoder_decoder or not context:
@@ -142,8 +142,8 @@ def follows(base: Base, lm: HFLM, pair: Pair) -> bool:
 
 
 def check(base: Base, pairs: list[Pair]) -> tuple[int, int]:
-    """Compare all pairs with lm-eval, or with the rule where lm-eval's way loses a token."""
-    lm = hflm(base)  # before anything is scored: it ties the weights of every T5
+    """Compare all pairs with lm-eval, or with the rule where lm-eval's method loses a token."""
+    lm = hflm(base)  # before anything is scored, because it ties the weights of every T5
     alike = [pair for pair in pairs if follows(base, lm, pair)]
     others = [pair for pair in pairs if not follows(base, lm, pair)]
     scores = [
@@ -259,7 +259,7 @@ def texts(base: Base) -> tuple[str, list[str]]:
 
 @pytest.mark.parametrize("length", [20, 33, 64])
 def test_long_sequences_are_truncated_as_in_lm_eval(kind: Base, length: int) -> None:
-    """But for the start token, which lm-eval cuts away."""
+    """Check equality except for the start token, which lm-eval drops."""
     kind.model.config.n_positions = length
     lm = hflm(kind)
     assert lm.max_length == length
@@ -283,7 +283,7 @@ def test_long_sequences_are_truncated_as_in_lm_eval(kind: Base, length: int) -> 
 
 
 def test_the_end_of_a_full_row_is_scored_within_the_positions(llama: Base) -> None:
-    """Its own row is cut by one token more; a row that holds the end as well is not cut."""
+    """Check a row truncated by one more token for the end; a row with room for it is complete."""
     longest = 0
 
     def measure(_: object, args: tuple[object, ...], kwargs: dict[str, torch.Tensor]) -> None:
@@ -314,7 +314,7 @@ def test_the_end_of_a_full_row_is_scored_within_the_positions(llama: Base) -> No
     assert one.parts(llama) == [one]
     llama.model.config.max_position_embeddings -= 1
     assert len(one.parts(llama)) == 2
-    assert not one.is_cut(llama)  # only the end needs a place more
+    assert not one.is_cut(llama)  # only the end needs one more position
     llama.model.config.max_position_embeddings -= 1
     assert one.is_cut(llama)
 
@@ -329,16 +329,16 @@ def test_generation_prompts_are_truncated_as_in_lm_eval(kind: Base) -> None:
     else:
         lm = hflm(kind)
         options = {"until": [], "max_gen_toks": 7, "max_length": 8}
-        if not kind.is_encoder_decoder:  # whose own length lm-eval adds to an encoder's
+        if not kind.is_encoder_decoder:  # lm-eval adds it to the length of an encoder
             del options["max_length"]
         request = Instance("generate_until", {}, (context, options), 0)
         whole = lm.generate_until([request], disable_tqdm=True)
     assert generate(kind, [ids], 7) == whole
-    assert whole != [""] or len(kind.tokenizer) < 100  # most ids of that base are no words of it
+    assert whole != [""] or len(kind.tokenizer) < 100  # most ids of that base are not words of it
 
 
 def test_the_longest_choice_limits_the_context_of_an_example(llama: Base) -> None:
-    """With a recipe's lengths the choices share one context, as an expert's profile reads it."""
+    """Check that choices share one context under a recipe's lengths, as in an expert's profile."""
     llama.model.config.max_position_embeddings = 40
     context, choices = texts(llama)
     question = Question.encode(llama, context, choices, 10**6, 10**6)

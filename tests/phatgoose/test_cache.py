@@ -17,7 +17,7 @@ Pip = Callable[..., list[list[str]]]
 
 @pytest.fixture
 def pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pip:
-    """Stand in for pip; returns the list of the commands that it is given from then on."""
+    """Replace pip; return the list of the commands that it receives from then on."""
     monkeypatch.setenv("PHATGOOSE_CACHE", str(tmp_path / "cache"))
 
     def install(name: str = WHEEL, content: bytes = CONTENT, error: str = "") -> list[list[str]]:

@@ -1,7 +1,7 @@
-"""Whatever is computed stays on the device of the base, shown without a second device.
+"""Check, without a second device, that all computations stay on the device of the base.
 
-Torch's device `meta` stands for a GPU: its tensors have shapes and no numbers. As with a GPU, no
-operation may be given one of them and one of the CPU.
+Torch's device `meta` replaces a GPU: its tensors have shapes and no numbers. As with a GPU, an
+operation must not mix its tensors with CPU tensors.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ def router_of(name: str, **options: Any) -> Any:
 
 
 class OneDevice(TorchDispatchMode):
-    """Refuses what a GPU refuses; copies and single numbers may come from elsewhere."""
+    """A mode that refuses what a GPU refuses; copies and scalars may come from elsewhere."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = [t for t in tree_leaves((args, kwargs or {})) if isinstance(t, Tensor)]
@@ -71,7 +71,7 @@ def test_the_fake_gpu_refuses_cpu_tensors() -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("absent", [True, False])
 def test_routers_stay_on_the_device_of_the_pool(base: Base, name: str, absent: bool) -> None:
-    """Linears that all experts adapt, and linears that one of them does not."""
+    """Check linears that all experts adapt, and linears that one of them does not."""
     pool = on_meta(make_pool(base, 5))
     linears = [n for n, f in pool.linears.items() if (f.absent_E is not None) == absent]
     assert linears
@@ -94,7 +94,7 @@ def test_routers_stay_on_the_device_of_the_pool(base: Base, name: str, absent: b
 @pytest.mark.parametrize("mixer", [mix, mix_factors])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mixing_stays_on_the_device_of_the_inputs(mixer: Any, dtype: torch.dtype) -> None:
-    """The dense way; the others read how many tokens an expert has."""
+    """Check dense mixing; the other ways read the number of tokens per expert."""
     x_TD = torch.zeros(3, 16, device=META, dtype=dtype)
     factors = x_TD.new_zeros(4, 2, 16), x_TD.new_zeros(4, 8, 2)
     indices_TK = torch.zeros(3, 2, device=META, dtype=torch.long)

@@ -29,7 +29,7 @@ def test_an_error_is_one_line_even_if_it_quotes_several(
     [
         ("operatos", ["operators"]),
         ("task-3", ["task-2", "task-1"]),
-        ("plural", ["linguistic/plural"]),  # a part of a name is enough
+        ("plural", ["linguistic/plural"]),  # part of a name is enough
         ("xyz", []),
         ("", []),
     ],
@@ -56,7 +56,7 @@ def test_an_error_reason_is_short_and_on_one_line() -> None:
     assert reason_of(ValueError("\n"), first_line=True) == "ValueError"
     assert reason_of(RuntimeError("long " * 1000)) == ("long " * 1000)[:300]
     own = PhatgooseError("long " * 1000)
-    assert reason_of(own) == str(own)  # another of ours, which is quoted whole
+    assert reason_of(own) == str(own)  # another PhatgooseError is quoted in full
 
 
 def test_an_os_error_reason_contains_neither_errno_nor_path(tmp_path: Path) -> None:
@@ -64,5 +64,5 @@ def test_an_os_error_reason_contains_neither_errno_nor_path(tmp_path: Path) -> N
         (tmp_path / "missing").read_bytes()
     assert reason_of(caught.value) == "No such file or directory"
     assert reason_of(OSError("path too long")) == "path too long"
-    # A resolver's errors have numbers of their own.
+    # A resolver's errors have their own numbers.
     assert reason_of(OSError(-3, "name resolution failed")) == "name resolution failed"

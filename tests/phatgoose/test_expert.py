@@ -27,7 +27,7 @@ CARD = Card(
 
 
 def make_linears(dtype: torch.dtype = torch.float32) -> dict[str, LoraFactors]:
-    """Three linears of different shapes, the middle one without a gate."""
+    """Return three linears of different shapes, the middle one without a gate."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -231,7 +231,7 @@ def test_a_flipped_bit_is_an_error_or_changes_the_hash_or_is_harmless(
         read = Expert.from_buffer(bytes(data), "memory")
     except PhatgooseError:
         return
-    if read.content_hash() == expert.content_hash():  # a bit of padding
+    if read.content_hash() == expert.content_hash():  # a padding bit
         assert read.to_bytes() == expert.to_bytes()
 
 

@@ -48,7 +48,7 @@ def test_the_content_is_synced_before_the_rename(
     path = tmp_path / "file"
     with replacing(path) as temporary:
         temporary.write_bytes(b"all of it")
-    assert calls == [False, True]  # the content; then, with the name, the folder
+    assert calls == [False, True]  # first the content, then the folder with the name
 
 
 def test_an_existing_file_is_kept_unless_replacing_is_allowed(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Against numbers of others: a textbook in numpy (tests/golden), and the authors' modules.
+"""Compare with independent numbers: a textbook in numpy (tests/golden), and the authors' modules.
 
 tests/golden/authors/README.md describes the authors' cases.
 """
@@ -31,7 +31,7 @@ TOLERANCE = 1e-5
 
 
 def assert_near(actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
-    """Relative to the largest expected value."""
+    """Compare relative to the largest expected value."""
     assert actual.shape == expected.shape
     error = (actual.detach() - expected).abs().max() / expected.abs().max()
     assert error < tolerance, f"relative error {error:.1e}"
@@ -71,7 +71,7 @@ def test_routing_matches_the_textbook(name: str) -> None:
     case, sizes = OWN_CASES[name], load_generator().ROUTED[name]
     weights_TK, indices_TK = route(case["x_TD"], case["gates_ED"], top_k=sizes[4])
     assert torch.equal(indices_TK, case["indices_TK"])
-    # Near enough to see the 1e-6 that is added to the sum of the kept shares.
+    # Precise enough to detect the 1e-6 that is added to the sum of the kept shares.
     assert_near(weights_TK, case["weights_TK"], tolerance=2e-6)
     for mixer in (mix, mix_reference):
         y_TO = mixer(
@@ -86,7 +86,7 @@ def test_routing_matches_the_textbook(name: str) -> None:
 
 
 def gated_lora(lora_A_RD: Tensor, lora_B_OR: Tensor, gate_D: Tensor) -> GatedLora:
-    """A gated expert on a linear of zeros, with a given state."""
+    """Return a gated expert on a linear of zeros, with a given state."""
     (rank, inputs), outputs = lora_A_RD.shape, lora_B_OR.shape[0]
     linear = nn.Linear(inputs, outputs, bias=False).requires_grad_(False)
     nn.init.zeros_(linear.weight)
@@ -131,7 +131,7 @@ def test_tokenwise_routing_matches_the_authors(name: str) -> None:
 
 
 def test_arrow_matches_the_authors() -> None:
-    """Arrow as PHATGOOSE's authors compare with it: divided by sqrt(D), outputs mixed."""
+    """Check Arrow as compared with by PHATGOOSE's authors: divided by sqrt(D), outputs mixed."""
     sizes = json.loads((AUTHORS / "cases.json").read_text())["arrow_scores"]
     case = load_file(AUTHORS / "arrow_scores.safetensors")
     hidden_TD = case["hidden"].flatten(0, 1)
@@ -170,7 +170,7 @@ def test_the_full_model_matches_the_authors(kind: str) -> None:
     family = AutoModelForSeq2SeqLM if kind == "t5" else AutoModelForCausalLM
     model = family.from_config(config)
     weights = load_file(folder / "base.safetensors")
-    if "lm_head.weight" in weights:  # transformers ties every T5, the authors' checkpoints do not
+    if "lm_head.weight" in weights:  # transformers ties every T5, unlike the authors' checkpoints
         model.lm_head.weight = nn.Parameter(weights["lm_head.weight"].clone())
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected

@@ -15,7 +15,7 @@ from tests.support.tiny import make_experts
 
 
 def alter(expert: Expert, *, linears: dict[str, LoraFactors] | None = None, **card: Any) -> Expert:
-    """An expert with another card or other factors."""
+    """Return an expert with another card or other factors."""
     return Expert(dataclasses.replace(expert.card, **card), linears or expert.linears)
 
 

@@ -52,7 +52,7 @@ def test_a_profile_may_be_saved_from_a_view(profile: Profile, tmp_path: Path) ->
 
 
 def resaved(data: Path, texts: Any, *, drop: str = "") -> bytes:
-    """The file with other metadata, or without a tensor."""
+    """Return the file with other metadata, or without a tensor."""
     tensors = {name: tensor for name, tensor in load_file(data).items() if name != drop}
     return save(tensors, metadata=texts)
 

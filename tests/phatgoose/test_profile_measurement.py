@@ -1,4 +1,4 @@
-"""Profiles against a plain computation: one example at a time, the expert added to the weights."""
+"""Compare profiles with a plain computation: one example at a time, experts added to weights."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -35,7 +35,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ProfileConfig:
 
 
 def inputs_of_linears(base: Base, expert: Expert, example: Example) -> dict[str, Tensor]:
-    """What each adapted linear reads, [T, D], with the expert added to the base's weights."""
+    """Return the input [T, D] of each adapted linear, with the expert added to the weights."""
     context, target = encode_pair(base, example.input, example.target)
     heard: dict[str, list[Tensor]] = defaultdict(list)
     handles, weights = [], {}
@@ -59,7 +59,7 @@ def inputs_of_linears(base: Base, expert: Expert, example: Example) -> dict[str,
 
 @pytest.fixture(params=["llama", "t5", "opt", "gpt2", "lfm2"])
 def base(request: pytest.FixtureRequest, tmp_path: Path) -> Base:
-    """The tiny bases of both families, and others that hand their linears something else."""
+    """Return the tiny bases of both families, and others whose linears get other input shapes."""
     if request.param in ("llama", "t5"):
         loaded: Base = request.getfixturevalue(request.param)
         return loaded

@@ -1,4 +1,4 @@
-"""What a notebook shows of an expert, a pool and a profile is a line, not megabytes of numbers."""
+"""Check that a notebook shows one line for an expert, a pool and a profile."""
 
 from phatgoose.base import Base
 from phatgoose.pool import Pool

@@ -1,4 +1,4 @@
-"""Rows in which contexts and choices are read: shared, under windows, and apart."""
+"""Check the rows that hold contexts and choices: shared, with windows, and separate."""
 
 import dataclasses
 import logging
@@ -53,7 +53,7 @@ def test_choices_score_the_same_together_and_alone(folders: Folders, name: str) 
 @pytest.mark.parametrize("name", WINDOWED)
 @pytest.mark.parametrize("window", [2, 3, 6])
 def test_a_sliding_window_is_masked(folders: Folders, name: str, window: int) -> None:
-    """Shorter than prompts, choices and what is written, alone and with routed experts."""
+    """Check windows shorter than prompts, choices and outputs, with and without experts."""
     kind, changes = WINDOWED[name]
     base = folders.load(kind, {**changes, "sliding_window": window})
     assert base.model.config.sliding_window == window
@@ -90,7 +90,7 @@ def test_a_window_of_the_length_of_a_row_is_exact(folders: Folders, window: int)
 def test_answers_at_the_edge_of_a_window_are_exact(
     folders: Folders, name: str, window: int, limit: int
 ) -> None:
-    """Prompts of at most 8 tokens, targets of 3, and what is written."""
+    """Check prompts of at most 8 tokens, targets of 3, and generated tokens."""
     kind, changes = WINDOWED[name]
     base = folders.load(kind, {**changes, "sliding_window": window})
     questions = [Question(q.context, [[30, 7, 0]]) for q in QUESTIONS]
@@ -121,7 +121,7 @@ def test_a_prompt_within_the_window_is_read_once(
 def test_separate_rows_are_counted_like_shared_rows(
     folders: Folders, kind: str, limit: int
 ) -> None:
-    """Each context once, each choice once; what is written is not counted by `answer`."""
+    """Check that contexts and choices count once; `answer` does not count generated tokens."""
     base = folders.load(kind, {"sliding_window": 5} if kind == "mistral" else {})
     routed = RoutedModel(base, Pool.from_experts(make_experts(base, 4)), "phatgoose")
     with routed.recording(RoutingLog()) as log:
@@ -142,7 +142,7 @@ def test_separate_rows_are_counted_like_shared_rows(
 def test_separate_rows_give_the_results_of_shared_rows(
     llama: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For routers that decide by token, by query, and by a bias for each query."""
+    """Check routers that decide by token, by query, and by a bias for each query."""
     monkeypatch.setattr("phatgoose.sentence_encoder.load_encoder", lambda _: FakeEncoder())
     monkeypatch.setattr("phatgoose.routers.stacked_profiles._embedded", {})
     pool = make_pool(llama)
@@ -168,7 +168,7 @@ def test_separate_rows_give_the_results_of_shared_rows(
 
 
 def test_separate_rows_do_not_need_more_memory(llama: Base) -> None:
-    """No pass has more tokens, padding included, than the shared rows of the batch."""
+    """Check that no pass has more tokens, padding included, than the shared rows of the batch."""
     many = [
         Question([5] * 30, [[7] * n + [0] for n in range(12)]),
         Question([6] * 3, [[8, 0], [9, 0]]),
@@ -199,7 +199,7 @@ def test_a_base_that_leaks_between_choices_is_detected_and_reported(
     assert lines[0].startswith(f"base={base.name}: choices cannot share a context")
     assert "a row of its own" in lines[0]
     assert "\n" not in lines[0]
-    stored = load_file(Path(base.name) / "model.safetensors")  # and its weights are as they were
+    stored = load_file(Path(base.name) / "model.safetensors")  # its weights are unchanged
     weights = dict(base.model.named_parameters())
     assert {weight.dtype for weight in weights.values()} == {getattr(torch, dtype)}
     for key, weight in stored.items():
@@ -226,7 +226,7 @@ def test_a_record_without_a_statement_is_probed(
 @pytest.mark.parametrize(
     ("kind", "changes", "record"),
     [
-        # A record that forgets the window, one that was not tested, and a window of another name.
+        # A record without the window, one that was not tested, and a window with another name.
         ("mistral", {"sliding_window": 3}, Architecture(r"self_attn\..*|mlp\..*", "q_proj")),
         (
             "mixtral",
@@ -262,7 +262,7 @@ def test_windows_not_covered_by_a_test_use_separate_rows(
 def test_layers_with_unknown_masks_use_separate_rows(
     folders: Folders, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Also under a record that says that sharing is exact."""
+    """Check that this holds even under a record that declares sharing exact."""
     record = dataclasses.replace(ARCHITECTURES["lfm2"], window="layer_types", shares_context=True)
     monkeypatch.setitem(ARCHITECTURES, "lfm2", record)
     with caplog.at_level(logging.WARNING):

@@ -26,18 +26,18 @@ TEXTS = [*SENTENCES, "goose", "", LONG, "Is it 7 o'clock? naïve ☃", "goose"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of the tiny encoder, not to be changed."""
+    """Return the directory of the tiny encoder, not to be changed."""
     return make_encoder(tmp_path_factory.mktemp("encoders") / "tiny")
 
 
 @pytest.fixture
 def copied(folder: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny encoder that a test may change."""
+    """Return a copy of the tiny encoder that a test may change."""
     return Path(shutil.copytree(folder, tmp_path / "copied"))
 
 
 def embed(folder: Path, text: str, *, max_tokens: int, pooling: str = "mean") -> Tensor:
-    """One text through transformers alone, [S]: no batch, no padding."""
+    """Embed one text with transformers alone, [S]: no batch, no padding."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
     ids_L = tokenizer(text)["input_ids"]
     if len(ids_L) > max_tokens:
@@ -192,7 +192,7 @@ def test_a_directory_must_hold_an_encoder(copied: Path, missing: str) -> None:
 def test_pickled_weights_are_refused(copied: Path, where: str) -> None:
     (copied / where / "pytorch_model.bin").write_bytes(b"pickle")
     if where == "":
-        load_encoder(str(copied))  # beside safetensors nobody reads them
+        load_encoder(str(copied))  # ignored beside safetensors
         shutil.copytree(copied, copied := copied.with_name("pickled"))
         (copied / "model.safetensors").unlink()
     with pytest.raises(PhatgooseError, match=f"{copied / where} has no safetensors file"):
@@ -232,7 +232,7 @@ def test_a_missing_library_is_reported_with_how_to_install_it(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    runpy.run_path(str(encoder_module.__file__))  # to import the module needs no library
+    runpy.run_path(str(encoder_module.__file__))  # importing the module does not need the library
     with pytest.raises(PhatgooseError, match=r"pip install sentence-transformers"):
         load_encoder(str(tmp_path))
 
@@ -281,7 +281,7 @@ def test_a_packaged_encoder_is_unpacked_once(
     monkeypatch.setitem(PACKAGED_ENCODERS, "tiny-packaged", packaged)
 
     encoder = load_encoder("tiny-packaged")
-    load_encoder("tiny-packaged", device="meta")  # another device: loaded anew, not fetched anew
+    load_encoder("tiny-packaged", device="meta")  # another device: loaded, not downloaded again
     assert fetched == [("tiny==1", "tiny.whl", "5a", False)]
     assert [p.name for p in (tmp_path / "cache" / "encoders").iterdir()] == ["tiny-packaged"]
     original = load_encoder(str(folder))
@@ -307,7 +307,7 @@ def test_the_packaged_encoder_recognizes_similar_texts() -> None:
     cat, kitten, stocks = encoder.encode(["a cat", "a kitten", "stock markets fell"])
     assert cat @ kitten > cat @ stocks + 0.3
     assert encoder.dimensions == 384
-    # Its own configuration counts, 256 tokens, and not its tokenizer's, 128.
+    # Its own limit of 256 tokens counts, not that of its tokenizer, 128.
     folder = encoder_module.cache_dir() / "encoders" / "all-minilm-l6-v2"
     texts = ["This is an example sentence", "goose " * 200 + "lake " * 200]
     close(encoder.encode(texts), torch.stack([embed(folder, t, max_tokens=256) for t in texts]))

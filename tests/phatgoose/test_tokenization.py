@@ -21,7 +21,7 @@ from tests.support.tiny import llama_tokenizer
 
 
 def encode_as_lm_eval(base: Base, context: str, target: str) -> tuple[list[int], list[int]]:
-    """What lm-evaluation-harness makes of a pair whose context is not empty."""
+    """Encode a pair with a non-empty context as lm-evaluation-harness does."""
 
     def tok_encode(text: str, **options: Any) -> list[int]:
         return list(base.tokenizer.encode(text, **options))
@@ -34,7 +34,7 @@ def encode_as_lm_eval(base: Base, context: str, target: str) -> tuple[list[int],
 
 @pytest.fixture
 def starting_llama(llama: Base) -> Base:
-    """A base whose tokenizer puts <s> in front."""
+    """Return a base whose tokenizer adds <s>."""
     return dataclasses.replace(llama, tokenizer=llama_tokenizer(start=True))
 
 
@@ -84,7 +84,7 @@ def test_a_target_whose_tokens_merge_with_the_prompt_is_encoded_on_its_own(
     llama: Base, t5: Base, starting_llama: Base
 ) -> None:
     goose = llama.tokenizer.encode(" goose")
-    assert len(goose) == 1  # so that " goo" does not begin it
+    assert len(goose) == 1  # so that it does not begin with " goo"
     for base in (llama, starting_llama, t5):
         own = base.tokenizer.encode("se", add_special_tokens=False)
         context_ids, target_ids = encode_pair(base, "the goo", "se")
@@ -102,7 +102,7 @@ def test_an_empty_context_becomes_a_single_start_token(starting_llama: Base, con
 
 
 def test_a_target_may_contain_the_start_token_if_there_is_no_context(llama: Base, t5: Base) -> None:
-    """As in lm-eval; a T5-like base has none, and keeps what is written."""
+    """Check decoders as in lm-eval; a T5-like base has no start token and keeps the text."""
     end, a = llama.tokenizer.encode("<|end|>a")
     assert encode_pair(llama, "", "<|end|>a") == ([end], [a, end])
     assert encode_pair(llama, "", "<|end|><|end|>a") == ([end], [end, a, end])
@@ -170,7 +170,7 @@ def test_a_start_token_that_comes_from_the_text_is_kept_too(llama: Base) -> None
 
 
 def test_a_training_example_is_truncated_to_the_base(llama: Base, t5: Base) -> None:
-    """Its last token is not read, so a row of context and target may be one token longer."""
+    """Check that context and target may be one token longer, because the last one is not read."""
     for base in (llama, t5):
         context, target = "the grey goose " * 40, " the swan swims " * 5
         whole = encode_pair(base, context, target)
@@ -188,7 +188,7 @@ def test_a_training_example_is_truncated_to_the_base(llama: Base, t5: Base) -> N
         assert cut[1] == [*whole[1][:6], whole[1][-1]]
         assert len(cut[0]) == (7 if base.is_encoder_decoder else 1)
         assert encode_pair(base, context, target, 10**6, 10**6) == cut
-        assert encode_pair(base, context, target) == whole  # scoring cuts by itself
+        assert encode_pair(base, context, target) == whole  # scoring truncates independently
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What ends a generated text, and that nothing but greedy decoding writes it."""
+"""Check where a generated text ends, and that decoding is always greedy."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +26,7 @@ def ids_of(base: Base, text: str) -> list[int]:
 
 
 def write(base: Base, text: str, spaces: int = 0, *, stops: Sequence[str] = ()) -> str:
-    """What `generate` gives if the base writes this text."""
+    """Return the output of `generate` if the base writes this text."""
     ids = ids_of(base, text)
     with writing(base, ids):
         (found,) = generate(
@@ -41,7 +41,7 @@ def write(base: Base, text: str, spaces: int = 0, *, stops: Sequence[str] = ()) 
         ("the goose flies", ["\n"], "the goose flies"),
         ("the goose\nflies", ["\n"], "the goose"),
         ("the goose flies", ["oos"], "the g"),  # inside a token
-        ("the goose flies", ["e g"], "th"),  # across two
+        ("the goose flies", ["e g"], "th"),  # across two tokens
         ("the goose flies", ["the goose flies"], ""),
         ("the goose", ["", "s"], "the goo"),  # an empty one ends nothing
         ("the goose", [""], "the goose"),
@@ -75,7 +75,7 @@ def test_an_end_token_spelled_as_text_ends_generation_as_in_lm_eval(llama: Base)
     stops=st.lists(st.text("ab é\n", max_size=3), max_size=3),
 )
 def test_any_text_ends_where_lm_eval_ends(llama: Base, text: str, stops: list[str]) -> None:
-    # What a whole text gives is what its shortest beginning with a stop string in it gives.
+    # A whole text gives the result of its shortest prefix that contains a stop string.
     ids = ids_of(llama, text)
     ends = [
         n
@@ -95,7 +95,7 @@ def test_any_text_ends_where_lm_eval_ends(llama: Base, text: str, stops: list[st
         ("  goose", 1, [], " goose"),
         ("  goose", 2, [], "goose"),
         (" goose", 2, [], "goose"),
-        (" goose flies", 1, [" "], "goose"),  # the moved space is no stop
+        (" goose flies", 1, [" "], "goose"),  # the moved space does not stop generation
         ("  goose flies", 2, [" "], "goose"),
         ("  goose flies", 1, [" "], ""),
         (" goose flies", 0, [" "], ""),
@@ -111,7 +111,7 @@ def test_trailing_prompt_spaces_are_neither_generated_text_nor_stop_strings(
 
 
 def test_each_row_ends_independently(llama: Base) -> None:
-    """What other rows still write changes nothing, and generation ends with the last of them."""
+    """Check that the tokens of other rows change nothing, and generation ends with the last row."""
     rows = [ids_of(llama, text) for text in ("a\nthe goose flies", "bcd<|end|>the lake", "efgh\n")]
     contexts = [ids_of(llama, prompt) for prompt in PROMPTS]
     with writing(llama, *rows) as steps:
@@ -122,7 +122,7 @@ def test_each_row_ends_independently(llama: Base) -> None:
 def test_padding_after_the_end_of_a_row_is_not_text(
     llama: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where it is no special token, which decoding would leave out."""
+    """Check that this holds even if it is not a special token, which decoding would skip."""
     (z,) = ids_of(llama, "z")
     monkeypatch.setattr(type(llama.tokenizer), "pad_token_id", z, raising=False)
     rows = [ids_of(llama, text) for text in ("a\n", "the goose flies<|end|>", "b<|end|>")]

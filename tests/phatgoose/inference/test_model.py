@@ -40,7 +40,7 @@ def attach(base: Base, experts: list[Expert], router: str, **options: object) ->
 
 
 def product(expert: Expert, linear: str) -> Tensor:
-    """What an expert adds to a linear's weight."""
+    """Return the matrix that an expert adds to a linear's weight."""
     factors = expert.linears[linear]
     return expert.card.scale * factors.lora_B_OR @ factors.lora_A_RD
 
@@ -64,7 +64,7 @@ def test_merged_is_the_mean_of_the_products_added_to_the_weights(base: Base, cou
 def test_single_matches_peft_with_the_same_factors(base: Base, rank: int) -> None:
     experts = make_experts(base, 3, rank=rank)
     expert, other = experts[1], load_base(base.name)
-    alpha: Any = rank * expert.card.scale  # PEFT takes what is no whole number, too
+    alpha: Any = rank * expert.card.scale  # PEFT accepts fractional values too
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(base.linears))
     wrapped: Any = get_peft_model(other.model, config)
     for name, factors in expert.linears.items():
@@ -208,7 +208,7 @@ def test_pools_follow_the_bases_dtype(base: Base, router: str) -> None:
     said = logits(half)
     assert said.dtype == torch.bfloat16
     difference = (said.float() - logits(base)).norm() / logits(base).norm()
-    # Where two experts score alike, rounding may choose the other one.
+    # Where two experts have equal scores, rounding may choose the other one.
     assert difference < (0.5 if router in ("phatgoose", "random") else 0.1)
 
 
@@ -229,8 +229,8 @@ def test_the_log_counts_every_token_once_and_no_padding(base: Base, router: str)
         if not base.is_encoder_decoder:
             expected = contexts + written
         elif name.startswith("encoder.") or re.search(r"EncDecAttention\.[kv]$", name):
-            expected = contexts  # however many choices there are
-        else:  # every question's start token, and what comes before each choice's last token
+            expected = contexts  # for any number of choices
+        else:  # the start token of every question, and all before the last token of each choice
             expected = len(QUESTIONS) + written
         assert log.tokens[name] == expected, name
         assert log.weights[name].shape == (4,)
@@ -278,7 +278,7 @@ def test_nothing_is_recorded_without_routing_or_after_recording_ends(base: Base)
 
 
 def test_generated_tokens_are_counted_without_padding(base: Base) -> None:
-    """Each prompt alone, and the tokens written before a row ended; as forward passes count."""
+    """Check that each prompt and the tokens written before the end of a row count once."""
     prompts = ["Is the lake deep?", "the goose", "The grey goose flies over the lake, and"]
     routed = attach(base, make_experts(base, 4), "phatgoose")
     with routed.recording(RoutingLog()) as together:
@@ -295,7 +295,7 @@ def test_generated_tokens_are_counted_without_padding(base: Base) -> None:
 
 
 def test_experts_that_adapt_different_linears_share_a_pool(base: Base) -> None:
-    """An expert gets no token where it adapts nothing, and adds nothing there."""
+    """Check that an expert gets and adds nothing in linears it does not adapt."""
     whole, part = make_experts(base, 2)
     left_out = [name for name in base.linears if re.search(r"\.(q|q_proj)$", name)]
     kept = {name: f for name, f in part.linears.items() if name not in left_out}

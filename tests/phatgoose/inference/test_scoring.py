@@ -29,7 +29,7 @@ CONTEXTS = ["the", "Is the lake deep?", "Question: which bird flies in the flock
 
 
 def encode(base: Base) -> list[Question]:
-    """The questions; no text has no token, so an empty choice is made of the end alone."""
+    """Encode the questions; an empty choice consists of the end token alone."""
     end = [base.tokenizer.eos_token_id]
     questions = []
     for context, choices in QUESTIONS:
@@ -111,7 +111,7 @@ def test_the_greedy_flag_matches_greedy_decoding(base: Base) -> None:
 
 @pytest.fixture
 def stopping(base: Base) -> Base:
-    """A base that ends a sequence where it would have written what is third after `CONTEXTS[1]`."""
+    """Return a base that ends a sequence with the third token generated after `CONTEXTS[1]`."""
     third = plain_generate(base, encode_context(base, CONTEXTS[1]), 3)[2]
     with torch.no_grad():
         weight = base.model.get_output_embeddings().weight
@@ -211,7 +211,7 @@ def test_generation_ends_once_every_row_has_its_stop_string(base: Base) -> None:
 def test_answering_equals_generating_and_scoring(
     base: Base, router: str | None, limit: int
 ) -> None:
-    """For prompts and answers of any length, also an empty one; the same tokens are counted."""
+    """Check prompts and answers of any length, including an empty one; counts agree too."""
     texts = ["Is the lake deep?", "the goose", "The grey goose flies over the lake, and"]
     answers = [" yes", "", " the swan swims. five and four"]
     routed = RoutedModel(base, Pool.from_experts(make_experts(base, 4)), router or "base")

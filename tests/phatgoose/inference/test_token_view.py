@@ -44,7 +44,7 @@ def attach(base: Base, router: Router | str = "phatgoose") -> RoutedModel:
 
 
 def linears_of(base: Base) -> list[str]:
-    """A linear of each kind: they read different tokens."""
+    """Return a linear of each kind; the kinds read different tokens."""
     if not base.is_encoder_decoder:
         return [base.linears[3], base.linears[-1]]
     kinds = ["encoder.block.1.*SelfAttention.v", ".*EncDecAttention.k", "decoder.*wi_0"]
@@ -53,7 +53,7 @@ def linears_of(base: Base) -> list[str]:
 
 @torch.no_grad()
 def textbook_weights(model: RoutedModel, expert_gates: list[Tensor], linear: str) -> Tensor:
-    """The weights of each token, by the formula, of what the linear reads in one plain pass."""
+    """Return each token's weights by the formula, from the linear's inputs in one plain pass."""
     heard: list[Tensor] = []
     hook = model.base.model.get_submodule(linear).register_forward_pre_hook(
         lambda _, args: heard.append(args[0])
@@ -137,7 +137,7 @@ def test_a_query_router_gives_every_token_the_same_mixture(base: Base) -> None:
 
 
 class Overhearing(QueryRouter):
-    """Sends every query to the last expert, and keeps what it was shown."""
+    """A router that sends every query to the last expert and records what it was shown."""
 
     def __init__(self) -> None:
         self.queries: list[Query] = []
@@ -194,7 +194,7 @@ def test_the_terminal_shows_each_token_in_the_color_of_its_expert(
     colours = [tuple(map(int, parts)) for *parts, _ in painted]
     assert colours[1] == COLOURS[1]
     assert colours[0] == tuple(round(0.75 * c + 0.25 * 255) for c in COLOURS[0])
-    # The legend: the mean of 0.75, 0 and 0.25 and so on, each on its full colour.
+    # The legend: the mean of 0.75, 0 and 0.25 and so on, each in its full color.
     assert [text for *_, text in painted[3:]] == [" e0 33.3% ", " e1 33.3% ", " e2 33.3% "]
     assert colours[3:] == list(COLOURS[:3])
     plain = re.sub(r"\x1b\[[\d;]*m", "", shown)
@@ -211,12 +211,12 @@ def test_no_color_prints_a_line_for_each_token(monkeypatch: pytest.MonkeyPatch) 
         [r"'\x1b[2J\u202e'", "e2 0.75, e0 0.25"],
     ]
     assert lines[-3:] == ["e0 33.3%", "e1 33.3%", "e2 33.3%"]
-    monkeypatch.setenv("NO_COLOR", "")  # no-color.org: an empty one does not count
+    monkeypatch.setenv("NO_COLOR", "")  # no-color.org: an empty value does not count
     assert "\x1b" in to_terminal(ROUTES, EXPERTS)
 
 
 class Page(HTMLParser):
-    """What a browser would make of a page: its tags, and the text and attributes of its spans."""
+    """A parser of the page as a browser sees it: tags, and the text and attributes of spans."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -260,7 +260,7 @@ def test_repeated_colors_are_reported() -> None:
     assert legend[0] == legend[1]
     for text in (to_html([route], names, ""), to_terminal([route], names)):
         assert "colours repeat after 12" in text
-        assert "e5" not in text  # nothing went there
+        assert "e5" not in text  # no token was routed there
     assert "repeat" not in to_terminal(ROUTES, EXPERTS)
 
 
@@ -281,7 +281,7 @@ def _linear_rgb(colour: tuple[int, int, int]) -> list[float]:
 
 
 def _lab(colour: tuple[int, int, int]) -> tuple[float, float, float]:
-    """CIELAB under D65."""
+    """Convert to CIELAB under D65."""
     r, g, b = _linear_rgb(colour)
     xyz = (
         (0.4124 * r + 0.3576 * g + 0.1805 * b) / 0.9505,

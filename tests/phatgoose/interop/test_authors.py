@@ -27,7 +27,7 @@ GATE = f"{Q}._addons.router.expert_embeddings"
 
 
 def checkpoint(base: Base, count: int = COUNT, *, gates: bool = True) -> dict[str, Tensor]:
-    """What the authors' scripts/concatenate.py would have put together, with random values."""
+    """Return a checkpoint of random values in the format of the authors' scripts/concatenate.py."""
     generator = torch.Generator().manual_seed(0)
     shared = base.model.get_parameter(WORDS).detach().bfloat16()
     tensors = OrderedDict(
@@ -99,7 +99,7 @@ def test_every_value_is_imported(
 
 
 def test_an_expert_computes_what_the_authors_layer_computes(t5: Base, tmp_path: Path) -> None:
-    """Their layer adds `x layer1 layer2 / R` to what the linear says."""
+    """Check that their layer adds `x layer1 layer2 / R` to the linear's output."""
     tensors = checkpoint(t5)
     expert = read_checkpoint(write_pt(tensors, tmp_path), t5)[1]
     other = load_base(t5.name)
@@ -136,7 +136,7 @@ def test_experts_have_a_complete_card(t5: Base, tmp_path: Path) -> None:
     assert len({x.card.job for x in (first, second, third)}) == 3
     assert len(card.job) == 32
     assert read_checkpoint(path, t5, scale=0.5)[0].card.scale == 0.5
-    # A job is what the experts are, however they were stored.
+    # A job depends on the experts, not on how they were stored.
     again = read_checkpoint(write_safetensors(tensors, tmp_path), t5, names=["P3Agnews", "b", "c"])
     assert [x.card.job for x in again] == [x.card.job for x in (first, second, third)]
     tensors[f"{LAYER1}__0"][3, 1] += 1
@@ -149,7 +149,7 @@ def test_experts_have_a_complete_card(t5: Base, tmp_path: Path) -> None:
 
 
 def test_experts_can_be_stored(t5: Base, tmp_path: Path) -> None:
-    """Although their factors are transposed views of a mapped file."""
+    """Check that this works although their factors are transposed views of a mapped file."""
     experts = read_checkpoint(write_pt(checkpoint(t5), tmp_path), t5)
     for expert in experts:
         expert.save(tmp_path / "e.arrow")
@@ -271,7 +271,7 @@ def test_embeddings_rounded_to_bfloat16_match_the_base(t5_folder: Path, tmp_path
 
 
 class Bomb:
-    """What runs code when a file is unpickled without care."""
+    """An object that runs code when it is unpickled without precautions."""
 
     def __init__(self, target: Path) -> None:
         self.target = target

@@ -177,7 +177,7 @@ def test_an_expert_outlives_its_adapters_folder(llama: Base, tmp_path: Path) -> 
     save_adapter(llama, tmp_path / "a", target_modules=["q_proj"])
     expert = Expert.from_peft(tmp_path / "a")
     before = expert.content_hash()
-    (tmp_path / "a" / TENSORS).write_bytes(b"")  # in place, as PEFT saves
+    (tmp_path / "a" / TENSORS).write_bytes(b"")  # in place, as in PEFT's own saving
     assert expert.content_hash() == before
 
 
@@ -232,7 +232,7 @@ def test_the_round_trip_through_peft_is_exact(base: Base, tmp_path: Path) -> Non
 
 
 def test_an_export_adapts_only_its_own_linears(base: Base, tmp_path: Path) -> None:
-    """Each linear has its own rank, and half of the names end as others do."""
+    """Check linears with different ranks, some of whose names end like others."""
     whole = make_experts(base, 1)[0]
     linears = {}
     for index, linear in enumerate(base.linears[::2]):
@@ -257,7 +257,7 @@ def test_an_export_adapts_only_its_own_linears(base: Base, tmp_path: Path) -> No
 
 
 def test_tensors_that_share_memory_are_exported(llama: Base, tmp_path: Path) -> None:
-    """Such as slices of a pool, or a saved expert's mapped and transposed factors."""
+    """Check slices of a pool, and a saved expert's mapped and transposed factors."""
     A, B = torch.randn(2, 32), torch.randn(2, 32).T
     expert = Expert(
         make_card("e", llama),

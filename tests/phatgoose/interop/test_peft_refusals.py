@@ -1,4 +1,4 @@
-"""What `Expert.from_peft` refuses: whatever is more than LoRA factors of a base's linears."""
+"""Check that `Expert.from_peft` refuses everything beyond LoRA factors of a base's linears."""
 
 import math
 import shutil
@@ -35,7 +35,7 @@ def refuse(folder: Path, match: str, **options: Any) -> None:
 
 @pytest.fixture
 def adapter(base: Base, tmp_path: Path) -> Path:
-    """A good adapter of each base, to be spoilt."""
+    """Return a valid adapter of each base, to be damaged by a test."""
     save_adapter(base, tmp_path / "adapter", target_modules=["q", "q_proj"])
     return tmp_path / "adapter"
 
@@ -157,10 +157,10 @@ def test_files_that_are_not_an_adapter_are_refused(llama: Base, tmp_path: Path) 
 def test_variants_saved_by_peft_itself_are_refused(
     llama: Base, tmp_path: Path, config: dict[str, Any]
 ) -> None:
-    """With the configuration's word for it, and without."""
+    """Check adapters with and without the configuration entry of their variant."""
     save_adapter(llama, tmp_path, target_modules=["q_proj"], **config)
     refuse(tmp_path, f"has {next(iter(config))} = ")
-    if config != {"bias": "all"}:  # this base has no biases that PEFT could save
+    if config != {"bias": "all"}:  # this base has no biases for PEFT to save
         edit_config(tmp_path, use_dora=False, modules_to_save=None)
         refuse(tmp_path, "no LoRA factor")
 
@@ -168,7 +168,7 @@ def test_variants_saved_by_peft_itself_are_refused(
 def test_pissa_is_accepted_after_peft_converts_it_to_plain_lora(
     llama: Base, tmp_path: Path
 ) -> None:
-    """As the refusal advises: the difference from the start is a plain adapter of rank 2 R."""
+    """Check the advice of the refusal: the difference from the start is plain LoRA of rank 2 R."""
     config = LoraConfig(r=4, lora_alpha=3, target_modules=["q_proj"], init_lora_weights="pissa")
     model = get_peft_model(load_base(llama.name).model, config)
     found = model.peft_config["default"]
@@ -191,7 +191,7 @@ def test_pissa_is_accepted_after_peft_converts_it_to_plain_lora(
 
 
 def without(folder: Path, *linears: str) -> None:
-    """Take the factors of these linears out of an adapter's file."""
+    """Remove the factors of these linears from an adapter's file."""
     keys = [f"base_model.model.{n}.lora_{letter}.weight" for n in linears for letter in "AB"]
     edit_tensors(folder, **dict.fromkeys(keys))
 
@@ -228,7 +228,7 @@ def test_missing_factors_are_named(base: Base, tmp_path: Path) -> None:
 def test_the_expected_linears_are_those_that_peft_adapts(
     llama: Base, tmp_path: Path, config: dict[str, Any]
 ) -> None:
-    """PEFT saves an adapter; whole it is taken, with one linear less it is refused."""
+    """Check an adapter saved by PEFT: accepted when complete, refused with one linear missing."""
     folder = tmp_path / "a"
     save_adapter(llama, folder, **config)
     expert = Expert.from_peft(folder, name="e", base=llama)
@@ -247,7 +247,7 @@ def test_missing_factors_of_unsupported_modules_are_named_too(
 
 
 def test_factors_not_named_by_the_configuration_are_refused(llama: Base, tmp_path: Path) -> None:
-    """PEFT would leave them out."""
+    """PEFT would ignore them."""
     folder = tmp_path / "a"
     save_adapter(llama, folder, target_modules=["q_proj", "v_proj"])
     edit_config(folder, target_modules=["q_proj"])

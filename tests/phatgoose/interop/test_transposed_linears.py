@@ -1,4 +1,4 @@
-"""GPT-2 stores its linears' weights as [inputs, outputs]: against PEFT and plain products."""
+"""Compare GPT-2, whose weights are stored as [inputs, outputs], with PEFT and plain products."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from phatgoose.training.gated_lora import attach_expert, attach_lora, detach_lor
 from tests.support.adapters import logits, merged_logits, save_adapter
 from tests.support.tiny import make_decoder, make_experts, state
 
-# Inputs and outputs of a layer's linears, in the model's order.
+# Inputs and outputs of a layer's linears, in model order.
 SIZES = {"attn.c_attn": (16, 48), "attn.c_proj": (16, 16), "mlp.c_fc": (16, 64)}
 SIZES |= {"mlp.c_proj": (64, 16)}
 
@@ -39,7 +39,7 @@ def gpt2(folder: Path) -> Base:
 
 
 def single(base: Base, rank: int) -> tuple[RoutedModel, Tensor]:
-    """A model with `e1` attached at full strength, and what it says."""
+    """Return a model with `e1` attached at full strength, and its logits."""
     routed = RoutedModel(base, Pool.from_experts(make_experts(base, 2, rank=rank)), "single:e1")
     return routed, logits(base)
 
@@ -93,7 +93,7 @@ def test_a_peft_adapter_is_read(gpt2: Base, tmp_path: Path, pass_base: bool) -> 
 
 
 def test_peft_accepts_an_export_for_gpt2(gpt2: Base, tmp_path: Path) -> None:
-    """Without a warning, and also where PEFT merges it into the transposed weights."""
+    """Check that PEFT loads it without a warning and can merge it into the transposed weights."""
     expert = make_experts(gpt2, 2)[1]
     expert.to_peft(tmp_path / "out", base=gpt2)
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["fan_in_fan_out"]

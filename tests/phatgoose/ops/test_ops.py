@@ -25,7 +25,7 @@ sizes = st.fixed_dictionaries(
 
 
 def make_case(**sizes: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Inputs, factors, chosen experts and weights, as `mix` takes them, in float32."""
+    """Return the arguments of `mix` in float32: inputs, factors, chosen experts and weights."""
     generator = torch.Generator().manual_seed(sizes["seed"])
     tokens, experts, top_k = (sizes[name] for name in ("tokens", "experts", "top_k"))
     rank, inputs, outputs = (sizes[name] for name in ("rank", "inputs", "outputs"))
@@ -200,7 +200,7 @@ def test_standardize_matches_values_computed_by_hand() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("mixer", [mix, mix_factors])
-@pytest.mark.parametrize("experts", [4, 40])  # dense, and sorted
+@pytest.mark.parametrize("experts", [4, 40])  # dense and sorted
 def test_weights_of_any_dtype_are_accepted(
     mixer: Callable[..., Tensor], dtype: torch.dtype, experts: int
 ) -> None:

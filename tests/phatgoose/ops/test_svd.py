@@ -26,7 +26,7 @@ def make_factors(
 
 
 def assert_is_the_svd_of(s_R: Tensor, v_RD: Tensor, delta_OD: Tensor) -> None:
-    """Against torch's of the dense product, in float64; a direction's sign is free."""
+    """Compare with torch's SVD of the dense product in float64, up to the sign of directions."""
     _, expected_S, expected_SD = torch.linalg.svd(delta_OD, full_matrices=False)
     kept = min(len(s_R), len(expected_S))
     largest = float(expected_S[0])
@@ -34,7 +34,7 @@ def assert_is_the_svd_of(s_R: Tensor, v_RD: Tensor, delta_OD: Tensor) -> None:
         s_R.double()[:kept], expected_S[:kept], rtol=1e-4, atol=1e-5 * largest
     )
     assert float(s_R[kept:].abs().sum()) < 1e-5 * largest
-    # All directions together, each with its strength: blind to sign, and to what equal values do.
+    # All directions together, scaled by their strength: independent of signs and equal values.
     gram_DD = v_RD.double().T @ torch.diag(s_R.double() ** 2) @ v_RD.double()
     torch.testing.assert_close(gram_DD, delta_OD.T @ delta_OD, rtol=1e-4, atol=1e-5 * largest**2)
     torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""What tests of routers share: an encoder that is a function of the text."""
+"""Shared fixture of router tests: an encoder that is a function of the text."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from tests.support.pools import FakeEncoder
 
 @pytest.fixture
 def encoder(monkeypatch: pytest.MonkeyPatch) -> FakeEncoder:
-    """Stands in for the profiles' encoder, and starts with nothing embedded."""
+    """Replace the profiles' encoder by a fake one that has embedded nothing yet."""
     fake = FakeEncoder()
     monkeypatch.setattr("phatgoose.sentence_encoder.load_encoder", lambda _: fake)
     monkeypatch.setattr("phatgoose.routers.stacked_profiles._embedded", {})

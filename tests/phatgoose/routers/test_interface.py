@@ -25,7 +25,7 @@ from tests.support.plain import plain_logits
 from tests.support.pools import FakeEncoder, make_pool, queries_of
 from tests.support.tiny import make_experts, state
 
-# Every router that a pool can be given, by the options it cannot do without.
+# Every router for a pool, with its required options.
 ALL: dict[str, dict[str, Any]] = {
     **{name: {} for name in ROUTERS},
     "single": {"expert": "e1"},
@@ -220,7 +220,7 @@ def test_changing_routers_leaves_no_state_behind(base: Base, encoder: FakeEncode
 
 
 def test_decisions_for_a_batch_do_not_outlive_it(base: Base, encoder: FakeEncoder) -> None:
-    """A pass that nobody announces does not use it."""
+    """Check that an unannounced forward pass does not use it."""
     routed = RoutedModel(base, make_pool(base), "phatgoose")
     expected = logits(base)
     for name in ("glider", "logo", "retrieval"):
@@ -232,7 +232,7 @@ def test_decisions_for_a_batch_do_not_outlive_it(base: Base, encoder: FakeEncode
     assert torch.equal(logits(base), expected)
 
 
-# Routers that choose by comparing scores may choose another expert after rounding.
+# After rounding, routers that compare scores may choose another expert.
 SMOOTH = [n for n, r in ROUTERS.items() if issubclass(r, Merge)] + ["retrieval", "lorauter", "base"]
 
 

@@ -15,7 +15,7 @@ from tests.support.pools import FakeEncoder, make_uneven_experts, pool_of
 from tests.support.textbook import Facts, base_plus, facts_of
 from tests.support.tiny import make_experts
 
-# From what is known of the experts on one linear to what a merge adds to its weight.
+# A function from the facts about the experts on one linear to the merge's weight delta.
 Formula = Callable[[Facts], Tensor]
 
 QUESTIONS = [
@@ -26,7 +26,7 @@ QUESTIONS = [
 
 
 def deltas_of(facts: Facts) -> list[Tensor]:
-    """Each expert's delta, zeros if it does not adapt the linear."""
+    """Return each expert's delta, zeros if it does not adapt the linear."""
     like_OD = next(fact for fact in facts if fact is not None).delta_OD
     return [torch.zeros_like(like_OD) if fact is None else fact.delta_OD for fact in facts]
 
@@ -56,7 +56,7 @@ def second_expert(facts: Facts) -> Tensor:
 
 
 def ties(density: float, weight: float) -> Formula:
-    """Entry by entry, in loops."""
+    """Compute TIES entry by entry, in loops."""
 
     def formula(facts: Facts) -> Tensor:
         trimmed = []
@@ -90,7 +90,7 @@ CASES: list[tuple[str, dict[str, Any], Formula]] = [
 
 
 def merged_delta(pool: Pool, linear: str, name: str, **options: Any) -> Tensor:
-    """What a merge adds to a linear's weight, float32 [O, D]."""
+    """Return the matrix that a merge adds to a linear's weight, float32 [O, D]."""
     router = make_router(name, **options)
     assert isinstance(router, Merge)
     matrices = router.merge(pool, linear)
@@ -135,7 +135,7 @@ def test_uniform_matches_merged_computed_expert_by_expert(base: Base) -> None:
     questions = encode(base)
     merged, of_merged = logits(base), routed.score(questions)
     routed.set_router("uniform")
-    # Of the order of the logits, which is about 10: 1e-6 is added to the weights' sum, besides.
+    # Relative to the logits, which are about 10: 1e-6 is also added to the sum of the weights.
     torch.testing.assert_close(logits(base), merged, rtol=1e-5, atol=5e-5)
     for scores, expected in zip(routed.score(questions), of_merged, strict=True):
         for one, other in zip(scores, expected, strict=True):
@@ -143,7 +143,7 @@ def test_uniform_matches_merged_computed_expert_by_expert(base: Base) -> None:
 
 
 def test_uniform_leaves_out_experts_that_do_not_adapt_a_linear(base: Base) -> None:
-    """There it is the mean over those that do, and `merged` the mean over all."""
+    """Check that `uniform` is the mean over the experts present there, and `merged` over all."""
     experts = make_uneven_experts(base)
     deltas = {}
     for linear in base.linears:
@@ -156,7 +156,7 @@ def test_uniform_leaves_out_experts_that_do_not_adapt_a_linear(base: Base) -> No
 
 @pytest.mark.parametrize("density", [0.05, 0.2, 0.5])
 def test_ties_keeps_the_requested_share_of_entries(llama: Base, density: float) -> None:
-    """With one expert there is no conflict: what is left is its largest entries."""
+    """Check that with one expert, which has no conflicts, its largest entries remain."""
     (expert,) = make_experts(llama, 1)
     pool, linear = Pool.from_experts([expert]), llama.linears[0]
     (fact,) = facts_of([expert], linear)
@@ -169,7 +169,7 @@ def test_ties_keeps_the_requested_share_of_entries(llama: Base, density: float) 
 
 
 def test_ties_matches_an_example_computed_by_hand() -> None:
-    """Three experts of rank 1 with a delta of one row of three entries."""
+    """Check three experts of rank 1, each with a delta of one row of three entries."""
     rows = [[4.0, -1.0, 3.0], [2.0, 5.0, -9.0], [-1.0, 7.0, 2.0]]
     pool = row_pool(rows)
     # Density 2/3 leaves [4, 0, 3], [0, 5, -9], [0, 7, 2]; the signs of the sums are +, +, -.
@@ -180,7 +180,7 @@ def test_ties_matches_an_example_computed_by_hand() -> None:
 
 
 def row_pool(rows: Sequence[Sequence[float]]) -> Pool:
-    """Experts that map to one output, each by its row."""
+    """Return a pool of experts that map to one output, each by its row."""
     lora_A_ERD = torch.tensor(rows).unsqueeze(1)
     factors = PoolLinear(lora_A_ERD, torch.ones(len(rows), 1, 1))
     return Pool("", tuple(f"e{i}" for i in range(len(rows))), {"l": factors})
@@ -195,7 +195,7 @@ def test_dare_keeps_entries_at_random_and_rescales_them(llama: Base) -> None:
     kept_OD = merged_OD != 0
     torch.testing.assert_close(merged_OD[kept_OD], 4 * fact.delta_OD[kept_OD], rtol=1e-4, atol=1e-6)
     assert float(kept_OD.double().mean()) == pytest.approx(0.25, abs=0.04)
-    # Not by size: the kept ones are as large as the others.
+    # Not by size: kept entries are as large as the others.
     ratio = fact.delta_OD[kept_OD].abs().mean() / fact.delta_OD.abs().mean()
     assert float(ratio) == pytest.approx(1.0, abs=0.15)
 
@@ -205,7 +205,7 @@ def test_dare_drops_different_entries_of_each_expert(llama: Base) -> None:
     pool, linear = Pool.from_experts(experts), llama.linears[0]
     merged_OD = merged_delta(pool, linear, "dare", drop=0.5).double()
     deltas = [fact.delta_OD for fact in facts_of(experts, linear) if fact is not None]
-    # Every entry is one of the eight sums of what may have been kept; each of them occurs.
+    # Every entry is one of the eight sums of possibly kept entries, and each of them occurs.
     choices = [[bool(i & (1 << e)) for e in range(3)] for i in range(8)]
     sums = torch.stack(
         [
@@ -226,7 +226,7 @@ def test_dare_equals_merged_on_average(llama: Base) -> None:
     expected_OD = mean_of_products(facts_of(experts, linear)).float()
     error = (torch.stack(draws).mean(dim=0) - expected_OD).norm() / expected_OD.norm()
     alone = (draws[0] - expected_OD).norm() / expected_OD.norm()
-    assert float(error) < 3 * float(alone) / 400**0.5  # it shrinks as a mean of 400 does
+    assert float(error) < 3 * float(alone) / 400**0.5  # shrinks like a mean of 400
 
 
 def test_dare_depends_only_on_the_seed_and_the_linear(llama: Base) -> None:
@@ -241,7 +241,7 @@ def test_dare_depends_only_on_the_seed_and_the_linear(llama: Base) -> None:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    # What is left of one entry an expert is another one after rounding.
+    # With one entry left per expert, rounding changes which one that is.
     [(name, options) for name, options, _ in CASES if options != {"density": 1e-6}],
 )
 def test_merges_of_a_bfloat16_pool_are_close(
@@ -255,7 +255,7 @@ def test_merges_of_a_bfloat16_pool_are_close(
         actual_OD = merged_delta(routed.pool, linear, name, **options)
         assert actual_OD.dtype == torch.bfloat16
         error = (actual_OD.float() - expected_OD).norm() / expected_OD.norm()
-        # Rounding may decide what TIES trims, and which sign it elects.
+        # Rounding may change which entries TIES trims and which sign it elects.
         assert float(error) < (0.2 if name == "ties" else 0.01)
 
 

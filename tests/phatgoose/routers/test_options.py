@@ -1,4 +1,4 @@
-"""Options that cannot be are refused with the router, the option, the value and what may be."""
+"""Check that errors for invalid options name the router, the option, the value and valid ones."""
 
 import dataclasses
 from typing import Any
@@ -24,7 +24,7 @@ from tests.support.tiny import make_experts
 COUNT = "a whole number of at least 1"
 NUMBER = "a number"
 INF, NAN = float("inf"), float("nan")
-# Option -> what may be, values that cannot be, and values at the border that can.
+# Option -> what is valid, invalid values, and valid values at the limits.
 OPTIONS: dict[str, tuple[str, list[Any], list[Any]]] = {
     "top_k": (COUNT, [0, -1, 1.5, "2", [2]], [1, 10**6]),
     "candidates": (COUNT, [0, -1, 2.0, "2"], [1, 10**6]),
@@ -98,7 +98,7 @@ def test_genknowsub_requires_a_token_router() -> None:
 
 
 def test_defaults_match_the_papers() -> None:
-    """As docs/routers.md and the papers have them; an unnoticed change would be another method."""
+    """Check the values of docs/routers.md and the papers; another default is another method."""
     expected = {
         "ariadne": {"centroids": 8},
         "arrow": {"top_k": 4, "temperature": 1.0, "divide_by_sqrt_d": False, "mix": "factors"},
@@ -131,7 +131,7 @@ def test_defaults_match_the_papers() -> None:
         given = {"genknowsub": {"general": "e0"}, "single": {"expert": "e0"}}.get(name, {})
         router = make_router(name, **given)
         assert vars(router) == options, name
-    for name in ("lag", "seqr"):  # not an option: one expert a token
+    for name in ("lag", "seqr"):  # not an option: one expert per token
         assert getattr(make_router(name), "top_k") == 1  # noqa: B009
 
 
@@ -222,7 +222,7 @@ def test_embedded_texts_do_not_accumulate(
     ],
 )
 def test_options_are_checked_however_a_router_is_made(llama: Base, router: Router) -> None:
-    """Not only by `make_router`: a router may be made of its class."""
+    """Check routers made from their class too, not only by `make_router`."""
     model = RoutedModel(llama, pool_of(make_experts(llama, 3)), "merged")
     before = model.router
     with pytest.raises(PhatgooseError, match=f"router ({router.name()}|genknowsub)"):
@@ -232,7 +232,7 @@ def test_options_are_checked_however_a_router_is_made(llama: Base, router: Route
 
 @dataclasses.dataclass(frozen=True)
 class Theirs(TokenRouter):
-    """Somebody else's router, with options of ours that mean something else there."""
+    """A third-party router that gives options of ours another meaning."""
 
     weight: str = "heavy"
     examples: tuple[str, ...] = ("a", "b")
@@ -254,5 +254,5 @@ def test_a_plugin_may_reuse_option_names(llama: Base) -> None:
 
 
 def _with_mix(router: Theirs, mix: str) -> Theirs:
-    """A class attribute of the kind, which a plugin may set too."""
+    """Return a subclass with a class attribute of the kind, which a plugin may set too."""
     return type("Theirs", (Theirs,), {"mix": mix, "__module__": __name__})()

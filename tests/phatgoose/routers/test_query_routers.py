@@ -41,7 +41,7 @@ QUERIES = [
     Query("The grey goose flies over the lake, and the", (" swan",)),
     Query("lake"),
 ]
-# What is embedded of them.
+# The texts that are embedded for them.
 TEXTS = [
     "Answer Choices: the goose, swan, a, "
     "Instance: Question: which bird flies in the flock?\nAnswer:",
@@ -147,7 +147,7 @@ def test_ariadne_with_one_centroid_per_example_equals_retrieval(
     pool: Pool, encoder: FakeEncoder
 ) -> None:
     assert pool.profiles is not None
-    doubled = [  # an example twice is no second point
+    doubled = [  # a repeated example is not a second point
         dataclasses.replace(p, embeddings_NS=p.embeddings_NS.repeat(2, 1)) for p in pool.profiles
     ]
     expected = Retrieval().mixture(pool, QUERIES, NO_PROBE)
@@ -168,7 +168,7 @@ def test_ariadne_with_one_centroid_chooses_the_nearest_mean(
 
 
 def test_ariadne_finds_the_clusters_of_an_expert(llama: Base, encoder: FakeEncoder) -> None:
-    """The query lies at one of two clumps of the first expert, whose mean is far from it."""
+    """Check a query at one of two clusters of the first expert, whose mean is far from it."""
     experts = make_uneven_experts(llama, 2)
     at_S, off_S = fake_embedding(TEXTS[1]), fake_embedding("something else")
     generator = torch.Generator().manual_seed(0)
@@ -176,7 +176,7 @@ def test_ariadne_finds_the_clusters_of_an_expert(llama: Base, encoder: FakeEncod
     def clump(centre_S: Tensor) -> Tensor:
         return centre_S + 0.02 * torch.randn(20, len(centre_S), generator=generator)
 
-    between_S = at_S + off_S  # nearer to the query than the mean of the first expert's clumps
+    between_S = at_S + off_S  # nearer to the query than the mean of the first expert's clusters
     examples = [torch.cat([clump(at_S), clump(-5 * off_S)]), clump(between_S)]
     profiles = [
         dataclasses.replace(p, embeddings_NS=rows)
@@ -191,7 +191,7 @@ def test_ariadne_finds_the_clusters_of_an_expert(llama: Base, encoder: FakeEncod
 
 
 def test_ariadne_is_deterministic(llama: Base, encoder: FakeEncoder) -> None:
-    """With profiles that are read anew, so that nothing is known from before."""
+    """Check profiles that are loaded again, so that nothing is cached."""
     experts = make_uneven_experts(llama, 7)
     queries = [Query(f"question {i}") for i in range(40)]
     first, again = (
@@ -203,7 +203,7 @@ def test_ariadne_is_deterministic(llama: Base, encoder: FakeEncoder) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Spy(QueryRouter):
-    """Sends every query to the first expert, and keeps what it was told."""
+    """A router that sends every query to the first expert and records its inputs."""
 
     seen: list[tuple[str, Tensor]] = dataclasses.field(default_factory=list)
 
@@ -218,10 +218,10 @@ def encode(base: Base) -> list[Question]:
 
 @torch.no_grad()
 def last_input(base: Base, context: list[int]) -> Tensor:
-    """What the last block's query projection of a base reads at a context's last token, [D]."""
+    """Return the input [D] of the last block's query projection at the last context token."""
     heard: list[Tensor] = []
     linear = base.model.get_submodule(PROBED[base.model.config.model_type])
-    assert type(linear) is nn.Linear  # nothing is attached
+    assert type(linear) is nn.Linear  # no expert is attached
     handle = linear.register_forward_pre_hook(lambda _, args: heard.append(args[0]))
     plain_logits(base, context, [])
     handle.remove()
@@ -251,7 +251,7 @@ def test_a_probe_needs_an_adapted_query_projection(base: Base) -> None:
 
 
 def logo_weights(base: Base, experts: list[Expert], context: list[int], by: str) -> list[float]:
-    """LoGo's scores, proportionally; `e2` does not adapt the projection."""
+    """Return LoGo's weights, proportional to its scores; `e2` does not adapt the projection."""
     scores = []
     h_D = last_input(base, context).double()
     for fact in facts_of(experts, PROBED[base.model.config.model_type]):
@@ -271,14 +271,14 @@ def logo_weights(base: Base, experts: list[Expert], context: list[int], by: str)
 def mixture(
     facts: dict[str, list[Fact | None]], weights: list[float]
 ) -> Callable[[str, Tensor], Tensor]:
-    """What a mixture of experts adds to what each linear makes of a token."""
+    """Return a function that adds a mixture of experts to each linear's output for a token."""
     return lambda linear, x_D: mixed(x_D, facts[linear], weights)
 
 
 def weights_alone(
     base: Base, name: str, experts: list[Expert], question: Question, by: str
 ) -> list[float]:
-    """What each expert weighs for one question, computed without the router."""
+    """Return each expert's weight for one question, computed without the router."""
     if name == "logo":
         return logo_weights(base, experts, question.context, by)
     (query,) = queries_of([question])

@@ -79,7 +79,7 @@ sizes = st.fixed_dictionaries(
 
 
 def make_experts(*, inputs: int, outputs: int, ranks: list[int], seed: int) -> list[Expert]:
-    """Experts of these ranks; one of rank 0 adapts another linear only."""
+    """Return experts of these ranks; one of rank 0 adapts only another linear."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
@@ -98,7 +98,7 @@ def make_experts(*, inputs: int, outputs: int, ranks: list[int], seed: int) -> l
 
 
 def weights_of(router: TokenRouter, pool: Pool, x_TD: Tensor, bias_TE: Tensor | None) -> Tensor:
-    """The weights of all experts, float64 [T, E], after checking what is asked of every rule."""
+    """Check the invariants of every rule; return the weights of all experts, float64 [T, E]."""
     weights_TK, indices_TK = router.rule(pool, LINEAR)(x_TD, bias_TE)
     experts = len(pool.experts)
     assert weights_TK.shape == indices_TK.shape == (len(x_TD), min(router.top_k, experts))
@@ -134,7 +134,7 @@ def test_rules_match_the_textbook(
 
 
 def test_the_cases_differ() -> None:
-    """On one pool every case gives other weights, so that none stands in for another."""
+    """Check that each case gives different weights on one pool, so that each tests its own rule."""
     experts = make_experts(inputs=12, outputs=9, ranks=[3, 4, 0, 5, 2, 4, 5, 3], seed=1)
     x_TD = torch.randn(40, 12, generator=torch.Generator().manual_seed(2))
     bias_TE = torch.randn(40, 8, generator=torch.Generator().manual_seed(3))
@@ -172,7 +172,7 @@ def test_equal_weights_stay_equal_where_scores_are_far_apart() -> None:
 
 
 def test_lag_considers_only_the_candidates_of_arrow() -> None:
-    """By hand: the rows of A are orthogonal and B is the identity, so A is its own spectrum."""
+    """Check a computation by hand: A has orthogonal rows and B is the identity, so A is its SVD."""
     e = torch.eye(5)
     spectra = [(e[1], 0.9 * e[2], 0.8 * e[3]), (2 * e[0],), (10 * e[4], 9 * e[0], 9 * e[1])]
     lora_A_ERD = torch.zeros(3, 3, 5)
@@ -184,7 +184,7 @@ def test_lag_considers_only_the_candidates_of_arrow() -> None:
     def chosen(candidates: int, by: str) -> int:
         return int(Lag(candidates, by).rule(pool, LINEAR)(x_1D, None)[1])
 
-    assert chosen(1, "projection") == chosen(1, "spectral") == 1  # first directions: 2, 3 and 0
+    assert chosen(1, "projection") == chosen(1, "spectral") == 1  # leading directions: 2, 3 and 0
     assert chosen(2, "projection") == 0  # sqrt(12) against 3
     assert chosen(2, "spectral") == 1  # sqrt(9.8) against 6
     assert chosen(3, "projection") == chosen(3, "spectral") == 2  # sqrt(13), and 9 sqrt(13)
@@ -264,7 +264,7 @@ def test_a_routed_model_matches_the_textbook_in_every_linear(
 def gliding(
     facts: dict[str, list[Fact | None]], bias: list[float]
 ) -> Callable[[str, Tensor], Tensor]:
-    """What GLIDER adds to what each linear makes of a token, for one query."""
+    """Return GLIDER's addition to each linear's output for a token, for one query."""
     return lambda linear, x_D: RULES["glider"].added(x_D, facts[linear], bias)
 
 
@@ -303,7 +303,7 @@ def test_glider_requires_the_task(llama: Base, encoder: FakeEncoder) -> None:
 
 
 def test_a_large_bias_does_not_hide_the_local_scores(llama: Base, encoder: FakeEncoder) -> None:
-    """In bfloat16 1000 and 1003 are one number; with one description for all, gates decide."""
+    """Check bfloat16, where 1000 equals 1003: with one description for all, the gates decide."""
     experts = make_uneven_experts(llama)
     alike = [dataclasses.replace(p, description="the same") for p in make_profiles(experts)]
     half = load_base(llama.name, dtype="bfloat16")

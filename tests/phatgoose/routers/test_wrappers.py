@@ -39,7 +39,7 @@ def logits(base: Base) -> Tensor:
 
 
 def less_the_general(facts: list[Fact | None], general: int) -> list[Fact | None]:
-    """What is left of each expert after the general one was taken away, which nobody can choose."""
+    """Return each expert minus the general one, which itself cannot be chosen."""
     taken = facts[general]
     left: list[Fact | None] = []
     for index, fact in enumerate(facts):
@@ -51,7 +51,7 @@ def less_the_general(facts: list[Fact | None], general: int) -> list[Fact | None
             left.append(
                 dataclasses.replace(
                     fact,
-                    # Rank of both, as the pool has it: each expert's own rank comes first.
+                    # The rank of both, as in the pool: each expert's own rank comes first.
                     lora_A_RD=torch.cat([padded(fact.lora_A_RD), padded(taken.lora_A_RD)]),
                     lora_B_OR=torch.cat(
                         [padded(fact.lora_B_OR.T).T, -padded(taken.lora_B_OR.T).T], dim=1
@@ -65,7 +65,7 @@ def padded(rows_RN: Tensor, rank: int = 4) -> Tensor:
     return torch.cat([rows_RN, rows_RN.new_zeros(rank - len(rows_RN), rows_RN.shape[1])])
 
 
-# The general expert: any, one of a lower rank, one that leaves some linears out.
+# The general expert: any, one of a lower rank, one that does not adapt some linears.
 @pytest.mark.parametrize("general", ["e0", "e1", "e2"])
 @pytest.mark.parametrize("router", ["arrow", "phatgoose", "lag"])
 def test_genknowsub_routes_among_experts_subtracted_by_hand(
@@ -89,7 +89,7 @@ def test_genknowsub_routes_among_experts_subtracted_by_hand(
 def test_genknowsub_equals_its_router_over_a_pool_of_dense_differences(
     llama: Base, router: str
 ) -> None:
-    """The dense delta is a pair of factors whose A is the identity."""
+    """Check against dense deltas, stored as pairs of factors whose A is the identity."""
     pool = pool_of(make_experts(llama, 5))
     name = llama.linears[1]
     factors = pool.linears[name]
@@ -120,7 +120,7 @@ def test_genknowsub_equals_its_router_over_a_pool_of_dense_differences(
 
 
 def spread(routed: tuple[Tensor, Tensor], experts: int) -> Tensor:
-    """The weights of all experts, [T, E]."""
+    """Return the weights of all experts, [T, E]."""
     weights_TK, indices_TK = routed
     return weights_TK.new_zeros(len(weights_TK), experts).scatter(1, indices_TK, weights_TK)
 
@@ -137,7 +137,7 @@ def test_no_token_goes_to_the_general_expert(base: Base, encoder: FakeEncoder, r
 
 
 def test_nothing_is_added_where_only_the_general_expert_acts(base: Base) -> None:
-    """It alone adapts one linear, so that there is nobody to route to."""
+    """Check a linear that only the general expert adapts, so that no expert can be chosen."""
     general, *others = make_experts(base, 3)
     ending = base.linears[-1].split(".")[-1]
     experts = [general, *(without(expert, ending) for expert in others)]
@@ -193,7 +193,7 @@ def test_random_experts_have_the_norms_and_ranks_of_the_experts(base: Base) -> N
             assert torch.equal(torch.linalg.matrix_rank(mine), ranks)
             assert int(ranks[1]) == 2
             for one, other in zip(mine, theirs, strict=True):
-                if other.any():  # they have nothing to do with each other
+                if other.any():  # they are unrelated
                     cosine = (one * other).sum() / one.norm() / other.norm()
                     assert abs(float(cosine)) < 5 / one.numel() ** 0.5
     products = {name: f.lora_B_EOR @ f.lora_A_ERD for name, f in changed.linears.items()}
@@ -220,7 +220,7 @@ def test_random_experts_depend_only_on_the_seed_and_the_linear(llama: Base) -> N
 def test_random_experts_are_routed_like_any_others(
     base: Base, encoder: FakeEncoder, router: str
 ) -> None:
-    """The same router over a pool of the random experts, made by hand."""
+    """Check against the same router over a pool of random experts made by hand."""
     experts = make_uneven_experts(base)
     pool = pool_of(experts)
     drawn = RandomExperts().change(pool)

@@ -1,4 +1,4 @@
-"""Small promises of training: what fits, what is copied, and what an error says."""
+"""Check details of training: which experts fit, what is copied, and error messages."""
 
 import dataclasses
 

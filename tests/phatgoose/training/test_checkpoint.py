@@ -1,4 +1,4 @@
-"""A job that was interrupted, wherever that was, ends with the bits of one left alone."""
+"""Check that a job interrupted anywhere gives the exact weights of an undisturbed one."""
 
 import dataclasses
 import itertools
@@ -52,7 +52,7 @@ def test_the_best_state_is_restored(llama: Base) -> None:
     expected, rows = train(llama, wild)
     losses = [row.loss for row in rows if row.split == "validation"]
     best = losses.index(min(losses))
-    # Interrupted after the best state, before worse ones.
+    # Interrupted after the best state and before worse ones.
     assert best < 3
     expert, resumed, _ = train_interrupted(llama, [1 + 3 * (best + 1) + 2], wild)
     assert timeless(resumed) == timeless(rows)

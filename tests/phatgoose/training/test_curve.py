@@ -13,7 +13,7 @@ def curve(losses: list[float], stage: str = "lora", split: str = "train") -> lis
 
 
 def first_refused(losses: list[float]) -> int | None:
-    """The step at which the losses are refused, as they come in."""
+    """Return the step at which losses are refused when they arrive one by one."""
     rows = curve(losses)
     for end in range(1, len(rows) + 1):
         try:
@@ -31,7 +31,7 @@ def test_a_loss_that_is_not_finite_is_refused_immediately(bad: float, split: str
 
 
 def test_an_exploding_loss_is_refused_after_a_few_steps() -> None:
-    assert first_refused([2.0] * 8 + [50.0] * 5) == 9  # two of five are enough if they are so bad
+    assert first_refused([2.0] * 8 + [50.0] * 5) == 9  # two of five are enough if they are this bad
     assert first_refused([2.0] * 8 + [10.0] * 5) == 12
     with pytest.raises(
         Diverged, match=r"exploded to 10 at step 12 .* began at 2, the limit is 8\.91"
@@ -43,10 +43,10 @@ def test_an_exploding_loss_is_refused_after_a_few_steps() -> None:
     "losses",
     [
         [2.0, 0.1] * 50,  # noise
-        [0.01] * 20 + [8.8] * 20,  # overfitted, then data as surprising as can be
-        [30.0] * 10 + [60.0] * 20,  # a base that knows nothing of the format
-        [2.0] * 20 + [30.0] + [2.0] * 20,  # one batch
-        [2.0] * 4 + [1000.0] * 5,  # too few to tell
+        [0.01] * 20 + [8.8] * 20,  # overfitted, then very surprising data
+        [30.0] * 10 + [60.0] * 20,  # a base that has never seen the format
+        [2.0] * 20 + [30.0] + [2.0] * 20,  # a single batch
+        [2.0] * 4 + [1000.0] * 5,  # too few to decide
     ],
 )
 def test_ordinary_losses_are_not_refused(losses: list[float]) -> None:
@@ -58,7 +58,7 @@ def test_stages_are_checked_separately() -> None:
 
 
 def test_only_training_batches_can_diverge() -> None:
-    """An evaluation is looked at only for being a number: its rows are no batches."""
+    """Check that an evaluation loss must only be finite, because its rows are not batches."""
     rows = curve([2.0] * 8 + [10.0] * 5)
     for split in ("evaluation", "validation"):
         check_curve([*rows, CurveRow("lora", split, 13, 50.0, 0.0, None, 13, 0.0)], VOCABULARY)
@@ -70,7 +70,7 @@ def test_the_limit_is_the_larger_bound() -> None:
     assert first_refused([2.0] * 5 + [guess + 0.01] * 5) == 9
     assert first_refused([4.0] * 5 + [11.99] * 5) is None
     assert first_refused([4.0] * 5 + [12.01] * 5) == 9
-    assert first_refused([4.0] * 4 + [100.0] * 5) is None  # too few to tell
+    assert first_refused([4.0] * 4 + [100.0] * 5) is None  # too few to decide
 
 
 def test_a_loss_that_is_not_finite_is_reported_with_its_split() -> None:

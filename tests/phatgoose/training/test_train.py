@@ -1,4 +1,4 @@
-"""Training against a plain loop: hooks on the base's linears, own loss, AdamW and warm-up."""
+"""Compare training with a plain loop: hooks on the base's linears, own loss, AdamW, warmup."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -43,7 +43,7 @@ RECIPE = Recipe(
 
 
 class Spy(PlainEngine):
-    """An engine that remembers what it was made for and given."""
+    """An engine that records its arguments and inputs."""
 
     made: list["Spy"]
 
@@ -67,7 +67,7 @@ class Spy(PlainEngine):
 
 @pytest.fixture
 def spies(monkeypatch: pytest.MonkeyPatch) -> list[Spy]:
-    """The engines made in a test, one for each stage."""
+    """Return the engines made in a test, one for each stage."""
     made: list[Spy] = []
     monkeypatch.setattr(Spy, "made", made, raising=False)
     return made
@@ -81,7 +81,7 @@ def train(
     engine: Any = Spy,
     **changes: Any,
 ) -> tuple[Expert, list[CurveRow]]:
-    """Train on the examples, with changes to the recipe."""
+    """Train on the examples with changes to the recipe."""
     rows: list[CurveRow] = []
     recipe = dataclasses.replace(RECIPE, **changes)
     card = make_card("task", base, scale=recipe.scale)
@@ -95,7 +95,7 @@ def losses(rows: list[CurveRow], stage: str) -> list[float]:
     return [row.loss for row in rows if row.stage == stage and row.split == "train"]
 
 
-# The plain loop.
+# The plain loop follows.
 
 Adapter = Callable[[str, Tensor], Tensor]
 
@@ -116,7 +116,7 @@ def hook_linears(base: Base, add: Adapter) -> list[torch.utils.hooks.RemovableHa
 def plain_steps(
     base: Base, weights: list[Tensor], stage: Stage, batches: list[list[Question]], clip: float
 ) -> list[float]:
-    """Mean token loss of each batch, and an optimiser step after it."""
+    """Yield the mean token loss of each batch, and take an optimizer step after it."""
     optimizer = torch.optim.AdamW(weights, lr=0.0, eps=1e-8, weight_decay=0.0)
     warm = round(stage.steps * stage.warmup)
     found = []
@@ -139,7 +139,7 @@ def plain_steps(
 
 
 def whole_batches(spy: Spy, recipe: Recipe) -> list[list[Question]]:
-    """The micro-batches that an engine was given, put together again."""
+    """Return the micro-batches that an engine was given, joined into batches."""
     micro, number = spy.batches, recipe.accumulation
     assert len(micro) % number == 0
     groups = [micro[i : i + number] for i in range(0, len(micro), number)]
@@ -163,7 +163,7 @@ def test_losses_and_weights_match_a_plain_loop(base: Base, spies: list[Spy], cli
     for handle in handles:
         handle.remove()
     assert losses(rows, "lora") == pytest.approx(expected, rel=1e-4)
-    assert expected[-1] < expected[0] - 0.1  # it did learn
+    assert expected[-1] < expected[0] - 0.1  # it learned something
 
     V = {name: torch.zeros(A[name].shape[1], requires_grad=True) for name in base.linears}
     for tensor in weights:
@@ -197,7 +197,7 @@ def test_gates_start_at_zero_and_only_they_change(base: Base, spies: list[Spy]) 
     assert len(gates.parameters) == len(base.linears)
     assert not any(start.any() for start in gates.start)
     assert all(gate.any() for gate in gates.parameters)
-    # What the expert holds is what the first stage left.
+    # The expert contains the result of the first stage.
     factors = iter(lora.parameters)
     for name in base.linears:
         assert torch.equal(trained.linears[name].lora_A_RD, next(factors))
@@ -283,13 +283,13 @@ def test_every_example_is_used_once_before_any_is_repeated(llama: Base, spies: l
     train(llama, **sizes, seed=2)
     first, gates, other, _ = map(order, spies)
     assert len(first) == 6 * 4
-    for start in (0, 8, 16):  # three times round eight examples
+    for start in (0, 8, 16):  # three passes over eight examples
         assert len(set(first[start : start + 8])) == 8
     rounds = [
         [frozenset(first[i : i + 4]) for i in range(start, start + 8, 4)] for start in (0, 8, 16)
     ]
     assert len({tuple(sets) for sets in rounds}) > 1  # in a new order
-    assert gates == first[:16]  # both stages see the same
+    assert gates == first[:16]  # both stages see the same ones
     assert [frozenset(first[i : i + 4]) for i in range(0, 24, 4)] != [
         frozenset(other[i : i + 4]) for i in range(0, 24, 4)
     ]
@@ -309,7 +309,7 @@ def test_the_number_of_examples_is_limited(llama: Base, spies: list[Spy]) -> Non
 @pytest.mark.usefixtures("spies")
 @pytest.mark.parametrize("at", [0, 5])
 def test_targets_without_tokens_are_not_trained_on(base: Base, at: int) -> None:
-    """Only the end would be."""
+    """Otherwise only the end token would be trained."""
     examples = [*EXAMPLES]
     examples[at] = Example("Is the lake deep?", "")
     with pytest.raises(PhatgooseError, match=r"target='': .*Is the lake deep\?'\)\. Give the"):
@@ -353,7 +353,7 @@ class Failing(Spy):
 
 
 class Diverging(Spy):
-    """Its loss is not a number from some step of some stage on."""
+    """An engine whose loss is not finite from some step of some stage on."""
 
     at: tuple[int, int]
 
@@ -398,7 +398,7 @@ def test_training_ends_on_a_loss_that_is_not_finite(
 
 
 class Moving(Spy):
-    """Spoils the factors while it trains gates."""
+    """An engine that changes the factors while it trains gates."""
 
     def close(self) -> None:
         if len(self.made) == 2:

@@ -1,4 +1,4 @@
-"""Gates for experts that are there already, and experts without gates."""
+"""Train gates for existing experts, and experts without gates."""
 
 import dataclasses
 

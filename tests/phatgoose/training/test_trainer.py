@@ -1,4 +1,4 @@
-"""The best state by validation, and the share of each rank."""
+"""Check the best state by validation, and the share of each rank."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -45,7 +45,7 @@ RECIPE = Recipe(
 
 
 class Watched(PlainEngine):
-    """An engine that keeps what it had learned after each step, and what it was asked."""
+    """An engine that records its weights after each step, and its inputs."""
 
     made: list["Watched"]
 
@@ -114,7 +114,7 @@ def same(ours: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
 def test_each_stage_ends_with_the_state_of_its_lowest_validation_loss(
     base: Base, engines: list[Watched]
 ) -> None:
-    """Rates so high that the last state is not the best: else this would show nothing."""
+    """Check with learning rates so high that the last state is not the best."""
     rate = 1.0 if base.is_encoder_decoder else 0.3
     expert, rows = train(base, lora=Stage(steps=6, lr=rate, warmup=0.0))
     for engine, stage, names in (
@@ -147,7 +147,7 @@ def test_validation_examples_are_never_trained_on(base: Base, engines: list[Watc
     rest = [Question.encode(base, e.input, [e.target]) for e in EXAMPLES[:-2]]
     for engine in engines:
         assert all(question in rest for question in engine.trained_on)
-        assert len({str(q) for q in engine.trained_on}) == len(rest)  # 24 of 18, in order
+        assert len({str(q) for q in engine.trained_on}) == len(rest)  # 24 draws, each at least once
         for asked in engine.scored[1:-1]:
             assert sorted(asked, key=str) == sorted(kept_out, key=str)
     assert {row.split for row in rows} == {"train", "evaluation", "validation"}
@@ -178,7 +178,7 @@ def test_without_validation_all_examples_are_used_and_the_last_state_is_kept(
 
 
 class Scripted(Watched):
-    """Its losses on two validation examples are these, one after the other."""
+    """An engine whose losses on two validation examples are given."""
 
     losses: tuple[float, ...] = ()
 
@@ -228,7 +228,7 @@ def test_training_ends_on_a_validation_loss_that_is_not_finite(
 
 
 class Rank(PlainEngine):
-    """One of several ranks; `total` keeps what it is asked to sum."""
+    """One of several ranks; `total` records the values to be summed."""
 
     def __init__(self, rank: int, ranks: int, *made_of: Any) -> None:
         super().__init__(*made_of)
@@ -270,7 +270,7 @@ def rank_of(job: TrainingJob, rank: int, ranks: int) -> Rank:
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_ranks_share_the_evaluation(base: Base, ranks: int) -> None:
-    """11 examples in parts of 4 (micro-batches of 1): 3 parts, and ranks that have none repeat."""
+    """Check 11 examples in parts of 4 (micro-batches of 1): 3 parts, and idle ranks repeat."""
     beats: list[None] = []
     job = job_of(base, lambda: beats.append(None), micro_batch_size=1, batch_size=4)
     whole = job.measure(rank_of(job, 0, 1), "evaluation")
@@ -291,7 +291,7 @@ def test_ranks_share_the_evaluation(base: Base, ranks: int) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_ranks_share_a_batch(base: Base, ranks: int) -> None:
-    """Each with its part of the micro-batches; gradients add up to those of one rank."""
+    """Check that each rank takes a part, and gradients sum to those of one rank."""
     job = job_of(base, batch_size=8, micro_batch_size=2)
     batch = [job.encode(example) for example in EXAMPLES[:8]]
 
@@ -312,7 +312,7 @@ def test_ranks_share_a_batch(base: Base, ranks: int) -> None:
     parts = [part for engine in engines for part in engine.losses]
     assert sorted(str(q) for part in parts for q in part) == sorted(map(str, batch))
     lengths = [max(q.length for q in part) - min(q.length for q in part) for part in parts]
-    assert max(lengths) <= 2  # rows of like length together
+    assert max(lengths) <= 2  # rows of similar length together
 
 
 def test_a_step_reports_the_mean_over_the_batchs_target_tokens(base: Base) -> None:
@@ -328,7 +328,7 @@ def test_a_step_reports_the_mean_over_the_batchs_target_tokens(base: Base) -> No
 
 
 class Due(NoCheckpoints):
-    """A checkpoint is always due."""
+    """Checkpoints that are always due."""
 
     def due(self) -> bool:
         return True
