@@ -1,4 +1,4 @@
-"""Bases that are unlike Llama, in the plan and in an evaluation actor."""
+"""Check bases that differ from Llama, in the plan and in an evaluation actor."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ from tests.support.toy import local_actor, make_plan, members_of, prepare_toys, 
 
 @pytest.fixture
 def config(tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
-    """A toy run, whose data lie in the cache."""
+    """Return a toy run whose data are in the cache."""
     monkeypatch.setenv("PHATGOOSE_CACHE", str(tmp_path / "cache"))
     config: RunConfig = toy_config(llama_folder, tmp_path / "run")
     prepare_toys([*config.pool_tasks(), *config.suite_tasks(config.suites[0])], tmp_path)

@@ -1,4 +1,4 @@
-"""What the operating system refuses is one line that says what to do."""
+"""Check that errors of the operating system become one line that suggests a fix."""
 
 import errno
 import json
@@ -41,7 +41,7 @@ def prepare(files: Path, cache: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def examples(tmp_path: Path) -> Path:
-    """A file of examples that takes some megabytes."""
+    """Write a file of examples of a few megabytes."""
     path = tmp_path / "mine.jsonl"
     with path.open("w") as file:
         for i in range(400):
@@ -68,7 +68,7 @@ def test_a_read_only_disk_is_reported(examples: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_temporary_folder_with_a_long_name_is_named() -> None:
-    """Ray's sockets lie in it."""
+    """Ray puts its sockets there."""
     with tempfile.TemporaryDirectory() as short:
         long = Path(short) / ("x" * 100)
         long.mkdir()

@@ -1,4 +1,4 @@
-"""What Linux has and other systems have not, taken away; and what stands for the GPU of a Mac."""
+"""Check systems without Linux-only functions, and a fake for the GPU of a Mac."""
 
 import os
 import platform
@@ -62,7 +62,7 @@ def test_a_machine_without_proc_has_a_name(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_no_other_linux_only_function_is_used() -> None:
-    """Each of these names is missing on a Mac; two modules have a way around."""
+    """Check names that are missing on a Mac; two modules have a fallback."""
     names = r"sched_getaffinity|/proc/|/dev/shm|import (fcntl|resource|pwd|grp)|prctl|pidfd"
     names += r"|memfd|sendfile|posix_fadvise|SC_PHYS_PAGES|signal\.(SIGPWR|SIGSTKFLT|sigtimedwait)"
     sources = [f for package in ("harness", "phatgoose") for f in (ROOT / package).rglob("*.py")]
@@ -91,7 +91,7 @@ def test_the_device_of_a_run_is_chosen(
 
 
 class OnMps(Tensor):
-    """Stands for a tensor on a Mac's GPU, which refuses float64 and decompositions."""
+    """A fake tensor on a Mac's GPU, which refuses float64 and decompositions."""
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -137,7 +137,7 @@ def test_decompositions_of_mps_tensors_are_computed_on_the_host(
     to = Tensor.to
 
     def note(tensor: Tensor, *args: Any, **options: Any) -> Tensor:
-        if args and args[0] == MPS:  # there is none here
+        if args and args[0] == MPS:  # there is no MPS device here
             moves.append(args[0])
             return tensor
         return to(tensor, *args, **options)
@@ -147,7 +147,7 @@ def test_decompositions_of_mps_tensors_are_computed_on_the_host(
     found = [*svd.thin_svd(*case), svd.output_projection(*case)]
     for tensor, wanted in zip(found, expected, strict=True):
         assert torch.equal(tensor, wanted)
-    assert moves == [MPS] * 3  # the results go back
+    assert moves == [MPS] * 3  # the results return to the device
 
 
 def test_the_grouped_kernel_is_not_used_on_mps() -> None:

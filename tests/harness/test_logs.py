@@ -1,4 +1,4 @@
-"""Messages go to the terminal in plain lines, and an actor's to its file in the run folder."""
+"""Check that messages go to the terminal as plain lines, and those of actors to their files."""
 
 import io
 import logging
@@ -24,7 +24,7 @@ def _as_before() -> Iterator[None]:
 
 def test_terminal_lines_are_plain(capsys: pytest.CaptureFixture[str]) -> None:
     log_to_terminal()
-    log_to_terminal()  # twice is no different
+    log_to_terminal()  # twice makes no difference
     logger = logging.getLogger("harness.somewhere")
     logger.debug("too much")
     logger.info("trained   %s: %s", "plural", "loss: 2.00 -> 1.00")
@@ -50,7 +50,7 @@ def test_a_message_does_not_break_a_progress_bar(monkeypatch: pytest.MonkeyPatch
         bar.update()
         TerminalHandler().handle(logging.makeLogRecord({"msg": "a line", "levelno": 20}))
     lines = stream.getvalue().replace("\r", "\n").splitlines()
-    assert "a line" in lines  # not behind a bar
+    assert "a line" in lines  # not after a bar on the same line
 
 
 def test_an_actor_logs_to_a_file_with_its_other_output(tmp_path: Path) -> None:
@@ -72,4 +72,4 @@ logging.getLogger("harness.training.actor").info("training %s", "plural")
     printed, below, logged = file.read_text().splitlines()
     assert (printed, below) == ("printed", "from below Python")
     assert logged.endswith(" INFO harness.training.actor: training plural")
-    assert logged[:2] == "20"  # the time stands first
+    assert logged[:2] == "20"  # the time comes first

@@ -1,4 +1,4 @@
-"""What is used of Ray beyond its public interface, on a real Ray; and that nothing else does."""
+"""Check uses of Ray's internals on a real Ray, and that only one module has them."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The parquet files of a run: what is refused, what comes back."""
+"""Check the parquet files of a run: reading, writing, and refusals."""
 
 from pathlib import Path
 from typing import Any
@@ -150,7 +150,7 @@ names = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,30}", fullmatch=True)
 
 @given(names)
 def test_a_name_can_be_recovered_from_its_file(name: str) -> None:
-    # So no two names share a file.
+    # So different names never share a file.
     assert run_folder.file_stem(name).replace("@", ":") == name
 
 

@@ -1,4 +1,4 @@
-"""What a change of source code makes stale, tried on a copy of both packages."""
+"""Check which changes of source code make answers stale, on a copy of both packages."""
 
 import shutil
 import sys
@@ -25,7 +25,7 @@ def forget() -> None:
 
 @pytest.fixture
 def edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Edit]:
-    """Replaces text in a module of the copy, which is what is hashed."""
+    """Return a function that replaces text in a module of the copy, which is then hashed."""
     copies = {}
     for package in (phatgoose, harness):
         name = package.__name__
@@ -69,7 +69,7 @@ def test_a_changed_formula_makes_only_its_own_router_s_answers_stale(edit: Edit)
 
 @pytest.mark.parametrize("name", sorted(ROUTERS))
 def test_no_code_path_covers_every_router(name: str) -> None:
-    """A router's code holds no other router's module, but for one that it builds upon."""
+    """Check that a router's code contains no other router's module, except for its base."""
     home = "phatgoose.routers."
     own = type(router(name)).__module__
     others = {m for m in router_code(router(name)) if m.startswith(home)} - {own}
@@ -114,7 +114,7 @@ def test_comments_docstrings_and_layout_change_nothing(edit: Edit) -> None:
     edit("phatgoose/routers/phatgoose.py", '"""Match the input with the gates."""', '"""Other."""')
     edit("phatgoose/routers/phatgoose.py", "    top_k: int = 2", "    # Two.\n\n    top_k: int = 2")
     edit("phatgoose/inference/scoring.py", '"""Log-likelihoods of', '"""Likelihoods of')
-    # Also a docstring where there was none.
+    # Also adding a docstring where there was none.
     edit(
         "phatgoose/inference/model.py",
         "            assert isin",
@@ -170,7 +170,7 @@ def test_a_plugin_s_code_is_its_module_and_its_imports_from_its_package(
     before = router_code(Mine())
     assert {"plugin_of_a_user.helper", "phatgoose.routers.uniform"} <= before.keys()
     monkeypatch.setattr(sys.modules["plugin_of_a_user.helper"], "FACTOR", 3)
-    assert router_code(Mine()) == before  # the source counts, not what is in memory
+    assert router_code(Mine()) == before  # the source counts, not the module in memory
     (package / "helper.py").write_text("FACTOR = 3\n")
     forget()
     assert changes(before, router_code(Mine())) == ["plugin_of_a_user.helper"]
@@ -217,7 +217,7 @@ def test_a_router_reached_through_its_package_counts(edit: Edit, text: str) -> N
 
 
 def test_the_code_of_a_training_includes_what_the_actor_computes(edit: Edit) -> None:
-    """Everything but the routers, since no training asks these."""
+    """Check that it includes everything except the routers, which training does not use."""
     found = code_of(TRAINING)
     assert {
         "harness.training.job",

@@ -1,4 +1,4 @@
-"""What the durable table of jobs and the status of a run say, while it lasts and afterwards."""
+"""Check the table of jobs and the status of a run, during the run and afterwards."""
 
 import json
 import os
@@ -79,12 +79,12 @@ def test_the_table_has_the_outcome_of_every_job(folder: Folder, jobs: dict[str, 
     assert found["cc"]["traceback"] == "Traceback of no"
     assert found["aa"]["starts"] == 0
 
-    # The driver dies here. The next one finds bb and cc, whose expert another driver made, done.
+    # The driver dies here. The next one finds bb done, and cc, whose expert another driver made.
     again = table(folder, jobs, "aa", "bb", "cc")
     again.save(now=True)
     found = rows(folder)
     assert [row["state"] for row in found.values()] == ["done", "done", "done", "waiting"]
-    assert found["bb"]["errors"] == ["its actor died: gone"]  # how it went then
+    assert found["bb"]["errors"] == ["its actor died: gone"]  # its outcome at that time
 
 
 def test_a_run_is_described_while_it_is_running(
@@ -139,7 +139,7 @@ def test_a_silent_driver_is_noticed(folder: Folder, capsys: pytest.CaptureFixtur
     old = {**status, "state": "running", "written": long_ago.isoformat()}
     run_folder.write_json(folder, run_folder.STATUS_FILE, old)
     assert read_status(folder)["state"] == "silent"
-    assert main([str(folder), "--watch"]) == 0  # there is nothing to wait for
+    assert main([str(folder), "--watch"]) == 0  # nothing to wait for
     assert "no sign of life for 10 min" in capsys.readouterr().out
     ahead = {**old, "written": (datetime.now(UTC) + timedelta(hours=1)).isoformat()}
     run_folder.write_json(folder, run_folder.STATUS_FILE, ahead)
@@ -171,7 +171,7 @@ def test_a_folder_without_a_run_is_refused(
 @pytest.mark.slow
 @pytest.mark.usefixtures("two_cores")
 def test_prometheus_can_scrape_the_progress(folder: Folder) -> None:
-    """Scraped from the agent of a real Ray's node, as Prometheus does."""
+    """Scrape the agent of a real Ray's node, as Prometheus does."""
     import urllib.request
 
     import ray

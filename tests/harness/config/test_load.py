@@ -21,7 +21,7 @@ def load(*arguments: str) -> RunConfig:
 
 
 def refused(*arguments: str) -> str:
-    """The one line with which a command line is refused."""
+    """Return the one-line error with which a command line is refused."""
     with pytest.raises(PhatgooseError) as caught:
         load(*arguments)
     line = str(caught.value)
@@ -170,7 +170,7 @@ def test_an_invalid_value_is_refused(argument: str, expected: str) -> None:
     assert expected in refused(argument)
 
 
-# What these cannot do without, as their errors say.
+# Their required options, as their errors state.
 NEEDS = {
     "pool=jsonl": "files='/data/*.jsonl'",
     "pool=natural_instructions": "pool.folder=/data/natural-instructions",
@@ -233,7 +233,7 @@ def test_a_mistyped_command_line_ends_within_seconds(tmp_path: Path) -> None:
     assert len(errors) == 1
     assert "did you mean pool" in errors[0]
     assert list(tmp_path.iterdir()) == []
-    # What takes seconds to import is for runs that have work to do.
+    # Modules that are slow to import are only for runs that have work to do.
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert imported.isdisjoint({"ray", "deepspeed", "lm_eval", "datasets", "transformers"})
     assert time.monotonic() - started < 30
@@ -284,7 +284,7 @@ def test_invalid_routers_are_refused(arguments: list[str], expected: str) -> Non
 
 
 def test_every_router_is_among_all() -> None:
-    """A YAML for each, with the class's own defaults, and a line in all.yaml."""
+    """Check that each router has a YAML file with the class's defaults, and a line in all.yaml."""
     config = load("router=[all]")
     assert {*config.router, "single", "all"} == set(group_choices()["router"])
     assert set(ROUTERS) - {"single"} <= set(config.router)

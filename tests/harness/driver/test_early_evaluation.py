@@ -1,4 +1,4 @@
-"""What is answered while experts are trained is what the stage `evaluate` would ask."""
+"""Check that evaluation during training asks the same requests as the stage `evaluate`."""
 
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,13 @@ class Workers(LocalWorkers):
 
 
 class Trainers:
-    """Training actors, as far as they are asked."""
+    """Training actors, as far as early evaluation uses them."""
 
     wants_more = True
 
 
 class Scene:
-    """An early evaluation of two suites over a pool that grows."""
+    """An early evaluation of two suites over a growing pool."""
 
     def __init__(self, folder: Path, base: Base, tasks: list[TaskData], shared: bool) -> None:
         made = make_experts(base, 2)
@@ -72,7 +72,7 @@ def test_early_answers_are_not_requested_again(
 ) -> None:
     scene = Scene(tmp_path / "run", llama, tasks, shared=False)
     scene.early.step()
-    assert scene.workers.calls == 0  # no expert is there
+    assert scene.workers.calls == 0  # there are no experts
     chunks = sum(len(e.chunks) for e in scene.evaluations(scene.workers, {}))
     scene.experts["e1"] = scene.all["e1"]
     scene.early.step()
@@ -88,7 +88,7 @@ def test_early_answers_are_not_requested_again(
         for name in ("base", "single:e0", "single:e1"):
             assert evaluation.run(name, ROUTERS[name])
         assert later.calls == 0
-    # The pool's own router was not asked before all experts were there.
+    # The pool's own router was not asked before all experts existed.
     evaluation.run("phatgoose", ROUTERS["phatgoose"])
     assert later.calls == len(evaluation.chunks)
 

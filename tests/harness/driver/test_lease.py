@@ -1,4 +1,4 @@
-"""One driver per run folder, against real processes."""
+"""Check, with real processes, that a run folder has one driver at a time."""
 
 import json
 import os
@@ -31,7 +31,7 @@ with RunLease(Folder(sys.argv[1]), renew_seconds=0.1) as held:
 
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds the folder."""
+    """Start another process that holds the folder."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
     )
@@ -58,7 +58,7 @@ def files(folder: Path) -> list[str]:
 
 
 def forged(folder: Path, number: int, **values: Any) -> Path:
-    """A lease of a driver on another machine."""
+    """Write a lease of a driver on another machine."""
     (folder / "driver").mkdir(exist_ok=True)
     path = folder / "driver" / f"{number}.json"
     content = {"machine": "elsewhere", "host": "node7", "process": 4, "since": "noon", **values}
@@ -126,7 +126,7 @@ def test_a_remote_lease_that_does_not_change_expires(tmp_path: Path, content: st
         path.write_text(content)
     started = time.monotonic()
     held = take(tmp_path, expire_seconds=1.0)
-    assert 1.0 <= time.monotonic() - started < 1.9  # not watched again by `take`
+    assert 1.0 <= time.monotonic() - started < 1.9  # not observed again by `take`
     assert files(tmp_path) == ["4.json"]
     give_back(held)
 
@@ -170,7 +170,7 @@ def test_a_lease_is_renewed(tmp_path: Path) -> None:
 
 
 def test_a_driver_that_lost_its_lease_exits(tmp_path: Path) -> None:
-    """It was suspended, and another one took over meanwhile."""
+    """Check a driver that was suspended while another one took over."""
 
     def work() -> None:
         with RunLease(Folder(tmp_path), renew_seconds=0.05) as held:
@@ -182,7 +182,7 @@ def test_a_driver_that_lost_its_lease_exits(tmp_path: Path) -> None:
     with pytest.raises(PhatgooseError, match=r"process 4 on node7, since noon.* took over"):
         work()
     assert time.monotonic() - started < 30
-    assert files(tmp_path) == ["1.json", "2.json"]  # the other one's stays
+    assert files(tmp_path) == ["1.json", "2.json"]  # the other driver's lease stays
 
 
 def test_a_driver_releases_only_its_own_lease(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_a_driver_releases_only_its_own_lease(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("follower", ["gone", "of the same number"])
 def test_a_driver_exits_even_if_its_successor_has_ended(tmp_path: Path, follower: str) -> None:
-    """It was suspended; another one took over, gave the lease back, and a third may have come."""
+    """Check a driver that was suspended while another took over, released the lease, and ended."""
 
     def work() -> None:
         with RunLease(Folder(tmp_path), renew_seconds=0.5) as held:

@@ -1,4 +1,4 @@
-"""Preparing on a real Ray, and the tasks' command line."""
+"""Prepare tasks on a real Ray, and check the command line of tasks."""
 
 import json
 from pathlib import Path
@@ -35,12 +35,12 @@ def specs(files: list[Path]) -> list[TaskSpec]:
 @pytest.mark.slow
 def test_many_tasks_are_prepared_on_the_cluster(two_cores: None, tmp_path: Path) -> None:
     wanted = specs(write_files(tmp_path, 6))
-    first = prepare_all(wanted[:1])  # one that is there already
+    first = prepare_all(wanted[:1])  # one that exists already
     with Cluster() as cluster:
         data = prepare_all(wanted, preparer(cluster))
     assert data[0] == first[0]
     assert [sum(d.counts.values()) for d in data] == [20] * 6
-    # The second time, nothing is made.
+    # The second time, nothing is prepared.
     assert prepare_all(wanted, lambda _: pytest.fail("made again")) == data
 
 
@@ -85,7 +85,7 @@ def test_a_task_is_shown_as_the_model_reads_it(
     assert status == 0
     assert "sums1: sums1" in out
     assert "generation, " in out
-    assert " is▁\n  → " in out  # the space before the answer is shown
+    assert " is▁\n  → " in out  # the space before the answer is visible
     status, _, err = call(capsys, "show", "sum1", "pool=jsonl", files)
     assert (status, "did you mean sums1 or sums0?" in err) == (2, True)
 

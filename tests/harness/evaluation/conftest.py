@@ -1,4 +1,4 @@
-"""A run of two tasks and three experts, for the tests of the stage `evaluate`."""
+"""Shared fixtures of the stage `evaluate`: a run of two tasks and three experts."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from tests.support.toy import LocalWorkers, local_actor, members_of, prepare_toy
 
 @pytest.fixture
 def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[TaskData]:
-    """One task of choices and one of generation."""
+    """Return one multiple-choice task and one generation task."""
     monkeypatch.setenv("PHATGOOSE_CACHE", str(tmp_path / "cache"))
     return prepare_toys([SWANS, SUMS], tmp_path)
 

@@ -1,4 +1,4 @@
-"""What an evaluation actor hands over can be read on a machine without a GPU."""
+"""Check that a machine without a GPU can read the answers of an evaluation actor."""
 
 import pickle
 from typing import Any
@@ -25,7 +25,7 @@ CHUNKS = [
 
 
 class OnGpu(Tensor):
-    """Stands for a tensor on a GPU: so is what is made of it, and a head cannot unpickle it."""
+    """A fake GPU tensor: results of operations are fake too, and unpickling it fails."""
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -43,7 +43,7 @@ class OnGpu(Tensor):
 
 
 class LogOnGpu(RoutingLog):
-    """A log of a model whose routing weights are on a GPU."""
+    """A log of a model whose routing weights are on the fake GPU."""
 
     def add(
         self, linear: str, weights_TK: Tensor, indices_TK: Tensor, mask_T: Tensor, experts: int

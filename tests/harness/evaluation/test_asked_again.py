@@ -1,4 +1,4 @@
-"""What is asked again, and what is not: other code, experts, conditions, damage, failures."""
+"""Check which changes ask again: other code, experts, conditions, damage, failures."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from tests.support.toy import LocalWorkers, setting
 
 
 def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What the harness has logged."""
+    """Return the messages that the harness has logged."""
     return [r.getMessage() for r in caplog.records if r.name.startswith("harness.")]
 
 
@@ -32,14 +32,14 @@ def test_a_second_run_asks_nothing_and_gives_the_same_results(
         evaluation = run.evaluation(workers)
         rows = [row for name, router in wanted.items() for row in evaluation.run(name, router)]
         evaluation.write_scores(rows, derived={"oracle"})
-        assert evaluation.requests == 3 * (9 + 5)  # what is found counts, too
+        assert evaluation.requests == 3 * (9 + 5)  # found answers count too
         return run.table("scores.parquet")
 
     first = evaluate(workers)
     assert evaluation_work(tasks, 150).requests == 9 + 5
     assert len(run.folder.names("journal/")) == 3 * evaluation_work(tasks, 150).chunks
     files = {name: run.folder.read(name) for name in run.folder.names()}
-    assert evaluate(NoWorkers(None)) == first  # the seconds of the first time among them
+    assert evaluate(NoWorkers(None)) == first  # including the seconds of the first run
     assert {name: run.folder.read(name) for name in run.folder.names()} == files
 
 
@@ -51,9 +51,9 @@ def test_asking_ahead_leaves_nothing_to_ask(run: Run, workers: LocalWorkers) -> 
     while evaluation.is_waiting:
         evaluation.step(0)
     assert workers.calls == len(run.folder.names("journal/")) == 3 * len(evaluation.chunks)
-    evaluation.ask(wanted)  # again: there is nothing to ask
+    evaluation.ask(wanted)  # again, without anything to ask
     assert not evaluation.is_waiting
-    later = run.evaluation(NoWorkers(None))  # of the next call of the run
+    later = run.evaluation(NoWorkers(None))  # for the next call of the run
     later.ask(wanted)
     assert later.requests == evaluation.requests == 3 * (9 + 5)
     evaluation._workers = NoWorkers(None)  # type: ignore[assignment]
@@ -136,7 +136,7 @@ def test_results_of_other_routers_and_suites_stay(
     evaluate("held", tasks[:1], "base")
     assert held() == {
         ("held", "base", "swans"),
-        ("held", "merged", "swans"),  # and no sums, which base has no longer
+        ("held", "merged", "swans"),  # and no sums, since base no longer has any
         ("held", "phatgoose", "swans"),
         ("second", "base", "swans"),
         ("second", "phatgoose", "swans"),
@@ -181,7 +181,7 @@ def test_answers_from_before_a_failure_are_kept(run: Run, workers: LocalWorkers)
 
 
 def changed_code(monkeypatch: pytest.MonkeyPatch, router: str) -> None:
-    """Let the source code of one router be another."""
+    """Change the source code of one router."""
     from harness import source_code
     from harness.evaluation import actor as eval_actor
     from harness.evaluation import stage as evaluate
@@ -255,7 +255,7 @@ def test_answers_under_other_conditions_are_asked_again(
             assert {row[change] for row in rows} == {getattr(conditions, change)}
     assert counts[0] == counts[1] > 0
     line = f"{word} changed: {counts[1]} chunks of base, merged are asked again"
-    # Modules are named where code changed; here only its hash was another.
+    # Modules are named if code changed; here only its hash was different.
     assert messages(caplog) == ([line] if word else [])
 
 
@@ -290,7 +290,7 @@ def test_a_damaged_answer_is_asked_again_with_a_message(
 def test_a_lost_answer_is_asked_again(
     run: Run, workers: LocalWorkers, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It was there when the evaluation began."""
+    """Check an answer that existed when the evaluation began."""
     run.evaluation(workers).run("merged", make_router("merged"))
     before, evaluation = workers.calls, run.evaluation(workers)
     file = sorted((run.path / "journal").iterdir())[0]
@@ -303,7 +303,7 @@ def test_a_lost_answer_is_asked_again(
 def test_an_actor_with_different_router_code_refuses(
     run: Run, workers: LocalWorkers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a plugin, say, whose files differ between nodes."""
+    """Check a mismatch as with a plugin whose files differ between nodes."""
     from harness import source_code
     from harness.evaluation import actor as eval_actor
 

@@ -41,7 +41,7 @@ def test_a_chunk_is_as_large_as_allowed(requests: list[Request], characters: int
     ]
     for size in sizes:
         assert size
-        assert sum(size) <= characters or len(size) == 1  # one that is too long stands alone
+        assert sum(size) <= characters or len(size) == 1  # one that is too long is alone
     for size, following in itertools.pairwise(sizes):
         assert sum(size) + following[0] > characters
 
@@ -81,7 +81,7 @@ def test_a_key_changes_with_everything_that_changes_the_answer() -> None:
     keys = [chunk.key(identity), *others]
     assert len(set(keys)) == len(keys)
     assert chunk.key(identity) == keys[0]
-    # Where one text ends and the next begins counts.
+    # The border between two texts counts.
     ends = (
         Chunk("t", "score", (Request("ab", ("c",)),)),
         Chunk("t", "score", (Request("a", ("bc",)),)),
@@ -171,7 +171,7 @@ def test_an_edited_routing_weight_is_noticed(tmp_path: Path) -> None:
 
 
 def test_the_answer_to_another_chunk_is_noticed(tmp_path: Path) -> None:
-    """A file that was copied or renamed."""
+    """Check a file that was copied or renamed."""
     journal = Journal(Folder(tmp_path))
     journal.write(KEY, answer())
     [file] = (tmp_path / "journal").iterdir()

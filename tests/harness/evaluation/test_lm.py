@@ -20,7 +20,7 @@ from tests.support.scripted import writing
 from tests.support.tiny import make_experts
 from tests.support.toy import local_actor, members_of
 
-# As BIG-bench writes prompts, with a space or a line at the end, and without.
+# Prompts in the style of BIG-bench, with and without a space or newline at the end.
 DOCUMENTS = [
     ("Q: Is the lake deep?\nA: ", ["yes", "no"]),
     ("Q: Is the lake deep?\nA:", [" yes", " no"]),
@@ -39,7 +39,7 @@ CONTEXTS = [
 
 
 def choice_requests(task: str = "choices") -> list[Instance]:
-    """A request per choice, in the order in which lm-eval makes them."""
+    """Return one request per choice, in lm-eval's order."""
     return [
         Instance("loglikelihood", {}, (context, choice), i, (task, document, 1))
         for document, (context, choices) in enumerate(DOCUMENTS)
@@ -61,7 +61,7 @@ def pool_actor(base: Base) -> EvalActor:
 
 
 def ask(actor: EvalActor, router: str, order: Callable[[list[int]], list[int]] = list) -> Ask:
-    """Let an actor answer chunks in some order."""
+    """Return a function that lets an actor answer chunks in some order."""
     members = members_of(make_experts(actor._base, 4))
 
     def answers(chunks: Sequence[Chunk]) -> Iterator[tuple[int, Answer]]:
@@ -83,7 +83,7 @@ def test_answers_do_not_depend_on_actors_or_their_order(base: Base, router: str)
     in_order = ShardedLM(ask(actor, router), characters)
     shuffling = ShardedLM(ask(actor, router, shuffled), characters)
     expected = in_order.loglikelihood(requests)
-    assert shuffling.loglikelihood(requests) == expected  # equal chunks: equal bits
+    assert shuffling.loglikelihood(requests) == expected  # equal chunks, so identical results
     assert shuffling.scores == in_order.scores
     for task, usage in in_order.usage.items():
         same = shuffling.usage[task]
@@ -121,7 +121,7 @@ def test_each_choice_has_its_own_score(llama: Base) -> None:
         for choice, score in zip(choices, scores, strict=True):
             expected = plain_score(llama, *encode_pair(llama, context, choice))
             assert score.loglikelihood == pytest.approx(expected.loglikelihood, abs=1e-4)
-            # The paper's: the mean over the tokens of the choice and the end of the sequence.
+            # The metric of the paper: the mean over the tokens of the choice and the end.
             total = expected.loglikelihood + expected.eos_loglikelihood
             assert score.mean == pytest.approx(total / (expected.tokens + 1), abs=1e-4)
             assert results[place] == (score.loglikelihood, score.is_greedy)
@@ -143,7 +143,7 @@ def test_a_question_is_asked_once_for_all_its_choices(llama: Base) -> None:
 
 @pytest.fixture
 def reference(llama: Base) -> HFLM:
-    """lm-eval's own language model over the same base."""
+    """Return lm-eval's own language model over the same base."""
     return HFLM(pretrained=llama.model, tokenizer=llama.tokenizer, batch_size=2, device="cpu")
 
 
@@ -177,7 +177,7 @@ def test_generation_matches_lm_eval(llama: Base, reference: HFLM) -> None:
     whole = reference.generate_until(generation_requests(CONTEXTS, **options), disable_tqdm=True)
     assert lm.generate_until(generation_requests(CONTEXTS, **options)) == whole
     assert all(len(text) > 3 for text in whole)
-    # Stop strings that do come, at different places, one of them inside a token or across two.
+    # Stop strings that occur at different places, inside a token or across two.
     options["until"] = [whole[0][2:4], whole[1][1:2], "never"]
     cut = reference.generate_until(generation_requests(CONTEXTS, **options), disable_tqdm=True)
     assert lm.generate_until(generation_requests(CONTEXTS, **options)) == cut
@@ -207,7 +207,7 @@ def test_usage_is_counted_by_task(llama: Base) -> None:
     one, two = lm.usage["one"], lm.usage["two"]
     assert one.tokens > two.tokens > 0
     for linear in llama.linears:
-        # The weights of a token's two experts are softmax over all experts: less than one.
+        # A token's two weights are parts of a softmax over all experts, so they sum to below one.
         assert 0 < float(one.routing[linear].sum()) < one.routed[linear]
         assert one.routed[linear] > two.routed[linear] > 0
     assert not math.isnan(one.seconds)
@@ -249,7 +249,7 @@ def test_an_empty_stop_string_is_ignored(base: Base) -> None:
 def test_a_space_as_stop_string_ends_generation_before_the_second_word(
     llama: Base, right: dict[str, list[str]]
 ) -> None:
-    """The space behind the prompt is the prompt's, as in lm-eval, which leaves it there."""
+    """Check that the space after the prompt belongs to the prompt, as in lm-eval."""
     lm = ShardedLM(ask(pool_actor(llama), "base"), 10**6, right)
     options: dict[str, Any] = {"max_gen_toks": 6, "until": [" "]}
     with writing(llama, llama.tokenizer.encode(" goose flies")):
@@ -259,7 +259,7 @@ def test_a_space_as_stop_string_ends_generation_before_the_second_word(
 
 
 def test_requests_of_one_chunk_may_have_different_options(base: Base) -> None:
-    """They may differ where a task makes its requests itself."""
+    """Check different options, which occur if a task makes its own requests."""
     lm = ShardedLM(ask(pool_actor(base), "base"), 10**6)
     options: list[dict[str, Any]] = [
         {"max_gen_toks": 2},

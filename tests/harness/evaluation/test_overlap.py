@@ -1,4 +1,4 @@
-"""Against a plain computation with sets of tuples of words."""
+"""Compare the overlap with a plain computation on sets of word tuples."""
 
 import os
 import re
@@ -62,7 +62,7 @@ def test_an_equal_input_counts_at_any_length_but_only_with_its_prompt() -> None:
         ("3 + 4 =", "3 - 4 =", False),
         ("What is 😀?", "What is 😭?", False),
         ("я ем", "Я  ЕМ", True),
-        # Without a word nothing is the same, not even nothing.
+        # Texts without words never match, not even each other.
         ("", "", False),
         (" \n", "", False),
         ("?! 😀", "?! 😀", False),
@@ -74,7 +74,7 @@ def test_equal_inputs_may_differ_in_case_and_spacing(held: str, trained: str, sa
 
 
 def test_every_document_with_the_same_prompt_is_found() -> None:
-    """Of documents with their own text, and of those that differ in case and spacing only."""
+    """Check documents with separate texts, and those that differ only in case and spacing."""
     suite = {
         "one prompt": table(["dog", "cat", "cow"], ["Which?", "Which?", "What?"]),
         "twins": table(["", "", ""], ["a b", "A  b", "a c"]),
@@ -101,7 +101,7 @@ def test_sequences_do_not_cross_examples() -> None:
 
 
 def test_sequences_in_many_documents_are_the_wording_of_the_task() -> None:
-    """Six documents begin alike; the seventh shares what is its own."""
+    """Check six documents that begin alike, and a seventh that shares its own words."""
     own = "k l m n o p q r"
     texts = [f"{EIGHT} is number {i}" for i in range(6)] + [f"{EIGHT} {own}"]
     suite = {"t": table(texts)}
@@ -149,7 +149,7 @@ def sequences(text: str) -> set[tuple[str, ...]]:
 def plain(
     suite: Sequence[tuple[str, str]], train: Sequence[tuple[str, str]]
 ) -> tuple[int, int, int] | None:
-    """Documents, exact and shared ones of a task; texts and inputs are given in pairs."""
+    """Return documents, exact and shared ones of a task; texts and inputs are given in pairs."""
 
     def same(prompt: str) -> str:
         return " ".join(prompt.lower().split()) if re.search(r"\w", prompt) else ""
@@ -164,7 +164,7 @@ def plain(
     return (len(documents), len(exact), len(shared)) if shared else None
 
 
-# Phrases that make sequences alike, between borders of all kinds.
+# Phrases that produce equal sequences, between borders of all kinds.
 PHRASES = [
     EIGHT,
     "one two three four",
@@ -201,7 +201,7 @@ def test_any_texts_give_the_results_of_the_plain_computation(
 
 
 def test_sequences_in_more_than_a_hundredth_of_many_documents_are_wording() -> None:
-    """Of 800 documents, 8 may share a sequence, and 9 may not."""
+    """Check that of 800 documents, 8 may share a sequence and 9 may not."""
 
     def task(alike: int) -> pa.Table:
         return table([f"{EIGHT} {i}" if i < alike else f"none {i}" for i in range(800)])
@@ -211,7 +211,7 @@ def test_sequences_in_more_than_a_hundredth_of_many_documents_are_wording() -> N
 
 
 def test_different_words_have_different_hashes() -> None:
-    """Words of one to five letters, each of a window of its own."""
+    """Check words of one to five letters, each in a separate window."""
     letters = "abcdeéя中"
     words = [
         f"{a}{b}{c}{d}{e}"
@@ -226,7 +226,7 @@ def test_different_words_have_different_hashes() -> None:
 
 
 def test_many_different_sequences_are_not_mistaken_for_equal_ones() -> None:
-    """The first table lets through about one in twenty of them."""
+    """Check that the first table passes only about one in twenty of them."""
     held, trained = (
         " ".join(f"w{i}" for i in numbers) for numbers in (range(10_000), range(10_000, 60_000))
     )
@@ -255,7 +255,7 @@ def test_hashes_are_the_same_in_every_process() -> None:
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_input() -> None:
-    """200,000 examples, 10 MB as text and 30 MB as strings; a part of them is held."""
+    """Check 200,000 examples, 10 MB as text and 30 MB as strings; only a part is held."""
     body = "word " * 6 + "a b"
     before, in_tables = pa.total_allocated_bytes(), 0
 
@@ -288,7 +288,7 @@ def test_a_long_text_takes_little_more_memory_than_its_result() -> None:
     finally:
         tracemalloc.stop()
     assert len(hashes) == 2_000_000 - 7
-    # What is given back takes 16 bytes a word, and twice that while it is put together.
+    # The result takes 16 bytes per word, and twice that while it is assembled.
     assert peak < 2 * 16 * len(hashes) + 3 * len(text)
 
 

@@ -1,4 +1,4 @@
-"""Requests are built once per suite, and are the same whenever and wherever they are built."""
+"""Check that requests are built once per suite, and do not depend on when and where."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def _own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def tasks(tmp_path: Path) -> Path:
-    """Definitions over a file: with shots, and with documents in a random order."""
+    """Write task definitions over a file: with shots, and with documents in a random order."""
     folder = tmp_path / "tasks"
     folder.mkdir()
     (folder / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in DOCS))
@@ -120,7 +120,7 @@ def test_random_generators_are_restored(tasks: Path) -> None:
 
 
 def test_another_process_builds_the_same_requests(tasks: Path, tmp_path: Path) -> None:
-    """With another seed for the hashes of strings."""
+    """Check a process with another hash seed."""
     ours = build(tasks, "mixed", "plain")
     script = (
         "import sys, tests.harness.evaluation.test_requests as t\n"
@@ -171,7 +171,7 @@ def test_a_definition_that_draws_without_a_seed_is_refused(tasks: Path) -> None:
 
 
 def test_documents_drawn_without_a_seed_are_refused(tasks: Path) -> None:
-    """In this process they are loaded once; the files were prepared by another load."""
+    """Check documents loaded once in this process, while the files come from another load."""
     (tasks / "utils.py").write_text(UTILS.replace("random.shuffle", "DRAWN.shuffle"))
     group = {"name": "own", "source": "lm_eval", "lm_eval": ["mixed"], "include_path": str(tasks)}
     data = prepare_all(task_specs(group))
@@ -197,7 +197,7 @@ def test_requests_must_not_change_between_calls(tasks: Path, tmp_path: Path) -> 
 def test_other_documents_give_other_requests(tasks: Path, tmp_path: Path) -> None:
     run = Folder(tmp_path / "run")
     build(tasks, "plain", limit=4).check(run)
-    build(tasks, "plain", limit=6).check(run)  # asked for
+    build(tasks, "plain", limit=6).check(run)  # requests them
     (tasks / "utils.py").write_text(UTILS.replace('"A:"', '"Answer:"'))
     build(tasks, "mixed").check(run)
     (tasks / "utils.py").write_text(UTILS)
@@ -209,7 +209,7 @@ def test_the_fingerprint_covers_the_prompts_and_the_answers(tasks: Path) -> None
         return build(tasks, task, **keys).tasks[f"own/{task}"].fingerprint
 
     first = fingerprint()
-    assert fingerprint(num_fewshot=1) != first  # the records are the same
+    assert fingerprint(num_fewshot=1) != first  # the records are equal
     flipped = [{**doc, "gold": 1 - doc["gold"]} for doc in DOCS]
     (tasks / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in flipped))
     assert fingerprint() != first

@@ -1,4 +1,4 @@
-"""What the stage `evaluate` measures and writes, against computations by hand."""
+"""Check the measurements and files of the stage `evaluate` against computations by hand."""
 
 import json
 import math
@@ -53,7 +53,7 @@ def test_metrics_of_choices_match_values_computed_by_hand(
             "acc_norm": float(normed.index(max(normed)) == right),
             "acc_paper": float(means.index(max(means)) == right),
             "nll": -means[right],
-            # BIG-bench: of three choices one is right, so that chance is one third.
+            # BIG-bench: one of three choices is right, so chance is one third.
             "multiple_choice_grade": float(sums.index(max(sums)) == right),
             "bigbench_normalized": 1.0 if sums.index(max(sums)) == right else -0.5,
         }
@@ -115,9 +115,9 @@ def test_rows_name_their_suite_task_and_router(run: Run, workers: LocalWorkers) 
 def test_documents_with_a_truncated_prompt_are_counted(
     run: Run, workers: LocalWorkers, llama: Base, tasks: list[TaskData]
 ) -> None:
-    """The last token of a choice is read by nothing, so a row may be longer by one."""
+    """Check that a row may be longer by one, because the last token of a choice is not read."""
     known, needed = documents(tasks[0]), []
-    for document in sorted(known)[:9]:  # those that are asked
+    for document in sorted(known)[:9]:  # the lengths that are asked
         pairs = [encode_pair(llama, known[document].input, c) for c in known[document].choices]
         needed.append(max(len(context) + len(choice) - 2 for context, choice in pairs))
     room = max(needed) - 1

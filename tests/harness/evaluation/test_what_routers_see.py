@@ -1,4 +1,4 @@
-"""What a router may know of a question, and what an answer in the journal stands for."""
+"""Check what a router may know about a question, and what an answer in the journal depends on."""
 
 import dataclasses
 from pathlib import Path
@@ -28,7 +28,7 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[TaskData]:
 
 
 class Spy:
-    """An actor that remembers what the router could see, and answers with another router."""
+    """An actor that records what the router could see, and answers with another router."""
 
     def __init__(self, base: Base) -> None:
         experts = make_experts(base, 3)
@@ -70,13 +70,13 @@ def test_a_router_never_sees_the_right_answer(
     evaluation(tmp_path / "run", tasks, spy)[0].run("merged", make_router("merged"))
     sums = [query for query in spy.seen if query.text.startswith("\nQ: four")]
     swans = [query for query in spy.seen if query.text.startswith("\nQ: swan")]
-    assert len(sums) == 4  # written and, with its right answer, scored
+    assert len(sums) == 4  # generated and, with its right answer, scored
     assert len(swans) == 4
     assert len(spy.seen) == len(sums) + len(swans)
     for query in sums:
         assert query.choices == ()
         assert "nine" not in query.text + query.task
-        assert query.task == "sums"  # nothing else is known of it
+        assert query.task == "sums"  # nothing else is known about it
     for query in swans:
         assert set(query.choices) == {"the swan", "the grey goose", "no"}
         assert query.task == "about birds"
@@ -105,7 +105,7 @@ def test_other_profiles_or_another_multitask_expert_are_asked_again(
     assert profiles("p1") == 0
     assert profiles("p2") == first
     assert profiles("p1", "merged") == first
-    assert profiles("p2", "merged") == 0  # which looks at no profile
+    assert profiles("p2", "merged") == 0  # which does not read profiles
     assert multitask("m1") == first
     assert multitask("m1") == 0
     assert multitask("m2") == first
@@ -123,4 +123,4 @@ def test_another_description_is_asked_again_where_it_is_read(
     made, workers = evaluation(tmp_path / "run", other, spy)
     made.run(name, router)
     assert first > 0
-    assert (0 < workers.calls < first) == again  # only the task that is described otherwise
+    assert (0 < workers.calls < first) == again  # only the task with the other description

@@ -1,4 +1,4 @@
-"""Experts and profiles that other source code made stop a run, unless that is accepted."""
+"""Check that experts and profiles made by other source code stop a run, unless accepted."""
 
 import dataclasses
 import json
@@ -63,7 +63,7 @@ def test_experts_of_other_code_stop_the_run_and_are_not_trained_again(
     [record] = caplog.records
     assert "2 experts (birds, lakes) were made by other source code" in record.getMessage()
     assert "phatgoose.training.trainer changed since" in record.getMessage()
-    # By choice, one is trained again.
+    # On request, one is trained again.
     registry = Registry(config.registry, plan.base_fingerprint)
     registry.remove("birds")
     registry.remove("lakes")
@@ -71,21 +71,21 @@ def test_experts_of_other_code_stop_the_run_and_are_not_trained_again(
 
 
 def test_experts_of_version_0_1_0_stay_usable(config: RunConfig) -> None:
-    """Their records say nothing of code, and their jobs have the same ids."""
+    """Check that records without code have the same job ids."""
     plan = make_plan(config)
     registry = publish(plan, None, "birds")
     [job] = [job.card.job for job in plan.jobs if job.card.name == "birds"]
     record = read_record(registry.folder, job_file(job))
     assert record is not None
     assert record.code == ""
-    old = {"object": record.object, "name": "birds"}  # as 0.1.0 wrote it, but for the checksum
+    old = {"object": record.object, "name": "birds"}  # as written by 0.1.0, except for the checksum
     registry.folder.write(job_file(job), json.dumps(old).encode())
     assert [job.card.name for job in make_plan(config).open_jobs] != []
     assert len(make_plan(config).open_jobs) == 2
 
 
 def test_the_id_of_a_job_is_the_same_as_in_version_0_1_0(config: RunConfig) -> None:
-    """A registry of 0.1.0 holds hundreds of experts under these ids."""
+    """Check the ids under which registries of 0.1.0 store hundreds of experts."""
     plan = make_plan(config)
     card = plan.jobs[0].card
     determines = {
@@ -116,7 +116,7 @@ def test_profiles_of_other_code_stop_the_run(config: RunConfig) -> None:
     ids = {job.card.name: job.profile_id for job in accepted.jobs}
     assert ids["birds"] == f"{measured}-{other}"
     assert str(ids["lakes"]).endswith(f"-{code}")
-    # One that this code measured is taken before.
+    # A profile measured by this code is preferred.
     registry.put_profile(content, f"{measured}-{code}", b"a profile")
     assert make_plan(config).jobs[0].profile_id == f"{measured}-{code}"
 

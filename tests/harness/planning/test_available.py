@@ -1,4 +1,4 @@
-"""Routers are left out, with the reason, where the pool that came about cannot serve them."""
+"""Check that routers which the resulting pool cannot serve are left out with a reason."""
 
 import dataclasses
 from pathlib import Path
@@ -35,7 +35,7 @@ def config(tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def publish(plan: Plan, *names: str, profiles: bool = True) -> dict[str, str]:
-    """Do the jobs of these experts; their hashes by name, without the multitask expert's."""
+    """Do the jobs of these experts; return their hashes by name, without the multitask expert's."""
     base = load_base(plan.config.base.name)
     registry = Registry(plan.config.registry, plan.base_fingerprint)
     [expert] = make_experts(base, 1)

@@ -29,14 +29,14 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def config(tmp_path: Path, llama_folder: Path) -> RunConfig:
-    """A run of three experts and two held-out tasks, whose data lie in the cache."""
+    """Return a run of three experts and two held-out tasks, whose data are in the cache."""
     config: RunConfig = toy_config(llama_folder, tmp_path / "run")
     prepare_toys([*config.pool_tasks(), *config.suite_tasks(config.suites[0])], tmp_path)
     return config
 
 
 def refused(config: RunConfig) -> str:
-    """The one line with which a plan is refused; nothing must have been written."""
+    """Return the one-line error with which a plan is refused; check that nothing was written."""
     run_dir = Path(config.run.dir)
     before = files(run_dir)
     with pytest.raises(PhatgooseError) as caught:
@@ -56,7 +56,7 @@ def job_ids(plan: Plan) -> list[str]:
 
 
 def publish(plan: Plan, *names: str) -> None:
-    """Do the jobs of these experts, with experts that know nothing."""
+    """Do the jobs of these experts with untrained experts."""
     base = load_base(plan.config.base.name)
     registry = Registry(plan.config.registry, plan.base_fingerprint)
     [expert] = make_experts(base, 1)
@@ -70,7 +70,7 @@ def test_a_plan_describes_the_work(config: RunConfig) -> None:
     assert [job.card.name for job in plan.jobs] == ["birds", "lakes", "numbers"]
     assert len(plan.open_jobs) == 3
     assert plan.finished == {}
-    # Eight documents with choices, and eight generated ones whose answer is scored as well.
+    # Eight multiple-choice documents, and eight generated ones whose answers are scored as well.
     assert plan.work.requests == 8 + 8
     assert list(plan.routers)[:4] == ["base", "phatgoose", "merged", "random"]
     assert list(plan.routers)[4:] == ["single:birds", "single:lakes", "single:numbers"]
@@ -94,7 +94,7 @@ def test_the_size_of_an_expert_is_the_size_of_its_file(config: RunConfig) -> Non
 
 def test_job_ids_are_stable(config: RunConfig, tmp_path: Path) -> None:
     first = make_plan(config)
-    # What does not determine an expert: suite, routers, cluster, folders, what the pool is called.
+    # Settings that do not affect an expert: suite, routers, cluster, folders, the pool's name.
     other = dataclasses.replace(
         config,
         suites=[{**config.suites[0], "limit": 3}],
@@ -142,7 +142,7 @@ def test_job_ids_change_with_the_base_and_not_with_its_folder(
 
 
 def test_open_jobs_are_sorted_longest_first(config: RunConfig) -> None:
-    # Prompts of `lakes` list the choices.
+    # The prompts of `lakes` list the choices.
     assert make_plan(config).open_jobs[0].card.name == "lakes"
 
 
@@ -209,7 +209,7 @@ def test_trained_documents_are_not_evaluated_on(config: RunConfig, split: str) -
 def test_trained_inputs_are_not_evaluated_on_under_another_name(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    same = generation_task("BIRD ", "swan")  # the inputs of `birds`, but for case and space
+    same = generation_task("BIRD ", "swan")  # the inputs of `birds`, except for case and space
     monkeypatch.setitem(TASKS, "ducks", same)
     suite = {**config.suites[0], "tasks": {"ducks": {"members": ["ducks"]}}}
     changed = dataclasses.replace(config, suites=[suite])
@@ -232,7 +232,7 @@ def test_a_name_that_would_leave_the_folder_is_refused(config: RunConfig) -> Non
 
 
 def test_a_run_folder_that_cannot_be_written_is_refused(config: RunConfig, tmp_path: Path) -> None:
-    # Below a file: no one may write there, not even root.
+    # Below a file, where not even root may write.
     (tmp_path / "file").write_text("")
     run = RunSection(str(tmp_path / "file" / "run"))
     assert run.dir in refused(dataclasses.replace(config, run=run))
@@ -276,7 +276,7 @@ def test_a_run_folder_with_unrelated_files_is_refused(config: RunConfig) -> None
 def test_a_run_registers_experts_that_an_earlier_one_trained_but_did_not_register(
     config: RunConfig,
 ) -> None:
-    """A driver that died between an expert's record and the manifest; here all are trained."""
+    """Check a driver that died between an expert's record and the manifest, with all trained."""
     plan = make_plan(config)
     registry = Registry(plan.config.registry, plan.base_fingerprint)
     [expert] = make_experts(load_base(plan.config.base.name), 1)

@@ -1,4 +1,4 @@
-"""What a base cannot answer of a suite is refused while planning."""
+"""Check that planning refuses the parts of a suite that a base cannot answer."""
 
 import json
 from collections.abc import Iterator
@@ -49,7 +49,7 @@ def tasks(tmp_path: Path) -> list[TaskData]:
 
 @pytest.fixture
 def own_task(tmp_path: Path) -> Any:
-    """Write a user's definition of a task over three documents, and give its suite."""
+    """Write a user's definition of a task over three documents; return its suite."""
 
     def write(**fields: Any) -> dict[str, Any]:
         data = tmp_path / "docs.jsonl"
@@ -85,7 +85,7 @@ def test_a_suite_that_fits_is_accepted(base: Base, tasks: list[TaskData]) -> Non
 
 
 def check(base: Base, suite: dict[str, Any], tasks: list[TaskData]) -> None:
-    """What a plan checks of a suite."""
+    """Run the plan's checks of a suite."""
     check_suite(base, suite, tasks)
     if suite.get("too_long") == "refuse":
         check_lengths(base, SuiteRequests.build(suite["name"], tasks).chunks(1))
@@ -171,7 +171,7 @@ def test_an_answer_longer_than_the_context_of_the_base_is_refused(
 def test_options_of_lm_evals_tasks_are_refused_while_planning(
     llama: Base, llama_folder: Path, tmp_path: Path, own_task: Any, options: Any, line: str
 ) -> None:
-    """Also where the documents were prepared before."""
+    """Check that this holds even if the documents were prepared before."""
     suite = own_task(generation_kwargs={"until": ["\n"], "do_sample": False})
     specs = task_specs(suite)
     prepared = prepare_all(specs)

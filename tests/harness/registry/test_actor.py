@@ -19,7 +19,7 @@ def test_the_actor_survives_being_killed(
     content_hash = ray.get(actor.publish.remote(make_expert(1)))
     ray.kill(actor, no_restart=False)
 
-    monkeypatch.chdir("/")  # a relative path was taken from where the driver was
+    monkeypatch.chdir("/")  # a relative path is relative to the driver's directory
     assert ray.get(actor.publish.remote(make_expert(1))) == content_hash
     assert ray.get(actor.finished.remote(make_expert(1).card.job)) == content_hash
     assert ray.get(actor.manifest.remote()) == Manifest(1, 0, BASE, {"task-1": content_hash})

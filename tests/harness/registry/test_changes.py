@@ -1,4 +1,4 @@
-"""Remove and rename: what they leave, interrupted, and next to other writers."""
+"""Check remove and rename: their effects, interruptions, and concurrent writers."""
 
 import contextlib
 import threading
@@ -42,7 +42,7 @@ def test_remove_deletes_the_job_record_and_keeps_the_object(registry: Registry) 
     assert registry.remove("task-1") is None
     assert registry.folder.names() == files
 
-    again = registry.publish(make_expert(1, value=2.0))  # trained again, with other bits
+    again = registry.publish(make_expert(1, value=2.0))  # trained again, with other weights
     assert again != content_hash
     assert registry.experts(["task-1", "task-2"]) == {"task-1": again, "task-2": stays}
     assert registry.finished(expert.card.job) == again
@@ -67,7 +67,7 @@ def test_rename_changes_the_name_and_the_job(registry: Registry) -> None:
     for linear, factors in old.linears.items():
         for field, tensor in factors.tensors():
             assert torch.equal(getattr(renamed.linears[linear], field), tensor)
-    # Its job is its own: a run that needs `old` must never get an expert that is called `new`.
+    # It has a separate job: a run that needs `old` must never get an expert named `new`.
     assert renamed.card.job != old.card.job
     assert registry.finished(renamed.card.job) == new_hash
     assert registry.recorded(old.card.job) is None
@@ -109,7 +109,7 @@ def test_rename_refusals_change_nothing(registry: Registry) -> None:
 
 
 class Died(BaseException):
-    """As kill -9: nothing in the code that is tested catches it."""
+    """Raised like kill -9: the tested code does not catch it."""
 
 
 @pytest.mark.parametrize("change", ["remove", "rename"])
@@ -117,7 +117,7 @@ class Died(BaseException):
 def test_an_interrupted_change_is_completed_by_repeating_it(
     local: Registry, monkeypatch: pytest.MonkeyPatch, change: str, crash_at: int
 ) -> None:
-    """Die before each write or delete in turn; between the two calls, the job is asked for."""
+    """Die before each write or delete in turn; between the two calls, the job is requested."""
     job = make_expert(1, name="old").card.job
     local.publish(make_expert(1, name="old"))
 
@@ -143,7 +143,7 @@ def test_an_interrupted_change_is_completed_by_repeating_it(
         with contextlib.suppress(Died):
             call()
     seems_done = "old" not in local.manifest().experts
-    local.finished(job)  # a run that starts meanwhile
+    local.finished(job)  # a run that starts in the meantime
     if not seems_done:
         call()
 
@@ -155,7 +155,7 @@ def test_an_interrupted_change_is_completed_by_repeating_it(
 def test_a_running_driver_does_not_restore_removed_experts(
     local: Registry, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    """The record is read, then another process removes the expert, then it would be entered."""
+    """Read the record, then remove the expert in another process, then try to register it."""
     job = make_expert(1, name="old").card.job
     local.publish(make_expert(1, name="old"))
     enter = Registry._add_to_manifest
@@ -175,7 +175,7 @@ def test_a_running_driver_does_not_restore_removed_experts(
 
 
 def _together(*calls: Callable[[], object]) -> None:
-    """Run these calls in threads that start at the same moment; raise what one raises."""
+    """Run these calls in threads that start at the same moment; re-raise an error."""
     barrier, errors = threading.Barrier(len(calls)), []
 
     def run(call: Callable[[], object]) -> None:
@@ -220,7 +220,7 @@ def test_concurrent_removes_renames_and_publishes_lose_nothing(local: Registry) 
 
 
 def test_an_expert_removed_and_published_concurrently_is_consistent(local: Registry) -> None:
-    """Whatever came last, the pool and the job's record agree at the end."""
+    """Check that the pool and the job's record agree, whichever came last."""
     expert = make_expert(1)
     for _ in range(10):
         local.publish(expert)

@@ -1,4 +1,4 @@
-"""Whatever bit of a registry's files changes, `verify` sees it, or it makes no difference."""
+"""Check that `verify` finds any changed bit in a registry's files, unless it is harmless."""
 
 import contextlib
 import json
@@ -29,7 +29,7 @@ ID = "0123456789abcdef"
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path) -> Path:
-    """A registry with every kind of file."""
+    """Make a registry with every kind of file."""
     from phatgoose.base import load_base
 
     folder = tmp_path_factory.mktemp("damage") / "pool"
@@ -52,7 +52,7 @@ def files(folder: Path) -> list[str]:
 
 
 def content(folder: Path, file: str) -> object:
-    """What a file says, decoded."""
+    """Return the decoded content of a file."""
     path = folder / file
     if path.suffix == ".json":
         return json.loads(path.read_bytes())
@@ -64,7 +64,7 @@ def content(folder: Path, file: str) -> object:
 
 
 def load(folder: Path, content_hash: str) -> Expert | None:
-    """What a run gets; None if it is refused, by a line that names the file."""
+    """Return what a run loads; None if it is refused by a line that names the file."""
     with contextlib.suppress(PhatgooseError):
         return Registry(folder, BASE).load(content_hash)
     with pytest.raises(PhatgooseError, match=rf"{folder}/objects/{content_hash}\.arrow"):
@@ -90,7 +90,7 @@ def test_a_flipped_bit_or_truncation_is_found_or_harmless(whole: Path, data: st.
     else:
         changed = changed[:at]
     try:
-        # Another file in its place: the original may be mapped.
+        # A new file in its place, because the original may be mapped.
         path.unlink()
         path.write_bytes(changed)
         check = verify(Folder(whole), every_manifest=True)
@@ -118,7 +118,7 @@ def copy(whole: Path, tmp_path: Path) -> Path:
 
 
 def test_every_missing_file_is_found_or_harmless(copy: Path) -> None:
-    """A manifest, a profile or a record that was deleted is as if it had never been written."""
+    """Check that deleting a manifest, profile or record equals never having written it."""
     newest = read_manifest(Folder(copy), manifest_numbers(Folder(copy))[-1])
     for file in files(copy):
         path = copy / file
@@ -133,7 +133,7 @@ def test_every_missing_file_is_found_or_harmless(copy: Path) -> None:
 def test_a_truncated_newest_manifest_is_reported_and_repaired(
     copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Told with the newest good one, refused by all who need the pool, and mended as told."""
+    """Check that the problem names the newest intact manifest, and the suggested fix works."""
     newest = max((copy / "manifests").iterdir(), key=lambda path: int(path.stem))
     newest.write_bytes(newest.read_bytes()[:-20])
     assert main(["verify", str(copy)]) == 1
@@ -165,7 +165,7 @@ def test_a_malformed_only_manifest_is_reported(tmp_path: Path) -> None:
 
 
 def test_files_under_a_wrong_name_are_found(copy: Path) -> None:
-    """Files that are whole, and say something else than what they belong to."""
+    """Check intact files whose content belongs to another name."""
     folder = Folder(copy)
     registry = Registry(copy, BASE)
     first, second = (make_expert(number) for number in (2, 3))
@@ -189,7 +189,7 @@ def test_files_of_earlier_versions_are_read(tmp_path: Path, llama: Base) -> None
     assert registry.find("task-1") == content_hash
     assert registry.finished(make_expert(1).card.job) == content_hash
     assert verify(registry.folder).problems == []
-    # A file of this version needs its checksum.
+    # A file of this version requires its checksum.
     old = json.loads(registry.folder.read("manifests/1.json"))
     registry.folder.write("manifests/1.json", json.dumps({**old, "schema": 2}).encode())
     with pytest.raises(PhatgooseError, match="it has no checksum"):

@@ -1,4 +1,4 @@
-"""What gc removes and what it never removes, also while others write."""
+"""Check what gc removes and what it never removes, even with concurrent writers."""
 
 import os
 import time
@@ -23,7 +23,7 @@ ID = "0123456789abcdef"
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
-    """A registry of task-1, task-2 and task-3."""
+    """Make a registry of task-1, task-2 and task-3."""
     registry = Registry(tmp_path / "pool", BASE)
     for number in (1, 2, 3):
         registry.publish(make_expert(number))
@@ -31,14 +31,14 @@ def registry(tmp_path: Path) -> Registry:
 
 
 def store(registry: Registry, expert: Expert) -> str:
-    """Only the object of an expert, as of a publish that was cut short; its file."""
+    """Store only an expert's object, as an interrupted publish does; return its file."""
     file = object_file(expert.content_hash())
     registry.folder.write(file, expert.to_bytes())
     return file
 
 
 def age(registry: Registry) -> None:
-    """Let all files there are be two days old."""
+    """Set the time of all files to two days ago."""
     then = time.time() - 2 * DAY
     for parent, _, files in os.walk(registry.folder.uri):
         for file in files:
@@ -55,7 +55,7 @@ def removed(registry: Registry, **options: object) -> set[str]:
 
 def test_a_registry_in_use_has_no_garbage(registry: Registry) -> None:
     registry.remove("task-1")  # older manifests name it
-    registry.publish(make_expert(4), add_to_manifest=False)  # finished, and not entered yet
+    registry.publish(make_expert(4), add_to_manifest=False)  # finished, and not registered yet
     registry.put_profile(registry.find("task-2"), ID, b"a profile")
     age(registry)
     before = files(registry)
@@ -81,9 +81,9 @@ def test_garbage_is_removed_when_it_is_old(registry: Registry, tmp_path: Path) -
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
     (tmp_path / "pool/objects/notes.txt").write_text("somebody's own file")
-    assert removed(registry) == set()  # too young
+    assert removed(registry) == set()  # too recent
     age(registry)
-    registry.folder.write("check-" + "2" * 32, b"")  # a run that starts just now
+    registry.folder.write("check-" + "2" * 32, b"")  # a run that starts at this moment
     kept |= {"objects/notes.txt", "check-" + "2" * 32}
 
     told = collect(registry.folder, dry_run=True)
@@ -143,7 +143,7 @@ def test_gc_refuses_if_it_cannot_tell_what_is_named(registry: Registry, file: st
 def test_an_object_published_again_during_gc_is_not_lost(
     registry: Registry, monkeypatch: pytest.MonkeyPatch, moment: str, enter: bool
 ) -> None:
-    """A publish finds the old object in place at every moment of a gc; the object must stay."""
+    """Check a publish that finds the old object at every moment of a gc; the object must stay."""
     expert = make_expert(9)
     file = store(registry, expert)
     age(registry)
@@ -166,11 +166,11 @@ def test_an_object_published_again_during_gc_is_not_lost(
         if name == file:
             publish()
 
-    if moment == "listed":  # the objects were listed, their names are still to be read again
+    if moment == "listed":  # the objects are listed, and their names are still to be read again
         count = iter(range(9))
         again = before(names, lambda name: name == "manifests/" and next(count) == 1)
         monkeypatch.setattr(Folder, "names", again)
-    elif moment == "read":  # what is named was read; the object is still there
+    elif moment == "read":  # the names were read, and the object still exists
         monkeypatch.setattr(Folder, "find", before(find, lambda name: name == file))
     elif moment == "deleted":
         monkeypatch.setattr(Folder, "delete", after_delete)
@@ -184,7 +184,7 @@ def test_an_object_published_again_during_gc_is_not_lost(
 def test_publish_notices_that_an_existing_object_was_collected(
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The whole gc happens after the publish found the object and before its record is there."""
+    """Check a complete gc after the publish found the object and before it wrote its record."""
     expert = make_expert(9)
     file = store(registry, expert)
     age(registry)
@@ -205,7 +205,7 @@ def test_gc_works_on_an_object_store(s3: object, tmp_path: Path) -> None:
     registry.publish(make_expert(1))
     file = store(registry, make_expert(9))
     assert removed(registry) == set()
-    assert removed(registry, older_than=-60) == {file}  # its clock has seconds only
+    assert removed(registry, older_than=-60) == {file}  # its clock has a resolution of seconds
     assert verify(registry.folder, every_manifest=True) == Check(1)
 
 

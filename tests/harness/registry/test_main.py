@@ -25,7 +25,7 @@ DOCS = Path(__file__).parents[3] / "docs" / "registry.md"
 
 
 def with_jobs(experts: list[Expert], **changes: Any) -> list[Expert]:
-    """The same experts with job ids, and with other fields of the card."""
+    """Return the same experts with job ids and other fields of the card."""
     cards = [
         dataclasses.replace(
             expert.card, job=hashlib.sha256(expert.card.name.encode()).hexdigest()[:32], **changes
@@ -44,7 +44,7 @@ def experts(llama: Base) -> list[Expert]:
 
 @pytest.fixture
 def registry(tmp_path: Path, llama: Base, experts: list[Expert]) -> Registry:
-    """A registry of the experts e0, e1 and e2."""
+    """Make a registry of the experts e0, e1 and e2."""
     registry = Registry(tmp_path / "pool", llama.fingerprint)
     for expert in experts:
         registry.publish(expert)
@@ -52,7 +52,7 @@ def registry(tmp_path: Path, llama: Base, experts: list[Expert]) -> Registry:
 
 
 class Output:
-    """What a command printed, and its exit status."""
+    """The output of a command and its exit status."""
 
     def __init__(self, status: int, out: str, err: str) -> None:
         self.status, self.out, self.err = status, out, err
@@ -60,7 +60,7 @@ class Output:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Output]:
-    """Runs the command line in this process."""
+    """Return a function that runs the command line in this process."""
 
     def call(*arguments: object) -> Output:
         status = main([str(argument) for argument in arguments])
@@ -71,7 +71,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Output]:
 
 @pytest.fixture
 def ask(run: Callable[..., Output]) -> Callable[..., Any]:
-    """Runs a command with --json, which must succeed, and gives its document."""
+    """Return a function that runs a command with --json successfully and returns its document."""
 
     def call(*arguments: object) -> Any:
         output = run(*arguments, "--json")
@@ -83,7 +83,7 @@ def ask(run: Callable[..., Output]) -> Callable[..., Any]:
 
 @pytest.fixture
 def refused(run: Callable[..., Output]) -> Callable[..., str]:
-    """Runs a command that must fail, and gives its one line."""
+    """Return a function that runs a command that must fail and returns its one-line error."""
 
     def call(*arguments: object) -> str:
         output = run(*arguments)
@@ -283,7 +283,7 @@ def test_an_exported_adapter_can_be_imported(
     assert exported == {"name": "e0", "hash": expert.content_hash(), "folder": str(adapter)}
     assert "without its gates" in run("export-peft", where(first), "e0", adapter).out
 
-    # Into a new registry, and twice.
+    # Into a new registry, twice.
     command = ("import-peft", tmp_path / "second", adapter, "--base", base.name)
     imported = ask(*command)
     assert imported == ask(*command)
@@ -298,7 +298,7 @@ def test_an_exported_adapter_can_be_imported(
         torch.testing.assert_close(loaded.card.scale * other.lora_B_OR @ other.lora_A_RD, delta)
         assert other.gate_D is None
 
-    # Into a registry that is there, which needs no base.
+    # Into an existing registry, which does not need a base.
     ask("import-peft", where(first), adapter, "--name", "other")
     assert set(first.manifest().experts) == {"e0", "other"}
     assert run("verify", where(first)).status == 0

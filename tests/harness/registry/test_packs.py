@@ -90,7 +90,7 @@ def test_a_pack_made_by_other_code_is_made_again(registry: Registry, code: str |
         text = json.dumps(rest, sort_keys=True)
         rest["sha256"] = hashlib.sha256(text.encode()).hexdigest()
     index.write_text(json.dumps(rest))
-    assert list(read_index(folder_of(registry))) == list(experts)  # it is whole
+    assert list(read_index(folder_of(registry))) == list(experts)  # it is complete
     loaded = []
 
     def load(content: str) -> Expert:
@@ -112,7 +112,7 @@ def test_an_expert_that_cannot_be_read_leaves_no_pack(registry: Registry) -> Non
 
 
 def _open_again_and_again(uri: str, number: int, failures: Any) -> None:
-    """Open a pack, now and then damage or delete it before."""
+    """Open a pack repeatedly; sometimes damage or delete it before."""
     try:
         registry = Registry(uri, BASE)
         experts = registry.manifest().experts
@@ -123,12 +123,12 @@ def _open_again_and_again(uri: str, number: int, failures: Any) -> None:
                 try:
                     if turn % 2:
                         file.unlink()
-                    else:  # another file in its place, as maps of the old one are in use
+                    else:  # a new file in its place, because maps of the old one are in use
                         other = file.with_name(f"other-{number}")
                         other.write_bytes(file.read_bytes()[:-1])
                         other.replace(file)
                 except FileNotFoundError:
-                    pass  # another process was before this one
+                    pass  # another process was faster
         failures.put(None)
     except BaseException as error:
         failures.put(repr(error))

@@ -59,7 +59,7 @@ def test_the_first_expert_of_a_job_is_kept(registry: Registry) -> None:
 
 
 def test_a_name_follows_the_job_that_a_run_asks_for(registry: Registry) -> None:
-    """Recipe one, then recipe two, then one again: each run finds its own expert by name."""
+    """Use recipe one, then two, then one again; each run finds its own expert by name."""
     first = registry.publish(make_expert(1, name="task"))
     second = registry.publish(make_expert(2, name="task"))
     assert registry.find("task") == second
@@ -90,7 +90,7 @@ def test_an_interrupted_publish_is_resumed(
             local.publish(expert)
 
     again = Registry(local.folder.uri, BASE)
-    if crash_before == "manifests/":  # the job is finished, so nothing will publish it again
+    if crash_before == "manifests/":  # the job is finished, so it will not be published again
         assert again.finished(expert.card.job) == expert.content_hash()
     else:
         assert again.finished(expert.card.job) is None
@@ -212,7 +212,7 @@ def test_open_finds_the_base_automatically(registry: Registry) -> None:
     with pytest.raises(PhatgooseError, match=r"no registry here: .*pool has no manifests"):
         Registry.open(registry.folder.uri)
     content_hash = registry.publish(make_expert(1))
-    if registry.folder.local("x"):  # memory is another, empty one each time
+    if registry.folder.local("x"):  # memory is a separate, empty registry each time
         opened = Registry.open(registry.folder.uri)
         assert (opened.base_fingerprint, opened.find("task-1")) == (BASE, content_hash)
 
@@ -223,7 +223,7 @@ def test_publish_can_refuse_to_take_over_a_name(registry: Registry) -> None:
     files = registry.folder.names()
     with pytest.raises(PhatgooseError, match=r"pool has another expert task: .*--replace"):
         registry.publish(make_expert(2, name="task"), replace=False)
-    assert registry.folder.names() == files  # nothing is left of what was refused
+    assert registry.folder.names() == files  # nothing is left of refused files
     assert registry.publish(make_expert(2, name="task")) == registry.find("task") != first
     with pytest.raises(PhatgooseError, match="another expert task"):
         registry.publish(make_expert(1, name="task"), replace=False)

@@ -1,4 +1,4 @@
-"""Several drivers on one registry, on a local folder and on an object store."""
+"""Check several drivers on one registry, in a local folder and in an object store."""
 
 import itertools
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from tests.support import processes
 from tests.support.registries import BASE, OTHER_BASE, make_expert
 from tests.support.s3_server import S3Server
 
-EACH = 9  # experts of a process
+EACH = 9  # experts per process
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -28,7 +28,7 @@ def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def _manifests(folder: Folder) -> list[Manifest]:
-    """All manifests; they follow each other without a gap."""
+    """Return all manifests, which must be numbered without gaps."""
     numbers = manifest_numbers(folder)
     manifests = [read_manifest(folder, number) for number in numbers]
     assert numbers == list(range(1, len(numbers) + 1))
@@ -91,7 +91,7 @@ def test_many_jobs_are_registered_by_one_manifest(uri: str) -> None:
     assert registry.add_to_manifest(jobs) == expected
     assert (
         registry.add_to_manifest(jobs) == registry.add_to_manifest(reversed(jobs)) == expected
-    )  # delivered again
+    )  # delivered twice
     assert registry.add_to_manifest([]) == {}
     hashes = {e.card.name: e.content_hash() for e in experts[:-1]}
     assert registry.manifest() == Manifest(1, 0, BASE, hashes)
@@ -100,7 +100,7 @@ def test_many_jobs_are_registered_by_one_manifest(uri: str) -> None:
 def test_looking_up_many_jobs_reads_few_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No listing per job, no manifest per job, and no file that is not there."""
+    """Check that there is no listing or manifest per job, and no read of a missing file."""
     registry = Registry(tmp_path, BASE)
     jobs = [make_expert(number).card.job for number in range(300)]
     for number in range(200):
@@ -123,7 +123,7 @@ def test_looking_up_many_jobs_reads_few_files(
 
 
 def test_two_drivers_may_publish_different_experts_under_one_name(uri: str) -> None:
-    """Both are kept; each driver finds its own by its job; the name is the last one's."""
+    """Check that each driver finds its own expert by its job, and the name refers to the last."""
     first, second = Registry(uri, BASE), Registry(uri, BASE)
     one, other = make_expert(1, name="task"), make_expert(2, name="task")
     first.publish(one, add_to_manifest=False)
@@ -134,7 +134,7 @@ def test_two_drivers_may_publish_different_experts_under_one_name(uri: str) -> N
     assert first.recorded(one.card.job) == one.content_hash()
     assert first.load(one.content_hash()).card == one.card
     number = first.manifest().number
-    # In one call as well the last counts, however often it comes.
+    # Within one call the last one counts too, however often it occurs.
     for _ in range(2):
         both = first.add_to_manifest([other.card.job, one.card.job])
         assert both == {other.card.job: other.content_hash(), one.card.job: one.content_hash()}
@@ -144,7 +144,7 @@ def test_two_drivers_may_publish_different_experts_under_one_name(uri: str) -> N
 
 
 def test_two_drivers_with_different_bases_cannot_share_a_registry(uri: str) -> None:
-    """Both found the registry empty; the second one is told, and the pool stays the first's."""
+    """Check that the second driver to publish in an empty registry fails and changes nothing."""
     first, second = Registry(uri, BASE), Registry(uri, OTHER_BASE)
     mine, theirs = make_expert(1), make_expert(2, base=OTHER_BASE)
     first.publish(mine, add_to_manifest=False)
@@ -166,7 +166,7 @@ def _enter_same(barrier: Any, uri: str, jobs: list[str]) -> None:
 
 @pytest.mark.slow
 def test_jobs_registered_by_several_drivers_make_one_manifest(uri: str) -> None:
-    """As after a crash: both drivers find the same finished jobs that no manifest names."""
+    """Check two drivers that find the same unregistered finished jobs, as after a crash."""
     registry = Registry(uri, BASE)
     experts = [make_expert(number) for number in range(12)]
     for expert in experts:

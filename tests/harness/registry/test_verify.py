@@ -11,7 +11,7 @@ from tests.support.registries import BASE, make_expert
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
-    """A registry of task-1, task-2 and task-3."""
+    """Make a registry of task-1, task-2 and task-3."""
     registry = Registry(tmp_path / "pool", BASE)
     for number in (1, 2, 3):
         registry.publish(make_expert(number))

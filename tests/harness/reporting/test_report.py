@@ -1,4 +1,4 @@
-"""The tables and files at the end of a run, for what a reader must be able to trust."""
+"""Check the tables and files at the end of a run."""
 
 import itertools
 import re
@@ -207,7 +207,7 @@ def test_a_router_measured_differently_is_marked_and_gets_no_difference(tmp_path
 
 
 def test_tables_of_version_0_1_0_are_read(tmp_path: Path) -> None:
-    """They lack the columns that say what computed a row, and clusters."""
+    """They do not have the columns for code versions and clusters."""
     scores, samples = tables({"t": {"merged": {"acc": [0.0, 1.0]}, "base": {"acc": [1.0, 1.0]}}})
     folder = Folder(tmp_path)
     new = ("dtype", "device", "versions", "code", "router_code", "cluster", "cut")

@@ -1,4 +1,4 @@
-"""Statistics, against closed forms: the bootstrap, the derived rows, and what may be compared."""
+"""Compare statistics with closed forms: the bootstrap, derived rows, and comparability."""
 
 import numpy as np
 import pyarrow as pa
@@ -147,7 +147,7 @@ def test_the_oracle_uses_the_samples_of_its_experts() -> None:
 
 
 def test_the_best_individual_is_best_on_average_and_not_an_oracle() -> None:
-    """`a` is best on one task and in nll, `b` on average over the primary metrics."""
+    """Check that `a` is best on one task and in nll, and `b` on average over primary metrics."""
     acc = {"one": {"a": 0.9, "b": 0.7, "c": 0.7}, "two": {"a": 0.1, "b": 0.5, "c": 0.5}}
     nll = {"a": 0.1, "b": 2.0, "c": 2.0}
     answers: Answers = {
@@ -191,7 +191,7 @@ def test_clusters_of_samples_are_resampled_together() -> None:
 
 
 def test_samples_of_version_0_1_0_beside_others_do_not_split_clusters() -> None:
-    """Their file stays in the folder when their router is left out, and has no clusters."""
+    """Check a file without clusters that stays in the folder when its router is left out."""
     values = {"merged": {"acc": [0.0, 0.0, 1.0, 1.0] * 6}, "old": {"acc": [0.0, 1.0] * 12}}
     scores, samples = tables({"t": values})
     rows = samples.to_pylist()
@@ -205,7 +205,7 @@ def test_samples_of_version_0_1_0_beside_others_do_not_split_clusters() -> None:
 
 
 def test_a_task_without_a_mean_from_lm_eval_has_the_metric_of_the_paper_or_none() -> None:
-    """Such as one whose only metric is MCC, which has no value per document."""
+    """Check a task whose only metric, MCC, has no value per document."""
     routers = {
         name: {"acc_paper": [0.0, 1.0, 1.0], "nll": [1.0, 2.0, 3.0]} for name in ("base", "merged")
     }

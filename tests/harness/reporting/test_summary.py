@@ -1,4 +1,4 @@
-"""The rows that are derived from single experts, and what a summary refuses."""
+"""Check the rows derived from single experts, and the errors of a summary."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from tests.support.answered import find, score, tables
 
 
 def scores_of(*rows: tuple[str, str, str, float]) -> pa.Table:
-    """Scores of (router, task, metric, value)."""
+    """Return scores of (router, task, metric, value)."""
     made = [score(task, router, metric, value, 4) for router, task, metric, value in rows]
     return pa.Table.from_pylist(made, run_folder.SCORES)
 
@@ -32,9 +32,9 @@ def test_the_oracle_is_the_best_expert_of_each_task_and_metric() -> None:
     )  # fmt: skip
     rows = oracle_rows(scores)
     assert value_of(rows) == {
-        ("t", "acc"): (0.5, "a"),  # the first by name of equals
+        ("t", "acc"): (0.5, "a"),  # the first of equals by name
         ("t", "nll"): (0.9, "b"),  # lower is better
-        ("u", "acc"): (0.3, "b"),  # other routers do not count
+        ("u", "acc"): (0.3, "b"),  # other routers are ignored
     }
     before = scores.to_pylist()[1]
     (row,) = [row for row in rows if (row["task"], row["metric"]) == ("t", "acc")]
@@ -43,7 +43,7 @@ def test_the_oracle_is_the_best_expert_of_each_task_and_metric() -> None:
 
 
 def test_the_best_individual_is_one_expert_for_the_whole_suite() -> None:
-    """By the sum of the primary metrics: other metrics and routers do not count."""
+    """Check that only the sum of the primary metrics of single experts counts."""
     scores = scores_of(
         ("single:a", "t", "acc", 0.9), ("single:b", "t", "acc", 0.5), ("merged", "t", "acc", 1.0),
         ("single:a", "t", "acc_norm", 0.0), ("single:b", "t", "acc_norm", 1.0),
@@ -94,7 +94,7 @@ def test_the_primary_metric_is_chosen(metrics: set[str], primary: str) -> None:
 
 def test_our_own_metrics_are_never_primary() -> None:
     own = {"nll", "acc_norm", "acc_paper", "bigbench_normalized"}
-    assert primary_metric(own) == "acc_paper"  # where lm-eval gives no mean over documents
+    assert primary_metric(own) == "acc_paper"  # if lm-eval gives no mean over documents
     assert primary_metric({*own, "word_f1"}) == "word_f1"
     own.remove("acc_paper")
     with pytest.raises(PhatgooseError) as caught:
@@ -112,7 +112,7 @@ def test_equal_values_are_not_better() -> None:
 
 
 def test_an_interval_covers_ninety_five_percent() -> None:
-    """Of the numbers 0 to 1000, and of ten times them: 25 of a thousand are cut at either end."""
+    """Check 0 to 1000 and ten times these numbers: 25 of a thousand are cut off at either end."""
     means_BM = np.arange(1001.0)[:, None] * [1.0, 10.0]
     low_M, high_M = interval(means_BM)
     assert low_M.tolist() == pytest.approx([25.0, 250.0])
@@ -228,7 +228,7 @@ def test_a_score_that_is_not_the_mean_of_its_samples_is_named(value: float) -> N
 
 
 def test_a_score_without_samples_of_its_metric_is_left_out() -> None:
-    """Such as a corpus score: it is no mean over documents."""
+    """Check a corpus score, which is not a mean over documents."""
     scores, samples = tables({"t": {"a": {"acc": [1.0, 0.0]}}})
     more = [*scores.to_pylist(), score("t", "a", "bleu", 0.3, 2)]
     rows = summary_rows(pa.Table.from_pylist(more, run_folder.SCORES), samples)

@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_ray")]
 
 
 def listening() -> set[str]:
-    """The addresses on which this process and those that it started accept connections."""
+    """Return the addresses on which this process and its children accept connections."""
     this = psutil.Process(os.getpid())
     found = set()
     for process in (this, *this.children(recursive=True)):
@@ -34,5 +34,5 @@ def test_a_local_cluster_is_unreachable_from_outside_and_ends_with_its_run() -> 
 
         assert ray.get(works.remote()) == "0"
         assert listening() == {"127.0.0.1"}
-        assert _running() is None  # no other run takes it for a Ray to share
+        assert _running() is None  # no other run may join it as a shared Ray
     assert not ray.is_initialized()

@@ -20,7 +20,7 @@ from harness.scheduling.settings import ClusterConfig
 from harness.scheduling.workers import ATTEMPTS, DEATHS, Failure, Watch, Workers
 from phatgoose.errors import PhatgooseError
 
-# Actors cannot import a test module: it travels to them as it is.
+# Actors cannot import a test module, so it is pickled by value.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 pytestmark = [
@@ -30,7 +30,7 @@ pytestmark = [
 
 
 class Worker(Actor):
-    """Does as it is told; leaves a file behind for every start and every call."""
+    """An actor that follows instructions and leaves a file for every start and every call."""
 
     def __init__(self, folder: Path, failing: str | None = None) -> None:
         super().__init__(code_version())
@@ -42,7 +42,7 @@ class Worker(Actor):
             raise ValueError("no such device")
 
     def note(self, name: str) -> int:
-        """Leave a file; says how many of this name there are."""
+        """Leave a file; return how many there are of this name."""
         thread = f"{os.getpid()}-{threading.get_ident()}"
         there = len(list(self.folder.glob(f"{name}@*")))
         (self.folder / f"{name}@{thread}-{there}").touch()
@@ -68,7 +68,7 @@ Make = Callable[..., Workers]
 
 @pytest.fixture
 def make(tmp_path: Path) -> Any:
-    """Makes Workers over two actors, and closes them in the end."""
+    """Return a function that makes Workers over two actors; close them at the end."""
     made = []
 
     def workers(failing: str | None = None, **options: Any) -> Workers:
@@ -82,7 +82,7 @@ def make(tmp_path: Path) -> Any:
 
 
 def run(workers: Workers, *calls: tuple[Any, ...]) -> list[Any]:
-    """The results in the order of the calls; each must come exactly once."""
+    """Return the results in the order of the calls; each must arrive exactly once."""
     found = list(workers.run("work", calls))
     assert sorted(index for index, _ in found) == list(range(len(calls)))
     return [dict(found)[index] for index in range(len(calls))]
@@ -97,7 +97,7 @@ def test_calls_share_the_actors(make: Make, tmp_path: Path) -> None:
     assert run(workers, *[(f"a{i}",) for i in range(6)]) == [f"done a{i}" for i in range(6)]
     assert run(workers, *[(f"b{i}",) for i in range(3)]) == [f"done b{i}" for i in range(3)]
     counts = notes(tmp_path)
-    assert counts.pop("started") <= 2  # reused, also from one run to the next
+    assert counts.pop("started") <= 2  # actors are reused, also between runs
     assert set(counts.values()) == {1}
 
 
@@ -113,7 +113,7 @@ def test_a_call_is_repeated_if_its_actor_dies(make: Make, tmp_path: Path) -> Non
     assert counts["b"] == 2
     assert counts["d"] == 3
     assert counts["a"] == counts["c"] == counts["e"] == 1
-    assert 2 < counts["started"] <= 2 + 3  # no more than a new actor for each that died
+    assert 2 < counts["started"] <= 2 + 3  # no more than one new actor for each that died
 
 
 def test_a_call_that_always_kills_its_actor_does_not_stop_others(
@@ -134,11 +134,11 @@ def test_an_unexpected_error_is_retried(make: Make, tmp_path: Path) -> None:
     assert isinstance(always, Failure)
     assert "ValueError: b went wrong" in always.error
     assert notes(tmp_path)["b"] == ATTEMPTS
-    assert notes(tmp_path)["started"] <= 2  # the actors live on
+    assert notes(tmp_path)["started"] <= 2  # the actors stay alive
 
 
 class Remembers(Watch):
-    """Notes what it is told; gives refused calls a last chance under another name."""
+    """A listener that records events and retries refused calls under another name."""
 
     def __init__(self) -> None:
         self.told: list[tuple[Any, ...]] = []
@@ -205,7 +205,7 @@ def test_an_actor_that_hangs_loses_its_lease(
 def test_a_stopped_process_loses_its_lease(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It answers nothing at all, as a machine that is out of reach."""
+    """Check a process that does not answer, like an unreachable machine."""
     monkeypatch.setattr(jobs, "_LOOK_SECONDS", 0.1)
     workers = make(lease_seconds=10.0)
     (key,) = workers.add("work", [("a", "hangs", 1)])
@@ -258,7 +258,7 @@ def test_paused_workers_start_nothing_and_hold_no_core(make: Make) -> None:
 
 
 def begin(workers: Workers, *calls: tuple[Any, ...]) -> range:
-    """Add calls and step until one is under way."""
+    """Add calls and step until one is running."""
     keys = workers.add("work", calls)
     until = time.monotonic() + 60
     while not workers.under_way and time.monotonic() < until:
@@ -312,7 +312,7 @@ def test_failed_starts_are_forgotten_while_an_actor_works(make: Make, tmp_path: 
     workers = Workers(lambda: remote.remote(tmp_path, next(modes)), lambda: 2)
     keys = begin(workers, ("a", "waits"), ("b",), ("c",))
     until = time.monotonic() + 120
-    while workers.waiting and time.monotonic() < until:  # only a second actor can have them
+    while workers.waiting and time.monotonic() < until:  # only a second actor can run them
         workers.step(0.1)
     (tmp_path / "go").touch()
     assert finish(workers).keys() <= {*keys}
@@ -364,7 +364,7 @@ def test_the_reason_why_actors_cannot_start_is_reported(
     message = "this node has another base: put the same files on every node"
     assert bad == [Failure(message)] * calls
     counts = notes(tmp_path)
-    # Two start at once, and Ray repeats a start whose process ends before it heard of the error.
+    # Two start at the same time, and Ray repeats a start that ends before the error arrives.
     assert counts.pop("started") <= 2 * (ATTEMPTS + 1)
     assert counts == {}
 
@@ -374,7 +374,7 @@ def test_an_actor_that_fails_to_start_is_started_again(make: Make, tmp_path: Pat
     assert isinstance(bad, Failure)
     assert "no such device" in bad.error
     assert "\n" not in bad.error
-    # Ray itself may call a constructor again whose process it saw end.
+    # Ray itself may repeat a constructor whose process it saw end.
     assert ATTEMPTS <= notes(tmp_path)["started"] <= 2 * ATTEMPTS
 
 
@@ -390,7 +390,7 @@ def test_closing_frees_the_cores(make: Make, tmp_path: Path) -> None:
     first = make()
     run(first, ("a",), ("b",))
     first.close()
-    assert run(make(), ("c",), ("d",)) == ["done c", "done d"]  # would wait for ever
+    assert run(make(), ("c",), ("d",)) == ["done c", "done d"]  # would wait forever
 
 
 def test_actor_sizes_follow_the_cluster() -> None:

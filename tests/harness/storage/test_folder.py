@@ -19,7 +19,7 @@ from tests.support.small_disk import small_disk
 
 @pytest.fixture(params=["path", "uri", "memory", "s3"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
-    """An empty folder: local by path, local by URI, in memory, and on an S3-compatible server."""
+    """Return an empty folder: local by path, by URI, in memory, and on an S3-compatible server."""
     if request.param == "s3":
         server: S3Server = request.getfixturevalue("s3")
         return Folder(server.uri(f"{tmp_path.name}/pool"))
@@ -57,7 +57,7 @@ def test_names_are_sorted_relative_and_filtered(folder: Folder) -> None:
 
 
 def test_bytes_are_stored_unchanged(folder: Folder) -> None:
-    """Above all, a name such as x.gz must not make pyarrow compress or decompress."""
+    """Check that pyarrow does not compress or decompress names such as x.gz."""
     data = bytes(range(256)) * 10
     for name in ("x.gz", "x.zst", "x.parquet"):
         folder.write(name, data)
@@ -149,7 +149,7 @@ def test_a_folder_can_be_sent_to_another_process(tmp_path: Path) -> None:
 
 
 def test_a_killed_writer_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stop a write at its last moment and skip the cleaning up, as kill -9 does."""
+    """Stop a write at its last moment and skip the cleanup, like kill -9."""
     folder = Folder(tmp_path)
     folder.write("jobs/a", b"old")
     with monkeypatch.context() as patch:
@@ -157,7 +157,7 @@ def test_a_killed_writer_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Monk
         patch.setattr(Path, "unlink", lambda *_, **__: None)
         with pytest.raises(KeyboardInterrupt):
             folder.write("jobs/a", b"new")
-    assert len(list((tmp_path / "jobs").iterdir())) == 2  # the file and what was left behind
+    assert len(list((tmp_path / "jobs").iterdir())) == 2  # the file and the leftover
     assert folder.names() == ["jobs/a"]
     assert folder.read("jobs/a") == b"old"
 
@@ -258,7 +258,7 @@ def test_a_store_without_conditional_writes_is_refused_immediately(tmp_path: Pat
 
 
 def test_other_filesystems_can_hold_results_but_not_a_registry() -> None:
-    folder = Folder("mock:///pool")  # pyarrow's, in memory
+    folder = Folder("mock:///pool")  # pyarrow's in-memory filesystem
     folder.write("a/b", b"1")
     assert (folder.read("a/b"), folder.names(), folder.exists("a")) == (b"1", ["a/b"], False)
     folder.check_writable(creates=False)
@@ -308,7 +308,7 @@ def test_other_object_stores_open_without_a_request(monkeypatch: pytest.MonkeyPa
 def test_a_link_succeeds_if_only_its_reply_was_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a network filesystem does: the link is made, and made again when no reply comes."""
+    """Link like a network filesystem, which repeats a link if no reply arrives."""
     link = os.link
 
     def twice(source: Path, target: Path) -> None:

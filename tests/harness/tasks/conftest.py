@@ -1,4 +1,4 @@
-"""A tiny archive laid out like BIG-bench's source distribution, and a cache of its own."""
+"""Shared fixtures: a tiny archive in the layout of BIG-bench, and a separate cache."""
 
 import io
 import json
@@ -12,7 +12,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache folder."""
+    """Return an empty cache folder."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("PHATGOOSE_CACHE", str(folder))
     return folder
@@ -20,7 +20,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def archive(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
-    """Write an archive of tasks, given as member -> the content of its task.json."""
+    """Return a function that writes an archive of tasks: member -> content of its task.json."""
 
     def write(tasks: dict[str, Any]) -> Path:
         path = tmp_path / "bigbench-1.0.0.tar.gz"

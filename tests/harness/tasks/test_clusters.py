@@ -1,4 +1,4 @@
-"""Documents that belong together, and intervals that know it."""
+"""Check clusters of related documents, and intervals that account for them."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ def test_documents_of_one_row_are_one_cluster() -> None:
 
 
 def test_all_of_one_row_are_one_cluster() -> None:
-    """What the source says holds, however many they are."""
+    """Check that the source decides, for any number of documents."""
     assert partition([row(d, f"text {d}", cluster="row 1") for d in "abc"]) == [["a", "b", "c"]]
 
 
@@ -69,7 +69,7 @@ def test_documents_that_differ_in_numbers_are_one_cluster() -> None:
         row("a", "31.5 A expressed in units of kA is"),
         row("b", "7 A expressed in units of kA is"),
         row("c", "7 V expressed in units of kV is"),
-        row("d", "2 + 3 ="),  # too short to tell
+        row("d", "2 + 3 ="),  # too short to decide
         row("e", "3 + 4 ="),
         *singles(3),
     ]
@@ -86,7 +86,7 @@ def test_chains_through_most_documents_do_not_make_a_cluster() -> None:
     lines = [f"{PASSAGE} {chr(97 + i)}" for i in range(7)]
     rows = [row(f"d{i}", f"{lines[i]}\n{lines[i + 1]}") for i in range(6)]
     assert len(partition(rows)) == 6
-    assert len(partition([*rows, *singles(6)])) == 7  # here they are half
+    assert len(partition([*rows, *singles(6)])) == 7  # half of them here
 
 
 def test_clusters_of_different_kinds_are_joined() -> None:
@@ -107,7 +107,7 @@ def test_intervals_without_clusters_are_computed_over_documents() -> None:
 
 
 def test_copies_of_documents_do_not_narrow_an_interval() -> None:
-    """Ten copies of each of 30 documents know no more than the 30."""
+    """Check that ten copies of each of 30 documents give the interval of the 30."""
     values_N1 = np.random.default_rng(0).normal(size=(30, 1))
     copies_N1, clusters_N = np.repeat(values_N1, 10, axis=0), np.repeat(np.arange(30), 10)
     (low,), (high,) = interval(resampled_means(values_N1, np.random.default_rng(1)))
@@ -125,7 +125,7 @@ def test_every_document_has_the_same_weight() -> None:
 
 
 def test_the_standard_error_accounts_for_clusters() -> None:
-    """Against Miller's formula (arXiv 2411.00640, section 2.2)."""
+    """Compare with Miller's formula (arXiv 2411.00640, section 2.2)."""
     rng = np.random.default_rng(3)
     sizes = rng.integers(1, 6, size=400)
     clusters_N = np.repeat(np.arange(400), sizes)

@@ -1,4 +1,4 @@
-"""A local file that changed is read again, whatever names it, and whatever its size and time."""
+"""Check that a changed local file is read again, however it is named, at equal size and time."""
 
 import json
 import os
@@ -120,7 +120,7 @@ def write_own_dataset(folder: Path, function: str) -> None:
 
 
 def test_a_file_read_by_custom_code_is_read_again(folder: Path) -> None:
-    """It lies outside all folders whose files count by themselves."""
+    """Check a file outside all folders whose files are tracked automatically."""
     write_own_dataset(folder, "make")
     assert [row["input"] for row in rows(folder)] == ["one", "two"]
     (folder.parent / "elsewhere.csv").write_text("one\nTWO\n")

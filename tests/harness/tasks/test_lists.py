@@ -1,4 +1,4 @@
-"""The lists of the paper's P3 and FLAN tasks and of its T0 suite, as data."""
+"""Check the lists of the paper's P3 and FLAN tasks and of its T0 suite."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from phatgoose.errors import PhatgooseError
 from tests.support.hub_copies import write_copy, write_parquet_branch, write_saved
 
 LISTS = Path(harness.tasks.__path__[0]) / "lists"
-# How many tasks, and the first and the last.
+# The number of tasks, and the first and the last.
 EXPECTED = {
     "t0": (36, "P3Agnews", "P3Dbpedia14"),
     "flan2021": (36, "Flanv2zsAi2arceasy", "Flanv2zsWordsegment"),
@@ -26,7 +26,7 @@ EXPECTED = {
     "flan_further": (19, "P3Wscfixed", "Flanv2zsWmt14translatefren"),
     "t0_heldout": (11, "RTE", "WSCFIXED"),
 }
-# Splits of the data sets that lack train or validation, as their cards say.
+# Splits of the data sets without train or validation, according to their cards.
 SPLITS = {
     "CogComp/trec": {"train", "test"},
     "Yelp/yelp_review_full": {"train", "test"},
@@ -46,7 +46,7 @@ def specs_of(*names: str) -> list[TaskSpec]:
 
 
 def by_hub_id() -> dict[str, dict[str, Any]]:
-    """The entries of hub_ids.yaml by the data set's id of today."""
+    """Return the entries of hub_ids.yaml by the data set's current id."""
     entries = yaml.safe_load((LISTS / "hub_ids.yaml").read_text()).values()
     return {entry["now"]: entry for entry in entries}
 
@@ -68,14 +68,14 @@ def test_no_task_is_in_two_lists() -> None:
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_list_names_no_task_twice(name: str) -> None:
-    """YAML takes the last of two keys that are the same, without a word."""
+    """YAML silently keeps the last of two equal keys."""
     lines = (LISTS / f"{name}.yaml").read_text().splitlines()
     keys = [line.split(":")[0] for line in lines if line[:1].isalpha()]
     assert len(keys) == len(set(keys)) == EXPECTED[name][0]
 
 
 def test_tasks_have_the_expected_kinds() -> None:
-    """36 + 7 of the pool and 11 of the suite are P3's; generated answers have limit and metric."""
+    """Check that 36 + 7 tasks of the pool and 11 of the suite are P3's; generation has options."""
     specs = specs_of(*EXPECTED)
     assert len(P3) == 36 + 7 + 11
     flan = [spec for spec in specs if spec.source == "flan"]
@@ -120,14 +120,14 @@ def test_every_named_template_exists_in_promptsource() -> None:
         pytest.skip(f"promptsource cannot be had: {error}")
     for spec in P3:
         options = options_of(Options, spec)
-        if options.own == "trec":  # has a prompt of its own
+        if options.own == "trec":  # has a separate prompt
             continue
         names = {template.name for template in templates_of(options.templates)}
         assert names.issuperset(options.ignore or ()), spec.name
 
 
 def test_splits_with_other_names_on_the_hub_are_found(tmp_path: Path) -> None:
-    """The three data sets of the lists whose splits are called otherwise, laid out as they are."""
+    """Check the three listed data sets with other names of splits, in their real layout."""
     rows = [{"text": "a goose"}]
     anli = {f"{part}_r{i}": rows for part in ("train", "dev", "test") for i in (1, 2, 3)}
     write_copy(tmp_path, "facebook/anli", anli, "plain_text")

@@ -18,7 +18,7 @@ Archive = Callable[[dict[str, Any]], Path]
 
 
 class FakeLM(LM):
-    """Answers from two tables, and remembers what it was asked."""
+    """A language model that answers from two tables and records its requests."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class FakeLM(LM):
 
 
 def on_disk(folder: Path, kind: str, records: list[Record], **spec: Any) -> TaskData:
-    """Task data whose evaluation split holds these records."""
+    """Write task data whose evaluation split has these records."""
     unseen = Record("toy", "f", "train", ["x"], [], [])
     splits: list[tuple[Split, Record]] = [("evaluation", record) for record in records]
     write_task(folder / "toy", "toy", [*splits, ("train", unseen)])
@@ -67,17 +67,17 @@ def test_multiple_choice_is_scored_by_lm_eval(tmp_path: Path) -> None:
         Record("toy", "4", "12", ["a"], ["a", "b"], [0]),
     ]
     scores = {
-        # By sums "no" wins, which is right; by characters (-3/11 against -2/2) the long one.
+        # By sums "no" wins, which is right; by characters (-3/11 against -2/2) the long one wins.
         ("p1\nA: ", "yes, indeed"): -3.0,
         ("p1\nA: ", "no"): -2.0,
         # By sums "cc", by characters (-3/4, -9, -2/2) "aaaa": one of several right, then wrong.
         ("p2\nA: ", "aaaa"): -3.0,
         ("p2\nA: ", "b"): -9.0,
         ("p2\nA: ", "cc"): -2.0,
-        # Wrong either way.
+        # Wrong by both.
         ("p3\nA: ", "a"): -4.0,
         ("p3\nA: ", "b"): -1.0,
-        # Right either way; the prompt is a number, which must stay text.
+        # Right by both; the prompt is a number, which must stay text.
         ("12", "a"): -1.0,
         ("12", "b"): -4.0,
     }
@@ -112,7 +112,7 @@ def test_generation_is_scored_by_lm_eval(tmp_path: Path) -> None:
 
 
 def test_a_first_document_with_one_right_choice_does_not_hide_several_later(tmp_path: Path) -> None:
-    """lm-eval decides by the first document whether targets are lists."""
+    """Check a task for which lm-eval decides by the first document whether targets are lists."""
     records = [
         Record("toy", "1", "p", ["a"], ["a", "b"], [0]),
         Record("toy", "2", "q", ["a", "b"], ["a", "b"], [0, 1]),

@@ -1,4 +1,4 @@
-"""BIG-bench's own scores: values computed by hand, and what must hold of them."""
+"""Check BIG-bench's own scores: values computed by hand, and invariants."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def test_neither_the_order_of_choices_nor_a_common_factor_matters(
 
 
 def test_chance_is_the_mean_grade_of_the_choices() -> None:
-    """Computed by hand: (1/2 + 1/4 + (0.5 + 0.3 + 0.2) / 3) / 3."""
+    """Check a value computed by hand: (1/2 + 1/4 + (0.5 + 0.3 + 0.2) / 3) / 3."""
     rows: list[dict[str, Any]] = [
         {"grades": [1, 0]},
         {"grades": [0, 0, 1, 0]},
@@ -40,7 +40,7 @@ def test_chance_is_the_mean_grade_of_the_choices() -> None:
 
 @given(st.lists(GRADES, min_size=1, max_size=8))
 def test_uniform_guessing_scores_chance(grades: list[list[float]]) -> None:
-    """The expected grade of a guess, written out with one try for each choice."""
+    """Check the expected grade of a guess, with one try for each choice."""
     rows = [{"grades": own} for own in grades]
     expected = [
         sum(bigbench_grade(row, [float(i == j) for j in range(len(own))]) for i in range(len(own)))
@@ -54,12 +54,12 @@ def test_uniform_guessing_scores_chance(grades: list[list[float]]) -> None:
 def test_the_scale_runs_from_chance_to_the_best(low: float, one: float, two: float) -> None:
     assert bigbench_normalized(low, low) == pytest.approx(0)
     assert bigbench_normalized(1, low) == pytest.approx(1)
-    # Linear, so that the mean over documents is the score of the mean.
+    # The scale is linear, so the mean over documents is the score of the mean.
     mean = (bigbench_normalized(one, low) + bigbench_normalized(two, low)) / 2
     assert bigbench_normalized((one + two) / 2, low) == pytest.approx(mean)
 
 
 def test_worse_than_chance_is_below_zero() -> None:
-    """Two choices, one of three right: (1/3 - 1/2) / (1 - 1/2) is -1/3."""
+    """Check two choices, one of three right: (1/3 - 1/2) / (1 - 1/2) is -1/3."""
     assert bigbench_normalized(1 / 3, 0.5) == pytest.approx(-1 / 3)
     assert bigbench_normalized(0.7, 0.0) == pytest.approx(0.7)

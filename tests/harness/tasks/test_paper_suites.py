@@ -1,4 +1,4 @@
-"""Every task of the paper's BIG-bench suites has a loader, a prompt and a metric."""
+"""Check that every task of the paper's BIG-bench suites has a loader, a prompt and a metric."""
 
 import json
 from dataclasses import replace

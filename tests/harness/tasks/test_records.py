@@ -12,7 +12,10 @@ def record(text: str, **changes: object) -> Record:
 
 
 def test_split_and_document_ids_never_change() -> None:
-    """By hand: `printf 'plural\\nthis is a boy' | sha256sum`; its last 8 digits are 3 modulo 5."""
+    """Check a hash computed by hand.
+
+    `printf 'plural\\nthis is a boy' | sha256sum`; its last 8 digits are 3 modulo 5.
+    """
     assert document_id("plural", "This is  a boy\n") == "3e98c260e9542466"
     assert split_of("plural", "This is  a boy\n") == "train"
 

@@ -51,7 +51,7 @@ def test_records_are_read_as_they_were_written(tmp_path: Path) -> None:
 def test_any_stream_is_sorted_and_deduplicated_for_any_buffer_size(
     numbers: list[int], in_memory: int
 ) -> None:
-    """Against a plain dictionary, over every size of the buffer and of the shards."""
+    """Compare with a plain dictionary, for many sizes of the buffer and of the shards."""
     import tempfile
 
     records = [record(f"question {n}", targets=[str(i)]) for i, n in enumerate(numbers)]
@@ -68,7 +68,7 @@ def test_any_stream_is_sorted_and_deduplicated_for_any_buffer_size(
 
 
 def test_the_fingerprint_covers_the_training_data(tmp_path: Path) -> None:
-    """By hand: the six first fields of each record, as JSON lists, split by split."""
+    """Check by hand: the first six fields of each record, as JSON lists, split by split."""
     one, two = record("one"), record("two")
     expected = hashlib.sha256(b"evaluation\n")
     expected.update(json.dumps(list(dataclasses.astuple(two))[:6]).encode() + b"\n")
@@ -96,7 +96,7 @@ def test_shards_do_not_exceed_their_limit(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_large_task_is_never_held_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 40 MB of text, what Python holds at a time is a few."""
+    """Check that of 40 MB of text, Python holds only a few at a time."""
     monkeypatch.setattr(store, "_ROWS_IN_MEMORY", 100)
     stream: Iterator[tuple[Split, Record]] = (
         ("train", record(f"{i} " + "word " * 4000)) for i in range(2_000)

@@ -67,7 +67,7 @@ def test_token_examples_are_made_once_per_tokenizer(llama: Base, t5: Base, data:
 
     tokenise(llama, data, "train", Recipe())
     first = files()
-    tokenise(llama, data, "train", Recipe(seed=7))  # which changes no token
+    tokenise(llama, data, "train", Recipe(seed=7))  # which does not change any token
     assert files() == first
     assert len(first) == 1
     tokenise(llama, data, "evaluation", Recipe())
@@ -98,7 +98,7 @@ def test_a_target_without_tokens_is_refused_with_its_example(
     base: Base = request.getfixturevalue(which)
     base.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("~", "")
     records = [record(text) for text in INPUTS]
-    # The only text that this tokenizer drops, with no space in front that would be a token.
+    # The only text that this tokenizer drops, without a leading space that would be a token.
     records[7] = replace(record(INPUTS[7].strip()), targets=["~"])
     folder = tmp_path / "faulty"
     write_task(folder, "faulty", (("train", one) for one in records))

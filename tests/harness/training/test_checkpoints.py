@@ -1,4 +1,4 @@
-"""A job's checkpoint in the run folder."""
+"""Check a job's checkpoint in the run folder."""
 
 import dataclasses
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.support.interrupted import RECIPE
 
 @pytest.fixture
 def kept(tmp_path: Path) -> Path:
-    """The file of a job's checkpoint."""
+    """Return the file of a job's checkpoint."""
     FolderCheckpoints(Folder(tmp_path), "job", RECIPE).save(State("lora", step=3))
     return tmp_path / "checkpoints" / "job.safetensors"
 

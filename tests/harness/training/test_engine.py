@@ -25,7 +25,7 @@ RECIPE = Recipe(
     gates=Stage(steps=4, lr=2e-2),
     batch_size=6,
     micro_batch_size=2,
-    clip=0.05,  # small enough to cut every step
+    clip=0.05,  # small enough to clip every step
     evaluation_examples=4,
     dtype="float32",
 )
@@ -38,7 +38,7 @@ EVALUATION = [Example(f"the {word}", "goose") for word in WORDS[:4]]
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where DeepSpeed would put what it compiles; compiling itself fails."""
+    """Return the folder where DeepSpeed would put compiled code; compiling itself fails."""
     folder = tmp_path_factory.mktemp("compiled")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
@@ -53,11 +53,11 @@ def _refuse(*arguments: Any, **_: Any) -> None:
 
 @pytest.fixture(scope="module")
 def deepspeed(compiled: Path) -> Iterator[Any]:
-    """The engine of a process that is a DeepSpeed group of its own."""
+    """Return the engine of a process that is a single-rank DeepSpeed group."""
     from harness.training.engine import DeepSpeedEngine, start_deepspeed
 
     start_deepspeed()
-    start_deepspeed()  # an actor may ask for it again
+    start_deepspeed()  # an actor may request it again
     yield DeepSpeedEngine
     dist.destroy_process_group()
 
@@ -85,7 +85,7 @@ def test_deepspeed_trains_like_plain_pytorch(
     for name, weight in state(base).items():
         assert torch.equal(weight, before[name])
     losses = [row.loss for row in rows if (row.stage, row.split) == ("lora", "train")]
-    assert losses[-1] < losses[0]  # it does learn
+    assert losses[-1] < losses[0]  # it learns
 
 
 @pytest.mark.parametrize("micro_batch_size", [6, 2], ids=["whole", "accumulated"])
@@ -94,7 +94,7 @@ def test_deepspeed_clips_like_plain_pytorch(
 ) -> None:
     recipe = dataclasses.replace(RECIPE, micro_batch_size=micro_batch_size)
     _, clipped = train(base, recipe, engine=deepspeed)
-    # The norms differ in the last bit, and AdamW makes much of gradients that are almost zero.
+    # The norms differ in the last bit, and AdamW amplifies gradients that are almost zero.
     assert_alike(clipped, train(base, recipe)[1], 2e-4)
     _, free = train(base, dataclasses.replace(recipe, clip=1e9))
     assert clipped[-1].loss != pytest.approx(free[-1].loss, rel=2e-3)

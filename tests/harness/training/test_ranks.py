@@ -1,4 +1,4 @@
-"""Two ranks train one expert as one does, whatever ZeRO partitions; real DeepSpeed, real Ray."""
+"""Check that two ranks train one expert like one rank does, with real DeepSpeed and Ray."""
 
 import dataclasses
 import functools
@@ -56,7 +56,7 @@ def assert_alike(found: Any, expected: Any) -> None:
             other, loss=0.0, seconds=0.0
         )
     for name, tensor in found[0].items():
-        # AdamW makes much of gradients that are almost zero.
+        # AdamW amplifies gradients that are almost zero.
         assert tensor.allclose(expected[0][name], rtol=1e-2, atol=2e-3), name
 
 
@@ -80,6 +80,6 @@ def test_one_rank_can_resume_a_training_of_two(
     assert resumed.step > 0
     expert, rows = interrupted.train(load_base(str(folders["llama"])), RECIPE, checkpoints=memory)
     assert_alike((tensors(expert), rows), alone(folders["llama"]))
-    # And so can two, with another stage of ZeRO.
+    # And so can two, with another ZeRO stage.
     other = on_both(ranks, "llama", 3 - zero_stage, 0, data)
     assert_alike(other, alone(folders["llama"]))

@@ -1,4 +1,4 @@
-"""Expected prompts are written by hand from BIG-bench's rules.
+"""Compare prompts with ones written by hand from BIG-bench's rules.
 
 Its order of choices, `numpy.random.RandomState(42).permutation(sorted(choices))`, is [1, 0] for two
 choices, [0, 1, 2] for three, [1, 3, 0, 2] for four.
@@ -96,7 +96,7 @@ def test_the_prompt_follows_bigbench(
 
 @given(st.lists(st.text(alphabet="abcdef", min_size=1), min_size=1, max_size=30, unique=True))
 def test_choices_are_ordered_as_bigbench_orders_them(choices: list[str]) -> None:
-    """Drawn anew for each example: calling twice gives the same."""
+    """Check that the order is drawn for each example: calling twice gives the same."""
     expected = np.random.RandomState(42).permutation(sorted(choices))
     example = {"input": "", "target_scores": dict.fromkeys(choices, 1)}
     definition = {"choice_prefix": "|", "example_input_prefix": "", "example_output_prefix": ""}
@@ -112,7 +112,7 @@ def records_of(example: dict[str, Any], style: str = "bigbench") -> Record:
 def made(
     *definitions: dict[str, Any], name: str = "t", **fields: Any
 ) -> list[tuple[Split, Record]]:
-    """The records of one task made of these."""
+    """Return the records of one task made of these files."""
     members = {f"m{i}": definition for i, definition in enumerate(definitions)}
     return list(make_records(TaskSpec(name, tuple(members), **fields), members))
 
@@ -136,7 +136,7 @@ def test_equal_scores_make_no_choice_right(scores: dict[str, float]) -> None:
 
 
 def test_the_choices_of_the_file_outrank_its_free_text() -> None:
-    """As in strategyqa, whose target explains the answer."""
+    """Check a task like strategyqa, whose target explains the answer."""
     record = records_of({"input": "n", "target": "Yes. For", "target_scores": {"Yes": 1, "No": 0}})
     assert record.targets == ["Yes"]
 
@@ -193,7 +193,7 @@ def test_a_task_of_subtasks_only_is_refused() -> None:
 
 
 def read(path: Path, *members: str) -> list[Record]:
-    """The records of one task made of these members of an archive."""
+    """Return the records of one task made of these members of an archive."""
     (task,) = read_archive(path, [TaskSpec("t", members)])
     return [record for _, record in task.records]
 
@@ -211,7 +211,7 @@ def test_members_are_read_from_the_archive(archive: Archive) -> None:
 
 
 def test_several_tasks_are_read_in_one_pass_and_returned_when_complete(archive: Archive) -> None:
-    """The order is that in which the archive completes them; a pattern is open to its end."""
+    """Check that the archive determines the order; a pattern is complete only at its end."""
     path = archive({name: ask(name) for name in ("a/1", "b", "a/2", "c")})
     specs = [TaskSpec("all", ("*",)), TaskSpec("a", ("a/1", "a/2")), TaskSpec("b", ("b",))]
     found = {t.spec.name: [r.text for _, r in t.records] for t in read_archive(path, specs)}
@@ -251,7 +251,7 @@ def test_yes_and_no_become_choices() -> None:
 
 
 def test_balance_and_cap_keep_the_first_examples_by_hash() -> None:
-    """Whatever the order in the file."""
+    """Check that this does not depend on the order in the file."""
     examples = [{"input": f"q{i}", "target": "yes" if i % 5 else "no"} for i in range(50)]
     balanced = options(examples, balance=True)
     assert sorted(r.targets[0] for r in balanced) == ["no"] * 10 + ["yes"] * 10
@@ -261,7 +261,7 @@ def test_balance_and_cap_keep_the_first_examples_by_hash() -> None:
 
 
 def test_shots_are_other_training_examples_after_the_prefix() -> None:
-    """By BIG-bench's rule: prefix, shots with their answers and the separator, then the example."""
+    """Check BIG-bench's order: prefix, shots with answers and the separator, then the example."""
     examples = [{"input": f"q{i}", "target": [f"a{i}", "other"]} for i in range(20)]
     definition = {"task_prefix": "Go.", "few_shot_example_separator": "; ", "examples": examples}
     spec = TaskSpec("t", ("m",), load_opts={"kshot": 2})

@@ -1,4 +1,4 @@
-"""What tells the examples of BIG-bench apart, the shots they have, the options that are refused."""
+"""Check what distinguishes the examples of BIG-bench, their shots, and refused options."""
 
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,12 @@ from harness.tasks.sources import bigbench
 from phatgoose.cache import cache_dir
 from phatgoose.errors import PhatgooseError
 
-# The user's cache, looked up on import: the tests have one of their own.
+# The user's cache, looked up on import because tests have a separate one.
 ARCHIVE = cache_dir() / "downloads" / "bigbench-1.0.0.tar.gz"
 
-# Documents of the suites: all examples of BIG-bench 1.0.0 but those that repeat another one.
+# Documents of the suites: all examples of BIG-bench 1.0.0 except for duplicates.
 DOCUMENTS = {
-    "causal_judgment": 190,  # one prompt is answered in two ways, twice
+    "causal_judgment": 190,  # one prompt has two answers, twice
     "logical_deduction": 1500,
     "misconceptions_russian": 49,
     "geometric_shapes": 359,  # of 360
@@ -30,7 +30,7 @@ DOCUMENTS = {
 
 
 def read(*examples: dict[str, Any], keys: Any = None, **fields: Any) -> list[tuple[Split, Record]]:
-    """The records of a task with these examples."""
+    """Return the records of a task with these examples."""
     spec = TaskSpec("t", ("m",), **fields)
     return list(bigbench.make_records(spec, {"m": {**(keys or {}), "examples": examples}}))
 
@@ -40,7 +40,7 @@ def documents(*examples: dict[str, Any], **more: Any) -> int:
 
 
 def test_questions_contained_in_hidden_choices_are_different_documents() -> None:
-    """As in logical_deduction: one paragraph, and a question for each place, in the choices."""
+    """Check a task like logical_deduction: one paragraph with several questions in the choices."""
     hidden = {"append_choices_to_input": False}
     row = "An owl, a jay and a hen sit in a row. The owl is left of the jay."
     asked = [
@@ -55,7 +55,7 @@ def test_questions_contained_in_hidden_choices_are_different_documents() -> None
 
 
 def test_questions_without_an_input_are_distinguished_and_split() -> None:
-    """As in misconceptions_russian, whose prompts are empty: a claim and its negation are all."""
+    """Check a task like misconceptions_russian, with empty prompts: only the choices differ."""
     empty = {
         "example_input_prefix": "",
         "example_output_prefix": "",
@@ -68,7 +68,7 @@ def test_questions_without_an_input_are_distinguished_and_split() -> None:
 
 
 def test_different_answers_to_one_prompt_are_different_documents() -> None:
-    """As in gem/e2e_nlg; they stay in one split."""
+    """Check a task like gem/e2e_nlg; the documents stay in one split."""
     one, two = {"input": "name: Inn", "target": "An inn."}, {"input": "name: Inn", "target": "Inn!"}
     records = read(one, two, one)
     assert len({record.document for _, record in records}) == 2
@@ -93,7 +93,7 @@ def test_cap_and_balance_keep_questions_contained_in_hidden_choices() -> None:
 
 
 def test_shots_are_placed_between_the_prefix_and_the_question() -> None:
-    """As in mult_data_wrangling, whose rule is hidden without them; also for multiple choice."""
+    """Check a task like mult_data_wrangling, whose rule shows only in shots; and choices."""
     keys = {
         "task_prefix": "Cut it.\n",
         "example_input_prefix": "Input: ",
@@ -118,7 +118,7 @@ def test_shots_are_placed_between_the_prefix_and_the_question() -> None:
 
 
 def test_multiple_choice_labeled_as_exact_match_is_multiple_choice() -> None:
-    """As in arithmetic and penguins_in_a_table."""
+    """Check tasks like arithmetic and penguins_in_a_table."""
     labels = {"metrics": ["exact_str_match"], "preferred_score": "exact_str_match"}
     scores = {"6": 0.0, "5": 1.0}
     ((_, record),) = read({"input": "2+3", "target": "5", "target_scores": scores}, keys=labels)

@@ -1,6 +1,7 @@
-"""Prompts of ten BIG-bench tasks, written out by hand; and the real archive, where it is at hand.
+"""Compare prompts of ten BIG-bench tasks with ones written by hand, and read the real archive.
 
-The prefixes are the tasks' own; task prefixes are cut, and examples are invented.
+The tests of the archive are skipped if it is not in the user's cache. The prefixes are the tasks'
+own; task prefixes are shortened, and examples are invented.
 """
 
 import json
@@ -18,7 +19,7 @@ from harness.tasks.sources.bigbench import SHA256, make_records, read_archive
 from harness.tasks.store import read_records, read_task
 from phatgoose.cache import cache_dir, check_sha256
 
-# The user's cache, looked up on import: the tests have one of their own.
+# The user's cache, looked up on import because tests have a separate one.
 ARCHIVE = cache_dir() / "downloads" / "bigbench-1.0.0.tar.gz"
 YES_NO = {"Yes": 1, "No": 0}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
@@ -134,7 +135,7 @@ def test_both_prompt_styles_match_prompts_written_by_hand(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def archive() -> Path:
-    """The real archive, if somebody has fetched it on this machine."""
+    """Return the real archive, if it has been downloaded on this machine."""
     if not ARCHIVE.exists():
         pytest.skip("BIG-bench's archive (358 MB) is not in the cache of this user")
     check_sha256(ARCHIVE, SHA256)
@@ -143,7 +144,7 @@ def archive() -> Path:
 
 @pytest.mark.slow(seconds=20)
 def test_all_core_groups_are_read_from_the_archive(archive: Path, cache: Path) -> None:
-    """Numbers of examples are those counted before, less those that repeat."""
+    """Check the numbers of examples against earlier counts, less the duplicates."""
     conf = Path(harness.conf.__path__[0]) / "pool" / "bigbench.yaml"
     specs = task_specs(yaml.safe_load(conf.read_text()))
     counts = json.loads((Path(__file__).parent / "bigbench_counts.json").read_text())
@@ -153,7 +154,7 @@ def test_all_core_groups_are_read_from_the_archive(archive: Path, cache: Path) -
     fewer = {name: counts[name] - n for name, n in found.items() if n != counts[name]}
     assert all(difference > 0 for difference in fewer.values())
     assert len(fewer) == 14
-    # One task has the same answer to the same prompt 16 times; of the others 1 % at most repeat.
+    # One task repeats a prompt with its answer 16 times. In others at most 1 % are duplicates.
     assert fewer.pop("gem_e2e_nlg") == 16
     assert all(difference <= 0.01 * counts[name] for name, difference in fewer.items())
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4 * 2**20  # KiB

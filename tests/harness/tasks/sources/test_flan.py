@@ -24,7 +24,7 @@ def spec(folder: Path, **load_opts: Any) -> TaskSpec:
 
 
 def test_rows_and_splits_match_the_authors(tmp_path: Path) -> None:
-    """Against a few lines that follow their code: filter, shuffle, cut off the first tenth."""
+    """Compare with a few lines that follow their code: filter, shuffle, split off a tenth."""
     kinds = ("zs_opt", "fs_opt", "zs_noopt", "fs_noopt")
     rows = [row(i, kinds[i % 4]) for i in range(300)]
     rows[0]["inputs"], rows[2]["targets"] = " \n", ""

@@ -98,7 +98,7 @@ def test_a_changed_copy_is_read_again(tmp_path: Path) -> None:
 
 
 def snapshot(cache: Path, path: str, commit: str) -> Path:
-    """What a download leaves in the hub's cache: a snapshot and the branch that points to it."""
+    """Write a download into the hub's cache: a snapshot and the branch that points to it."""
     repository = cache / f"datasets--{path.replace('/', '--')}"
     (repository / "refs").mkdir(parents=True, exist_ok=True)
     (repository / "refs" / "main").write_text(commit)
@@ -116,7 +116,7 @@ def test_downloads_are_pinned_to_their_revision(tmp_path: Path, cache: Path) -> 
     assert hub.identity(data, None)[-1] == old
     assert hub.origin(data, None)["revision"] == old
     assert list(hub.rows(data, "train", None)) == ROWS
-    # The branch moves on; the run does not.
+    # The branch advances; the run stays at its revision.
     write_copy(snapshot(tmp_path / "hub-cache", "owner/quiz", new), "", {"train": ROWS[:1]})
     assert hub.identity(data, None)[-1] == old
     assert len(hub.rows(data, "train", None)) == 5

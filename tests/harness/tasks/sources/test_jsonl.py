@@ -1,4 +1,4 @@
-"""A user's own files: what they become, and one clear error for each way to be broken."""
+"""Check how a user's own files are read, and one clear error for each kind of fault."""
 
 import csv
 import json
@@ -35,7 +35,7 @@ CHOICES: list[dict[str, Any]] = [
 
 
 def write(path: Path, examples: list[dict[str, Any]]) -> Path:
-    """Write examples in the format that the file's name says."""
+    """Write examples in the format of the file's suffix."""
     if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(e, ensure_ascii=False) + "\n" for e in examples))
     elif path.suffix == ".parquet":
@@ -277,7 +277,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 
 
 def test_an_endless_line_is_refused_before_it_is_read(tmp_path: Path) -> None:
-    """100 MB in one line: no more than the bound is ever held."""
+    """Check 100 MB in one line: never more than the bound is held."""
     path = tmp_path / "a.jsonl"
     with path.open("wb") as file:
         file.write(GOOD.encode())

@@ -1,4 +1,4 @@
-"""Whatever stands in a user's own file: it ends in records, or in one error of one line."""
+"""Check that any content of a user's own file gives records or one error of one line."""
 
 import csv
 import io
@@ -44,7 +44,7 @@ LINES = st.lists(
 
 
 def ends_in_records_or_one_error(path: Path) -> None:
-    """Nothing but PhatgooseError leaves a reader, and it is one line that names the file."""
+    """Check that a reader raises only PhatgooseError, in one line that names the file."""
     spec, line = TaskSpec("mine", (str(path),), "jsonl"), None
     try:
         for _, record in jsonl._records(spec):

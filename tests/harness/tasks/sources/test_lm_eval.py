@@ -1,4 +1,4 @@
-"""lm-eval's own tasks, from YAML files and from its packaged definitions over local data."""
+"""Check lm-eval's own tasks, from YAML files and from its packaged definitions over local data."""
 
 import json
 import statistics
@@ -43,7 +43,7 @@ DOCS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module", autouse=True)
 def only_our_definitions() -> Iterator[None]:
-    """The packaged definitions take seconds to read; tests that need them say so."""
+    """Leave out the packaged definitions, which are slow to read, unless a test requests them."""
     from lm_eval.tasks import TaskManager
 
     def manager(include_path: str | None) -> TaskManager:
@@ -57,7 +57,7 @@ def only_our_definitions() -> Iterator[None]:
 
 @pytest.fixture
 def own_tasks(tmp_path: Path) -> Path:
-    """A user's definitions over a JSON Lines file."""
+    """Write a user's definitions over a JSON Lines file."""
     data = tmp_path / "docs.jsonl"
     data.write_text("".join(json.dumps(doc) + "\n" for doc in DOCS))
     folder = tmp_path / "tasks"
@@ -139,7 +139,7 @@ def evaluate(folder: Folder, suite: str, data: list[TaskData], base: Base) -> Ev
 def test_values_match_lm_eval_with_a_reference_model(
     own_tasks: Path, tmp_path: Path, llama: Base
 ) -> None:
-    """Against lm-eval with its own HFLM over the same base."""
+    """Compare with lm-eval and its own HFLM over the same base."""
     names = ("own_choice", "own_filters", "own_words")
     data = prepare_all(task_specs(suite(own_tasks, *names, limit=6)))
     folder = Folder(tmp_path / "run")
@@ -167,7 +167,7 @@ def test_values_match_lm_eval_with_a_reference_model(
     by_task: dict[str, list[dict[str, float]]] = {}
     for sample in samples:
         by_task.setdefault(sample["task"], []).append(dict(sample["metrics"]))
-    # F1 is no mean over documents: it has no values of its own.
+    # F1 is not a mean over documents, so it has no value per document.
     assert by_task["own_choice"][0].keys() == {"acc", "acc_paper", "nll"}
     accuracy = statistics.fmean(metrics["acc"] for metrics in by_task["own_choice"])
     assert accuracy == found["own_choice", "acc"]["value"]
@@ -235,7 +235,7 @@ def test_invalid_tasks_are_refused(own_tasks: Path) -> None:
 def test_packaged_definitions_run_over_exported_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama: Base
 ) -> None:
-    """bigbench_*_multiple_choice and bbh, as packaged, over the documents of our own tasks."""
+    """Run bigbench_*_multiple_choice and bbh, as packaged, over the documents of our own tasks."""
     from lm_eval.tasks import TaskManager
 
     packaged = TaskManager()

@@ -1,4 +1,4 @@
-"""Shapes of lm-eval's tasks that are not one prompt with choices, against lm-eval's own values."""
+"""Compare lm-eval tasks other than one prompt with choices with lm-eval's own values."""
 
 import json
 from collections.abc import Iterator
@@ -62,7 +62,7 @@ def only_our_definitions() -> Iterator[None]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder of definitions over JSON Lines files."""
+    """Write a folder of definitions over JSON Lines files."""
     made = tmp_path / "tasks"
     made.mkdir()
     for name, rows in (("docs", DOCS), ("sentences", SENTENCES)):
@@ -153,7 +153,7 @@ def lm_evals_own(folder: Path, base: Base, name: str) -> dict[str, Any]:
 def test_values_match_lm_eval(folder: Path, tmp_path: Path, base: Base, name: str) -> None:
     expected = lm_evals_own(folder, base, name)
     run = Folder(tmp_path / "run")
-    # Another task before it must change nothing.
+    # A preceding task must not change anything.
     rows = evaluation(folder, tmp_path / "run", base, "few_shot", name).run(
         "base", make_router("base")
     )
@@ -174,7 +174,7 @@ def test_values_match_lm_eval(folder: Path, tmp_path: Path, base: Base, name: st
 def test_repeated_responses_to_a_prompt_equal_the_greedy_one(
     folder: Path, tmp_path: Path, llama: Base
 ) -> None:
-    """Filters such as a vote get as many responses as the definition's `repeats` says."""
+    """Check filters such as a vote, which get as many responses as `repeats` in the definition."""
     expected = lm_evals_own(folder, llama, "written")
     found = evaluation(folder, tmp_path / "run", llama, "written")
     (*_, row) = [r for r in found.run("base", make_router("base")) if r["metric"] == "exact_match"]
@@ -194,7 +194,7 @@ def test_zero_shots_may_be_requested(folder: Path) -> None:
 def test_the_metrics_of_the_paper_use_the_conditional_choices(
     folder: Path, tmp_path: Path, llama: Base
 ) -> None:
-    """Whatever else a task's metrics make lm-eval ask."""
+    """Check this for any other requests that the metrics of a task need."""
     found = evaluation(folder, tmp_path / "run", llama, "mutual")
     found.run("base", make_router("base"))
     table = read_table(Folder(tmp_path / "run"), "samples/base.parquet", SAMPLES).to_pylist()
@@ -227,7 +227,7 @@ def test_several_inputs_become_records_with_their_beginnings_as_choices(folder: 
 
 
 def test_unreadable_tasks_are_named_before_preparation(folder: Path) -> None:
-    """`check` builds a few records of every task."""
+    """Check the reads of `check`, which builds a few records of every task."""
     path = folder / "utils.py"
     path.write_text(UTILS.replace('return doc["n"] % 2', 'return doc["gone"]'))
     problems = unreachable(specs(folder, "several"))

@@ -65,7 +65,7 @@ def test_the_clone_is_read_once(clone: Path, cache: Path) -> None:
     natural_instructions._index.cache_clear()
     for path in (clone / "tasks").iterdir():
         status = path.stat()
-        path.write_bytes(b" " * status.st_size)  # not JSON any more; name, size and time stay
+        path.write_bytes(b" " * status.st_size)  # not JSON, but of the same name, size and time
         import os
 
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))

@@ -1,7 +1,7 @@
-"""The lists of P3 over invented rows, and prompts against ones written out by hand.
+"""Check the lists of P3 over invented rows, and prompts against ones written by hand.
 
-Templates come from promptsource's archive: without it in the cache, nor an index to fetch it from,
-these tests are skipped.
+Templates come from promptsource's archive. Tests are skipped if it is neither in the cache nor
+available from an index.
 """
 
 import shutil
@@ -31,10 +31,10 @@ CONF = Path(harness.conf.__path__[0])
 
 @pytest.fixture(scope="session")
 def promptsource(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The archive, fetched once."""
+    """Return the archive, downloaded once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PHATGOOSE_CACHE", str(tmp_path_factory.mktemp("promptsource")))
-        _sources.cache_clear()  # another test may have had it in a cache of its own
+        _sources.cache_clear()  # another test may have downloaded it into a separate cache
         try:
             _sources()
         except PhatgooseError as error:
@@ -49,13 +49,13 @@ def have_promptsource(promptsource: Path, cache: Path) -> None:
 
 
 def listed(*names: str) -> list[TaskSpec]:
-    """The tasks of P3 in these pools and suites."""
+    """Return the tasks of P3 in these pools and suites."""
     groups = [yaml.safe_load((CONF / f"{name}.yaml").read_text()) for name in names]
     return [spec for group in groups for spec in task_specs(group) if spec.source == "p3"]
 
 
 def write_rows(folder: Path, spec: TaskSpec, rows: list[dict[str, Any]]) -> TaskSpec:
-    """A copy of a task's data set with these rows in each of its splits."""
+    """Write a copy of a task's data set with these rows in each of its splits."""
     options = options_of(Options, spec)
     names = filter(None, (options.train_split, options.evaluation_split))
     splits = dict.fromkeys(names, rows)
@@ -76,7 +76,7 @@ SPECS = listed("pool/t0", "pool/flan", "suite/t0_heldout")
 
 @pytest.mark.parametrize("spec", SPECS[36:], ids=lambda spec: spec.name)
 def test_every_entry_has_a_loader_a_prompt_and_a_metric(tmp_path: Path, spec: TaskSpec) -> None:
-    """From a data set of the same columns: each template that fits gives an example."""
+    """Check that each matching template gives an example from data with the same columns."""
     options = options_of(Options, spec)
     row = ROWS[options.templates or "trec"]
     train, evaluation = both(write_rows(tmp_path, spec, [row]))
@@ -84,7 +84,7 @@ def test_every_entry_has_a_loader_a_prompt_and_a_metric(tmp_path: Path, spec: Ta
     assert evaluation
     every = _templates(spec, options)
     fitting = [template for template in every if template.apply(row, 0) is not None]
-    # Some templates are for rows of another kind only, such as the cause questions of COPA.
+    # Some templates apply only to some rows, such as the cause questions of COPA.
     assert len(train) in (len(fitting), 0)
     assert len(fitting) >= 0.6 * len(every)
     for record in evaluation:
@@ -159,12 +159,12 @@ def test_prompts_match_those_written_by_hand(tmp_path: Path) -> None:
 
 
 def test_evaluation_uses_the_original_templates_and_training_uses_all(tmp_path: Path) -> None:
-    """HellaSwag has eleven templates, four of which ask for its task."""
+    """Check HellaSwag, which has eleven templates, four of which pose the original task."""
     rows = [{**ROWS["hellaswag"], "ctx": f"A goose swims {i}. it"} for i in range(3)]
     train, evaluation = both(write_rows(tmp_path, spec_of("P3Hswag"), rows))
     assert len(evaluation) == 3 * 4
     assert len({r.document for r in evaluation}) == 12
-    # All prompts of one row are one cluster, and no two rows are.
+    # All prompts of one row form one cluster, and different rows have different clusters.
     assert sorted(Counter(r.cluster for r in evaluation).values()) == [4, 4, 4]
     assert {r.cluster for r in evaluation if "swims 1." in r.input} == {"evaluation row 1"}
     assert len(train) > 3 * 4
