@@ -1,4 +1,4 @@
-"""Every router in one run: trained, imported and multitask experts, profiles, both families."""
+"""Run every router with trained, imported and multitask experts and profiles, in both families."""
 
 import dataclasses
 from pathlib import Path
@@ -25,7 +25,7 @@ TRAINING_FREE += ["task_arithmetic", "uniform", "random", "random_experts", "bas
 
 
 def every_router() -> dict[str, Any]:
-    """What `router=[all]` stands for, with what this pool needs."""
+    """Return the routers of `router=[all]`, with the options that this pool needs."""
     router = load_config(["router=[all]", "run.dir=/data/run"]).router
     return {**router, "genknowsub": {"general": "birds"}, "multitask": {"steps": 3}}
 
@@ -64,7 +64,7 @@ def test_every_router_works_in_one_run(
     config = config_of(base, tmp_path, {"name": "toys", "tasks": tasks}, router)
     run(config)
     said = capsys.readouterr()
-    assert "4 of 4 jobs" in said.out  # the multitask expert is one
+    assert "4 of 4 jobs" in said.out  # including the multitask expert
     assert "trained   numbers: loss: gates" in said.err
     assert "+ glider also uses a description of the evaluation task" in said.out
     scores = scores_of(config)
@@ -78,14 +78,14 @@ def test_every_router_works_in_one_run(
         assert (chosen is not None) == (name in ("oracle", "best_individual"))
     [best] = {row["expert"] for key, row in scores.items() if key[0] == "best_individual"}
     assert nll["best_individual"] == nll[f"single:{best}"]
-    assert len({round(value, 6) for value in nll.values()}) > 15  # they are not all alike
+    assert len({round(value, 6) for value in nll.values()}) > 15  # they are not all equal
 
     profiles = Path(config.registry) / "profiles"
     before = contents(profiles)
     assert len(before) == 3
     next(profiles.iterdir()).unlink()
     journal = contents(tmp_path / "run" / "journal")
-    run(config)  # measures that one again, later than its training, and asks nothing
+    run(config)  # measures that profile again, later than its training, and asks nothing
     assert contents(profiles).keys() == before.keys()
     assert contents(tmp_path / "run" / "journal") == journal
     assert scores_of(config) == scores
@@ -103,7 +103,7 @@ def test_a_pool_of_imported_adapters_is_evaluated(tmp_path: Path, llama_folder: 
     assert {name for name, _, _ in scores} == set(TRAINING_FREE)
     assert len({scores[name, "swans", "nll"]["value"] for name in TRAINING_FREE}) > 8
 
-    # The same experts out of the registry, where an import by hand would put them too.
+    # The same experts from the registry, where a manual import would put them too.
     named = {"name": "named", "source": "registry", "tasks": {"one": {}, "two": {}}}
     again = dataclasses.replace(config, pool=named, stages=["evaluate"])
     plan = make_plan(again)

@@ -23,7 +23,7 @@ DEADLINE = 300.0
 
 
 class Command:
-    """`python -m harness.run ...` as a user starts it, in a session of its own."""
+    """`python -m harness.run ...` as a user starts it, in its own session."""
 
     def __init__(self, arguments: list[str]) -> None:
         self.process = subprocess.Popen(
@@ -32,12 +32,12 @@ class Command:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            # Tests that run in the background may be made to ignore it, and what they start too.
+            # Background tests may ignore SIGINT, and so may the processes they start.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def wait_for(self, happened: Callable[[], bool]) -> None:
-        """Wait until something happened, while the command is running."""
+        """Wait for an event while the command is running."""
         deadline = time.monotonic() + DEADLINE
         while not happened():
             assert self.process.poll() is None, self.process.communicate()[1]
@@ -45,18 +45,18 @@ class Command:
             time.sleep(0.005)
 
     def processes(self) -> list[psutil.Process]:
-        """All that the command has started."""
+        """Return all processes that the command has started."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def end(self) -> tuple[int, str, str]:
-        """Wait for the end: exit status, standard output and standard error."""
+        """Wait for the end; return the exit status, standard output and standard error."""
         output, error = self.process.communicate(timeout=DEADLINE)
         return self.process.returncode, output, error
 
 
 @pytest.fixture
 def start(tmp_path: Path, llama_folder: Path) -> Iterator[Callable[[str], Command]]:
-    """Starts the toy run in a folder; what is still running in the end is killed."""
+    """Start the toy run in a folder; kill what is still running at the end."""
     commands: list[Command] = []
 
     def start(name: str) -> Command:
@@ -78,7 +78,7 @@ def start(tmp_path: Path, llama_folder: Path) -> Iterator[Callable[[str], Comman
 
 
 def wait_until_gone(orphans: list[psutil.Process]) -> None:
-    """Nothing that a run started outlives it, but for agents of Ray, which take a minute."""
+    """Wait until no process of a run is left, except for Ray's agents, which take a minute."""
     deadline = time.monotonic() + 20
     while alive := [name for name in map(_name, orphans) if name and "Agent" not in name]:
         assert time.monotonic() < deadline, alive
@@ -86,7 +86,7 @@ def wait_until_gone(orphans: list[psutil.Process]) -> None:
 
 
 def _name(process: psutil.Process) -> str | None:
-    """What a process is called; None if it has ended."""
+    """Return the name of a process; None if it has ended."""
     try:
         return None if process.status() == psutil.STATUS_ZOMBIE else process.name()
     except psutil.NoSuchProcess:
@@ -94,13 +94,13 @@ def _name(process: psutil.Process) -> str | None:
 
 
 def times(folder: Path) -> dict[str, int]:
-    """When each file below a folder was written; what a killed writer left is no file."""
+    """Return when each file below a folder was written, without the leftovers of killed writers."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
     return {path.name: path.stat().st_mtime_ns for path in files}
 
 
 def finished(run_dir: Path) -> dict[str, int]:
-    """The objects of finished jobs, and when they were written."""
+    """Return the objects of finished jobs and when they were written."""
     jobs = [path.read_text() for path in (run_dir / "registry" / "jobs").glob("*.json")]
     objects = times(run_dir / "registry" / "objects")
     kept = {n: t for n, t in objects.items() if any(n.partition(".")[0] in job for job in jobs)}
@@ -109,7 +109,7 @@ def finished(run_dir: Path) -> dict[str, int]:
 
 
 def outcome(run_dir: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """What must be the same however often a run was stopped: scores, and experts."""
+    """Return what must not depend on how often a run was stopped: scores and experts."""
     rows = run_folder.read_table(
         Folder(run_dir), run_folder.SCORES_FILE, run_folder.SCORES
     ).to_pylist()
@@ -130,13 +130,13 @@ def test_a_run_killed_repeatedly_gives_the_results_of_an_undisturbed_one(
     assert len(trained) < 3  # in the middle of training
     assert orphans
 
-    second = start("disturbed")  # at once, while the first one's Ray may still be there
-    # Of the experts that are there, answers may come before the last one is trained.
+    second = start("disturbed")  # immediately, while the first one's Ray may still be running
+    # For the experts that exist, answers may come before the last one is trained.
     second.wait_for(lambda: len(finished(run_dir)) == 3 and len(times(run_dir / "journal")) >= 3)
     orphans += second.processes()
     second.process.kill()
     _, _, error = second.end()
-    # The first run's registry actor may have published one more after it was looked at.
+    # The first run's registry actor may have published one more expert since.
     assert error.count("trained   ") <= 3 - len(trained)
     assert not (run_dir / run_folder.SCORES_FILE).exists()  # in the middle of evaluation
     answered = times(run_dir / "journal")

@@ -1,4 +1,4 @@
-"""Source code that a user edits between two calls of one run, as real processes see it."""
+"""Edit source code between two calls of one run, as real processes see it."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow(seconds=80), pytest.mark.usefixtures("own_ray")]
 
 
 class Checkout:
-    """A copy of both packages, and runs with it."""
+    """A copy of both packages, in which runs are started."""
 
     def __init__(self, folder: Path, base: Path) -> None:
         self.folder, self.run_dir = folder, folder / "run"

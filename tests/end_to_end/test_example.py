@@ -1,4 +1,4 @@
-"""The walk-through in examples/ runs as it stands, on a tiny base."""
+"""Run the walk-through in examples/ unchanged, on a tiny base."""
 
 import json
 import re
@@ -22,7 +22,7 @@ def example() -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
-    sys.modules["own_tasks"] = module  # dataclasses look there
+    sys.modules["own_tasks"] = module  # dataclasses look up the module there
     spec.loader.exec_module(module)
     return module
 
@@ -57,7 +57,7 @@ def test_the_example_trains_routes_and_shows_the_weights(
         assert f"{expert.card.name}: lora step 8, loss " in printed
         assert f"{expert.card.name}, 12 held-out examples" in printed
     assert Pool.from_experts(experts).base_fingerprint == base.fingerprint
-    # What was routed adds up, per task and in the view.
+    # Routing weights sum up, per task and in the view.
     for line in re.findall("experts, over all linears: (.*)", printed):
         shares = [int(share) for share in re.findall(r"(\d+)%", line)]
         assert 98 <= sum(shares) <= 102

@@ -1,6 +1,6 @@
-"""What goes wrong around a run is told in one line, and the same command goes on afterwards.
+"""Check that a fault around a run is reported in one line, and that the same command resumes.
 
-Every run here ends with the scores of one that nothing happened to.
+Every run here ends with the scores of an undisturbed run.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ pytestmark = [
 def whole(
     two_cores: None, tmp_path_factory: pytest.TempPathFactory, llama_folder: Path
 ) -> RunConfig:
-    """A run that nothing happened to."""
+    """Return an undisturbed run."""
     folder = tmp_path_factory.mktemp("whole")
     router: dict[str, Any] = {"phatgoose": {"top_k": 2}}
     cluster = ClusterConfig(max_actors=1)
@@ -46,13 +46,13 @@ def whole(
 
 @pytest.fixture
 def fresh(whole: RunConfig, tmp_path: Path) -> RunConfig:
-    """The same run, not begun."""
+    """Return the same run before its start."""
     return moved(whole, tmp_path / "run")
 
 
 @pytest.fixture
 def done(whole: RunConfig, fresh: RunConfig) -> RunConfig:
-    """The same run, done, in a folder of its own."""
+    """Return the finished run, copied to a separate folder."""
     shutil.copytree(whole.run.dir, fresh.run.dir)
     return fresh
 
@@ -63,7 +63,7 @@ def moved(config: RunConfig, folder: Path) -> RunConfig:
 
 
 def fails(config: RunConfig) -> str:
-    """What a run says of its failure."""
+    """Return the error message of a run that fails."""
     with pytest.raises(PhatgooseError) as caught:
         run(config)
     assert "\n" not in str(caught.value)
@@ -76,7 +76,7 @@ def scores(config: RunConfig) -> list[dict[str, Any]]:
 
 
 def check_whole(config: RunConfig, whole: RunConfig) -> None:
-    """The results are those of the other run, and the registry has no fault."""
+    """Check that the results equal those of the undisturbed run and the registry is intact."""
     assert scores(config) == scores(whole)
     assert registry_cli.main(["verify", config.registry]) == 0
     left = [path for path in Path(config.run.dir).rglob(".*") if path.suffix != ".lock"]
@@ -105,7 +105,7 @@ def test_a_damaged_expert_is_found_and_trained_again(
     message = fails(done)
     assert str(victim) in message
     assert "delete it" in message
-    victim.unlink()  # as the message says
+    victim.unlink()  # as the message suggests
     run(done)
     check_whole(done, whole)
 
@@ -145,10 +145,10 @@ def test_a_full_disk_loses_no_work(
     whole: RunConfig, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = moved(whole, small / "run")
-    assert "free some" in fails(config)  # seen before any work
+    assert "free some" in fails(config)  # noticed before any work
     monkeypatch.setattr(plan, "_SPARE_BYTES", 0)
     ballast = small / "ballast"
-    # Room for the first expert and the small files of a run, and not for all that comes after it.
+    # Enough for the first expert and the small files of a run, but not for the rest.
     room = 3 * objects_size(whole) // 2 + 8 * 4096
     ballast.write_bytes(bytes(shutil.disk_usage(small).free - room))
     message = fails(config)

@@ -1,4 +1,4 @@
-"""Nodes that come while there is work are used: a real Ray, whose only node is not enough."""
+"""Check that nodes joining a busy Ray are used, starting from too small a cluster."""
 
 import sys
 import time
@@ -15,7 +15,7 @@ from harness.scheduling.cluster import actor_options, room
 from harness.scheduling.settings import ClusterConfig
 from harness.scheduling.workers import Failure, Watch, Workers
 
-# Actors cannot import a test module: it travels to them as it is.
+# Actors cannot import a test module, so it is pickled by value.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 pytestmark = pytest.mark.slow
 NODE = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 100 * 2**20}
@@ -24,7 +24,7 @@ DEADLINE = 120.0
 
 @pytest.fixture
 def nodes(own_ray: Path) -> Iterator[Nodes]:
-    """A head without work, and one node of one core."""
+    """Provide a head without work and one node of one core."""
     head = {**NODE, "num_cpus": 0, "include_dashboard": False}
     cluster = Nodes(initialize_head=True, head_node_args=head)
     try:
@@ -37,7 +37,7 @@ def nodes(own_ray: Path) -> Iterator[Nodes]:
 
 
 class Meets(Actor):
-    """Its calls end only once calls on two actors were under way at the same time."""
+    """An actor whose calls end only after calls on two actors were running at the same time."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(code_version())
@@ -52,7 +52,7 @@ class Meets(Actor):
 
 
 class Started(Watch):
-    """Which nodes have had a call."""
+    """A record of the nodes that have had a call."""
 
     def __init__(self) -> None:
         self.nodes: set[str] = set()

@@ -1,4 +1,4 @@
-"""`ray job submit` to a head that `ray start` started, as docs/clusters.md says."""
+"""Run `ray job submit` to a head started by `ray start`, as in docs/clusters.md."""
 
 import contextlib
 import json
@@ -27,12 +27,12 @@ pytestmark = pytest.mark.slow(seconds=45)
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).parent / "ray"
 DEADLINE = 300.0
-BIG = 600 * 2**20  # more than Ray takes
+BIG = 600 * 2**20  # more than Ray accepts
 TOKEN = "0123456789abcdef" * 4
 
 
 def environment(ray_folder: Path) -> dict[str, str]:
-    """Of the head: what only the job is to have is not in it, nor the code of this checkout."""
+    """Return the environment of the head, without the job's settings and this checkout's code."""
     hidden = ("PHATGOOSE_CACHE", "HF_HUB_OFFLINE", "PYTHONPATH", "RAY_ADDRESS")
     kept = {name: value for name, value in os.environ.items() if name not in hidden}
     return {
@@ -54,7 +54,7 @@ def free_port() -> int:
 
 
 def is_up(dashboard: str) -> bool:
-    """Whether jobs can be submitted."""
+    """Return whether jobs can be submitted."""
     question = urllib.request.Request(
         f"{dashboard}/api/jobs/", headers={"Authorization": f"Bearer {TOKEN}"}
     )
@@ -66,7 +66,7 @@ def is_up(dashboard: str) -> bool:
 
 
 def of_session(ray_folder: Path) -> list[psutil.Process]:
-    """The processes of the Ray whose folder this is."""
+    """Return the processes of the Ray with this session folder."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -78,7 +78,7 @@ def of_session(ray_folder: Path) -> list[psutil.Process]:
 
 @pytest.fixture
 def dashboard(own_ray: Path) -> Iterator[str]:
-    """A head of two cores; where its dashboard is. Afterwards nothing of it is left."""
+    """Start a head of two cores; yield its dashboard address; end all its processes afterwards."""
     port = free_port()
     options = {
         "node-ip-address": "127.0.0.1",
@@ -122,7 +122,7 @@ def dashboard(own_ray: Path) -> Iterator[str]:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """The code as a checkout has it, next to what .gitignore names: too much to be sent."""
+    """Copy the code of a checkout, with files of .gitignore that are too large to be sent."""
     folder = tmp_path / "checkout"
     ignore = shutil.ignore_patterns("__pycache__")
     for package in ("harness", "phatgoose"):
@@ -138,7 +138,7 @@ def checkout(tmp_path: Path) -> Path:
 def ray_job(
     ray_folder: Path, dashboard: str, call: str, *arguments: str
 ) -> subprocess.CompletedProcess[str]:
-    """`ray job <call>` to the end."""
+    """Run `ray job <call>` to its end."""
     return subprocess.run(
         [RAY, "job", call, "--address", dashboard, *arguments],
         env=environment(ray_folder),
@@ -157,7 +157,7 @@ def test_a_submitted_job_completes_the_run(
     make_encoder(tmp_path / "encoder")
     config = load_config(given)
     prepare_toys([*config.pool_tasks(), *config.suite_tasks(config.suites[0])], tmp_path)
-    # Without the first, actors would find no data; there is none to be had elsewhere.
+    # Without the first, actors would not find the data, which are not available elsewhere.
     passed_on = {"PHATGOOSE_CACHE": os.environ["PHATGOOSE_CACHE"], "HF_HUB_OFFLINE": "1"}
     what = ["--submission-id", "toys", "--working-dir", str(checkout)]
     what += ["--runtime-env-json", json.dumps({"env_vars": passed_on})]

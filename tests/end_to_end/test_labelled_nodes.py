@@ -1,4 +1,4 @@
-"""Training and evaluation on the nodes that are meant for them: a real Ray of labelled nodes."""
+"""Check that training and evaluation run on the nodes labeled for them, on a real Ray."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ TRAIN, EVALUATE = {"group": "train"}, {"group": "evaluate"}
 
 @pytest.fixture
 def nodes(own_ray: Path) -> Iterator[None]:
-    """A head without work, one node for training with two cores, one for evaluation with one."""
+    """Provide a head without work, a training node of two cores and an evaluation node of one."""
     common = {"node_ip_address": "127.0.0.1", "object_store_memory": 100 * 2**20}
     cluster = Nodes(
         initialize_head=True,

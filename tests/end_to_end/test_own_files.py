@@ -1,4 +1,4 @@
-"""Three files of a user become a pool of three experts and a suite, with one command."""
+"""Turn three files of a user into a pool of three experts and a suite, with one command."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Jobs that explode or run out of memory get one more try: real scheduler, actors, DeepSpeed."""
+"""Retry diverging and out-of-memory jobs with the real scheduler, actors and DeepSpeed."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow(seconds=85), pytest.mark.usefixtures("two_cores")
 
 
 class Trained:
-    """What became of a pool of one expert, trained with this recipe."""
+    """The outcome of a pool of one expert trained with this recipe."""
 
     def __init__(self, base: Path, folder: Path, **changes: Any) -> None:
         config: RunConfig = toy_config(base, folder / "run")

@@ -29,7 +29,7 @@ METRICS = {
 
 @pytest.fixture
 def two_nodes(own_ray: Path) -> Iterator[None]:
-    """Two nodes of one core each, on this machine: no node has room for two actors."""
+    """Provide two nodes of one core each on this machine; neither has room for two actors."""
     cluster = Cluster(
         initialize_head=True,
         head_node_args={
@@ -55,7 +55,7 @@ def config_of(base: Path, tmp_path: Path) -> RunConfig:
 
 
 def times(folder: Path) -> dict[str, int]:
-    """When each file below a folder was written."""
+    """Return when each file below a folder was written."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in files}
 
@@ -77,7 +77,7 @@ def check_scores(run_dir: Path) -> None:
         sign = -1 if metric == "nll" else 1
         if router in SINGLES:
             assert sign * values["oracle", task, metric] >= sign * value
-    # The experts say something else than the base, and each its own.
+    # The experts differ from the base and from each other.
     nll = {router: values[router, "swans", "nll"] for router in ROUTERS}
     assert len({nll[router] for router in ROUTERS - {"oracle"}}) == len(ROUTERS) - 1
     [manifest] = {row["manifest"] for row in scores}
@@ -90,7 +90,7 @@ def check_files(run_dir: Path, linears: int) -> None:
         assert len(samples) == 8 + 8
     for router in ("phatgoose", "random"):
         routing = read(run_dir, run_folder.routing_file(router), run_folder.ROUTING)
-        # A generated answer is routed as well, where its right answer is scored.
+        # A generated answer is routed too, when its right answer is scored.
         assert len(routing) == len(METRICS) * linears * len(EXPERTS)
     for expert in EXPERTS:
         curve = read(run_dir, run_folder.training_file(expert), run_folder.TRAINING)
@@ -120,7 +120,7 @@ def whole_run(config: RunConfig, linears: int, capsys: pytest.CaptureFixture[str
     assert "3 of 3 jobs" in output.out
     assert "suite held: primary metric" in output.out
     assert "experts on the evaluation split" in output.out
-    assert "\r" not in output.err  # no bars where nobody looks
+    assert "\r" not in output.err  # no progress bars without a terminal
     for expert in EXPERTS:
         assert f"trained   {expert}: loss" in output.err
     check_scores(run_dir)
@@ -143,7 +143,7 @@ def test_a_complete_run_on_two_nodes(
 ) -> None:
     config = config_of(llama_folder, tmp_path)
     whole_run(config, 2 * 7, capsys)
-    # Both nodes were at work: one log per actor.
+    # Both nodes took part: there is one log per actor.
     logs = [path.name.partition("-")[0] for path in (tmp_path / "run" / "logs").iterdir()]
     assert sorted(logs) == ["evaluate", "evaluate", "train", "train"]
 

@@ -1,4 +1,4 @@
-"""A whole run that keeps everything in a bucket of an S3-compatible server."""
+"""Do a complete run that stores everything in a bucket of an S3-compatible server."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A group of ranks under the real scheduler: it works, is killed, and leaves nothing behind."""
+"""Train with a group of ranks under the real scheduler: it works, is killed and is cleaned up."""
 
 import os
 import signal
@@ -31,7 +31,7 @@ STEPS = 20
 
 @pytest.fixture(scope="module")
 def two_nodes(own_ray: Path) -> Iterator[None]:
-    """Two nodes of one core each: the ranks are on both."""
+    """Provide two nodes of one core each, so that the ranks are on both."""
     common = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 100 * 2**20}
     cluster = Cluster(initialize_head=True, head_node_args={**common, "include_dashboard": False})
     try:
@@ -44,7 +44,7 @@ def two_nodes(own_ray: Path) -> Iterator[None]:
 
 
 class Lost(Watch):
-    """Remembers why calls went back."""
+    """A listener that remembers why calls were returned to the queue."""
 
     def __init__(self) -> None:
         self.errors: list[str] = []
@@ -86,12 +86,12 @@ def wait(happened: Callable[[], Any], problem: str) -> None:
 
 
 def groups() -> list[str]:
-    """The placement groups that there are."""
+    """Return the existing placement groups."""
     return [g["name"] for g in placement_group_table().values() if g["state"] != "REMOVED"]
 
 
 def ranks() -> list[int]:
-    """The processes of ranks that this test's Ray has started."""
+    """Return the processes of ranks that this test's Ray has started."""
     found = []
     for process in psutil.process_iter(["name", "environ"]):
         ours = (process.info["environ"] or {}).get("RAY_TMPDIR") == os.environ["RAY_TMPDIR"]
@@ -101,7 +101,7 @@ def ranks() -> list[int]:
 
 
 def step_until(workers: Workers, happened: Callable[[], Any]) -> list[tuple[int, Any]]:
-    """Let the scheduler work until something happened; what came in."""
+    """Step the scheduler until a condition holds; return the results."""
     deadline, came = time.monotonic() + DEADLINE, []
     while not happened() and not workers.is_done:
         assert time.monotonic() < deadline
@@ -110,7 +110,7 @@ def step_until(workers: Workers, happened: Callable[[], Any]) -> list[tuple[int,
 
 
 def check_expert(came: list[tuple[int, Any]]) -> None:
-    """One whole expert came, whose curve has every step once."""
+    """Check that there is one complete expert whose curve has every step once."""
     [(_, result)] = came
     assert not isinstance(result, Failure), result
     rows, expert = result.curve, result.expert

@@ -1,4 +1,4 @@
-"""A registry and a run folder that version 0.1.0 wrote stay usable.
+"""Check that a registry and a run folder written by version 0.1.0 stay usable.
 
 `tests/golden/version_0_1_0.tar.gz` is the toy run of `tests.support.toy` over
 `tests.support.tiny.make_llama`, made by the code of version 0.1.0 in an empty folder, without its
@@ -29,7 +29,7 @@ EXPERTS = {"birds", "lakes", "numbers"}
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What lay in the folder that 0.1.0 was called in, which is the current one."""
+    """Extract the folder in which 0.1.0 was called, and make it the current directory."""
     with tarfile.open(ARCHIVE) as tar:
         tar.extractall(tmp_path, filter="data")
     make_llama(tmp_path / "base")
@@ -79,7 +79,7 @@ def test_the_run_folder_is_reported(folder: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.slow(seconds=25)
 @pytest.mark.usefixtures("own_ray")
 def test_the_run_folder_is_resumed(folder: Path) -> None:
-    """Nothing is trained, everything is asked again, and the scores are the same."""
+    """Check that nothing is trained, everything is asked again, and the scores are equal."""
     before, objects = values(folder / "run"), folder / "run" / "registry" / "objects"
     run(toy_run(folder, "run", "train", "evaluate", "report"))
     again = values(folder / "run")

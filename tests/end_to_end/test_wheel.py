@@ -1,4 +1,4 @@
-"""The wheel, installed without the checkout, is all that a run needs."""
+"""Check that the wheel, installed without the checkout, contains everything a run needs."""
 
 import os
 import shutil
@@ -42,7 +42,7 @@ def call(*command: str | Path, cwd: Path, **variables: str) -> subprocess.Comple
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, so that the checkout stays as it is."""
+    """Build the wheel from a copy, so that the checkout stays unchanged."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
@@ -62,12 +62,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def python(tmp_path: Path, wheel: Path) -> Path:
-    """A new environment with the wheel, and the libraries of this one."""
+    """Make an environment with the wheel and the libraries of this one; return its interpreter."""
     environment = tmp_path / "environment"
     call(sys.executable, "-m", "venv", "--without-pip", environment, cwd=tmp_path)
     found = environment / "bin" / "python"
     (site,) = environment.glob("lib/python*/site-packages")
-    # A folder on the path, whose own .pth files (such as that of this checkout) do not count.
+    # A folder on the path, whose own .pth files (such as that of this checkout) are not processed.
     (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
