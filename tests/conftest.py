@@ -1,4 +1,4 @@
-"""What every test stands on: no network, one thread, an own cache, and two tiny bases."""
+"""Shared fixtures: no network, one thread, a separate cache, and two tiny bases."""
 
 import os
 from collections.abc import Iterator
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from tests.support.own_ray import SharedRay
     from tests.support.s3_server import S3Server
 
-# Before anything imports torch or huggingface_hub.
+# Set before anything imports torch or huggingface_hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start slow modules with the longest, so that none ends alone; those that share a Ray last."""
+    """Start the longest slow modules first, to end together, and those that share a Ray last."""
 
     def order(item: pytest.Item) -> tuple[int, float]:
         slow = item.get_closest_marker("slow")
@@ -37,7 +37,7 @@ def _session_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="session")
 def session_ray(_session_cache: None) -> "Iterator[SharedRay]":
-    """The Ray that tests share, to be started or stopped."""
+    """Return the Ray that tests share, to be started or stopped."""
     from tests.support.own_ray import SharedRay
 
     ray = SharedRay()
@@ -47,13 +47,13 @@ def session_ray(_session_cache: None) -> "Iterator[SharedRay]":
 
 @pytest.fixture(scope="module")
 def two_cores(session_ray: "SharedRay") -> None:
-    """A running Ray of two cores that only this machine can reach, shared with other modules."""
+    """Provide a running Ray of two cores, shared with other modules, unreachable from outside."""
     session_ray.start()
 
 
 @pytest.fixture(scope="module")
 def own_ray(session_ray: "SharedRay") -> Iterator[Path]:
-    """No Ray is running or in sight; the folder is where the tests of a module start theirs."""
+    """Return a folder in which a module starts its own Ray; no other Ray is running or visible."""
     from tests.support.own_ray import ray_folder
 
     session_ray.stop()
@@ -63,7 +63,7 @@ def own_ray(session_ray: "SharedRay") -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def s3() -> "Iterator[S3Server]":
-    """An S3-compatible server on this machine; the credentials are in the environment."""
+    """Provide an S3-compatible server on this machine, with its credentials in the environment."""
     from tests.support.s3_server import s3_server
 
     with s3_server() as server:
@@ -72,7 +72,7 @@ def s3() -> "Iterator[S3Server]":
 
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory that `load_base` reads as a tiny Llama-like base."""
+    """Return a directory that `load_base` reads as a tiny Llama-like base."""
     from tests.support.tiny import make_llama
 
     return make_llama(tmp_path_factory.mktemp("bases") / "llama")
@@ -80,7 +80,7 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory that `load_base` reads as a tiny T5-like base."""
+    """Return a directory that `load_base` reads as a tiny T5-like base."""
     from tests.support.tiny import make_t5
 
     return make_t5(tmp_path_factory.mktemp("bases") / "t5")
@@ -88,7 +88,7 @@ def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def llama(llama_folder: Path) -> "Base":
-    """The tiny Llama-like base, in float32, loaded anew: tests attach things to it."""
+    """Return a fresh tiny Llama-like base in float32; tests attach experts to it."""
     from phatgoose.base import load_base
 
     return load_base(str(llama_folder))
@@ -96,7 +96,7 @@ def llama(llama_folder: Path) -> "Base":
 
 @pytest.fixture
 def t5(t5_folder: Path) -> "Base":
-    """The tiny T5-like base, in float32, loaded anew."""
+    """Return a fresh tiny T5-like base in float32."""
     from phatgoose.base import load_base
 
     return load_base(str(t5_folder))
@@ -104,6 +104,6 @@ def t5(t5_folder: Path) -> "Base":
 
 @pytest.fixture(params=["llama", "t5"])
 def base(request: pytest.FixtureRequest) -> "Base":
-    """Each of the tiny bases."""
+    """Return each of the tiny bases."""
     loaded: Base = request.getfixturevalue(request.param)
     return loaded

@@ -1,4 +1,4 @@
-"""Adapters as PEFT itself makes and saves them, and what a base says with them."""
+"""Adapters made and saved by PEFT itself, and the logits of a base with them."""
 
 import dataclasses
 import json
@@ -26,20 +26,20 @@ def family(base: Base) -> str:
 
 @torch.no_grad()
 def logits(base: Base, model: nn.Module | None = None) -> Tensor:
-    """What a base says, or another model in its place."""
+    """Return the logits of a base, or of another model in its place."""
     if model is not None:
         base = dataclasses.replace(base, model=model.eval())  # type: ignore[arg-type]
     return plain_logits(base, CONTEXT, TARGET)
 
 
 def save_adapter(base: Base, folder: Path, **config: Any) -> Tensor:
-    """Save a PEFT adapter of random factors; returns what PEFT's own model says with it."""
+    """Save a PEFT adapter of random factors; return the logits of PEFT's own model."""
     config.setdefault("target_modules", list(base.linears))
     model = get_peft_model(load_base(base.name).model, LoraConfig(**config))
     generator = torch.Generator().manual_seed(0)
     for key, weight in model.named_parameters():
         if ".lora_" in key:
-            # Small enough that T5, which does not scale its attention, does not blow rounding up.
+            # Small enough that T5, which does not scale its attention, does not amplify rounding.
             weight.data = (
                 0.4 * torch.randn(weight.shape, generator=generator) / weight.shape[-1] ** 0.5
             )
@@ -53,7 +53,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 
 def edit_tensors(folder: Path, **changes: Tensor | None) -> None:
-    """Add tensors under keys, or take them away."""
+    """Add tensors under keys, or remove them."""
     tensors: dict[str, Tensor | None] = {**load_file(folder / TENSORS), **changes}
     save_file({key: x.clone() for key, x in tensors.items() if x is not None}, folder / TENSORS)
 
@@ -63,7 +63,7 @@ def key_of(base: Base, letter: str) -> str:
 
 
 def merged_logits(base: Base, expert: Expert) -> Tensor:
-    """What the base says with `s B A` added to its weights."""
+    """Return the logits of the base with `s B A` added to its weights."""
     other = load_base(base.name)
     for linear, factors in expert.linears.items():
         product = factors.lora_B_OR.double() @ factors.lora_A_RD.double()

@@ -16,7 +16,7 @@ NOT_ZERO_SHOT = ("single:", "oracle")
 
 
 def tables(answers: Answers) -> tuple[pa.Table, pa.Table]:
-    """Scores and samples in which every router gave these answers."""
+    """Return scores and samples in which every router gave these answers."""
     scores: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
     for task, routers in answers.items():

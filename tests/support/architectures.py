@@ -1,6 +1,6 @@
-"""Every architecture that has a record, as a tiny base on disk, against plain computations.
+"""Every supported architecture as a tiny base on disk, compared with plain computations.
 
-The plain computation is transformers' own forward pass of one sequence, under its own masks.
+The plain computation is transformers' own forward pass of one sequence, with its own masks.
 """
 
 import json
@@ -22,7 +22,7 @@ from tests.support.tiny import (
     make_decoder,
 )
 
-# Each decoder-only record, and the variants of an architecture that are built in another way.
+# Each decoder-only record, and the architectural variants that are built differently.
 DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     **{kind: (kind, {}) for kind in ARCHITECTURES if kind not in ("t5", "mt5")},
     "falcon with a bias by column": ("falcon", {"alibi": True}),
@@ -46,7 +46,7 @@ WINDOWED: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("smollm3", {"use_sliding_window": True, "layer_types": LAYERS}),
 }
 
-# Prompts and choices of many lengths, in tokens; choices end with end-of-sequence.
+# Prompts and choices of many lengths in tokens; choices end with end-of-sequence.
 QUESTIONS = [
     Question([5, 9, 11, 20, 33, 8, 64, 12], [[12, 30, 7, 0], [7, 0], [0]], Query("a")),
     Question([8, 40], [[6, 0], [14, 15, 16, 17, 50, 51, 52, 0]], Query("b")),
@@ -57,7 +57,7 @@ QUESTIONS = [
 
 
 class Folders:
-    """Tiny bases by architecture and changes, written when they are first asked for."""
+    """Tiny bases by architecture and changes, written on first use."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -86,7 +86,7 @@ def assert_plain(base: Base, scores: list[list[Score]]) -> None:
 def assert_answers_plainly(
     base: Base, limit: int, questions: Sequence[Question] = QUESTIONS
 ) -> None:
-    """`generate` and `answer`, in a batch, are greedy decoding and scoring of each alone."""
+    """Check that batched `generate` and `answer` match greedy decoding and scoring one by one."""
     contexts = [question.context for question in questions]
     expected = [plain_generate(base, context, limit) for context in contexts]
     texts = base.tokenizer.batch_decode(expected, skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""Evaluations without Ray, in one run folder: what the tests of the stage share."""
+"""Evaluations without Ray in one run folder, shared by the tests of the stage `evaluate`."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ SUMS = TaskSpec("sums", ("sums",), split="all", limit=5, max_new_tokens=4)
 
 
 class NoWorkers(LocalWorkers):
-    """Everything must be in the journal."""
+    """Workers that fail if called: everything must be in the journal."""
 
     def add(self, method: str, calls: Any) -> range:
         assert not calls

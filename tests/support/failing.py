@@ -11,7 +11,7 @@ from phatgoose.question import Question
 
 
 class ShortOfMemory(TrainActor):
-    """More than two sequences at a time are too many for it."""
+    """An actor that runs out of memory with more than two sequences at a time."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)

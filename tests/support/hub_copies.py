@@ -1,4 +1,4 @@
-"""Copies of data sets of the hub, small and invented, laid out as the hub has them."""
+"""Copies of hub data sets, small and invented, in the layout of the hub."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +26,7 @@ def write_copy(folder: Path, path: str, splits: Mapping[str, Rows], config: str 
 
 
 def write_parquet_branch(folder: Path, path: str, config: str, splits: Mapping[str, Rows]) -> None:
-    """Write what the hub's branch refs/convert/parquet has: `<config>/<split>/0000.parquet`."""
+    """Write the layout of the hub's branch refs/convert/parquet: `<config>/<split>/<n>.parquet`."""
     for split, rows in splits.items():
         place = folder / path / config / split
         place.mkdir(parents=True, exist_ok=True)
@@ -34,6 +34,6 @@ def write_parquet_branch(folder: Path, path: str, config: str, splits: Mapping[s
 
 
 def write_saved(folder: Path, path: str, data_dir: str, splits: Mapping[str, Rows]) -> None:
-    """Write what `save_to_disk` leaves, in a folder within the data set."""
+    """Write the output of `save_to_disk`, in a folder within the data set."""
     made = {split: datasets.Dataset.from_list(list(rows)) for split, rows in splits.items()}
     datasets.DatasetDict(made).save_to_disk(str(folder / path / data_dir))

@@ -1,4 +1,4 @@
-"""Training jobs that end in the middle, and go on from their checkpoint."""
+"""Training jobs that are interrupted and resume from their checkpoint."""
 
 import dataclasses
 from collections.abc import Callable
@@ -38,7 +38,7 @@ PASSES = 6 * 2 + 3 + 2 + 4 * 2 + 2 + 2
 
 
 class Memory:
-    """Keeps a checkpoint as bytes, due at every step."""
+    """Checkpoints kept as bytes, due at every step."""
 
     def __init__(self, owner: str = "") -> None:
         self.owner, self.data = owner, b""
@@ -56,7 +56,7 @@ class Memory:
 
 
 class Killed(BaseException):
-    """What stands for the end of the process."""
+    """Raised in place of the end of the process."""
 
 
 def train(
@@ -70,7 +70,7 @@ def train(
 
 
 def kill_at(beat: int) -> Callable[[], None]:
-    """A beat that ends the process after so many forward passes."""
+    """Return a heartbeat callback that ends the process after this many forward passes."""
     left = [beat]
 
     def count() -> None:
@@ -84,7 +84,7 @@ def kill_at(beat: int) -> Callable[[], None]:
 def train_interrupted(
     base: Base, at: list[int], recipe: Recipe = RECIPE, engine: Any = PlainEngine
 ) -> tuple[Expert, list[CurveRow], Memory]:
-    """Train; the process ends after so many forward passes, again and again, then no more."""
+    """Train with an interruption after this many forward passes, repeatedly, then to the end."""
     memory = Memory()
     for beat in at:
         try:

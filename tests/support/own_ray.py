@@ -1,4 +1,4 @@
-"""Rays of tests: out of reach of other machines, and no Ray of this machine is in sight."""
+"""Ray instances for tests: unreachable from other machines, with no other Ray visible."""
 
 import contextlib
 import shutil
@@ -14,7 +14,7 @@ def ray_folder() -> Iterator[Path]:
     """Make an empty folder in which this process and its children start a Ray."""
     from harness.scheduling.ray_internals import loopback_only
 
-    # Short: the paths of Ray's sockets have a limit of about a hundred characters.
+    # Short, because paths of Ray's sockets are limited to about a hundred characters.
     folder = Path(tempfile.mkdtemp(prefix="ray-"))
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
@@ -28,9 +28,9 @@ def ray_folder() -> Iterator[Path]:
 class SharedRay:
     """A Ray of two cores for all tests that do not test how a Ray starts or ends.
 
-    It is started when a test first needs it. Tests with a Ray of their own stop it, since a process
-    has one connection; the next test that needs it starts it again.
-    Its processes keep the environment that it starts with, and so the cache of the session.
+    It starts when a test first needs it. A process has one connection, so tests with their own Ray
+    stop it, and the next test that needs it starts it again. Its processes keep the environment in
+    which it starts, and with it the cache of the session.
     """
 
     def __init__(self) -> None:
@@ -49,5 +49,5 @@ class SharedRay:
         self._running.enter_context(local_ray(2, 100 * 2**20, namespace="phatgoose", **quiet))
 
     def stop(self) -> None:
-        """End the Ray and put the environment back; do nothing if it is not running."""
+        """Stop the Ray and restore the environment; do nothing if it is not running."""
         self._running.close()

@@ -1,6 +1,6 @@
-"""One invented row for each data set of P3 that the lists name, with the columns of the real one.
+"""One invented row for each data set of P3 in the lists, with the columns of the real one.
 
-By the data set's folder among promptsource's templates; labels are the numbers that the hub has.
+Keys are the data set's folders among promptsource's templates. Labels are numbers, as on the hub.
 """
 
 from typing import Any

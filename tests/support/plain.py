@@ -1,4 +1,4 @@
-"""The plain meaning of scoring and generating: one sequence at a time, no cache, no padding."""
+"""The plain definition of scoring and generating: one sequence at a time, no cache, no padding."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from phatgoose.inference.scoring import Score
 
 
 def plain_logits(base: Base, context: list[int], target: list[int]) -> Tensor:
-    """Logits [len(target) + 1, V]: of each target token, and of what follows it."""
+    """Return logits [len(target) + 1, V]: of each target token and of the token after them."""
     model = base.model
     if base.is_encoder_decoder:
         start = [model.config.decoder_start_token_id]
@@ -23,7 +23,7 @@ def plain_logits(base: Base, context: list[int], target: list[int]) -> Tensor:
 
 @torch.no_grad()
 def plain_score(base: Base, context: list[int], choice: list[int]) -> Score:
-    """What `score` must say of one choice, which ends with end-of-sequence."""
+    """Return the expected result of `score` for one choice, which ends with end-of-sequence."""
     logprobs = plain_logits(base, context, choice[:-1]).log_softmax(dim=-1)
     chosen = [float(row[token]) for row, token in zip(logprobs, choice, strict=True)]
     greedy = logprobs.argmax(dim=-1).tolist()
@@ -38,7 +38,7 @@ def plain_score(base: Base, context: list[int], choice: list[int]) -> Score:
 
 @torch.no_grad()
 def plain_generate(base: Base, context: list[int], max_new_tokens: int) -> list[int]:
-    """Greedy token ids after a context; ends with end-of-sequence if that came in time."""
+    """Return greedy token ids after a context, up to and including end-of-sequence."""
     written: list[int] = []
     while len(written) < max_new_tokens and written[-1:] != [base.tokenizer.eos_token_id]:
         written.append(int(plain_logits(base, context, written)[-1].argmax()))

@@ -1,4 +1,4 @@
-"""Pools in which experts differ in rank and in what they adapt, with profiles, and a fake encoder.
+"""Pools whose experts differ in rank and adapted linears, with profiles and a fake encoder.
 
 Shape suffixes: N texts or examples, S features of an embedding, D input features of a linear.
 """
@@ -19,11 +19,11 @@ from phatgoose.question import Question
 from tests.support.tiny import make_experts
 
 DIMENSIONS = 16
-ABSENT = "e2"  # what this expert leaves out: the query projections and the last feed-forward
+ABSENT = "e2"  # what this expert does not adapt: the query projections and the last feed-forward
 
 
 class FakeEncoder:
-    """Embeds a text as random numbers that are a function of the text alone."""
+    """An encoder whose embeddings are random numbers that depend only on the text."""
 
     fingerprint = "fake" * 16
 
@@ -31,20 +31,20 @@ class FakeEncoder:
         self.asked: list[str] = []  # every text that was embedded
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """One row of length 1 for each text, [N, S]."""
+        """Return one row of length 1 for each text, [N, S]."""
         self.asked += texts
         return torch.stack([fake_embedding(text) for text in texts])
 
 
 def fake_embedding(text: str) -> Tensor:
-    """What `FakeEncoder` makes of a text, [S]."""
+    """Return the embedding that `FakeEncoder` gives to a text, [S]."""
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
     row_S = torch.randn(DIMENSIONS, generator=torch.Generator().manual_seed(seed))
     return F.normalize(row_S, dim=0)
 
 
 def make_uneven_experts(base: Base, count: int = 5, *, seed: int = 0) -> list[Expert]:
-    """Experts of which `e1` has a lower rank, and `e2` leaves out some linears."""
+    """Make experts of which `e1` has a lower rank and `e2` adapts fewer linears."""
     experts = make_experts(base, count, seed=seed)
     if count > 1:
         experts[1] = make_experts(base, 2, rank=2, seed=seed + 1)[1]
@@ -54,13 +54,13 @@ def make_uneven_experts(base: Base, count: int = 5, *, seed: int = 0) -> list[Ex
 
 
 def without(expert: Expert, *endings: str) -> Expert:
-    """The expert without the linears whose last name is one of these."""
+    """Return the expert without the linears with one of these last names."""
     kept = {n: f for n, f in expert.linears.items() if n.split(".")[-1] not in endings}
     return Expert(expert.card, kept)
 
 
 def make_profiles(experts: Sequence[Expert], seed: int = 0) -> list[Profile]:
-    """A random profile of each expert; they differ in the number of embedded examples."""
+    """Make a random profile of each expert; the numbers of embedded examples differ."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
@@ -80,17 +80,17 @@ def make_profiles(experts: Sequence[Expert], seed: int = 0) -> list[Profile]:
 
 
 def make_pool(base: Base, count: int = 5, *, seed: int = 0) -> Pool:
-    """A pool of uneven experts with all that any router needs."""
+    """Make a pool of uneven experts with everything that any router needs."""
     return pool_of(make_uneven_experts(base, count, seed=seed), seed=seed)
 
 
 def pool_of(experts: Sequence[Expert], *, seed: int = 0) -> Pool:
-    """A pool of these experts with random profiles."""
+    """Make a pool of these experts with random profiles."""
     return Pool.from_experts(experts).with_profiles(make_profiles(experts, seed))
 
 
 def queries_of(questions: Sequence[Question]) -> list[Query]:
-    """The queries of questions that all have one."""
+    """Return the queries of questions, which all have one."""
     queries = [question.query for question in questions if question.query is not None]
     assert len(queries) == len(questions)
     return queries

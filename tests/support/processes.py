@@ -1,7 +1,7 @@
-"""Processes that work at the same time, as several drivers or actors do.
+"""Processes that work at the same time, like several drivers or actors.
 
-They are forked from a process that has imported the libraries and nothing of this project: a
-library that takes seconds to import is imported once, and not once per process.
+They are forked from a process that has imported the libraries and no module of this project, so
+that slow libraries are imported once and not once per process.
 """
 
 import multiprocessing
@@ -15,7 +15,7 @@ CONTEXT.set_forkserver_preload(["torch._dynamo", "pyarrow.parquet", "pytest", "h
 
 
 def start(target: Callable[..., None], *calls: tuple[Any, ...]) -> list[BaseProcess]:
-    """Start one process per call, with the environment that this process has now."""
+    """Start one process per call, with the current environment of this process."""
     environment = dict(os.environ)
     processes: list[BaseProcess] = [
         CONTEXT.Process(target=_call, args=(environment, target, call)) for call in calls

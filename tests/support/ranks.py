@@ -12,12 +12,12 @@ from phatgoose.expert import Expert
 from tests.support import interrupted
 from tests.support.tiny import state
 
-# The summed gradients of two ranks are not those of one in the last bit.
+# The summed gradients of two ranks differ from those of one in the last bit.
 RECIPE = dataclasses.replace(interrupted.RECIPE, batch_size=8, clip=0.05)
 
 
 class Rank:
-    """One of two, with a base of each family."""
+    """One of two ranks, with a base of each family."""
 
     def __init__(self, rank: int, folders: dict[str, Path]) -> None:
         self.rank = rank
@@ -37,7 +37,7 @@ class Rank:
         start_deepspeed(store, self.rank, 2)
 
     def train(self, family: str, zero_stage: int, at: int = 0, data: bytes = b"") -> Any:
-        """Train; or up to so many forward passes, and return the checkpoint."""
+        """Train to the end; or up to a number of forward passes, and return the checkpoint."""
         from harness.training.engine import DeepSpeedEngine
 
         base, memory = self.bases[family], interrupted.Memory()

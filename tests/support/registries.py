@@ -11,7 +11,7 @@ BASE, OTHER_BASE = "ba5e" * 16, "0e4f" * 16
 def make_expert(
     number: int, *, value: float = 1.0, name: str | None = None, base: str = BASE
 ) -> Expert:
-    """A tiny expert of job `number`; another `value` gives other content."""
+    """Make a tiny expert of job `number`; another `value` gives other content."""
     card = Card(
         name=name or f"task-{number}",
         task="task",

@@ -1,7 +1,9 @@
-"""An S3-compatible server on 127.0.0.1, in a process of its own: python -m tests.support.s3_server
+"""An S3-compatible server on 127.0.0.1, in a separate process.
 
-It is moto's, one request at a time, so that its conditional put is atomic as S3's is. It prints
-its port and ends when its standard input does, which is when its parent ends at the latest.
+    python -m tests.support.s3_server
+
+The server is moto's. It handles one request at a time, so that its conditional put is atomic as in
+S3. It prints its port, and ends when its standard input ends, at the latest with its parent.
 """
 
 import os
@@ -18,14 +20,14 @@ KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
 
 
 class S3Server:
-    """A server that runs, with a bucket called `bucket`."""
+    """A running server with a bucket called `bucket`."""
 
     def __init__(self, port: int) -> None:
         self.place = f"127.0.0.1:{port}"
         self.make_bucket("bucket")
 
     def uri(self, folder: str, bucket: str = "bucket") -> str:
-        """The URI of a folder, as a user writes it."""
+        """Return the URI of a folder, as a user writes it."""
         options = f"endpoint_override={self.place}&scheme=http&region=us-east-1"
         return f"s3://{bucket}/{folder}?{options}"
 
@@ -37,7 +39,7 @@ class S3Server:
 
 @contextmanager
 def s3_server(environment: dict[str, str] | None = None) -> Iterator[S3Server]:
-    """Start a server; its keys are in the environment of this process and its children."""
+    """Start a server; put its keys into the environment of this process and its children."""
     before = {name: os.environ.get(name) for name in KEYS}
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.support.s3_server"],
@@ -72,7 +74,7 @@ def _serve() -> None:
 
     application: Callable[..., Any] = DomainDispatcherApplication(create_backend_app)
     one_at_a_time = threading.Lock()
-    # A server that knows no conditional put: it does not see the header.
+    # A server without conditional puts ignores the header.
     forgets = os.environ.get("TEST_S3_WITHOUT_CONDITIONS")
 
     def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:

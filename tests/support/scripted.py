@@ -1,4 +1,4 @@
-"""A base that writes what a test says, whatever it reads."""
+"""A base that generates a given text, whatever it reads."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from phatgoose.base import Base
 
 @contextmanager
 def writing(base: Base, *rows: Sequence[int]) -> Iterator[list[int]]:
-    """Let the base write these ids; yields a list that is as long as there were steps."""
+    """Let the base generate these ids; yield a list with one element per step."""
     steps: list[int] = []
 
     def write(_: nn.Module, __: Any, logits: Tensor) -> Tensor:

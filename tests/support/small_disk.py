@@ -1,4 +1,4 @@
-"""Disks that are soon full."""
+"""Disks with little space."""
 
 import contextlib
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 
 @contextlib.contextmanager
 def small_disk(place: Path, size: str) -> Iterator[Path]:
-    """A disk of so many bytes (as `mount` takes them) at `place`; skips where none can be had."""
+    """Mount a disk of this size (as `mount` takes it) at `place`; skip if that is impossible."""
     place.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
     done = subprocess.run(mount, capture_output=True, text=True, check=False)

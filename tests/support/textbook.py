@@ -1,8 +1,8 @@
-"""Routers as the papers write them: one token and one expert at a time, in float64, no tricks.
+"""Routers as in the papers: one token and one expert at a time, in float64, without optimizations.
 
 Shape suffixes: D input and O output features of a linear, R rank, T tokens.
 
-What an expert does not adapt is None in its place.
+An expert that does not adapt a linear is None there.
 """
 
 import functools
@@ -20,13 +20,13 @@ from phatgoose.expert import Expert
 from phatgoose.profile import Profile
 from tests.support.tiny import add_to_weight
 
-# The weights of all experts, for one token.
+# The weights of all experts for one token.
 Weights = list[float]
 
 
 @dataclass
 class Fact:
-    """One expert on one linear, in float64; `lora_B_OR` holds the scale."""
+    """One expert on one linear, in float64; `lora_B_OR` includes the scale."""
 
     lora_A_RD: Tensor
     lora_B_OR: Tensor
@@ -37,12 +37,12 @@ class Fact:
 
     @cached_property
     def delta_OD(self) -> Tensor:
-        """What the expert adds to the linear's weight."""
+        """Return the matrix that the expert adds to the linear's weight."""
         return self.lora_B_OR @ self.lora_A_RD
 
     @cached_property
     def svd(self) -> tuple[Tensor, Tensor]:
-        """Singular values above zero, and their right singular vectors as rows."""
+        """Return the singular values above zero, and their right singular vectors as rows."""
         _, s, v = torch.linalg.svd(self.delta_OD, full_matrices=False)
         rank = int((s > 1e-9 * s[0]).sum())
         return s[:rank], v[:rank]
@@ -54,7 +54,7 @@ Facts = Sequence[Fact | None]
 def facts_of(
     experts: Sequence[Expert], linear: str, profiles: Sequence[Profile] | None = None
 ) -> list[Fact | None]:
-    """What is known of each expert on one linear."""
+    """Return the facts about each expert on one linear."""
     facts: list[Fact | None] = []
     for index, expert in enumerate(experts):
         if linear not in expert.linears:
@@ -72,13 +72,13 @@ def facts_of(
 
 
 def standardised(x_D: Tensor) -> Tensor:
-    """Mean 0 and variance 1 over the features."""
+    """Normalize to mean 0 and variance 1 over the features."""
     centred_D = x_D - x_D.mean()
     return centred_D / math.sqrt(float((centred_D**2).mean()) + 1e-5)
 
 
 def gate_score(x_D: Tensor, gate_D: Tensor | None, *, x_too: bool = True) -> float:
-    """PHATGOOSE's score."""
+    """Return PHATGOOSE's score."""
     assert gate_D is not None
     x_D = standardised(x_D) if x_too else x_D
     return float(x_D @ standardised(gate_D)) / math.sqrt(len(x_D))
@@ -134,9 +134,9 @@ Score = Callable[[Tensor, Fact], float]
 
 @dataclass(frozen=True)
 class Rule:
-    """A token router: its score, how many experts are kept, and how they are weighed and mixed.
+    """A token router: its score, the number of kept experts, and how they are weighted and mixed.
 
-    `candidates` is the number of experts that Arrow's score keeps before, if it does.
+    `candidates` is the number of experts preselected by Arrow's score, if any.
     """
 
     score: Score
@@ -146,7 +146,7 @@ class Rule:
     candidates: int | None = None
 
     def scores(self, x_D: Tensor, facts: Facts, bias: Sequence[float] | None = None) -> Weights:
-        """Each expert's score of one token; minus infinity if it cannot be chosen."""
+        """Return each expert's score of one token; minus infinity if it cannot be chosen."""
         chosen = {e: fact for e, fact in enumerate(facts) if fact is not None}
         if self.candidates is not None:
             first = sorted(chosen, key=lambda e: -arrow(x_D, chosen[e]))[: self.candidates]
@@ -157,7 +157,7 @@ class Rule:
         return scores
 
     def weights(self, x_D: Tensor, facts: Facts, bias: Sequence[float] | None = None) -> Weights:
-        """Each expert's weight for one token, 0 if it is not kept."""
+        """Return each expert's weight for one token, 0 if it is not kept."""
         scores = self.scores(x_D, facts, bias)
         able = [e for e, score in enumerate(scores) if score > -math.inf]
         kept = sorted(able, key=lambda e: -scores[e])[: self.top_k]
@@ -167,7 +167,7 @@ class Rule:
         return [share[e] / total if e in share else 0.0 for e in range(len(facts))]
 
     def clear_cut(self, x_D: Tensor, facts: Facts, bias: Sequence[float] | None = None) -> bool:
-        """Whether rounding cannot change which experts are kept."""
+        """Return whether rounding cannot change which experts are kept."""
         scores = [s for s in self.scores(x_D, facts, bias) if s > -math.inf]
         scores.sort(reverse=True)
         if len(scores) <= self.top_k:
@@ -176,12 +176,12 @@ class Rule:
         return last - next_ > 1e-4 * max(1.0, abs(last))
 
     def added(self, x_D: Tensor, facts: Facts, bias: Sequence[float] | None = None) -> Tensor:
-        """What the experts add to one token's output, [O]."""
+        """Return what the experts add to one token's output, [O]."""
         weights = self.weights(x_D, facts, bias)
         return mixed_factors(x_D, facts, weights) if self.factors else mixed(x_D, facts, weights)
 
 
-# Every token router at its defaults; `random` and the wrappers have tests of their own.
+# Every token router with its defaults; `random` and the wrappers have their own tests.
 RULES = {
     "phatgoose": Rule(phatgoose, 2),
     "average_activation": Rule(average_activation, 2),
@@ -195,13 +195,13 @@ RULES = {
 
 
 def mixed(x_D: Tensor, facts: Facts, weights: Weights) -> Tensor:
-    """The weighted sum of the experts' outputs."""
+    """Return the weighted sum of the experts' outputs."""
     outputs = [w * (f.delta_OD @ x_D) for f, w in zip(facts, weights, strict=True) if f is not None]
     return torch.stack(outputs).sum(dim=0)
 
 
 def mixed_factors(x_D: Tensor, facts: Facts, weights: Weights) -> Tensor:
-    """The weighted sum of the B's times that of the A's; a lower rank counts as zeros."""
+    """Return the weighted sum of the B's times that of the A's; pad lower ranks with zeros."""
     present = [(f, w) for f, w in zip(facts, weights, strict=True) if f is not None]
     rank = max(len(f.lora_A_RD) for f, _ in present)
     lora_A_RD = torch.zeros(rank, len(x_D), dtype=torch.float64)
@@ -214,7 +214,7 @@ def mixed_factors(x_D: Tensor, facts: Facts, weights: Weights) -> Tensor:
 
 
 class _Added(nn.Module):
-    """A linear, plus what a function adds to each token."""
+    """A linear, plus a function added to each token."""
 
     def __init__(self, linear: nn.Module, added: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -231,7 +231,7 @@ class _Added(nn.Module):
 
 
 def base_with(base: Base, added: Callable[[str, Tensor], Tensor]) -> Base:
-    """The base anew, where `added(linear, x_D)` is added to what each linear makes of a token."""
+    """Return a fresh base in which `added(linear, x_D)` is added to each linear's output."""
     other = load_base(base.name)
     for name in other.linears:
         linear = other.model.get_submodule(name)
@@ -240,7 +240,7 @@ def base_with(base: Base, added: Callable[[str, Tensor], Tensor]) -> Base:
 
 
 def base_plus(base: Base, deltas: dict[str, Tensor]) -> Base:
-    """The base anew, with a matrix [O, D] added to the weight of each of these linears."""
+    """Return a fresh base with a matrix [O, D] added to the weight of each of these linears."""
     other = load_base(base.name)
     for name, delta_OD in deltas.items():
         add_to_weight(other.model.get_submodule(name), delta_OD.float())

@@ -4,7 +4,7 @@
     make_t5(folder)      encoder and decoder, gated GELU, a Unigram tokenizer that ends with </s>
     make_decoder(folder, kind)    any decoder-only architecture, with the tokenizer of the first
 
-All are the same bits for the same arguments, in every process.
+The same arguments give identical files in every process.
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ def make_llama(folder: Path, *, tied: bool = False, seed: int = 0) -> Path:
 def make_t5(folder: Path, *, tied: bool = False, seed: int = 0) -> Path:
     """Write a tiny base like T5 1.1 into `folder`, and return it."""
     tokenizer = t5_tokenizer()
-    # transformers takes these and does not name them among the arguments.
+    # transformers accepts these without declaring them.
     more: dict[str, Any] = {
         "tie_word_embeddings": tied,
         "decoder_start_token_id": tokenizer.pad_token_id,
@@ -84,7 +84,7 @@ def make_t5(folder: Path, *, tied: bool = False, seed: int = 0) -> Path:
 
 
 def build(kind: str, **sizes: Any) -> PreTrainedModel:
-    """A random model of an architecture, as transformers starts it."""
+    """Return a random model of an architecture, initialized by transformers."""
     config = AutoConfig.for_model(kind, **sizes)
     family = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
@@ -93,7 +93,7 @@ def build(kind: str, **sizes: Any) -> PreTrainedModel:
     return model
 
 
-# Sizes that are not called as in Llama's configuration.
+# Sizes whose names differ from those in Llama's configuration.
 _SIZES: dict[str, dict[str, Any]] = {
     "mpt": {"d_model": 16, "n_heads": 2, "n_layers": 2, "max_seq_len": 128},
     "bloom": {"hidden_size": 16, "n_head": 2, "n_layer": 2},
@@ -107,8 +107,8 @@ _WITHOUT_GROUPS = ("gpt_neox", "opt", "phi", "falcon")
 
 
 def decoder_sizes(kind: str) -> dict[str, Any]:
-    """Tiny sizes of a decoder-only architecture."""
-    # Some tokenizers add a padding token of their own when they are read.
+    """Return tiny sizes of a decoder-only architecture."""
+    # Some tokenizers add a padding token when they are loaded.
     sizes: dict[str, Any] = {"vocab_size": 344, "pad_token_id": 0, "bos_token_id": 0}
     sizes |= {"eos_token_id": 0, **_SIZES.get(kind, {})}
     if kind in ("mpt", "bloom", "gpt2"):
@@ -130,7 +130,7 @@ def make_decoder(folder: Path, kind: str, **changes: Any) -> Path:
 
 
 def llama_tokenizer(*, start: bool = False) -> PreTrainedTokenizerFast:
-    """Byte-level BPE as GPT-2's: a space belongs to the word after it. `start`: puts <s> first."""
+    """Make a byte-level BPE like GPT-2's, with leading spaces in words. `start` puts <s> first."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -151,9 +151,9 @@ def llama_tokenizer(*, start: bool = False) -> PreTrainedTokenizerFast:
 
 
 def t5_tokenizer(*, end: bool = True) -> PreTrainedTokenizerFast:
-    """Unigram over words and letters as sentencepiece's: a word starts with its space.
+    """Make a Unigram tokenizer over words and letters like sentencepiece's, with leading spaces.
 
-    `end`: puts </s> last, as T5's does and a decoder's does not.
+    `end` puts </s> last, as T5's tokenizer does and a decoder's does not.
     """
     text = " ".join(SENTENCES)
     words = sorted({"▁" + word for word in text.split()})
@@ -175,7 +175,7 @@ def t5_tokenizer(*, end: bool = True) -> PreTrainedTokenizerFast:
 def make_experts(
     base: Base, count: int = 3, *, rank: int = RANK, gates: bool = True, seed: int = 0
 ) -> list[Expert]:
-    """Random experts `e0`, `e1`, ... of a base, large enough to change what it says."""
+    """Make random experts `e0`, `e1`, ... of a base, large enough to change its outputs."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
@@ -196,7 +196,7 @@ def make_experts(
 
 
 def make_card(name: str, base: Base, *, scale: float = 1 / 16) -> Card:
-    """A card of an expert of a base that was trained on nothing."""
+    """Make a card of an untrained expert of a base."""
     return Card(
         name=name,
         task=name,
@@ -217,12 +217,12 @@ def add_to_weight(linear: nn.Module, delta_OD: Tensor) -> None:
 
 
 def state(base: Base) -> dict[str, Tensor]:
-    """A copy of a base's weights, to compare bit by bit later."""
+    """Return a copy of a base's weights, for an exact comparison later."""
     return {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
 
 
 def with_tokenizer(base: Base, tokenizer: PreTrainedTokenizerFast) -> Base:
-    """The same base with another tokenizer, whose tokens it need not know."""
+    """Return the same base with another tokenizer, whose tokens it need not know."""
     return dataclasses.replace(base, tokenizer=tokenizer)
 
 
@@ -234,7 +234,7 @@ def _save(
     tied: bool,
     seed: int,
 ) -> Path:
-    if not tied:  # transformers makes every T5 tied, but reads one whose file has both matrices
+    if not tied:  # transformers makes every T5 tied, but reads an untied one from both matrices
         head = model.get_output_embeddings()
         head.weight = nn.Parameter(head.weight.detach().clone())
     weights = dict(sorted(model.named_parameters()))
@@ -251,7 +251,7 @@ def _save(
 def _randomize(weights: dict[str, nn.Parameter], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, weight in weights.items():
-        # Larger than a start for training, so that what the base says depends on what it reads.
+        # Larger than an initialization for training, so that outputs depend on the input.
         is_norm = "norm" in name or ".ln_" in name
         centre, spread = (1.0, 0.1) if is_norm else (0.0, weight.shape[-1] ** -0.5)
         weight.data = centre + spread * torch.randn(weight.shape, generator=generator)

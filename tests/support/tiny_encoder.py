@@ -1,9 +1,9 @@
 """A tiny random sentence encoder as a local directory: real files, no network.
 
-    make_encoder(folder)   BERT, mean pooling without a normalising module, reads 16 tokens
+    make_encoder(folder)   BERT, mean pooling without a normalizing module, reads 16 tokens
 
-It is the same bits for the same arguments, in every process. Words of
-`tests.support.tiny.SENTENCES` are one token each; others are spelled.
+The same arguments give identical files in every process. Words of `tests.support.tiny.SENTENCES`
+are one token each; others are spelled in letters.
 """
 
 import json
@@ -36,7 +36,7 @@ def make_encoder(folder: Path, seed: int = 0) -> Path:
     generator = torch.Generator().manual_seed(seed)
     weights = dict(sorted(model.named_parameters()))
     for name, weight in weights.items():
-        # Words outweigh what all texts share, so that texts are told apart.
+        # Words outweigh what all texts share, so that texts are distinguishable.
         centre, spread = (1.0, 0.1) if "LayerNorm.weight" in name else (0.0, 0.1)
         if "word_embeddings" in name:
             spread = 1.0
@@ -44,7 +44,7 @@ def make_encoder(folder: Path, seed: int = 0) -> Path:
     (folder / "1_Pooling").mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(folder)
-    # Its own files as the packaged encoder has them.
+    # Its additional files, as in the packaged encoder.
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
     settings = {
         "config.json": {**config.to_dict(), "architectures": ["BertModel"]},
@@ -61,7 +61,7 @@ def make_encoder(folder: Path, seed: int = 0) -> Path:
 
 
 def set_pooling(folder: Path, mode: str) -> None:
-    """Let an encoder's directory say how tokens become one vector: `mean_tokens`, `cls_token`."""
+    """Set how an encoder's directory pools tokens into one vector: `mean_tokens`, `cls_token`."""
     modes = {f"pooling_mode_{m}": m == mode for m in ("cls_token", "mean_tokens", "max_tokens")}
     config = {"word_embedding_dimension": DIMENSIONS, **modes}
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(config))

@@ -1,6 +1,6 @@
-"""A tiny BIG-bench, actors without Ray, and requests: what the tests of the harness share.
+"""A tiny BIG-bench, actors without Ray, and requests, shared by the tests of the harness.
 
-The tasks' words are those that the tokenizers of `tests.support.tiny` know.
+The words of the tasks are those that the tokenizers of `tests.support.tiny` know.
 """
 
 import io
@@ -35,9 +35,9 @@ _DEEDS = ("flies", "swims", "is deep", "is dry", "answers", "is grey")
 
 
 def generation_task(first: str, answer: str) -> dict[str, Any]:
-    """A task of 36 documents whose answer is always the same: what an expert can learn.
+    """Make a task of 36 documents with a constant answer, which an expert can learn.
 
-    `first` stands before each, so that no two tasks share a document.
+    `first` begins each document, so that no two tasks share one.
     """
     pairs = itertools.product(_NAMES, _DEEDS)
     examples = [{"input": f"{first} the {name} {deed}", "target": answer} for name, deed in pairs]
@@ -45,7 +45,7 @@ def generation_task(first: str, answer: str) -> dict[str, Any]:
 
 
 def choice_task(first: str, *choices: str) -> dict[str, Any]:
-    """A task of 36 documents with these choices; now this one is right, now that one."""
+    """Make a task of 36 documents with these choices; the right choice varies."""
     examples = []
     for i, (name, deed) in enumerate(itertools.product(_NAMES, _DEEDS)):
         right = i % len(choices)
@@ -64,7 +64,7 @@ TASKS = {
 
 
 def write_archive(path: Path, tasks: Mapping[str, Any]) -> Path:
-    """Write tasks into an archive laid out like BIG-bench's source distribution."""
+    """Write tasks into an archive with the layout of BIG-bench's source distribution."""
     with tarfile.open(path, "w:gz") as tar:
         for member, definition in tasks.items():
             data = json.dumps(definition).encode()
@@ -80,12 +80,12 @@ def prepare_toys(specs: Sequence[TaskSpec], folder: Path) -> list[TaskData]:
 
 
 def from_archive(path: Path) -> Callable[[Sequence[TaskSpec]], None]:
-    """Makes the files of tasks of BIG-bench from this archive."""
+    """Return a function that prepares BIG-bench tasks from this archive."""
     return lambda specs: write_all(bigbench.read_archive(path, specs))
 
 
 def toy_config(base: Path, run_dir: Path, **changes: Any) -> Any:
-    """A run of three experts and two held-out tasks, small enough for a test."""
+    """Return a run of three experts and two held-out tasks, small enough for a test."""
     from harness.config.schema import RunConfig, RunSection
     from harness.scheduling.settings import BaseConfig, ClusterConfig
     from phatgoose.profile import ProfileConfig
@@ -124,7 +124,7 @@ def toy_config(base: Path, run_dir: Path, **changes: Any) -> Any:
 
 
 def toy_arguments(base: Path, run_dir: Path) -> list[str]:
-    """The toy run as a command line; one actor, so that experts come one after the other."""
+    """Return the toy run as a command line, with one actor that trains one expert at a time."""
     return [
         f"base={base}",
         f"run.dir={run_dir}",
@@ -151,7 +151,7 @@ def toy_arguments(base: Path, run_dir: Path) -> list[str]:
 
 
 def local_actor(base: Base, experts: Sequence[Expert]) -> EvalActor:
-    """An evaluation actor in this process: its constructor would take over standard output."""
+    """Return an evaluation actor in this process, without its redirection of standard output."""
     actor = object.__new__(EvalActor)
     actor._base, actor._model, actor._attached, actor._done = base, None, None, 0
     by_hash = {expert.content_hash(): expert for expert in experts}
@@ -162,23 +162,23 @@ def local_actor(base: Base, experts: Sequence[Expert]) -> EvalActor:
 
 
 def members_of(experts: Sequence[Expert]) -> Members:
-    """What an evaluation says of a pool of these."""
+    """Return the description that an evaluation needs of a pool of these experts."""
     return Members({expert.card.name: expert.content_hash() for expert in experts})
 
 
 def setting(
     folder: Path, workers: "LocalWorkers", characters: int, dtype: str = "float32"
 ) -> Setting:
-    """The setting of evaluations in this run folder."""
+    """Return the setting of evaluations in this run folder."""
     conditions = Conditions.here("tiny's fingerprint", dtype, "cpu")
     return Setting(Folder(folder), "tiny", conditions, workers, characters)  # type: ignore[arg-type]
 
 
 class LocalWorkers:
-    """Stands for `Workers`: calls one object in this process, in an order of choice.
+    """A replacement for `Workers` that calls one object in this process, in a chosen order.
 
     Attributes:
-        calls: how many calls there were.
+        calls: the number of calls.
         most: how many are answered in one step.
     """
 
