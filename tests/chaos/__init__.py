@@ -1,1 +1,1 @@
-"""Chaos: a run whose processes are killed again and again ends as one that is left alone."""
+"""Compare runs whose processes are killed repeatedly with an undisturbed run."""

@@ -1,4 +1,4 @@
-"""python -m tests.chaos: runs that are killed again and again end as one that is left alone."""
+"""python -m tests.chaos: compare repeatedly killed runs with an undisturbed run."""
 
 import argparse
 import shutil
@@ -17,7 +17,7 @@ from tests.chaos.workload import Workload
 
 
 def main() -> int:
-    """Run the command line; returns 1 if anything is wrong."""
+    """Run the command line; return 1 if anything is wrong."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument(
         "--seed", type=int, action="append", help="one disturbed run each (default: 1, 2, 3)"
@@ -41,7 +41,7 @@ def main() -> int:
 
 
 def chaos(folder: Path, seeds: list[int], kills: int, experts: int, steps: int) -> int:
-    """All runs, their tables and their parquet files; returns 1 if anything is wrong."""
+    """Do all runs and write their tables and parquet files; return 1 if anything is wrong."""
     environment(folder)
     workload = Workload(folder / "inputs", experts, steps)
     workload.folder.mkdir()
@@ -65,7 +65,7 @@ def chaos(folder: Path, seeds: list[int], kills: int, experts: int, steps: int) 
 
 
 def kill_table(run: Run) -> str:
-    """Each kill of a run."""
+    """Return a table of the kills of a run."""
     header = ["at s", "killed", "which", "what it was doing", "done", "back after s", "next result"]
     rows = [
         [
@@ -83,7 +83,7 @@ def kill_table(run: Run) -> str:
 
 
 def seed_table(rows: list[dict[str, Any]]) -> str:
-    """One line per seed."""
+    """Return a table with one line per seed."""
     header = {
         "seed": "seed",
         "kills": "kills",

@@ -1,4 +1,4 @@
-"""What must be the same after a disturbed run as after one left alone, and what must be gone."""
+"""Check that a disturbed run has the results of an undisturbed one and leaves nothing behind."""
 
 import itertools
 import json
@@ -17,10 +17,10 @@ from harness.storage import Folder
 from tests.chaos.killer import Kill
 from tests.chaos.watch import Watch
 
-# All else must be the same to the last bit, row by row: file or folder of the run, and what of it
-# depends on time, place or the kills.
+# Everything else must be bit-identical, row by row. Keys are files or folders of the run, values
+# the columns that depend on time, place or the kills.
 EXCLUDED = {
-    run_folder.SCORES_FILE: {"run", "seconds"},  # a run is called as its folder
+    run_folder.SCORES_FILE: {"run", "seconds"},  # a run is named after its folder
     run_folder.SUMMARY_FILE: set(),
     run_folder.OVERLAP_FILE: set(),
     run_folder.SAMPLES_FOLDER: set(),
@@ -49,7 +49,7 @@ _SHOWN = 3
 
 
 def differences(run_dir: Path, undisturbed: Path) -> list[str]:
-    """How two runs' results and registries differ, in lines."""
+    """Return the differences between the results and registries of two runs, one per line."""
     found = []
     for name in EXCLUDED:
         ours, theirs = _files(run_dir, name), _files(undisturbed, name)
@@ -69,7 +69,7 @@ def differences(run_dir: Path, undisturbed: Path) -> list[str]:
 
 
 def faults(run_dir: Path, experts: Sequence[str]) -> list[str]:
-    """What is wrong with a finished run by itself: twice there, left behind, damaged."""
+    """Return the faults of a finished run by itself: duplicates, leftovers and damage."""
     found = []
     call = json.loads((run_dir / run_folder.RUN_FILE).read_text())["calls"][-1]
     if call["problems"] or not call["finished"]:
@@ -99,10 +99,10 @@ def faults(run_dir: Path, experts: Sequence[str]) -> list[str]:
 
 
 def trained_again(watch: Watch, kills: Sequence[Kill]) -> tuple[int, list[str]]:
-    """How many trainings were done to the end and lost, and those that no kill accounts for.
+    """Return how many completed trainings were lost, and those that no kill explains.
 
     A result is lost if its actor, its node or the driver is killed after the last step and before
-    the registry has it. Once it has, no actor may be given the job.
+    the registry has it. Once the registry has it, no actor may be given the job again.
     """
     lost, found = 0, []
     causes = [k.seconds for k in kills if k.kind in ("trainer", "node", "driver", "registry")]
@@ -115,14 +115,14 @@ def trained_again(watch: Watch, kills: Sequence[Kill]) -> tuple[int, list[str]]:
                 found.append(f"{expert} was given out again after it was published")
             elif before.what == "trained":
                 lost += 1
-                # What is seen may be seen a moment late.
+                # An event may be observed a moment late.
                 if not any(before.seconds - 1 < second < after.seconds for second in causes):
                     found.append(f"{expert} was trained to the end twice, and nothing was killed")
     return lost, found
 
 
 def published_twice(output: str) -> list[str]:
-    """Experts that the drivers, of all calls together, said twice to have published."""
+    """Return the experts that the drivers of all calls report to have published twice."""
     said = Counter(
         line.split()[1].rstrip(":") for line in output.splitlines() if line.startswith("trained   ")
     )
@@ -144,7 +144,7 @@ def _rows(run_dir: Path, file: str, name: str | None = None) -> list[dict[str, A
 def _compare(file: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[str]:
     if len(ours) != len(theirs):
         return [f"{file}: {len(ours)} rows, undisturbed {len(theirs)}"]
-    # `repr` of a float has all its bits.
+    # `repr` of a float is exact.
     rows = [i for i in range(len(ours)) if repr(ours[i]) != repr(theirs[i])]
     shown = [
         f"{file}, row {i}: {key}={ours[i][key]!r}, undisturbed {theirs[i][key]!r}"
@@ -160,7 +160,7 @@ def _registry(run_dir: Path) -> Registry:
 
 
 def _records(run_dir: Path) -> dict[str, tuple[str, str]]:
-    """Name and content hash by job."""
+    """Return the name and content hash of each job."""
     folder = Folder(run_dir / "registry")
     records = {file: read_record(folder, file) for file in job_files(folder)}
     return {file: (record.name, record.object) for file, record in records.items() if record}
@@ -171,12 +171,12 @@ def _bytes(folder: Path) -> dict[str, bytes]:
 
 
 def _left(run_dir: Path) -> list[str]:
-    """Checkpoints and what killed writers left."""
+    """Return checkpoints and files left by killed writers."""
     paths = [path.relative_to(run_dir) for path in sorted(run_dir.rglob("*"))]
     return [
         str(path)
         for path in paths
-        if (path.name.startswith(".") and path.suffix != ".lock")  # empty, and used again
+        if (path.name.startswith(".") and path.suffix != ".lock")  # empty and reused
         or path.suffix in (".tmp", ".partial")
         or (path.parts[0] == "checkpoints" and len(path.parts) > 1)
     ]

@@ -1,4 +1,4 @@
-"""Ends processes of a run: what, and after how much progress, is drawn by a seed."""
+"""Kill processes of a run at points of its progress that a seed determines."""
 
 import random
 import subprocess
@@ -13,14 +13,14 @@ from tests.chaos.nodes import EVALUATOR, REGISTRY, TRAINER, Actor, Nodes, kill
 from tests.chaos.watch import Watch, working
 
 KINDS = ("trainer", "evaluator", "registry", "node", "driver")
-# Of the kills beyond one of each kind. A driver takes longest to come back.
+# The kinds of the kills beyond one of each kind. A driver takes longest to recover.
 _WEIGHTS = {"trainer": 5, "evaluator": 5, "registry": 2, "node": 2, "driver": 1}
 _CLASSES = {"trainer": TRAINER, "evaluator": EVALUATOR, "registry": REGISTRY}
 _PHASES = {
     "train": ("trainer", "registry", "node", "driver"),
     "evaluate": ("evaluator", "registry", "node", "driver"),
 }
-# The kills of a phase are spread over so much of its work; what is left is for the last to hit.
+# The kills of a phase are spread over this share of its work. The last one needs the rest.
 _FROM, _TO = 0.03, 0.75
 _DELAY_SECONDS = 1.5
 _NEW_NODE_SECONDS = 3.0
@@ -28,7 +28,7 @@ _NEW_NODE_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class Planned:
-    """A kill to come: of what, at which share of the phase's work, and how long after that."""
+    """A planned kill: its kind, the share of the phase's work at which it is due, and a delay."""
 
     phase: str
     kind: str
@@ -38,18 +38,18 @@ class Planned:
 
 @dataclass
 class Kill:
-    """A kill that was done; times in seconds since the run began.
+    """A completed kill. Times are in seconds since the start of the run.
 
     Attributes:
-        seed, number: of the run, and of the kill in it.
-        seconds: when.
+        seed, number: the seed of the run, and the number of the kill in it.
+        seconds: the time of the kill.
         phase, kind: as planned.
-        victim: its processes or node.
-        doing: what it was doing.
+        victim: the processes or the node that were killed.
+        doing: what the victim was doing.
         experts, answers: how much was done by then.
-        recovery: until what was lost was at work again; None if that was not needed any more.
-        by: what was seen then.
-        next_result: until the next expert was published or chunk answered.
+        recovery: the time until the lost work was resumed; None if that was no longer needed.
+        by: the event that showed the recovery.
+        next_result: the time until the next expert was published or chunk answered.
     """
 
     seed: int
@@ -66,13 +66,13 @@ class Kill:
     next_result: float | None = None
 
     def row(self) -> dict[str, Any]:
-        """For a parquet file."""
+        """Return the kill as a row of a parquet file."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class _Hit:
-    """A victim that is dead, what it was doing, and what says that all is well again."""
+    """A dead victim, what it was doing, and the event that shows the recovery."""
 
     victim: str
     doing: str
@@ -80,12 +80,12 @@ class _Hit:
 
 
 def plan(seed: int, kills: int) -> list[Planned]:
-    """What is to be killed, and when: at least one of each kind, half of all in each phase."""
+    """Plan kills: at least one of each kind, and half of all kills in each phase."""
     draw = random.Random(seed)
     planned = []
     for phase, number in (("train", (kills + 1) // 2), ("evaluate", kills // 2)):
         kinds = list(_PHASES[phase])
-        if number < len(kinds):  # few kills: the first of a phase is its own kind
+        if number < len(kinds):  # with few kills, the first of a phase has a kind of its own
             others = kinds[1:] if phase == "train" else kinds[:0:-1]
             chosen = [kinds[0], *others[: number - 1]]
         else:
@@ -100,13 +100,13 @@ def plan(seed: int, kills: int) -> list[Planned]:
 
 
 class Killer:
-    """Does the planned kills of one run, one after the other.
+    """Carry out the planned kills of one run, one after the other.
 
     Args:
-        planned: in their order.
-        seed: of the plan; draws among several victims too.
-        nodes, watch: the cluster, and what is seen of the run.
-        experts, answers: how many the whole run has.
+        planned: the kills, in order.
+        seed: the seed of the plan; also chooses among several victims.
+        nodes, watch: the cluster and the observer of the run.
+        experts, answers: how many the complete run has.
     """
 
     def __init__(
@@ -129,11 +129,11 @@ class Killer:
 
     @property
     def is_done(self) -> bool:
-        """Whether all kills are done, and all nodes are there again."""
+        """Return whether all kills are done and all nodes are replaced."""
         return not self._planned and self._new_node is None
 
     def step(self, driver: subprocess.Popen[bytes]) -> None:
-        """Kill what is due, and replace nodes; to be called in the main thread, again and again."""
+        """Kill what is due and replace nodes; call it repeatedly in the main thread."""
         now = time.monotonic()
         if self._new_node is not None and now >= self._new_node:
             self._new_node = None
@@ -141,7 +141,7 @@ class Killer:
         if not self._planned:
             return
         if self._planned[0].kind == "trainer" and self._done("train") == self._totals["train"]:
-            # Too late: all experts are there. Something of the other phase, then.
+            # All experts are done, so it is too late. Kill something of the other phase.
             self._planned[0] = replace(self._planned[0], phase="evaluate", kind="evaluator")
         if not self._is_due(self._planned[0]):
             return
@@ -158,7 +158,7 @@ class Killer:
         return len(self._watch.records) if phase == "train" else self._watch.answers
 
     def _kill(self, planned: Planned, driver: subprocess.Popen[bytes]) -> bool:
-        """One kill; False if there is no victim at work now."""
+        """Carry out one kill; return False if no victim is at work."""
         watch = self._watch
         seconds, experts, answers = watch.seconds, len(watch.records), watch.answers
         actors = self._nodes.actors()
@@ -196,7 +196,7 @@ class Killer:
         doing = ", ".join(self._doing(actor) for actor in work if actor.node == node.node_id)
         before = {n.node_id for n in self._nodes.workers}
         count = self._nodes.kill_node(node)
-        if not count:  # it was dead already, which nobody here did
+        if not count:  # it was dead already, but not killed here
             raise RuntimeError(f"the node {node.node_id} died by itself")
         self._new_node = time.monotonic() + self._draw.uniform(0, _NEW_NODE_SECONDS)
         victim = f"node {node.node_id[:6]}, {count} processes"
@@ -205,7 +205,7 @@ class Killer:
     def _kill_actor(self, kind: str, actors: list[Actor]) -> _Hit | None:
         name = _CLASSES[kind]
         victims = working(actors, name)
-        if kind == "registry":  # mostly it is between two calls
+        if kind == "registry":  # usually it is between two calls
             victims = [a for a in actors if a.kind == REGISTRY and a.method != "__init__"]
         if not victims:
             return None
@@ -270,5 +270,5 @@ class Killer:
 
 
 def has_every_kind(kills: list[Kill]) -> bool:
-    """Whether there was at least one kill of each kind."""
+    """Return whether there was at least one kill of each kind."""
     return {kill_.kind for kill_ in kills} == set(KINDS)

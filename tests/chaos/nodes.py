@@ -1,6 +1,7 @@
-"""A Ray cluster of one head without work and three worker nodes, whose processes can be killed.
+"""A Ray cluster of a head without work and three worker nodes, whose processes can be killed.
 
-It belongs to this process, and the run's driver is another one. All of it stays on 127.0.0.1.
+The cluster belongs to this process; the driver of the run is another process. All of it stays
+on 127.0.0.1.
 """
 
 import contextlib
@@ -18,20 +19,20 @@ import psutil
 WORKERS = 3
 TRAINER, EVALUATOR, REGISTRY = "TrainActor", "EvalActor", "Registry"
 _COMMON = {"node_ip_address": "127.0.0.1", "object_store_memory": 100 * 2**20}
-# So that a dead node is noticed within two seconds.
+# A dead node is noticed within two seconds.
 _HEALTH = {
     "health_check_initial_delay_ms": 0,
     "health_check_period_ms": 500,
     "health_check_failure_threshold": 4,
 }
 _DEATH_SECONDS = 10.0
-# Ray's agents live on for about a minute where their node was killed.
+# Ray's agents survive for about a minute after their node is killed.
 _END_SECONDS = 90.0
 
 
 @dataclass(frozen=True)
 class Actor:
-    """The process of an actor: `kind` is its class, `method` what it is doing, if anything."""
+    """The process of an actor: `kind` is its class, `method` is its current call, if any."""
 
     process: psutil.Process
     kind: str
@@ -40,19 +41,19 @@ class Actor:
 
     @property
     def works(self) -> bool:
-        """Whether it is in a call of the run, and not starting."""
+        """Return whether the actor is in a call of the run and not starting."""
         return self.method not in ("", "__init__", "location", "heartbeat")
 
 
 class Nodes:
-    """The cluster, while the `with` block lasts. It has to be made in the main thread.
+    """The cluster during a `with` block, which must be entered in the main thread.
 
     Attributes:
-        left: what is alive of all its processes after the block.
+        left: processes that are still alive after the block.
     """
 
     def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: sockets' paths have a limit
+        self.folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: socket paths are limited
         self.left: list[str] = []
         self._seen: set[psutil.Process] = set()
 
@@ -68,8 +69,8 @@ class Nodes:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop all nodes, and see whether all their processes end."""
-        self.actors()  # to have seen them
+        """Stop all nodes and record which of their processes do not end."""
+        self.actors()  # list the processes before the nodes stop
         nodes, children = self._cluster.list_all_nodes(), _children()
         self._seen |= {process for node in nodes for process in _processes(node, children)}
         self._cluster.shutdown()
@@ -84,20 +85,20 @@ class Nodes:
 
     @property
     def address(self) -> str:
-        """Where a driver finds the cluster."""
+        """Return the address under which a driver finds the cluster."""
         return str(self._cluster.address)
 
     @property
     def workers(self) -> list[Any]:
-        """The worker nodes, in a fixed order."""
+        """Return the worker nodes in a fixed order."""
         return sorted(self._cluster.worker_nodes, key=lambda node: _raylet(node))
 
     def add(self) -> str:
-        """Add a worker node; returns its id."""
+        """Add a worker node; return its id."""
         return str(self._cluster.add_node(num_cpus=1, **_COMMON).node_id)
 
     def actors(self) -> list[Actor]:
-        """The actors of the run that are alive."""
+        """Return the actors of the run that are alive."""
         found, children = [], _children()
         for node in self._cluster.list_all_nodes():
             for process in _processes(node, children):
@@ -108,7 +109,7 @@ class Nodes:
         return found
 
     def kill_node(self, node: Any) -> int:
-        """End a node's raylet and all that it started; returns how many processes that killed."""
+        """Kill a node's raylet and all processes it started; return how many were killed."""
         processes = _processes(node, _children())
         self._seen.update(processes)
         killed = sum([kill(process) for process in processes])
@@ -121,7 +122,7 @@ class Nodes:
 
 
 def kill(process: psutil.Process) -> bool:
-    """SIGKILL; returns whether it was alive before, and is dead now."""
+    """Send SIGKILL; return whether the process was alive before and is dead now."""
     if not is_alive(process):
         return False
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -135,7 +136,7 @@ def kill(process: psutil.Process) -> bool:
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Whether it runs; one that nobody has waited for yet does not."""
+    """Return whether a process runs. A zombie does not."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -143,9 +144,9 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def left_in_cluster(address: str, seconds: float = 30.0) -> list[str]:
-    """Actors that are not dead, names and placement groups that a cluster still has, if any.
+    """Return the live actors, names and placement groups that remain in a cluster.
 
-    It waits for them so long: those of a driver that has just ended take a moment to go.
+    Wait up to the given time, because those of a driver that has just ended need a moment to go.
     """
     import ray
 
@@ -182,7 +183,7 @@ def _raylet(node: Any) -> int:
 
 
 def _children() -> dict[int, list[psutil.Process]]:
-    """All processes of this machine, by their parents: one look at them serves many questions."""
+    """Return all processes of this machine by parent, so that one scan answers many queries."""
     children: dict[int, list[psutil.Process]] = {}
     for process in psutil.process_iter(["ppid"]):
         children.setdefault(process.info["ppid"], []).append(process)
@@ -190,8 +191,8 @@ def _children() -> dict[int, list[psutil.Process]]:
 
 
 def _processes(node: Any, children: dict[int, list[psutil.Process]]) -> list[psutil.Process]:
-    """A node's raylet, then all that it started."""
-    # A copy: another thread may be ending the node.
+    """Return a node's raylet and all processes it started."""
+    # A copy, because another thread may be ending the node.
     own = [i.process.pid for infos in list(node.all_processes.values()) for i in infos]
     found = []
     for pid in own:
@@ -212,5 +213,5 @@ def _command(process: psutil.Process) -> str:
 
 
 def _title(process: psutil.Process) -> str:
-    """What Ray calls a worker: `ray::Class.method`."""
+    """Return Ray's title of a worker: `ray::Class.method`."""
     return _command(process).split(" ")[0].removesuffix("()")

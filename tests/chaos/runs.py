@@ -1,4 +1,4 @@
-"""Runs under chaos: an undisturbed one, then one per seed; what was killed, and what is wrong."""
+"""Run an undisturbed run and one disturbed run per seed; record the kills and the problems."""
 
 import os
 import signal
@@ -27,15 +27,15 @@ _SHOWN_CHARACTERS = 3000
 
 @dataclass
 class Run:
-    """A finished run; `seed` None: undisturbed.
+    """A finished run; `seed` is None for the undisturbed one.
 
     Attributes:
-        seed, kills: what was done to it.
-        seconds: how long it took, over all calls.
-        calls: how often its command was started.
-        lost: experts that were trained to the end and had to be trained again.
-        answers: chunks in its journal.
-        problems: what is wrong, in lines.
+        seed, kills: the seed and the kills of the run.
+        seconds: the duration over all calls.
+        calls: how often the command was started.
+        lost: experts that were trained completely and had to be trained again.
+        answers: chunks in the journal.
+        problems: one line per problem.
     """
 
     seed: int | None
@@ -47,7 +47,7 @@ class Run:
     problems: list[str] = field(default_factory=list)
 
     def row(self, undisturbed: "Run") -> dict[str, Any]:
-        """For a parquet file."""
+        """Return the run as a row of a parquet file."""
         recoveries = [kill.recovery for kill in self.kills if kill.recovery is not None]
         counts = Counter(kill.kind for kill in self.kills)
         return {
@@ -65,25 +65,25 @@ class Run:
 
 
 def environment(folder: Path) -> None:
-    """What this process, the cluster and the drivers have in common."""
+    """Return the environment shared by this process, the cluster and the drivers."""
     os.environ.update(
         PHATGOOSE_CACHE=str(folder / "cache"),
         HF_HUB_OFFLINE="1",
         OMP_NUM_THREADS="1",
         RAY_USAGE_STATS_ENABLED="0",
-        # Or Ray takes this machine's outer address for 127.0.0.1.
+        # Otherwise Ray takes the external address of this machine for 127.0.0.1.
         RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
     )
     os.environ.pop("RAY_ADDRESS", None)
 
 
 def undisturbed(workload: Workload, folder: Path) -> Run:
-    """The run that others are compared with; in `folder/undisturbed`."""
+    """Run the reference for the comparison, in `folder/undisturbed`."""
     return _run(workload, folder / "undisturbed", None, lambda nodes, watch: None)
 
 
 def disturbed(workload: Workload, folder: Path, seed: int, kills: int, first: Run) -> Run:
-    """A run with this many kills, in `folder/seed-<seed>`, and what is wrong with it."""
+    """Run with this many kills in `folder/seed-<seed>`, and collect the problems."""
     planned, run_dir = plan(seed, kills), folder / f"seed-{seed}"
 
     def killer(nodes: Nodes, watch: Watch) -> Killer:
@@ -134,7 +134,7 @@ def _drive(
     run: Run,
     output: Path,
 ) -> int:
-    """Start the command, and again whenever it was killed; returns its exit status."""
+    """Start the command, and restart it whenever it was killed; return its exit status."""
     deadline = time.monotonic() + _DEADLINE_SECONDS
     command = [sys.executable, "-m", "harness.run", *arguments]
     while True:

@@ -1,4 +1,4 @@
-"""A few kills, one of each kind, on a real cluster; `make chaos` does far more of them."""
+"""Kill one process of each kind on a real cluster; `make chaos` does far more."""
 
 import os
 import subprocess
@@ -31,7 +31,7 @@ def test_a_plan_has_every_kind_of_kill_and_depends_on_the_seed_alone() -> None:
 
 @pytest.mark.slow(seconds=200)
 def test_a_disturbed_run_gives_the_results_of_an_undisturbed_one(tmp_path: Path) -> None:
-    # A process of its own, because a cluster's processes end with the thread that started them.
+    # A separate process, because the processes of a cluster end with the thread that started them.
     command = [sys.executable, "-m", "tests.chaos", "--seed", "1", "--kills", "6"]
     done = subprocess.run(
         [*command, "--experts", "8", "--steps", "120", "--out", str(tmp_path / "chaos")],

@@ -1,6 +1,6 @@
-"""What is seen of a run from outside: its files, and what its actors say in their logs.
+"""Observe a run from outside, by its files and the logs of its actors.
 
-A thread of its own looks, so that times are right whatever else this process is doing.
+A separate thread observes, so that times are right whatever else this process is doing.
 """
 
 import json
@@ -20,7 +20,7 @@ _LINE = re.compile(r".* harness\.training\.actor: (training|trained) (\S+?)(?: \
 
 @dataclass(frozen=True)
 class Line:
-    """What a training actor said: that it is `training` an expert, or has `trained` it."""
+    """A message of a training actor: it is `training` an expert, or has `trained` it."""
 
     seconds: float
     process: int
@@ -29,16 +29,16 @@ class Line:
 
 
 class Watch:
-    """Looks at a run folder, from being made until `close`.
+    """An observer of a run folder, active from its creation until `close`.
 
     Attributes:
         records: when the registry's record of each expert was first seen, by name.
-        answers: how many chunks are in the journal.
-        progress: when a record or an answer was last seen to be new.
-        lines: what training actors said, and when.
-        actors: those that were alive at the last look.
-        status: status.json, {} before there is one.
-        went_back: where the progress that it tells of became less, within a stage of one driver.
+        answers: the number of chunks in the journal.
+        progress: when the last new record or answer was seen.
+        lines: messages of training actors with their times.
+        actors: those alive at the last look.
+        status: status.json, {} before it exists.
+        went_back: where reported progress decreased within a stage of one driver.
         look_out: called after each look.
     """
 
@@ -53,7 +53,7 @@ class Watch:
         self.status: dict[str, Any] = {}
         self.went_back: list[str] = []
         self.look_out: Callable[[], None] = lambda: None
-        self._read: dict[Path, int] = {}  # how much of each log was read
+        self._read: dict[Path, int] = {}  # how much of each log has been read
         self._known: set[Path] = set()
         self._is_open = True
         self.error: BaseException | None = None
@@ -62,14 +62,14 @@ class Watch:
 
     @property
     def seconds(self) -> float:
-        """Time since it was made."""
+        """Return the time since the observer was made."""
         return time.monotonic() - self._start
 
     def close(self) -> None:
         """Look a last time, and stop.
 
         Raises:
-            Exception: what went wrong while looking.
+            Exception: the error that occurred while looking.
         """
         self._is_open = False
         self._thread.join()
@@ -77,7 +77,7 @@ class Watch:
             raise self.error
 
     def trains(self, process: int) -> Line | None:
-        """What an actor is training, as it said last."""
+        """Return the expert an actor is training, by its last message."""
         said = [line for line in self.lines if line.process == process]
         return said[-1] if said and said[-1].what == "training" else None
 
@@ -128,6 +128,6 @@ class Watch:
 
 
 def working(actors: list[Actor], kind: str | None = None) -> list[Actor]:
-    """Those that are in a call, in a fixed order; `kind`: of this class only."""
+    """Return the actors that are in a call, in a fixed order; `kind` selects a class."""
     found = [a for a in actors if a.works and kind in (None, a.kind)]
     return sorted(found, key=lambda actor: actor.process.pid)

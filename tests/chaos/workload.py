@@ -1,6 +1,6 @@
-"""The run that is disturbed: many tiny experts, two suites, a few routers; all of it made here.
+"""The disturbed run: many tiny experts, two suites and a few routers, all made here.
 
-`demo` is the suite of that name, with toy documents in place of BIG-bench's; `held_in` is the
+`demo` is the suite of that name with toy documents in place of BIG-bench's. `held_in` is the
 pool's own evaluation splits.
 """
 
@@ -21,12 +21,12 @@ _ANSWERS = ("goose", "five", "nine", "yes", "no", "swan")
 
 @dataclass(frozen=True)
 class Workload:
-    """What is run, besides where.
+    """The parameters of the run, except for its folder.
 
     Attributes:
-        folder: where base, encoder and data are.
-        experts: how many experts there are.
-        steps: optimiser steps of the first stage of each.
+        folder: the folder of the base, the encoder and the data.
+        experts: the number of experts.
+        steps: the optimizer steps of the first stage of each expert.
     """
 
     folder: Path
@@ -35,11 +35,11 @@ class Workload:
 
     @property
     def names(self) -> list[str]:
-        """The experts' names."""
+        """Return the names of the experts."""
         return [f"e{number:02d}" for number in range(self.experts)]
 
     def arguments(self, run_dir: Path) -> list[str]:
-        """The command line of the run in a folder; its registry is in there too."""
+        """Return the command line of the run in a folder, which also contains its registry."""
         return [
             f"base={self.folder / 'base'}",
             f"run.dir={run_dir}",
@@ -66,7 +66,7 @@ class Workload:
         ]
 
     def prepare(self) -> None:
-        """Make base, encoder and the tasks' data; the latter go to the cache."""
+        """Make the base, the encoder and the tasks' data; the data go to the cache."""
         make_llama(self.folder / "base")
         make_encoder(self.folder / "encoder")
         config = load_config(self.arguments(self.folder / "run"))
@@ -78,7 +78,7 @@ class Workload:
 
 
 def _tasks(specs: list[TaskSpec]) -> Mapping[str, Any]:
-    """A toy task for each member that one of these has; two of three are generated."""
+    """Return a toy task for each member of these tasks; two of three are generated."""
     draw = random.Random(0)
     members = sorted({member for spec in specs for member in spec.members})
     tasks: dict[str, Any] = {}
