@@ -1,1 +1,1 @@
-"""Mutation testing: which small changes of the code no test notices. See `__main__`."""
+"""Mutation testing: find small changes of the code that no test notices. See `__main__`."""

@@ -2,13 +2,13 @@
 
     python -m tests.mutation --seed 1 --count 600 --workers 2
 
-1. Run all fast tests once, and note which lines each of them runs.
+1. Run all fast tests once, and record which lines each of them runs.
 2. Draw mutants by the seed.
-3. For each, in a forked process, run the tests that run its lines, until one fails.
+3. For each mutant, in a forked process, run the tests that cover its lines until one fails.
 4. Write build/mutants/report.md: a table by module, and the survivors with their diffs.
 
 The exit status is 1 if more than 15 % survive, equivalent mutants included. A run that takes too
-long counts as noticed: a mutant that never ends is.
+long counts as noticed.
 """
 
 import argparse
@@ -36,15 +36,15 @@ from tests.mutation.runs import (
     start,
 )
 
-if TYPE_CHECKING:  # it is imported after the libraries
+if TYPE_CHECKING:  # imported after the libraries
     from tests.mutation.covered import Covered
     from tests.mutation.mutants import Mutant
 
 MOST_SURVIVORS = 0.15
-# Runs without a mutant, which must pass: or else every mutant would seem to be noticed.
+# Runs without a mutant. They must pass: otherwise every mutant would seem to be noticed.
 CONTROLS = 3
 FOLDER = Path("build/mutants")
-# What is mutated: routing and mixing, scoring, generation, tokenization, training, statistics.
+# The mutated code: routing and mixing, scoring, generation, tokenization, training, statistics.
 SOURCES = (
     "phatgoose/ops/*.py",
     "phatgoose/routers/*.py",
@@ -77,7 +77,7 @@ TESTS = (
 
 @dataclass
 class Outcome:
-    """What became of one mutant: `killed`, `survived` or `timeout`."""
+    """The outcome of one mutant: `killed`, `survived` or `timeout`."""
 
     name: str
     path: str
@@ -87,7 +87,7 @@ class Outcome:
 
 
 def main() -> int:
-    """Do all of it; returns the exit status."""
+    """Run the whole procedure; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--count", type=int, default=600)
@@ -141,7 +141,7 @@ def _measure(sources: list[str]) -> "Covered":
 
 
 class Questions:
-    """Asks tests about mutants, some at a time.
+    """Run the tests of several mutants at a time.
 
     Args:
         covered: which tests run which lines.
@@ -150,11 +150,11 @@ class Questions:
 
     def __init__(self, covered: "Covered", workers: int) -> None:
         self._covered, self._workers = covered, workers
-        # By function: tests that have noticed a mutant are likely to notice the next.
+        # By function: tests that have noticed a mutant are likely to notice the next one.
         self._killers: dict[tuple[str, range | None], list[str]] = defaultdict(list)
 
     def ask(self, mutants: Iterable["Mutant"]) -> Iterator[Outcome]:
-        """Return what becomes of each mutant, in the order in which that is known."""
+        """Yield the outcome of each mutant as soon as it is known."""
         waiting = iter(mutants)
         running: list[Run] = []
         while True:
@@ -183,7 +183,7 @@ class Questions:
         return start(mutant, work, folder, seconds)
 
     def _outcome(self, run: Run) -> Outcome | None:
-        """Return what became of a mutant; None while its tests run."""
+        """Return the outcome of a mutant; None while its tests run."""
         mutant, by, what = run.what, None, "timeout"
         try:
             status = run.status()
@@ -201,7 +201,7 @@ class Questions:
 
 
 def _import_libraries() -> None:
-    """Import what is slow to import, once; forked runs have it."""
+    """Import slow modules once, so that forked runs have them."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -210,16 +210,16 @@ def _import_libraries() -> None:
     import torch
 
     torch.set_num_threads(1)
-    # The first run compiles the tests, the others read that.
+    # The first run compiles the tests, and the others read the result.
     sys.dont_write_bytecode, sys.pycache_prefix = False, str(FOLDER.resolve() / "pycache")
     gc.collect()
-    gc.freeze()  # runs share these objects, and need not look at them
+    gc.freeze()  # runs share these objects, so the collector need not visit them
     ours = [name for name in sys.modules if name.split(".")[0] in ("phatgoose", "harness")]
     assert not ours, f"{ours} would be imported without the mutant"
 
 
 def _files(pattern: str) -> list[str]:
-    """Return the files of a pattern; there must be some."""
+    """Return the files of a pattern; fail if there are none."""
     found = sorted(map(str, Path().glob(pattern)))
     if not found:
         raise SystemExit(f"{pattern}: no such file. Name the files to mutate in {__file__}.")
@@ -227,7 +227,7 @@ def _files(pattern: str) -> list[str]:
 
 
 def _write(outcomes: list[Outcome], seed: int, seconds: float) -> tuple[float, list[str], str]:
-    """Write the reports; returns the share that survived, the table, and a sentence."""
+    """Write the reports; return the share that survived, the table, and a sentence."""
     kinds = ("killed", "survived", "timeout")
     counts: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(kinds, 0))
     for outcome in outcomes:

@@ -1,4 +1,4 @@
-"""Which tests run which lines, and how long they take: one run of all fast tests."""
+"""Record which tests run which lines, and how long they take, in one run of all fast tests."""
 
 import json
 import time
@@ -13,15 +13,15 @@ import pytest
 from tests.mutation.mutants import Mutant
 from tests.mutation.runs import run_tests
 
-# Tests that take longer are not asked about mutants.
+# Tests that take longer are not run for mutants.
 LONGEST_TEST = 2.5
-# What is asked of one mutant at most, in seconds of the tests alone.
+# The maximum time of the tests of one mutant, in seconds.
 MOST_SECONDS = 45.0
 
 
 @dataclass(frozen=True)
 class Covered:
-    """What a run of all tests has shown.
+    """The result of a run of all tests.
 
     Attributes:
         seconds: of each test.
@@ -32,7 +32,7 @@ class Covered:
     lines: dict[str, dict[int, list[str]]]
 
     def tests_of(self, mutant: Mutant, killers: Sequence[str] = ()) -> list[str]:
-        """Return the tests that may notice a mutant, those that are likely to first.
+        """Return the tests that may notice a mutant, the likeliest first.
 
         Args:
             mutant: the mutant.
@@ -41,7 +41,7 @@ class Covered:
         by_line = self.lines.get(mutant.path, {})
         found: set[str] = {test for line in mutant.lines for test in by_line.get(line, ())}
         if not found:
-            # A default, a constant, a field: whoever runs the function, or else the module.
+            # For a default, a constant or a field: tests of the function, or else of the module.
             found = {test for line in mutant.function or () for test in by_line.get(line, ())}
         if not found:
             found = {test for tests in by_line.values() for test in tests}
@@ -64,7 +64,7 @@ class Covered:
 
 
 def measure(tests: Sequence[str], sources: Sequence[str], folder: Path) -> int:
-    """Run all tests, and write down what `read` reads; returns pytest's exit status."""
+    """Run all tests and write the file for `read`; return pytest's exit status."""
     import coverage
 
     measured = coverage.Coverage(data_file=None, include=[f"*/{s}" for s in sources])
@@ -85,7 +85,7 @@ def measure(tests: Sequence[str], sources: Sequence[str], folder: Path) -> int:
 
 
 def read(found: Any) -> Covered:
-    """Read what `measure` wrote."""
+    """Read the file written by `measure`."""
     lines = {
         source: {int(line): tests for line, tests in by_line.items()}
         for source, by_line in found["lines"].items()
@@ -94,7 +94,7 @@ def read(found: Any) -> Covered:
 
 
 class _Timer:
-    """Tells the coverage which test runs, and keeps the time of each."""
+    """Tell coverage which test runs, and record the time of each test."""
 
     def __init__(self, measured: Any) -> None:
         self.seconds: dict[str, float] = {}
@@ -103,7 +103,7 @@ class _Timer:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        """Run one test, with its fixtures, in a context of its own."""
+        """Run one test with its fixtures in a separate coverage context."""
         self._measured.switch_context(item.nodeid)
         started = time.monotonic()
         try:
@@ -113,6 +113,6 @@ class _Timer:
             self._measured.switch_context("")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Keep the names of tests that fail without any mutant."""
+        """Record the names of tests that fail without a mutant."""
         if report.failed:
             self.failed.append(report.nodeid)

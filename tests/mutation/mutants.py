@@ -1,8 +1,8 @@
-"""Every mutant of a source file: one small change each, by mutmut's operators and some more.
+"""Generate every mutant of a source file: one small change each, by mutmut's operators and more.
 
-mutmut's own driver leaves out functions with decorators and whatever is not in a function. Here
-these are mutated too. Left out is what has no behavior: annotations, decorators, `__all__`, and the
-words of error messages.
+mutmut's own driver skips decorated functions and code outside of functions, which are mutated
+here. Code without behavior is skipped: annotations, decorators, `__all__`, and the text of error
+messages.
 """
 
 import difflib
@@ -16,7 +16,7 @@ from mutmut.mutation.mutators import mutation_operators
 
 from tests.mutation.operators import changes
 
-# mutmut never changes these: sizes and types that are only looked at.
+# mutmut never changes calls of these, which only read sizes and types.
 _CALLS = ("isinstance", "len")
 
 
@@ -83,7 +83,7 @@ class _Change:
 
 
 class _Changes(cst.CSTVisitor):
-    """Collects all changes, in the order of the file."""
+    """A collector of all changes, in the order of the file."""
 
     METADATA_DEPENDENCIES = (PositionProvider,)
 
@@ -122,7 +122,7 @@ class _Changes(cst.CSTVisitor):
 
     def _mutated(self, node: cst.CSTNode) -> Iterator[cst.CSTNode]:
         if isinstance(node, cst.BaseString) and self._raising:
-            return  # the words of a message
+            return  # the text of a message
         for kind, operator in mutation_operators:
             if isinstance(node, kind):
                 yield from operator(node)
@@ -143,7 +143,7 @@ class _Changes(cst.CSTVisitor):
         end = position.end.line
         body = getattr(node, "body", None)
         if isinstance(body, cst.IndentedBlock) and not isinstance(node, cst.FunctionDef):
-            # Of a compound statement, the line that heads it.
+            # For a compound statement, its first line.
             end = self.get_metadata(PositionProvider, body.body[0]).start.line - 1
         return range(position.start.line, end + 1)
 
@@ -153,7 +153,7 @@ def _is_statement(node: cst.CSTNode) -> bool:
 
 
 class _Replace(cst.CSTTransformer):
-    """Puts another node in the place of one."""
+    """A transformer that replaces one node with another."""
 
     def __init__(self, old: cst.CSTNode, new: cst.CSTNode) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Changes beside those of mutmut: the kinds of mistake that code with tensors is prone to."""
+"""Mutations beyond those of mutmut: typical mistakes in code with tensors."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ _PASS = cst.SimpleStatementLine([cst.Pass()])
 
 
 def changes(node: cst.CSTNode, modules: set[str]) -> Iterator[cst.CSTNode]:
-    """Return what a node may become: one less, a branch that is always taken, a step left out.
+    """Return the replacements of a node: one less, a branch always taken, a step left out.
 
     Args:
         node: the node.

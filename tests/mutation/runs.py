@@ -1,4 +1,4 @@
-"""Runs of tests in forked processes, which start with all libraries imported.
+"""Run tests in forked processes, which start with all libraries imported.
 
 The parent imports no module of the project, so that a child can import a changed one.
 """
@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 
 _NO_PLUGINS = ("cacheprovider", "faulthandler", "unraisableexception", "threadexception")
-_MEMORY = 16 * 2**30  # of one run: a changed size must not take the whole machine
-# What no mutant can need more than once, and what is slow to import.
+_MEMORY = 16 * 2**30  # per run: a changed size must not use up the memory of the machine
+# Modules that no mutant affects and that are slow to import.
 LIBRARIES = (
     "torch", "transformers", "transformers.models.llama.modeling_llama",
     "transformers.models.t5.modeling_t5", "transformers.generation", "peft", "hypothesis", "numpy",
@@ -32,7 +32,7 @@ LIBRARIES = (
 
 
 class Killed(Exception):
-    """A run took too long."""
+    """Raised when a run takes too long."""
 
 
 @dataclass
@@ -40,9 +40,9 @@ class Run:
     """One process that runs tests.
 
     Attributes:
-        what: what the caller says it is about.
+        what: the caller's description.
         pid: the process.
-        folder: where it writes.
+        folder: the folder in which it writes.
         deadline: on the monotonic clock.
     """
 
@@ -52,10 +52,10 @@ class Run:
     deadline: float
 
     def status(self) -> int | None:
-        """Return the exit status; None while it runs. Raise Killed past the deadline."""
+        """Return the exit status; None while it runs. Raise Killed after the deadline."""
         pid, status = os.waitpid(self.pid, os.WNOHANG)
         if pid:
-            _kill_group(self.pid)  # whatever the tests left running
+            _kill_group(self.pid)  # processes that the tests left running
             return os.waitstatus_to_exitcode(status)
         if time.monotonic() > self.deadline:
             _kill_group(self.pid)
@@ -64,7 +64,7 @@ class Run:
         return None
 
     def result(self) -> Any:
-        """Return what the run wrote, or None; its folder is removed."""
+        """Return the data that the run wrote, or None; remove its folder."""
         file = self.folder / "result.json"
         found = json.loads(file.read_text()) if file.exists() else None
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -72,7 +72,7 @@ class Run:
 
 
 def start(what: Any, work: Callable[[Path], int], folder: Path, seconds: float) -> Run:
-    """Run `work` in a child with a folder of its own."""
+    """Run `work` in a child process with its own folder."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     sys.stdout.flush()
@@ -89,7 +89,7 @@ def start(what: Any, work: Callable[[Path], int], folder: Path, seconds: float) 
 
 
 def run_tests(tests: Sequence[str], folder: Path, plugin: object, *options: str) -> int:
-    """Run tests with pytest in this process; returns its exit status."""
+    """Run tests with pytest in this process; return its exit status."""
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     from hypothesis import HealthCheck, Phase, settings
 
@@ -98,7 +98,7 @@ def run_tests(tests: Sequence[str], folder: Path, plugin: object, *options: str)
         database=None,
         deadline=None,
         derandomize=True,
-        phases=[Phase.explicit, Phase.generate],  # a failure need not be made small
+        phases=[Phase.explicit, Phase.generate],  # a failure need not be minimized
         suppress_health_check=list(HealthCheck),
     )
     settings.load_profile("mutation")
@@ -106,7 +106,7 @@ def run_tests(tests: Sequence[str], folder: Path, plugin: object, *options: str)
         pytest.main(
             [
                 *("-q", "--no-header", "--tb=no", "-m", "not slow", f"--basetemp={folder / 'tmp'}"),
-                # They collect garbage, or write, or belong to libraries.
+                # They collect garbage, write, or belong to libraries.
                 *(part for name in _NO_PLUGINS for part in ("-p", f"no:{name}")),
                 *options,
                 *tests,
@@ -117,19 +117,19 @@ def run_tests(tests: Sequence[str], folder: Path, plugin: object, *options: str)
 
 
 class FirstFailure:
-    """Writes down which test failed first."""
+    """A pytest plugin that records which test failed first."""
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / "result.json"
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Keep the name of a test that failed."""
+        """Record the name of a test that failed."""
         if report.failed and not self._file.exists():
             self._file.write_text(json.dumps(report.nodeid))
 
 
 def install(sources: Mapping[str, str]) -> None:
-    """Let files be imported with other contents: `sources` by absolute path."""
+    """Import files with other contents; `sources` maps absolute paths to text."""
     loader = importlib.machinery.SourceFileLoader
     get_code = loader.get_code
 

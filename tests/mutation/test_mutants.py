@@ -104,11 +104,11 @@ def test_a_mutant_runs_the_tests_that_cover_its_lines() -> None:
         return covered.tests_of(mutant, killers)
 
     assert tests_of(9) == names[:1]
-    assert tests_of(3) == [names[1], names[0], names[2]]  # the module's own first, then the fast
+    assert tests_of(3) == [names[1], names[0], names[2]]  # the module's own, then the fast ones
     assert tests_of(4) == tests_of(3)  # without the slow one
     assert tests_of(4, None, names[0], names[2]) == [names[2], names[0], names[1]]
-    assert tests_of(1, range(8, 10)) == names[:1]  # a default: whoever runs the function
-    assert tests_of(1) == tests_of(3)  # a constant: whoever runs the module
+    assert tests_of(1, range(8, 10)) == names[:1]  # a default: tests that run the function
+    assert tests_of(1) == tests_of(3)  # a constant: tests that run the module
 
 
 def test_the_tests_of_one_mutant_are_limited() -> None:
