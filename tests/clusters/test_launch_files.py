@@ -1,4 +1,4 @@
-"""Every launch file against the schema of what reads it, and the rules that all of them keep."""
+"""Check every launch file against the schema of its reader and the rules common to all of them."""
 
 import gzip
 import importlib.metadata
@@ -26,7 +26,7 @@ def load(name: str) -> dict[str, Any]:
 
 
 def closed(schema: Any) -> Any:
-    """The schema, which refuses what it does not name, as the server drops it silently."""
+    """Return a closed schema, which refuses unknown keys that the server would drop silently."""
     if isinstance(schema, list):
         return [closed(part) for part in schema]
     if not isinstance(schema, dict):
@@ -131,7 +131,7 @@ def test_kubernetes_files_follow_the_rules(name: str) -> None:
 
 
 def test_the_harness_accepts_the_command_of_the_job() -> None:
-    """Its overrides compose, with the labels of the file's own nodes."""
+    """Check that its overrides compose, with the labels of the nodes in the same file."""
     from harness.config.load import load_config
 
     words = load("kuberay-rayjob")["spec"]["entrypoint"].split()
@@ -142,7 +142,7 @@ def test_the_harness_accepts_the_command_of_the_job() -> None:
 
 
 def tool(name: str) -> str:
-    """A linter that the package index has as a wheel."""
+    """Return the path of a linter that the package index distributes as a wheel."""
     path = Path(sys.executable).with_name(name)
     if not path.exists():
         pytest.fail(f"{name} is not installed: pip install -e '.[dev]'")

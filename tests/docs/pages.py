@@ -1,4 +1,4 @@
-"""The pages of the documentation, and the commands in them."""
+"""Parse the pages of the documentation and the commands in them."""
 
 import re
 import shlex
@@ -23,18 +23,18 @@ class Command:
     words: tuple[str, ...]
 
     def __str__(self) -> str:
-        """Return what names it in a test."""
+        """Return the command's name in test ids."""
         return f"{self.page}: {shlex.join(self.words)}"
 
     @property
     def module(self) -> str | None:
-        """The module that it runs with `python -m`, if any."""
+        """Return the module that it runs with `python -m`, if any."""
         place = self._module_place
         return None if place is None else self.words[place]
 
     @property
     def arguments(self) -> list[str]:
-        """The arguments of that module."""
+        """Return the arguments of that module."""
         assert self._module_place is not None
         return list(self.words[self._module_place + 1 :])
 
@@ -53,13 +53,13 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def spans(page: Path) -> list[str]:
-    """Return the inline code, outside of fenced blocks, each line break a space."""
+    """Return the inline code outside of fenced blocks, with line breaks replaced by spaces."""
     text = _FENCE.sub("", page.read_text(encoding="utf-8"))
     return [span.replace("\n", " ") for span in re.findall(r"`([^`]+)`", text)]
 
 
 def commands() -> Iterator[Command]:
-    """Yield every command of the shell blocks, and those with arguments in the text."""
+    """Yield every command of the shell blocks, and the commands with arguments in the text."""
     for page in PAGES:
         name = page.relative_to(ROOT).as_posix()
         for block in blocks(page, "sh"):

@@ -1,4 +1,4 @@
-"""docs/architecture.md names only modules, functions and folders that exist."""
+"""Check that docs/architecture.md names only modules, functions and folders that exist."""
 
 import importlib
 import re
@@ -16,7 +16,7 @@ PATHS = [code for code in CODE if re.fullmatch(r"[\w.]+/[\w./]*", code)]
 
 
 def find(name: str) -> Any:
-    """Return the module or the attribute of a module that a dotted name stands for."""
+    """Return the module or attribute that a dotted name refers to."""
     parts = name.split(".")
     for length in range(len(parts), 0, -1):
         module = ".".join(parts[:length])

@@ -1,4 +1,4 @@
-"""Every command in the documentation is one that the code accepts."""
+"""Check that the code accepts every command in the documentation."""
 
 import argparse
 import importlib.util
@@ -32,14 +32,14 @@ def of(*modules: str) -> list[Command]:
 
 
 class Parsed(Exception):
-    """The arguments were accepted; what they ask for is not done."""
+    """Raised when the arguments are accepted, to stop before the work starts."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
 
 
 def parse(command: Command, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
-    """Start the command's module, and stop when its own parser has read the arguments."""
+    """Start the command's module, and stop after its own parser has read the arguments."""
     original = argparse.ArgumentParser.parse_args
 
     def parse_args(parser: argparse.ArgumentParser, *given: Any, **named: Any) -> None:
@@ -61,7 +61,7 @@ def test_there_are_commands_of_each_kind() -> None:
 
 
 def marked(command: Command) -> Any:
-    """Return the command as a parameter; lm-eval takes long to read its catalog."""
+    """Return the command as a parameter; lm-eval needs long to read its catalog."""
     is_slow = any(word.startswith("suite=lm_eval:") for word in command.words)
     return pytest.param(command, marks=[pytest.mark.slow] if is_slow else [], id=str(command))
 
@@ -142,7 +142,7 @@ def test_make_targets_and_variables_exist() -> None:
 
 
 def keys_of(group: str) -> set[str]:
-    """Return the keys of a group's files, and of the configuration's own section of that name."""
+    """Return the keys of a group's files and of the configuration section of that name."""
     files = [yaml.safe_load(file.read_text()) for file in (CONF / group).glob("*.yaml")]
     own = yaml.safe_load((CONF / "config.yaml").read_text()).get(group)
     return {key for content in [*files, own] if isinstance(content, dict) for key in content}
@@ -156,7 +156,7 @@ def test_keys_in_the_text_exist_in_the_configuration() -> None:
             if key and not span.endswith((".json", ".parquet")):
                 named.add((key[1], key[2]))
     assert len(named) >= 20
-    # A suite of lm-eval's tasks has keys of its own, which no file of the group need have.
+    # A suite of lm-eval's tasks has its own keys, which no file of the group needs to have.
     known = {group: keys_of(group) for group in {group for group, _ in named}}
     known["suite"] |= {"include_path", "only", "limit", "style", "tasks"}
     assert [f"{group}.{key}" for group, key in sorted(named) if key not in known[group]] == []

@@ -1,4 +1,4 @@
-"""Relative links lead to files that exist, and anchors to headings."""
+"""Check that relative links point to existing files, and anchors to headings."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ _HEADING = re.compile(r"^#+ +(.*?) *$", re.MULTILINE)
 
 
 def anchors(page: Path) -> set[str]:
-    """Return the anchors of a page's headings, by the rule of GitHub and of MyST."""
+    """Return the anchors of a page's headings, following the rule of GitHub and MyST."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.M)
     found: set[str] = set()
     for heading in _HEADING.findall(text):
@@ -30,7 +30,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def broken(page: Path) -> list[str]:
-    """Return the links of a page that lead nowhere."""
+    """Return the broken links of a page."""
     found = []
     text = _CODE.sub("`code`", page.read_text(encoding="utf-8"))
     for link in _LINK.findall(text):

@@ -1,4 +1,4 @@
-"""The code in README.md runs as it stands, on a tiny base and the experts of a run."""
+"""Run the code in README.md unchanged, on a tiny base and the experts of a run."""
 
 from pathlib import Path
 from typing import Any

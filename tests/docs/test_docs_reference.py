@@ -1,4 +1,4 @@
-"""The API reference, the columns of results and the project's metadata agree with the code."""
+"""Check that the API reference, the columns of results and the metadata agree with the code."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""The code in docs/library.md runs as it stands, on a tiny base."""
+"""Run the code in docs/library.md unchanged, on a tiny base."""
 
 import re
 from pathlib import Path

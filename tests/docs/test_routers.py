@@ -1,4 +1,4 @@
-"""docs/routers.md describes every router, and agrees with the code."""
+"""Check that docs/routers.md describes every router and agrees with the code."""
 
 import re
 import shlex
@@ -26,7 +26,7 @@ from tests.support.tiny_encoder import make_encoder
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "routers.md").read_text(encoding="utf-8")
-# The options that a router cannot do without.
+# The required options of each router.
 GIVEN = {"single": {"expert": "e1"}, "genknowsub": {"general": "e0"}}
 
 
@@ -107,7 +107,7 @@ def test_write_updates_the_page(
 def test_the_cost_per_token_matches_the_table(
     tables: ModuleType, base: Base, name: str, experts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As in a large pool: in a small one every expert is evaluated, because that is faster.
+    # As in a large pool. In a small one every expert is evaluated, because that is faster.
     monkeypatch.setattr(sys.modules[mix.__module__], "_way", lambda *_: "loop")
     rank, tokens = 3, 7
     pool = pool_of(make_experts(base, experts, rank=rank))

@@ -1,6 +1,6 @@
-"""Write `cases.safetensors`: what routing and gate training must give, by the textbook.
+"""Write `cases.safetensors`: expected values of routing and gate training, by the textbook.
 
-Plain numpy, one token after the other, no import of this library: it is here to disagree with it.
+Plain numpy, one token after the other, without importing this library, so that it is independent.
 Run `python tests/golden/generate.py` to write the file again.
 
 Shape suffixes: T tokens, D input features, O output features, E experts, K kept per token, R rank.
@@ -30,17 +30,17 @@ ROUTED = {
 
 
 def draw(random: np.random.Generator, *shape: int) -> Array:
-    """Normal numbers that float32 holds, so that a test starts from the same ones."""
+    """Draw normal numbers that float32 represents exactly, so that tests use the same ones."""
     return random.normal(size=shape).astype(np.float32).astype(np.float64)
 
 
 def standardise(vector: Array) -> Array:
-    """Mean 0 and variance 1 (LayerNorm without affine part, eps 1e-5)."""
+    """Normalize to mean 0 and variance 1 (LayerNorm without affine part, eps 1e-5)."""
     return np.asarray((vector - vector.mean()) / np.sqrt(vector.var() + 1e-5))
 
 
 def route(x_D: Array, gates_ED: Array, top_k: int) -> tuple[list[float], list[int]]:
-    """Weights and experts of one token, best first."""
+    """Return the weights and experts of one token, best first."""
     gates = [standardise(gate_D) for gate_D in gates_ED]
     scores = [float(standardise(x_D) @ gate_D) / np.sqrt(len(x_D)) for gate_D in gates]
     exponentials = [np.exp(score) for score in scores]
@@ -51,7 +51,7 @@ def route(x_D: Array, gates_ED: Array, top_k: int) -> tuple[list[float], list[in
 
 
 def routed_case(random: np.random.Generator, sizes: tuple[int, ...]) -> dict[str, Array]:
-    """Inputs, routing and output of one linear's experts."""
+    """Return inputs, routing and output of one linear's experts."""
     tokens, inputs, outputs, experts, top_k, rank = sizes
     x_TD, gates_ED = draw(random, tokens, inputs), draw(random, experts, inputs)
     A_ERD, B_EOR = draw(random, experts, rank, inputs), draw(random, experts, outputs, rank)
@@ -72,7 +72,7 @@ def routed_case(random: np.random.Generator, sizes: tuple[int, ...]) -> dict[str
 
 
 def gate_case(random: np.random.Generator) -> dict[str, Array]:
-    """One gated expert: its output, and the gradient of half the output's square for the gate."""
+    """Return one gated expert: its output, and the gate's gradient of half the squared output."""
     tokens, inputs, outputs, rank = 6, 14, 10, 3
     x_TD, gate_D = draw(random, tokens, inputs), draw(random, inputs) / 4
     A_RD, B_OR = draw(random, rank, inputs), draw(random, outputs, rank)
@@ -93,7 +93,7 @@ def gate_case(random: np.random.Generator) -> dict[str, Array]:
 
 
 def main(file: Path = FILE) -> None:
-    """Compute every case and write one file, in float32 (experts' indices in int64)."""
+    """Compute every case and write one file, in float32 (expert indices in int64)."""
     cases = {"gate_training": gate_case(np.random.default_rng(0))}
     for name, sizes in ROUTED.items():
         cases[name] = routed_case(np.random.default_rng(sum(sizes)), sizes)

@@ -1,6 +1,6 @@
-"""What differs on a GPU: devices of tensors, dtypes of products. Skipped where there is none.
+"""Check devices and dtypes on a GPU; skipped without one.
 
-They need neither Ray nor lm-eval, so that they run on a bare machine (benchmarks/gpu.sh).
+These tests need neither Ray nor lm-eval, so that they run on a bare machine (benchmarks/gpu.sh).
 """
 
 import pytest
@@ -42,7 +42,7 @@ CHUNK = Chunk(
 
 @pytest.fixture(params=["llama", "t5"])
 def bases(request: pytest.FixtureRequest) -> tuple[Base, Base]:
-    """The same tiny base on the CPU and on the GPU."""
+    """Return the same tiny base on the CPU and on the GPU."""
     on_cpu: Base = request.getfixturevalue(request.param)
     return on_cpu, load_base(on_cpu.name, device="cuda")
 
@@ -123,7 +123,7 @@ def test_a_training_step_runs_on_a_gpu(bases: tuple[Base, Base]) -> None:
 
 
 def test_bfloat16_routes_like_float32(bases: tuple[Base, Base]) -> None:
-    """Scores for routing are in float32: the base's own rounding is all that differs."""
+    """Check that routing scores are float32, so that only the base's own rounding differs."""
     _, on_gpu = bases
     half = load_base(on_gpu.name, device="cuda", dtype="bfloat16")
     model = RoutedModel(half, Pool.from_experts(make_experts(half, 4)), "phatgoose")

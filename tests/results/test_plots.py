@@ -1,4 +1,4 @@
-"""The pictures: drawn by the scripts as a user calls them, for both families of base."""
+"""Draw the plots with the scripts as a user calls them, for both families of base."""
 
 import subprocess
 import sys
