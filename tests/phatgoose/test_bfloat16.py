@@ -52,7 +52,7 @@ def chosen(weights: list[float]) -> set[int]:
 
 
 def surely(rule: Rule, x_D: Tensor, facts: Facts) -> bool:
-    """Return where the choice is safe from float32 rounding, but not from bfloat16 rounding."""
+    """Return whether rounding to float32 cannot change the choice; rounding to bfloat16 may."""
     scores = sorted((s for s in rule.scores(x_D, facts) if s > -torch.inf), reverse=True)
     if len(scores) <= rule.top_k:
         return True
@@ -148,11 +148,11 @@ def test_the_operation_scores_in_float32() -> None:
 
 
 def route_in_float64(x_TD: Tensor, gates_ED: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    def standardised(rows: Tensor) -> Tensor:
+    def standardized(rows: Tensor) -> Tensor:
         variance = rows.var(dim=1, correction=0, keepdim=True)
         return (rows - rows.mean(dim=1, keepdim=True)) / (variance + 1e-5).sqrt()
 
-    scores_TE = standardised(x_TD) @ standardised(gates_ED).T / x_TD.shape[1] ** 0.5
+    scores_TE = standardized(x_TD) @ standardized(gates_ED).T / x_TD.shape[1] ** 0.5
     kept_TK = scores_TE.topk(top_k, dim=1)
     return kept_TK.values.softmax(dim=1), kept_TK.indices
 

@@ -170,7 +170,7 @@ def test_a_default_prompt_is_read_first(folder: Path, copied: Path) -> None:
 
 
 @pytest.mark.parametrize("texts", [[], (), "one text"])
-def test_no_texts_are_an_error(folder: Path, texts: list[str]) -> None:
+def test_an_empty_list_of_texts_is_an_error(folder: Path, texts: list[str]) -> None:
     with pytest.raises(PhatgooseError, match="give it a list of at least one text"):
         load_encoder(str(folder)).encode(texts)
 

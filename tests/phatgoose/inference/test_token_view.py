@@ -191,12 +191,12 @@ def test_the_terminal_shows_each_token_in_the_color_of_its_expert(
     shown = to_terminal(ROUTES, EXPERTS)
     painted = re.findall(r"\x1b\[38;2;0;0;0;48;2;(\d+);(\d+);(\d+)m(.*?)\x1b\[0m", shown)
     assert [text for *_, text in painted[:3]] == ["The", " <goose> &⏎", r"\x1b[2J\u202e"]
-    colours = [tuple(map(int, parts)) for *parts, _ in painted]
-    assert colours[1] == COLOURS[1]
-    assert colours[0] == tuple(round(0.75 * c + 0.25 * 255) for c in COLOURS[0])
+    colors = [tuple(map(int, parts)) for *parts, _ in painted]
+    assert colors[1] == COLOURS[1]
+    assert colors[0] == tuple(round(0.75 * c + 0.25 * 255) for c in COLOURS[0])
     # The legend: the mean of 0.75, 0 and 0.25 and so on, each in its full color.
     assert [text for *_, text in painted[3:]] == [" e0 33.3% ", " e1 33.3% ", " e2 33.3% "]
-    assert colours[3:] == list(COLOURS[:3])
+    assert colors[3:] == list(COLOURS[:3])
     plain = re.sub(r"\x1b\[[\d;]*m", "", shown)
     assert "\x1b" not in plain
     assert plain.startswith("The <goose> &⏎\n\\x1b")
@@ -259,7 +259,7 @@ def test_repeated_colors_are_reported() -> None:
     assert token != legend[0]  # paler
     assert legend[0] == legend[1]
     for text in (to_html([route], names, ""), to_terminal([route], names)):
-        assert "colours repeat after 12" in text
+        assert "colors repeat after 12" in text
         assert "e5" not in text  # no token was routed there
     assert "repeat" not in to_terminal(ROUTES, EXPERTS)
 
@@ -275,14 +275,14 @@ def test_zero_tokens_are_accepted() -> None:
     assert Page(to_html([], EXPERTS, "none")).spans == []
 
 
-def _linear_rgb(colour: tuple[int, int, int]) -> list[float]:
-    parts = [part / 255 for part in colour]
+def _linear_rgb(color: tuple[int, int, int]) -> list[float]:
+    parts = [part / 255 for part in color]
     return [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
 
 
-def _lab(colour: tuple[int, int, int]) -> tuple[float, float, float]:
+def _lab(color: tuple[int, int, int]) -> tuple[float, float, float]:
     """Convert to CIELAB under D65."""
-    r, g, b = _linear_rgb(colour)
+    r, g, b = _linear_rgb(color)
     xyz = (
         (0.4124 * r + 0.3576 * g + 0.1805 * b) / 0.9505,
         0.2126 * r + 0.7152 * g + 0.0722 * b,
@@ -296,7 +296,7 @@ def test_colors_are_distinct_and_text_on_them_is_readable() -> None:
     for one, other in itertools.combinations(COLOURS, 2):
         distance = sum((a - b) ** 2 for a, b in zip(_lab(one), _lab(other), strict=True)) ** 0.5
         assert distance > 30, (one, other)
-    for colour in COLOURS:
-        r, g, b = _linear_rgb(colour)
+    for color in COLOURS:
+        r, g, b = _linear_rgb(color)
         luminance = 0.2126 * r + 0.7152 * g + 0.0722 * b
         assert (luminance + 0.05) / 0.05 > 4.5  # WCAG's contrast with black

@@ -259,7 +259,7 @@ def test_merges_of_a_bfloat16_pool_are_close(
         assert float(error) < (0.2 if name == "ties" else 0.01)
 
 
-def test_a_static_merge_needs_no_text_and_no_profile(base: Base, encoder: FakeEncoder) -> None:
+def test_a_static_merge_needs_neither_texts_nor_profiles(base: Base, encoder: FakeEncoder) -> None:
     experts = make_experts(base, 2, gates=False)
     routed = RoutedModel(base, Pool.from_experts(experts))
     for name, options, _ in CASES:

@@ -254,5 +254,5 @@ def test_a_plugin_may_reuse_option_names(llama: Base) -> None:
 
 
 def _with_mix(router: Theirs, mix: str) -> Theirs:
-    """Return a subclass with a class attribute of the kind, which a plugin may set too."""
+    """Return a router whose class has an attribute `mix`, which a plugin may set too."""
     return type("Theirs", (Theirs,), {"mix": mix, "__module__": __name__})()

@@ -172,7 +172,7 @@ def test_equal_weights_stay_equal_where_scores_are_far_apart() -> None:
 
 
 def test_lag_considers_only_the_candidates_of_arrow() -> None:
-    """Check a computation by hand: A has orthogonal rows and B is the identity, so A is its SVD."""
+    """Check by hand: if A has orthogonal rows and B is the identity, the rows are the spectrum."""
     e = torch.eye(5)
     spectra = [(e[1], 0.9 * e[2], 0.8 * e[3]), (2 * e[0],), (10 * e[4], 9 * e[0], 9 * e[1])]
     lora_A_ERD = torch.zeros(3, 3, 5)
@@ -213,7 +213,7 @@ def test_random_gates_have_the_expected_distribution() -> None:
     x_TD = torch.randn(3000, 40, generator=torch.Generator().manual_seed(0))
     shares = torch.stack([weights_of(Random(seed=s), pool, x_TD, None).mean(0) for s in range(8)])
     assert float((shares.mean(dim=0) - 1 / 6).abs().max()) < 0.02  # no expert is preferred
-    # Standardised gates and inputs: the scores are normal, the best of six is 1.27 on average, the
+    # Standardized gates and inputs: the scores are normal, the best of six is 1.27 on average, the
     # second best 0.64, and the softmax of two that differ by 0.63 gives the first 0.65.
     best_T = weights_of(Random(), pool, x_TD, None).max(dim=1).values
     assert float(best_T.mean()) == pytest.approx(0.65, abs=0.03)

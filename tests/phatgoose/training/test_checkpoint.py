@@ -102,9 +102,9 @@ def test_gates_of_an_adapter_resume_too(llama: Base) -> None:
 
 
 def test_every_forward_pass_sends_a_heartbeat(llama: Base) -> None:
-    beats: list[None] = []
-    train(llama, heartbeat=lambda: beats.append(None))
-    assert len(beats) == PASSES
+    heartbeats: list[None] = []
+    train(llama, heartbeat=lambda: heartbeats.append(None))
+    assert len(heartbeats) == PASSES
 
 
 def test_no_step_is_repeated(llama: Base) -> None:

@@ -254,13 +254,13 @@ class Rank(PlainEngine):
         return list(values)
 
 
-def job_of(base: Base, beat: Callable[[], None] = lambda: None, **changes: Any) -> TrainingJob:
+def job_of(base: Base, heartbeat: Callable[[], None] = lambda: None, **changes: Any) -> TrainingJob:
     recipe = dataclasses.replace(RECIPE, **changes)
     layers = attach_lora(base.model, base.linears, rank=4, scale=1.0, init_std=0.1, seed=0)
     generator = torch.Generator().manual_seed(1)
     for layer in layers.values():
         layer.lora_B_OR.data = torch.randn(layer.lora_B_OR.shape, generator=generator) / 4
-    return TrainingJob(base, layers, EXAMPLES, EXAMPLES[:11], recipe, Hooks(heartbeat=beat))
+    return TrainingJob(base, layers, EXAMPLES, EXAMPLES[:11], recipe, Hooks(heartbeat=heartbeat))
 
 
 def rank_of(job: TrainingJob, rank: int, ranks: int) -> Rank:
@@ -271,10 +271,10 @@ def rank_of(job: TrainingJob, rank: int, ranks: int) -> Rank:
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_ranks_share_the_evaluation(base: Base, ranks: int) -> None:
     """Check 11 examples in parts of 4 (micro-batches of 1): 3 parts, and idle ranks repeat."""
-    beats: list[None] = []
-    job = job_of(base, lambda: beats.append(None), micro_batch_size=1, batch_size=4)
+    heartbeats: list[None] = []
+    job = job_of(base, lambda: heartbeats.append(None), micro_batch_size=1, batch_size=4)
     whole = job.measure(rank_of(job, 0, 1), "evaluation")
-    beats.clear()
+    heartbeats.clear()
     engines = [rank_of(job, rank, ranks) for rank in range(ranks)]
     for engine in engines:
         job.measure(engine, "evaluation")
@@ -283,7 +283,7 @@ def test_ranks_share_the_evaluation(base: Base, ranks: int) -> None:
     assert sums[1] / 11 == whole.exact_match
     calls = {1: 3, 2: 2, 4: 1}[ranks]
     assert [len(engine.scored) for engine in engines] == [calls] * ranks  # all run the model
-    assert len(beats) == calls * ranks
+    assert len(heartbeats) == calls * ranks
     read = [part for engine in engines for part in engine.scored]
     assert {len(part) for part in read} == {4, 3}
     assert {str(q) for part in read for q in part} == {str(q) for q in job.evaluation}
