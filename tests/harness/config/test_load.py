@@ -29,7 +29,7 @@ def refused(*arguments: str) -> str:
     return line
 
 
-def test_the_defaults_and_derived_values() -> None:
+def test_defaults_and_derived_values_are_correct() -> None:
     config = load()
     assert config.base.name == "smollm2-135m"
     assert config.registry == "/data/run/registry"

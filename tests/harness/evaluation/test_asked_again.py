@@ -65,7 +65,7 @@ def test_asking_ahead_leaves_nothing_to_ask(run: Run, workers: LocalWorkers) -> 
     assert [{**r, "seconds": 0} for r in rows] == [{**r, "seconds": 0} for r in expected]
 
 
-def test_a_router_that_is_complete_waits_for_no_other(run: Run, workers: LocalWorkers) -> None:
+def test_a_complete_router_does_not_wait_for_others(run: Run, workers: LocalWorkers) -> None:
     wanted, evaluation = routers("base", "phatgoose"), run.evaluation(workers)
     workers.most = 1
     evaluation.ask(wanted)
@@ -149,7 +149,7 @@ def test_results_of_other_routers_and_suites_stay(
     assert "suite second" in make_report(run.folder)
 
 
-def test_results_of_another_pool_do_not_stay(run: Run, workers: LocalWorkers) -> None:
+def test_results_of_another_pool_are_dropped(run: Run, workers: LocalWorkers) -> None:
     two = Members(dict(list(run.members.experts.items())[:2]))
     for members, name in ((run.members, "merged"), (two, "base")):
         evaluation = run.evaluation(workers, members=members)

@@ -39,7 +39,7 @@ def publish(plan: Plan, code: dict[str, str] | None, *names: str) -> Registry:
     return registry
 
 
-def test_experts_of_this_code_need_no_training(config: RunConfig) -> None:
+def test_experts_of_this_code_are_reused(config: RunConfig) -> None:
     plan = make_plan(config)
     publish(plan, code_of(TRAINING), "birds", "lakes")
     assert len(make_plan(config).open_jobs) == 1

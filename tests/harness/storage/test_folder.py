@@ -163,10 +163,10 @@ def test_a_killed_writer_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("number", "mend"), [(errno.ENOSPC, "free some space"), (errno.EACCES, "choose a folder")]
+    ("number", "fix"), [(errno.ENOSPC, "free some space"), (errno.EACCES, "choose a folder")]
 )
 def test_refused_writes_name_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, mend: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, fix: str
 ) -> None:
     def refuse(_: int) -> None:
         raise OSError(number, os.strerror(number))
@@ -176,10 +176,10 @@ def test_refused_writes_name_the_file(
         patch.setattr(stores.os, "fsync", refuse)
         for call in (folder.write, folder.create):
             with pytest.raises(
-                PhatgooseError, match=rf"{tmp_path}/a \({os.strerror(number)}.*{mend}"
+                PhatgooseError, match=rf"{tmp_path}/a \({os.strerror(number)}.*{fix}"
             ):
                 call("a", b"x")
-        with pytest.raises(PhatgooseError, match=mend):
+        with pytest.raises(PhatgooseError, match=fix):
             folder.check_writable()
     assert list(tmp_path.iterdir()) == []
 

@@ -24,7 +24,7 @@ TASKS: dict[str, Any] = {
         "canary": "canary GUID 2",
         "examples": [{"input": f"{i} plus 1?", "target": str(i + 1)} for i in range(20, 40)],
     },
-    "colours": {
+    "colors": {
         "examples": [
             {"input": f"Is {i} red?", "target_scores": {"Yes": i % 2, "No": 1 - i % 2}}
             for i in range(20)
@@ -33,7 +33,7 @@ TASKS: dict[str, Any] = {
     "broken": {"examples": [{"input": "x", "target_scores": {"Yes": 0, "No": 0}}]},
 }
 SUMS = TaskSpec("sums", ("sums/1", "sums/2"))
-COLOURS = TaskSpec("colours", ("colours",))
+COLORS = TaskSpec("colors", ("colors",))
 
 
 def prepare(spec: TaskSpec, path: Path) -> TaskData:
@@ -45,8 +45,8 @@ def all_records(data: TaskData) -> list[Record]:
 
 
 def test_prepare_writes_both_splits_of_all_members(archive: Archive) -> None:
-    sums, colours = prepare_all([SUMS, COLOURS], from_archive(archive(TASKS)))
-    assert (sums.name, sums.kind, colours.kind) == ("sums", "generation", "multiple_choice")
+    sums, colors = prepare_all([SUMS, COLORS], from_archive(archive(TASKS)))
+    assert (sums.name, sums.kind, colors.kind) == ("sums", "generation", "multiple_choice")
     assert sum(sums.counts.values()) == 40  # the ten examples in both members count once
     assert sums.counts == {
         "train": len(read_records(sums.train)),
@@ -55,7 +55,7 @@ def test_prepare_writes_both_splits_of_all_members(archive: Archive) -> None:
     for record in all_records(sums):
         assert record.task == "sums"
         assert record.input == f"\nQ: {int(record.targets[0]) - 1} plus 1?\nA: "
-    assert all(r.choices == ["Yes", "No"] for r in all_records(colours))
+    assert all(r.choices == ["Yes", "No"] for r in all_records(colors))
 
 
 def test_canaries_are_stored_with_the_data(archive: Archive) -> None:
@@ -65,8 +65,8 @@ def test_canaries_are_stored_with_the_data(archive: Archive) -> None:
 
 
 def test_preparing_again_does_not_need_the_archive(archive: Archive, tmp_path: Path) -> None:
-    first = prepare_all([SUMS, COLOURS], from_archive(archive(TASKS)))
-    assert prepare_all([SUMS, COLOURS], from_archive(tmp_path / "missing")) == first
+    first = prepare_all([SUMS, COLORS], from_archive(archive(TASKS)))
+    assert prepare_all([SUMS, COLORS], from_archive(tmp_path / "missing")) == first
 
 
 def test_an_interrupted_preparation_is_repeated(archive: Archive) -> None:

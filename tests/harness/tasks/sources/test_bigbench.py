@@ -27,7 +27,7 @@ from phatgoose.errors import PhatgooseError
 
 Archive = Callable[[dict[str, Any]], Path]
 
-COLOURS = {"red": 0, "blue": 1, "pink": 0, "grey": 0}
+COLORS = {"red": 0, "blue": 1, "pink": 0, "grey": 0}
 
 
 @pytest.mark.parametrize(
@@ -52,14 +52,14 @@ COLOURS = {"red": 0, "blue": 1, "pink": 0, "grey": 0}
         ),
         pytest.param(
             {},
-            {"input": "Colour?", "target_scores": COLOURS},
-            "\nQ: Colour?\n  choice: grey\n  choice: red\n  choice: blue\n  choice: pink\nA: ",
+            {"input": "Color?", "target_scores": COLORS},
+            "\nQ: Color?\n  choice: grey\n  choice: red\n  choice: blue\n  choice: pink\nA: ",
             id="four choices",
         ),
         pytest.param(
             {"append_choices_to_input": False},
-            {"input": "Colour?", "target_scores": COLOURS},
-            "\nQ: Colour?\nA: ",
+            {"input": "Color?", "target_scores": COLORS},
+            "\nQ: Color?\nA: ",
             id="choices not appended",
         ),
         pytest.param(
@@ -130,7 +130,7 @@ def test_right_choices_are_those_with_the_highest_score_in_the_order_of_the_file
 
 
 @pytest.mark.parametrize("scores", [{"a": 0, "b": 0}, {"a": 1, "b": 1}, {"a": 0}])
-def test_equal_scores_make_no_choice_right(scores: dict[str, float]) -> None:
+def test_no_choice_is_right_if_all_scores_are_equal(scores: dict[str, float]) -> None:
     with pytest.raises(PhatgooseError, match=r"task t: BIG-bench task m0, example 1: (none|the t)"):
         records_of({"input": "n", "target_scores": scores})
 
@@ -156,7 +156,7 @@ def test_duplicates_are_dropped_and_repeated_inputs_stay_in_one_split() -> None:
 
 
 @given(st.lists(st.text(alphabet="ab \n", max_size=6), min_size=1, max_size=60))
-def test_splits_share_no_document(inputs: list[str]) -> None:
+def test_splits_do_not_share_documents(inputs: list[str]) -> None:
     examples = [{"input": text, "target": "x"} for text in inputs]
     records = made({"examples": examples})
     train, evaluation = (

@@ -93,7 +93,7 @@ def test_cap_and_balance_keep_questions_contained_in_hidden_choices() -> None:
 
 
 def test_shots_are_placed_between_the_prefix_and_the_question() -> None:
-    """Check a task like mult_data_wrangling, whose rule shows only in shots; and choices."""
+    """Check a rule that shows only in shots, as in mult_data_wrangling, for both kinds of task."""
     keys = {
         "task_prefix": "Cut it.\n",
         "example_input_prefix": "Input: ",

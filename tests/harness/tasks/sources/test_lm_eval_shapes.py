@@ -194,7 +194,7 @@ def test_zero_shots_may_be_requested(folder: Path) -> None:
 def test_the_metrics_of_the_paper_use_the_conditional_choices(
     folder: Path, tmp_path: Path, llama: Base
 ) -> None:
-    """Check this for any other requests that the metrics of a task need."""
+    """Check that requests for other metrics of the task do not interfere."""
     found = evaluation(folder, tmp_path / "run", llama, "mutual")
     found.run("base", make_router("base"))
     table = read_table(Folder(tmp_path / "run"), "samples/base.parquet", SAMPLES).to_pylist()
@@ -227,7 +227,7 @@ def test_several_inputs_become_records_with_their_beginnings_as_choices(folder: 
 
 
 def test_unreadable_tasks_are_named_before_preparation(folder: Path) -> None:
-    """Check the reads of `check`, which builds a few records of every task."""
+    """Check that a few records of every task are built before preparation."""
     path = folder / "utils.py"
     path.write_text(UTILS.replace('return doc["n"] % 2', 'return doc["gone"]'))
     problems = unreachable(specs(folder, "several"))
