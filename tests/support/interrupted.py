@@ -69,9 +69,9 @@ def train(
     return expert, rows
 
 
-def kill_at(beat: int) -> Callable[[], None]:
+def kill_at(passes: int) -> Callable[[], None]:
     """Return a heartbeat callback that ends the process after this many forward passes."""
-    left = [beat]
+    left = [passes]
 
     def count() -> None:
         left[0] -= 1
@@ -86,11 +86,11 @@ def train_interrupted(
 ) -> tuple[Expert, list[CurveRow], Memory]:
     """Train with an interruption after this many forward passes, repeatedly, then to the end."""
     memory = Memory()
-    for beat in at:
+    for passes in at:
         try:
-            train(base, recipe, engine, checkpoints=memory, heartbeat=kill_at(beat))
+            train(base, recipe, engine, checkpoints=memory, heartbeat=kill_at(passes))
         except Killed:
-            torch.manual_seed(beat)  # another process has other random states
+            torch.manual_seed(passes)  # another process has other random states
     expert, rows = train(base, recipe, engine, checkpoints=memory)
     return expert, rows, memory
 

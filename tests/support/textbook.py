@@ -71,17 +71,17 @@ def facts_of(
     return facts
 
 
-def standardised(x_D: Tensor) -> Tensor:
+def standardized(x_D: Tensor) -> Tensor:
     """Normalize to mean 0 and variance 1 over the features."""
-    centred_D = x_D - x_D.mean()
-    return centred_D / math.sqrt(float((centred_D**2).mean()) + 1e-5)
+    centered_D = x_D - x_D.mean()
+    return centered_D / math.sqrt(float((centered_D**2).mean()) + 1e-5)
 
 
 def gate_score(x_D: Tensor, gate_D: Tensor | None, *, x_too: bool = True) -> float:
     """Return PHATGOOSE's score."""
     assert gate_D is not None
-    x_D = standardised(x_D) if x_too else x_D
-    return float(x_D @ standardised(gate_D)) / math.sqrt(len(x_D))
+    x_D = standardized(x_D) if x_too else x_D
+    return float(x_D @ standardized(gate_D)) / math.sqrt(len(x_D))
 
 
 def phatgoose(x_D: Tensor, fact: Fact) -> float:
@@ -94,7 +94,7 @@ def phatgoose_raw_input(x_D: Tensor, fact: Fact) -> float:
 
 def phatgoose_raw_gates(x_D: Tensor, fact: Fact) -> float:
     assert fact.gate_D is not None
-    return float(standardised(x_D) @ fact.gate_D) / math.sqrt(len(x_D))
+    return float(standardized(x_D) @ fact.gate_D) / math.sqrt(len(x_D))
 
 
 def phatgoose_half_as_warm(x_D: Tensor, fact: Fact) -> float:

@@ -253,5 +253,5 @@ def _randomize(weights: dict[str, nn.Parameter], seed: int) -> None:
     for name, weight in weights.items():
         # Larger than an initialization for training, so that outputs depend on the input.
         is_norm = "norm" in name or ".ln_" in name
-        centre, spread = (1.0, 0.1) if is_norm else (0.0, weight.shape[-1] ** -0.5)
-        weight.data = centre + spread * torch.randn(weight.shape, generator=generator)
+        center, spread = (1.0, 0.1) if is_norm else (0.0, weight.shape[-1] ** -0.5)
+        weight.data = center + spread * torch.randn(weight.shape, generator=generator)

@@ -37,10 +37,10 @@ def make_encoder(folder: Path, seed: int = 0) -> Path:
     weights = dict(sorted(model.named_parameters()))
     for name, weight in weights.items():
         # Words outweigh what all texts share, so that texts are distinguishable.
-        centre, spread = (1.0, 0.1) if "LayerNorm.weight" in name else (0.0, 0.1)
+        center, spread = (1.0, 0.1) if "LayerNorm.weight" in name else (0.0, 0.1)
         if "word_embeddings" in name:
             spread = 1.0
-        weight.data = centre + spread * torch.randn(weight.shape, generator=generator)
+        weight.data = center + spread * torch.randn(weight.shape, generator=generator)
     (folder / "1_Pooling").mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(folder)
