@@ -77,7 +77,7 @@ class Watch:
             raise self.error
 
     def trains(self, process: int) -> Line | None:
-        """Return the expert an actor is training, by its last message."""
+        """Return the message that an actor is training an expert, if that was its last one."""
         said = [line for line in self.lines if line.process == process]
         return said[-1] if said and said[-1].what == "training" else None
 

@@ -122,7 +122,7 @@ def dashboard(own_ray: Path) -> Iterator[str]:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """Copy the code of a checkout, with files of .gitignore that are too large to be sent."""
+    """Copy the code of a checkout, with ignored files that are too large to be sent."""
     folder = tmp_path / "checkout"
     ignore = shutil.ignore_patterns("__pycache__")
     for package in ("harness", "phatgoose"):

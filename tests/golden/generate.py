@@ -34,15 +34,15 @@ def draw(random: np.random.Generator, *shape: int) -> Array:
     return random.normal(size=shape).astype(np.float32).astype(np.float64)
 
 
-def standardise(vector: Array) -> Array:
+def standardize(vector: Array) -> Array:
     """Normalize to mean 0 and variance 1 (LayerNorm without affine part, eps 1e-5)."""
     return np.asarray((vector - vector.mean()) / np.sqrt(vector.var() + 1e-5))
 
 
 def route(x_D: Array, gates_ED: Array, top_k: int) -> tuple[list[float], list[int]]:
     """Return the weights and experts of one token, best first."""
-    gates = [standardise(gate_D) for gate_D in gates_ED]
-    scores = [float(standardise(x_D) @ gate_D) / np.sqrt(len(x_D)) for gate_D in gates]
+    gates = [standardize(gate_D) for gate_D in gates_ED]
+    scores = [float(standardize(x_D) @ gate_D) / np.sqrt(len(x_D)) for gate_D in gates]
     exponentials = [np.exp(score) for score in scores]
     probabilities = [e / sum(exponentials) for e in exponentials]
     best = sorted(range(len(scores)), key=lambda expert: -scores[expert])[:top_k]
