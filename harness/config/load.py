@@ -184,6 +184,9 @@ def _typed(kind: type[T], composed: DictConfig, key: str) -> T:
         value = OmegaConf.to_object(OmegaConf.merge(schema, composed[key]))
     except OmegaConfBaseException as error:
         raise PhatgooseError(f"configuration: {key}: {_first_line(error)}") from error
+    except PhatgooseError as error:  # the class names its fields `recipe.rank`, users `train.rank`
+        named = str(error).replace(f"{kind.__name__.lower()}.", f"{key}.")
+        raise PhatgooseError(named) from error
     assert isinstance(value, kind)
     return value
 

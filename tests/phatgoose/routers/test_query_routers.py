@@ -360,7 +360,7 @@ def test_rows_that_end_early_leave_the_others_their_mixtures(
 
 def test_a_pass_that_nobody_announced_is_refused(base: Base) -> None:
     RoutedModel(base, pool_of(make_uneven_experts(base)), "logo")
-    with pytest.raises(PhatgooseError, match=r"looks at whole queries, .* routed model's"):
+    with pytest.raises(PhatgooseError, match=r"routers of whole queries, .* model's"):
         plain_logits(base, [5, 9, 11], [12])
 
 
