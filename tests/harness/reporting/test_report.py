@@ -155,7 +155,7 @@ def test_pictures_that_fail_do_not_end_the_run(
     monkeypatch.setattr(report, "plot_routers", plot_routers)
     folder = Folder(tmp_path / "run")
     write_run(folder, {"t": {"phatgoose": {"acc": [1.0, 0.0]}}})
-    assert "no picture (plot_routers): no ink no paper\n" in report.make_report(folder)
+    assert "no plot (plot_routers): no ink no paper\n" in report.make_report(folder)
 
 
 def test_a_report_without_matplotlib_says_how_to_get_pictures(
@@ -166,7 +166,7 @@ def test_a_report_without_matplotlib_says_how_to_get_pictures(
     write_run(folder, {"t": {"phatgoose": {"acc": [1.0, 0.0]}}})
     text = report.make_report(folder)
     assert "phatgoose" in text
-    assert "no picture (plot_routers): pictures need matplotlib: install it with" in text
+    assert "no plot (plot_routers): plots need matplotlib. Install it with" in text
     assert not (tmp_path / "plots" / "routers.png").exists()
 
 
@@ -174,7 +174,7 @@ def test_a_report_draws_into_the_run_folder_and_leaves_the_backend(tmp_path: Pat
     folder = Folder(tmp_path)
     write_run(folder, {"t": {"phatgoose": {"acc": [1.0, 0.0]}}})
     before = matplotlib.get_backend()
-    assert f"picture: {tmp_path}/plots/routers.png" in report.make_report(folder)
+    assert f"plot: {tmp_path}/plots/routers.png" in report.make_report(folder)
     assert (tmp_path / "plots" / "routers.png").read_bytes().startswith(b"\x89PNG")
     assert matplotlib.get_backend() == before
 
@@ -182,7 +182,7 @@ def test_a_report_draws_into_the_run_folder_and_leaves_the_backend(tmp_path: Pat
 def test_a_report_elsewhere_than_on_a_local_disk_has_no_pictures() -> None:
     folder = Folder("memory:///run")
     write_run(folder, {"t": {"phatgoose": {"acc": [1.0, 0.0]}}})
-    assert "no picture (plot_routers): memory:///run is not a local" in report.make_report(folder)
+    assert "no plot (plot_routers): memory:///run is not a local" in report.make_report(folder)
 
 
 def test_a_router_measured_otherwise_gets_no_difference_and_a_mark(tmp_path: Path) -> None:
