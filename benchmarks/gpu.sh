@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tests of the CUDA paths and the speed table, on a machine with a GPU: benchmarks/gpu.sh OUTPUT_FOLDER
+# Run the CUDA tests and the speed table on a machine with a GPU: benchmarks/gpu.sh OUTPUT_FOLDER
 # Needs torch, transformers, peft, pyarrow and pytest; takes under 8 minutes.
 set -uo pipefail
 out=${1:?usage: benchmarks/gpu.sh OUTPUT_FOLDER}

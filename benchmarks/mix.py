@@ -1,11 +1,12 @@
-"""What routing costs: one adapted linear, routed among E experts, over the frozen linear alone.
+"""Measure the cost of routing: a linear routed among E experts, relative to the frozen linear.
 
     python -m benchmarks.mix [--threads 1] [--device cuda]
 
-Prints, for each shape, the frozen linear's time, the floor that the operations set, and the ratio
-(frozen + routed) / frozen of PHATGOOSE's routing with each way of mixing, all in one process:
-medians of 21 rounds that take the ways in turn. `phatgoose.ops.mix` chooses between `loop`,
-`grouped` and `dense`; the last evaluates every expert, as PEFT's Arrow router does.
+For each shape it prints the time of the frozen linear, the lower bound given by the number of
+operations, and the ratio (frozen + routed) / frozen of PHATGOOSE's routing for each way of mixing.
+All ways run in one process; the numbers are medians of 21 rounds that alternate between the ways.
+`phatgoose.ops.mix` chooses between `loop`, `grouped` and `dense`. `dense` evaluates every expert,
+as PEFT's Arrow router does.
 """
 
 import argparse
@@ -28,7 +29,7 @@ RANK = 16
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure all shapes and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")

@@ -1,10 +1,11 @@
-"""Speed of the check for overlap: words of training data a second, on one core.
+"""Measure the check for overlap: words of training data per second on one core.
 
     OMP_NUM_THREADS=1 python -m benchmarks.overlap
 
-The baseline keeps 8-word sequences as sets of tuples of words, and inputs as a set of texts, in the
-same process, on the same texts, with the same findings. The floor is what no check can do without:
-to take the texts out of their table, in lower case, and to look at each byte once.
+The baseline stores 8-word sequences as sets of tuples of words, and inputs as a set of texts. It
+runs in the same process on the same texts and must find the same overlaps. The floor is the minimum
+work of any check: to read the texts from their table, convert them to lower case, and inspect each
+byte once.
 """
 
 import random
@@ -24,14 +25,14 @@ _IS_WORD = np.array([b >= 128 or chr(b).isalnum() for b in range(256)])
 
 
 def main() -> None:
-    """Print the rates for texts in ASCII and in another alphabet, and the ratios."""
+    """Print rates and ratios for texts in ASCII and in another alphabet."""
     for name, word in (("ASCII", "word"), ("Cyrillic", "слово")):
         print(name)
         compare(word)
 
 
 def compare(word: str) -> None:
-    """The three rates, each the best of some rounds, and what they are to ours."""
+    """Print the three rates, each the best of several rounds, and their ratios to ours."""
     chance = random.Random(0)
     vocabulary = [f"{word}{i}" for i in range(30_000)]
 
@@ -55,11 +56,11 @@ def compare(word: str) -> None:
     best = {name: min(times) for name, times in seconds.items()}
     for name, taken in best.items():
         rate = _EXAMPLES * _WORDS / taken / 1e6
-        print(f"  {name:15} {rate:7.2f} million words/s, {taken / best['ours']:5.2f} of ours' time")
+        print(f"  {name:15} {rate:7.2f} million words/s, {taken / best['ours']:5.2f} times ours")
 
 
 def ours(index: SuiteIndex, batches: list[pa.RecordBatch]) -> tuple[int, int]:
-    """How many documents are the same as an input, and how many share a sequence."""
+    """Return how many documents equal an input, and how many share a sequence."""
     found: list[Overlap] = index.overlaps("expert", batches)
     return found[0].exact, found[0].shared
 
@@ -67,7 +68,7 @@ def ours(index: SuiteIndex, batches: list[pa.RecordBatch]) -> tuple[int, int]:
 def plain(
     suite: list[tuple[str, set[tuple[str, ...]]]], batches: list[pa.RecordBatch]
 ) -> tuple[int, int]:
-    """As `ours`, with sets; wording is none in these texts."""
+    """Compute the result of `ours` with sets. These texts have no common wording to exclude."""
     inputs = {text for text, _ in suite}
     sequences = set().union(*(held for _, held in suite))
     seen_inputs: set[str] = set()
@@ -81,7 +82,7 @@ def plain(
 
 
 def floor(batches: list[pa.RecordBatch]) -> int:
-    """How many bytes are part of words."""
+    """Return the number of bytes that are part of words."""
     count = 0
     for batch in batches:
         for text in batch.column("input").to_pylist():
@@ -90,18 +91,18 @@ def floor(batches: list[pa.RecordBatch]) -> int:
 
 
 def windows(text: str) -> set[tuple[str, ...]]:
-    """The sequences of 8 words in a text."""
+    """Return the 8-word sequences of a text."""
     words = re.findall(r"\w+", text.lower())
     return {tuple(words[i : i + 8]) for i in range(len(words) - 7)}
 
 
 def table(texts: list[str]) -> pa.Table:
-    """Examples whose text is all of their input."""
+    """Return examples whose text is their complete input."""
     return pa.table({"text": [""] * len(texts), "input": texts})
 
 
 def timed(seconds: dict[str, list[float]], name: str, run: Callable[[], Any]) -> Any:
-    """Note how long something takes; gives what it gives."""
+    """Call a function, record its duration, and return its result."""
     started = time.perf_counter()
     result = run()
     seconds.setdefault(name, []).append(time.perf_counter() - started)

@@ -1,11 +1,12 @@
-"""What the harness itself costs per job: jobs that wait rather than compute, on simulated nodes.
+"""Measure the harness's overhead per job: jobs that wait instead of compute, on simulated nodes.
 
     python -m benchmarks.scheduler --nodes 1 2 4 --jobs 1000 10000 --wait 0.1
 
-All that is around a training is real: a Ray cluster of that many worker nodes (on this machine),
-the scheduler, the job table, the progress file, the training curves, the registry's actor with its
-objects, records and manifests. Only the training is a wait of so many seconds, so that more actors
-than cores can be at work. The floor, the baseline of every ratio, is jobs * wait / actors.
+Everything around the training is real: a Ray cluster with that many worker nodes (on this machine),
+the scheduler, the job table, the progress file, the training curves, and the registry actor with
+its objects, records and manifests. Only the training itself is replaced by a wait of that many
+seconds, so that more actors than cores can run. The floor, the baseline of every ratio, is
+jobs * wait / actors.
 """
 
 import argparse
@@ -40,20 +41,20 @@ from phatgoose.expert import Expert
 from phatgoose.training.recipe import Recipe, Stage
 
 _BASE = "0" * 64
-_CORES = 4  # of a simulated node
-_STEPS = 10  # of a job; each leaves a row in its training curve
+_CORES = 4  # per simulated node
+_STEPS = 10  # per job; each step adds a row to its training curve
 _ROWS = ("jobs", "nodes", "actors", "seconds", "of floor", "ms/job", "driver ms/job", "driver MiB")
 
 
 class Waiter(Actor):
-    """Waits for as long as a training would take, and returns an expert of random numbers."""
+    """An actor that waits instead of training, and returns an expert of random numbers."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__(code_version())
         self._seconds = seconds
 
     def train(self, job: TrainJob) -> Trained:
-        """As `TrainActor.train`."""
+        """Wait, and return a result like that of `TrainActor.train`."""
         time.sleep(self._seconds)
         self._done += 1
         generator = torch.Generator().manual_seed(int(job.card.job[:8], 16))
@@ -76,7 +77,7 @@ class Waiter(Actor):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print one row per number of jobs and of nodes."""
+    """Print one row per combination of nodes and jobs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--jobs", type=int, nargs="+", default=[1000])
@@ -91,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @contextmanager
 def simulated(nodes: int) -> Iterator[None]:
-    """A head without work, and so many nodes with cores that are only numbers."""
+    """Start a head node without cores, and worker nodes with simulated cores."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     common = {"node_ip_address": "127.0.0.1", "object_store_memory": 100 * 2**20}
     head = {**common, "num_cpus": 0, "include_dashboard": False}
@@ -108,7 +109,7 @@ def simulated(nodes: int) -> Iterator[None]:
 
 
 def measure(path: Path, count: int, nodes: int, wait: float) -> None:
-    """Train so many experts, and say what that took beyond the waiting."""
+    """Run `count` jobs, and print the time they took beyond waiting."""
     folder, process = Folder(path), psutil.Process()
     jobs = [job(index) for index in range(count)]
     tokens = dict.fromkeys((job.card.job for job in jobs), _STEPS)
@@ -141,7 +142,7 @@ def measure(path: Path, count: int, nodes: int, wait: float) -> None:
 
 
 def ready(workers: Workers, actors: int) -> None:
-    """Start all actors before the clock does: that takes as long for ten jobs as for many."""
+    """Start all actors before the measurement. Their start time does not depend on the jobs."""
     jobs = [(job(index),) for index in range(actors)]
     while len(workers.locations) < actors:
         workers.add("train", jobs)
@@ -150,7 +151,7 @@ def ready(workers: Workers, actors: int) -> None:
 
 
 def job(index: int) -> TrainJob:
-    """One job of many."""
+    """Return a training job."""
     name = f"expert-{index}"
     card = Card(name, name, "none", _BASE, "0" * 64, f"{index:08x}{'0' * 8}", 1.0, {}, {})
     stage = Stage(steps=_STEPS, lr=0.1)
@@ -159,13 +160,13 @@ def job(index: int) -> TrainJob:
 
 
 def cpu(process: psutil.Process) -> float:
-    """Seconds of processor time that this process has used."""
+    """Return the processor time of a process in seconds."""
     times = process.cpu_times()
     return float(times.user + times.system)
 
 
 def growth(registry: Path) -> str:
-    """Files and bytes of each kind."""
+    """Return the number and size of the registry's files of each kind."""
     said = []
     for kind in ("objects", "jobs", "manifests"):
         sizes = [file.stat().st_size for file in (registry / kind).iterdir()]

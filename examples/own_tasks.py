@@ -1,11 +1,11 @@
-"""Train experts on your own tasks, route among them, and see which expert each token went to.
+"""Train experts on your own tasks, route among them, and see which experts each token used.
 
     python examples/own_tasks.py                                 # the three small tasks in data/
     python examples/own_tasks.py a.jsonl b.jsonl c.jsonl --base /models/my-llama --steps 100
 
-Each file is one task, each line one example: {"input": "What is 2 + 2?", "target": "4"}.
-Every fifth example is held out of training. Neither Ray nor Hydra is needed; with the packaged
-base, whose weights come from the package index, a task takes about half a minute on one core.
+Each file is one task, and each line is one example: {"input": "What is 2 + 2?", "target": "4"}.
+Every fifth example is held out of training. Neither Ray nor Hydra is needed. With the default base,
+whose weights come from the package index, a task takes about half a minute on one core.
 """
 
 import argparse
@@ -52,11 +52,13 @@ class Task:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Read, train, route, look."""
+    """Read the tasks, train an expert for each, route among them, and show the routes."""
     options = parse(arguments)
     tasks = [read_task(file) for file in options.files]
     if len({task.name for task in tasks}) < len(tasks):
-        raise PhatgooseError("two files have the same name: each names an expert, rename one")
+        raise PhatgooseError(
+            "two files have the same name, and names identify experts. Rename one."
+        )
     options.out.mkdir(parents=True, exist_ok=True)
     recipe = Recipe(
         scale=1.0,
@@ -70,8 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     base = load_base(options.base)
     linear = options.linear or base.linears[len(base.linears) // 3]
-    if linear not in base.linears:  # now, and not after the training
-        raise PhatgooseError(f"no linear {linear}: name one such as {base.linears[0]}")
+    if linear not in base.linears:  # checked before the training
+        raise PhatgooseError(
+            f"--linear={linear}: no such linear. Use one such as {base.linears[0]}."
+        )
     experts = []
     for task in tasks:
         expert = train(base, task, recipe)
@@ -82,28 +86,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for task in tasks:
         compare(model, task)
 
-    # One text of all tasks: every token finds its own experts.
+    # One text made of all tasks: every token is routed to its own experts.
     text = "\n".join(e.input + e.target for e in (task.held_out[0] for task in tasks))
     routes = token_routes(model, text, linear)
-    print(f"\nWhere tokens went at {linear}:\n\n{to_terminal(routes, model.pool.experts)}")
+    print(f"\nExperts of each token at {linear}:\n\n{to_terminal(routes, model.pool.experts)}")
     page = options.out / "routes.html"
     page.write_text(to_html(routes, model.pool.experts, f"Experts at {linear}"), encoding="utf-8")
-    print(f"\nThe same as a page: {page}. The experts: {options.out}/*.arrow")
+    print(f"\nSaved the routes as a page, {page}, and the experts as {options.out}/*.arrow")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Train experts on your own tasks, and route.")
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description="Train experts on your own tasks, and route among them."
+    )
     default = [DATA / "capitals.jsonl", DATA / "count.jsonl", DATA / "opposites.jsonl"]
     parser.add_argument(
-        "files", nargs="*", type=Path, default=default, help="JSON Lines, a task each"
+        "files", nargs="*", type=Path, default=default, help="JSON Lines files, one task each"
     )
     parser.add_argument("--base", default="smollm2-135m", help="a name, a directory or a hub id")
-    parser.add_argument("--steps", type=int, default=24, help="of LoRA; gates get a third of it")
     parser.add_argument(
-        "--linear", help="which linear to look at (default: one in the first third)"
+        "--steps", type=int, default=24, help="LoRA steps; gates train for a third of them"
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/own_tasks"), help="a folder")
+    parser.add_argument(
+        "--linear", help="linear whose routes are shown (default: one after a third)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/own_tasks"), help="output folder")
     return parser.parse_args(arguments)
 
 
@@ -119,14 +127,14 @@ def read_task(file: Path) -> Task:
             continue
         try:
             row = json.loads(line)
-            # The target follows the input, so there must be a space between them.
+            # The target follows the input directly, so the input must end with a space.
             examples.append(Example(row["input"].rstrip() + " ", row["target"].strip()))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise PhatgooseError(
-                f'{file}, line {number}: write {{"input": "text", "target": "text"}}'
+                f'{file}, line {number}: invalid. Write {{"input": "text", "target": "text"}}.'
             ) from error
     if len(examples) < 10:
-        raise PhatgooseError(f"{file} has {len(examples)} examples: at least 10 are needed")
+        raise PhatgooseError(f"{file}: only {len(examples)} examples. Give at least 10.")
     random.Random(0).shuffle(examples)
     fingerprint = hashlib.sha256(content).hexdigest()
     held_out = examples[::5]
@@ -139,7 +147,7 @@ def read_task(file: Path) -> Task:
 
 
 def train(base: Base, task: Task, recipe: Recipe) -> Expert:
-    """Train one expert and its gates, telling how fast."""
+    """Train one expert and its gates, and print the progress."""
 
     def report(progress: CurveRow) -> None:
         done = progress.step + 1
@@ -166,7 +174,7 @@ def train(base: Base, task: Task, recipe: Recipe) -> Expert:
 
 
 def compare(model: RoutedModel, task: Task) -> None:
-    """Print what the base and the routed model answer, and which experts were asked."""
+    """Print the answers of the base and the routed model, and the experts' shares."""
     model.set_router("base")
     base_answers = answer(model, task)
     model.set_router("phatgoose")
@@ -178,21 +186,23 @@ def compare(model: RoutedModel, task: Task) -> None:
     answers = zip(task.held_out[:SHOWN], base_answers, routed_answers, strict=False)
     for example, before, after in answers:
         print(f"  {example.input!r}")
-        print(f"    base {before!r}, routed {after!r}, right is {example.target!r}")
-    print(f"  right: base {right(base_answers, targets)}, routed {right(routed_answers, targets)}")
+        print(f"    base {before!r}, routed {after!r}, correct {example.target!r}")
+    print(
+        f"  correct: base {right(base_answers, targets)}, routed {right(routed_answers, targets)}"
+    )
     weights_E = torch.stack(list(log.weights.values())).sum(dim=0) / sum(log.tokens.values())
     shares = zip(model.pool.experts, weights_E.tolist(), strict=True)
     print("  experts, over all linears: " + ", ".join(f"{name} {x:.0%}" for name, x in shares))
 
 
 def answer(model: RoutedModel, task: Task) -> list[str]:
-    """The model's answers to the held-out inputs: the first line of each."""
+    """Return the first line of the model's answer to each held-out input."""
     prompts = [example.input for example in task.held_out]
     return [text.strip() for text in model.generate(prompts, 16, stops=["\n"])]
 
 
 def right(answers: list[str], targets: list[str]) -> str:
-    """How many answers are the target, exactly."""
+    """Return how many answers equal the target exactly."""
     correct = sum(a == t for a, t in zip(answers, targets, strict=True))
     return f"{correct} of {len(targets)} ({correct / len(targets):.0%})"
 

@@ -1,1 +1,1 @@
-"""The distributed benchmark: train pools of experts and evaluate every router over them."""
+"""A distributed benchmark: train pools of experts and evaluate every router over them."""

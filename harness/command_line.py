@@ -1,4 +1,4 @@
-"""What the command lines share: an answer for programs and for people, and text tables."""
+"""Helpers of all command lines: answers as JSON or text, and text tables."""
 
 import argparse
 import contextlib
@@ -18,7 +18,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Output:
-    """What a command has to say, as JSON and as text, and its exit status."""
+    """The output of a command as JSON and as text, and its exit status."""
 
     document: dict[str, Any]
     text: str
@@ -26,9 +26,9 @@ class Output:
 
 
 def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
-    """Parse the arguments, make the command's `call` answer, print that; the exit status.
+    """Parse the arguments, run the command's `call`, print its answer, and return the exit status.
 
-    The status is the answer's, or 2 after a mistake, which is printed in one line.
+    The status is that of the answer. A PhatgooseError is printed in one line, with status 2.
     """
     args = parser.parse_args(arguments)
     log_to_terminal()
@@ -44,7 +44,7 @@ def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Raise PhatgooseError in place of what the operating system refused: space, permission."""
+    """Convert errors of the operating system, such as a full disk, to PhatgooseError."""
     try:
         yield
     except OSError as error:
@@ -55,12 +55,12 @@ def one_line_errors() -> Iterator[None]:
 
 
 def count(number: int, noun: str) -> str:
-    """A number with its noun."""
+    """Return a number with its noun, in the plural unless it is 1."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[int]) -> str:
-    """Return a table as text, between rules; the columns in `right` are aligned to the right."""
+    """Return a table as text between rules. The columns in `right` are right-aligned."""
     return aligned([header, *rows], right, rules=[1, 1 + len(rows)])
 
 
@@ -68,12 +68,12 @@ def aligned(lines: Sequence[Sequence[str]], right: Collection[int], rules: Colle
     """Return lines of cells as columns of text.
 
     Args:
-        lines: the cells, those of the header too.
-        right: the columns to align to the right.
-        rules: a rule is drawn above the lines of these indices; `len(lines)` is the end.
+        lines: the cells, including those of the header.
+        right: indices of the columns to right-align.
+        rules: indices of the lines to draw a rule above; `len(lines)` is the end of the table.
     """
     sides = ["right" if column in right else "left" for column in range(len(lines[0]))]
-    # Text, not numbers: their digits were chosen before.
+    # Cells are text: numbers are already formatted.
     text = tabulate(
         lines,
         tablefmt="plain",

@@ -1,6 +1,6 @@
-"""The whole benchmark in one command: python -m harness.run pool=demo
+"""Run the complete benchmark with one command: `python -m harness.run pool=demo`.
 
-Plan and check, train what has not been trained, evaluate what has not been answered, report.
+A run plans and checks, trains missing experts, evaluates missing answers, and writes a report.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ _PACKAGES = ("phatgoose", "torch", "transformers", "ray", "deepspeed", "lm_eval"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if {"-h", "--help"} & set(arguments):
         print(help_text())
@@ -45,21 +45,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _LOG.error("%s", error)
         return 2
     except KeyboardInterrupt:
-        _LOG.warning("\nstopped; the same command goes on from here")
+        _LOG.warning("\nstopped; run the same command to resume")
         return 130
     return 0
 
 
 def run(config: RunConfig) -> None:
-    """Carry one configuration through its stages.
+    """Run all stages of a configuration.
 
     Raises:
-        PhatgooseError: a check before work failed, no expert could be had, or, after all else was
-            done, some experts, profiles or routers had to be left out.
+        PhatgooseError: a check before the work failed, or no expert is available. Also raised after
+            all other work is done if some experts, profiles or routers failed.
     """
     log_to_terminal()
     _be_quiet()
-    # Imported here, so that a mistyped configuration is refused at once.
+    # Imported here, so that a mistyped configuration is rejected immediately.
     from harness.driver.lease import RunLease
     from harness.driver.prepare import prepare_run, preparer
     from harness.driver.stages import Driver
@@ -71,8 +71,8 @@ def run(config: RunConfig) -> None:
 
     if config.stages == ["report"] and not Folder(config.run.dir).exists(run_folder.RUN_FILE):
         raise PhatgooseError(
-            f"run.dir={config.run.dir} holds no run to report: run the stages train and evaluate "
-            "before"
+            f"run.dir={config.run.dir}: there is no run to report. Run the stages train and "
+            "evaluate first."
         )
     started = time.monotonic()
     problems: list[str] = []
@@ -103,10 +103,10 @@ def run(config: RunConfig) -> None:
                     problems += driver.measure_profiles()
                 problems += driver.evaluate()
         except PhatgooseError as error:
-            problems.append(str(error))  # after its causes, if there are any
+            problems.append(str(error))  # after its causes, if any
             with contextlib.suppress(
                 PhatgooseError
-            ):  # the disk may be full: the first error counts
+            ):  # the disk may be full: report the first error
                 _end(plan, record, problems, started)
             raise PhatgooseError("; ".join(problems)) from error
         finally:
@@ -116,16 +116,15 @@ def run(config: RunConfig) -> None:
         minutes = _end(plan, record, problems, started)
         if "report" in config.stages:
             print("\n" + make_report(plan.folder), end="")
-        print(f"done in {minutes:.1f} min; everything is in {plan.folder}")
+        print(f"done in {minutes:.1f} min; all files are in {plan.folder}")
         if problems:
             raise PhatgooseError(
-                f"{len(problems)} things could not be done ({'; '.join(problems)}): the same "
-                "command tries them again"
+                f"problems: {len(problems)} ({'; '.join(problems)}). Run the same command to retry."
             )
 
 
 def _end(plan: "Plan", record: dict[str, Any], problems: list[str], started: float) -> float:
-    """Write how this call ended; returns the minutes that it took."""
+    """Record how this call ended in run.json, and return the minutes it took."""
     minutes = (time.monotonic() - started) / 60
     record["calls"][-1] |= {
         "finished": _now(),
@@ -137,18 +136,20 @@ def _end(plan: "Plan", record: dict[str, Any], problems: list[str], started: flo
 
 
 def _overlaps(plan: "Plan") -> list[dict[str, Any]]:
-    """Rows of overlap.parquet."""
+    """Return the rows of overlap.parquet."""
     rows = [(suite, asdict(o)) for suite, found in plan.overlaps.items() for o in found]
     return [{"suite": suite, "task": row.pop("suite_task"), **row} for suite, row in rows]
 
 
 def _record(config: RunConfig, plan: "Plan") -> dict[str, Any]:
-    """What run.json says: what all calls have in common, and each call's own."""
+    """Return the content of run.json: facts shared by all calls, and a record of each call."""
     from harness.scheduling.hardware import memory_gib, processor, usable_cores  # slow to import
 
     before = run_folder.read_run(plan.folder) if plan.folder.exists(run_folder.RUN_FILE) else {}
     configuration = asdict(config)
-    configuration["run"]["dir"] = str(plan.folder)  # a URI may hold a key; its name here does not
+    configuration["run"]["dir"] = str(
+        plan.folder
+    )  # a URI may contain a secret key; this form does not
     configuration["registry"] = str(Folder(config.registry))
     call = {
         "configuration": configuration,
@@ -171,7 +172,7 @@ def _now() -> str:
 
 
 def _be_quiet() -> None:
-    """Keep libraries from talking over the plan, the bars and the tables."""
+    """Silence library output that would clutter the plan, the progress bars and the tables."""
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -180,7 +181,7 @@ def _be_quiet() -> None:
 
 
 def help_text() -> str:
-    """What --help prints."""
+    """Return the text that --help prints."""
     listed = "\n".join(
         textwrap.fill(
             ", ".join(names), 98, initial_indent=f"  {group:8} ", subsequent_indent=" " * 11
@@ -189,21 +190,21 @@ def help_text() -> str:
     )
     return f"""usage: python -m harness.run [group=choice ...] [key=value ...]
 
-Train a pool of experts, evaluate routers over it on a suite of tasks, and report.
+Train a pool of experts, evaluate routers over it on a suite of tasks, and write a report.
 
-Groups and their choices (base= also takes a directory or a Hugging Face id,
-router= a list, in it also single:<expert>):
+Groups and their choices (base= also takes a directory or a Hugging Face id;
+router= takes a list; entries may be single:<expert>):
 {listed}
 
 Keys are those of {CONF.name}/config.yaml and of the chosen files, for example:
   stages=[train]                only train
-  run.dir=/data/run             where everything goes; an absolute path or a URI
-  registry=/data/registry       where experts are kept
+  run.dir=/data/run             output folder; an absolute path or a URI
+  registry=/data/registry       where experts are stored
   train.lora.steps=100          steps of the LoRA stage
   suite.limit=200               documents per task
   router.phatgoose.top_k=1      experts per token
 
-Started again with the same command, a run goes on where it was."""
+Run the same command again to resume a run."""
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
-"""What a run leaves behind: the schemas of its parquet files, once, and how to write and read them.
+"""The files of a run folder: the schemas of the parquet files, and functions to read and write.
 
-A run folder holds
+A run folder contains
 
     scores.parquet                one row per router, task and metric
     summary.parquet               the same with confidence intervals and means over tasks
     samples/<router>.parquet      one row per router and document
-    routing/<router>.parquet      one row per linear and expert: what was routed where
-    training/<expert>.parquet     one row per recorded training step and per evaluation of an expert
+    routing/<router>.parquet      one row per linear and expert: the share of routed weight
+    training/<expert>.parquet     one row per recorded training step and evaluation
     overlap.parquet               one row per suite task and expert that share documents
-    jobs.parquet                  one row per expert to be made: what became of its job
-    run.json                      configuration, versions, hardware, when started and finished
-    status.json                   how far the run is, while it lasts
-    requests.json                 a hash of each task's requests, which no call may change
-    answers.json                  what the answers under each router were computed with
+    jobs.parquet                  one row per expert to train: the state of its job
+    run.json                      configuration, versions, hardware, start and end times
+    status.json                   progress of a running call
+    requests.json                 a hash of each task's requests; later calls must not change them
+    answers.json                  the conditions under which each router's answers were computed
 
-Every column's meaning stands next to its type below, and travels in the files themselves as the
+The meaning of every column is given next to its type below. It is also stored in the files as the
 metadata `meaning` of the field.
 """
 
@@ -45,7 +45,7 @@ _LONGEST_NAME = 200
 
 
 def _column(name: str, kind: pa.DataType, meaning: str, null: str | None = None) -> pa.Field:
-    """One column. `null` says what a missing value means; without it none may be missing."""
+    """Return a column. `null` gives the meaning of a missing value; None forbids missing values."""
     text = f"{meaning}; null: {null}" if null else meaning
     return pa.field(name, kind, nullable=null is not None, metadata={"meaning": text})
 
@@ -55,24 +55,30 @@ _SUITE = _column("suite", pa.string(), "name of the suite of evaluation tasks")
 _TASK = _column("task", pa.string(), "name of the evaluation task")
 _EXPERT = _column("expert", pa.string(), "name of the expert")
 _ZERO_SHOT = _column(
-    "zero_shot", pa.bool_(), "whether the router was chosen without looking at the evaluation data"
+    "zero_shot", pa.bool_(), "whether the router was chosen without using the evaluation data"
 )
 _SIDE_INFORMATION = _column(
     "side_information",
     pa.string(),
-    "what the router knows besides the pool, its profiles and the query",
+    "information the router uses besides the pool, its profiles and the query",
     null="nothing",
 )
 
 _IN_0_1_0 = "written by version 0.1.0"
-# Only rows with the same of these can be compared.
+# Only rows with equal values in these columns are comparable.
 CONDITIONS = (
     _column("dtype", pa.string(), "dtype of the base", null=_IN_0_1_0),
     _column(
-        "device", pa.string(), "kind of device that answered: cpu, cuda or mps", null=_IN_0_1_0
+        "device",
+        pa.string(),
+        "type of the device that computed the answers: cpu, cuda or mps",
+        null=_IN_0_1_0,
     ),
     _column(
-        "versions", pa.string(), "versions of torch, transformers and lm_eval, JSON", null=_IN_0_1_0
+        "versions",
+        pa.string(),
+        "versions of torch, transformers and lm_eval, as JSON",
+        null=_IN_0_1_0,
     ),
     _column(
         "code",
@@ -84,10 +90,10 @@ CONDITIONS = (
 
 SCORES = pa.schema(
     [
-        _column("run", pa.string(), "name of the run: that of its folder"),
+        _column("run", pa.string(), "name of the run, i.e. of its folder"),
         _column("base", pa.string(), "name of the base"),
         _column(
-            "manifest", pa.string(), "id of the pool: a hash over its experts' names and contents"
+            "manifest", pa.string(), "id of the pool: a hash of its experts' names and contents"
         ),
         _ROUTER,
         _column(
@@ -96,7 +102,7 @@ SCORES = pa.schema(
             "experts kept per token or query",
             null="not an option of the router",
         ),
-        _column("options", pa.string(), "what kind of router it is and its options, as JSON"),
+        _column("options", pa.string(), "kind and options of the router, as JSON"),
         _ZERO_SHOT,
         _SIDE_INFORMATION,
         _SUITE,
@@ -108,28 +114,30 @@ SCORES = pa.schema(
             "multiple_choice_grade or bigbench_normalized",
         ),
         _column("value", pa.float64(), "mean over the documents; shares as 0 to 1, nll in nats"),
-        _column("stderr", pa.float64(), "standard error of the value", null="lm-eval gave none"),
+        _column("stderr", pa.float64(), "standard error of the value", null="lm-eval reports none"),
         _column(
             "documents",
             pa.string(),
-            "hash of the requests and the right answers; rows with equal ones can be compared",
+            "hash of the requests and correct answers; rows with equal hashes are comparable",
         ),
         _column("n", pa.int64(), "number of documents"),
         _column(
             "cut",
             pa.int64(),
-            "number of documents whose prompt was cut to the base's positions",
+            "number of documents whose prompt was truncated to the base's positions",
             null=_IN_0_1_0,
         ),
         _column("seconds", pa.float64(), "time the actors spent on this router and task"),
         _column(
-            "tokens", pa.int64(), "tokens run through the model, generated ones by their limit"
+            "tokens",
+            pa.int64(),
+            "tokens run through the model; generated tokens are counted by their limit",
         ),
         _column(
             "expert",
             pa.string(),
-            "the expert that oracle or best_individual chose",
-            null="neither of them",
+            "the expert chosen by oracle or best_individual",
+            null="another router",
         ),
         *CONDITIONS,
         _column(
@@ -144,9 +152,9 @@ OVERLAP = pa.schema(
         _TASK,
         _EXPERT,
         _column("documents", pa.int64(), "distinct documents of the evaluation task"),
-        _column("exact", pa.int64(), "how many are inputs that the expert is trained on"),
-        _column("shared", pa.int64(), "how many share 8 words in a row with such an input"),
-        _column("example", pa.string(), "the beginning of one of them"),
+        _column("exact", pa.int64(), "how many are also inputs of the expert's training data"),
+        _column("shared", pa.int64(), "how many share 8 consecutive words with such an input"),
+        _column("example", pa.string(), "the beginning of one such document"),
     ]
 )
 
@@ -166,7 +174,9 @@ SUMMARY = pa.schema(
         _column("value", pa.float64(), "the metric"),
         _column("low", pa.float64(), "lower end of its 95 % bootstrap interval"),
         _column("high", pa.float64(), "upper end of its 95 % bootstrap interval"),
-        _column("difference", pa.float64(), "value minus merged's", null="no merged to compare"),
+        _column(
+            "difference", pa.float64(), "value minus that of merged", null="no comparable merged"
+        ),
         _column("difference_low", pa.float64(), "lower end of its paired 95 % interval", null="-"),
         _column("difference_high", pa.float64(), "upper end of its paired 95 % interval", null="-"),
         _column("n", pa.int64(), "number of documents"),
@@ -174,8 +184,8 @@ SUMMARY = pa.schema(
         _column(
             "comparable",
             pa.bool_(),
-            "whether it was measured with the dtype, device, versions and code of merged (or, "
-            "without it, of most routers)",
+            "whether it was measured with the dtype, device, versions and code of merged "
+            "(without merged, of most routers)",
             null=_IN_0_1_0,
         ),
     ]
@@ -187,9 +197,9 @@ SAMPLES = pa.schema(
         _SUITE,
         _TASK,
         _column("document", pa.string(), "id of the document, unique within its task"),
-        _column("target", pa.string(), "the right answer"),
-        _column("prediction", pa.string(), "the choice or text the model answered"),
-        _column("correct", pa.bool_(), "whether the primary metric counts the answer as right"),
+        _column("target", pa.string(), "the correct answer"),
+        _column("prediction", pa.string(), "the choice or text that the model answered"),
+        _column("correct", pa.bool_(), "whether the primary metric counts the answer as correct"),
         _column(
             "choice_scores",
             pa.list_(pa.float64()),
@@ -199,7 +209,7 @@ SAMPLES = pa.schema(
         _column(
             "cluster",
             pa.string(),
-            "documents that share a source row, a prompt, a passage or a template have the same",
+            "cluster of documents that share a source row, a prompt, a passage or a template",
             null=_IN_0_1_0,
         ),
     ]
@@ -212,8 +222,8 @@ ROUTING = pa.schema(
         _TASK,
         _column("linear", pa.string(), "dotted module name of the linear; rows in model order"),
         _EXPERT,
-        _column("share", pa.float64(), "this expert's part of all weight routed in the linear"),
-        _column("tokens", pa.int64(), "tokens routed in scoring, padding left out"),
+        _column("share", pa.float64(), "this expert's share of all weight routed in the linear"),
+        _column("tokens", pa.int64(), "tokens routed in scoring, without padding"),
         _column("entropy", pa.float64(), "entropy of the linear's shares over experts, in nats"),
     ]
 )
@@ -226,15 +236,23 @@ TRAINING = pa.schema(
         _column(
             "split",
             pa.string(),
-            "train, validation (kept out of it), or evaluation: the task's evaluation split",
+            "train, validation (held out of training), or evaluation (the task's evaluation split)",
         ),
-        _column("step", pa.int64(), "optimiser steps done; evaluation at step 0 is before them"),
+        _column(
+            "step", pa.int64(), "optimizer steps done; the evaluation at step 0 is before training"
+        ),
         _column(
             "loss",
             pa.float64(),
-            "mean negative log-likelihood per target token; but for train, per document first",
+            "mean negative log-likelihood per target token; for evaluation and validation, first "
+            "averaged per document",
         ),
-        _column("exact_match", pa.float64(), "share of exact greedy answers", null="not measured"),
+        _column(
+            "exact_match",
+            pa.float64(),
+            "share of greedy answers that match exactly",
+            null="not measured",
+        ),
         _column("lr", pa.float64(), "learning rate of the step", null="not a training step"),
         _column("tokens", pa.int64(), "tokens processed so far in the stage"),
         _column("seconds", pa.float64(), "time spent so far in the stage"),
@@ -244,67 +262,73 @@ TRAINING = pa.schema(
 JOBS = pa.schema(
     [
         _EXPERT,
-        _column("job", pa.string(), "id of the job that makes the expert"),
+        _column("job", pa.string(), "id of the job that trains the expert"),
         _column("state", pa.string(), "waiting, running, done or failed"),
-        _column("tokens", pa.int64(), "tokens it trains on, all steps together, by a sample"),
-        _column("steps", pa.int64(), "optimiser steps it takes"),
-        _column("starts", pa.int32(), "how often an actor was given the job in this call"),
-        _column("node", pa.string(), "id of the node it ran on last", null="not started"),
-        _column("address", pa.string(), "that node's address", null="not started"),
-        _column("process", pa.int64(), "the actor's process there", null="not started"),
-        _column("micro_batch_size", pa.int32(), "sequences per forward pass, as it runs now"),
-        _column("lr", pa.float64(), "learning rate of its first stage, as it runs now"),
-        _column("seconds", pa.float64(), "since its last start, or what it took", null="waiting"),
-        _column("errors", pa.list_(pa.string()), "why it had to be started again, or failed"),
-        _column("traceback", pa.string(), "of the last of them", null="there is none"),
+        _column("tokens", pa.int64(), "tokens it trains on in all steps, estimated from a sample"),
+        _column("steps", pa.int64(), "optimizer steps it takes"),
+        _column("starts", pa.int32(), "how often an actor started the job in this call"),
+        _column("node", pa.string(), "id of the last node it ran on", null="not started"),
+        _column("address", pa.string(), "address of that node", null="not started"),
+        _column("process", pa.int64(), "process id of the actor there", null="not started"),
+        _column("micro_batch_size", pa.int32(), "current number of sequences per forward pass"),
+        _column("lr", pa.float64(), "current learning rate of its first stage"),
+        _column(
+            "seconds",
+            pa.float64(),
+            "time since its last start, or total time if done",
+            null="waiting",
+        ),
+        _column("errors", pa.list_(pa.string()), "why it was restarted or failed"),
+        _column("traceback", pa.string(), "traceback of the last error", null="no error"),
     ]
 )
 
 
 def file_stem(name: str) -> str:
-    """The file name, without its ending, that a router or an expert is stored under.
+    """Return the file name, without extension, for a router or an expert.
 
-    `single:plural` becomes `single@plural`. No two names share a file, as no name holds `@`.
+    `single:plural` becomes `single@plural`. No two names share a file, since names never contain
+    `@`.
 
     Raises:
-        PhatgooseError: the name holds anything but letters, digits and `_ . : -`, starts with one
-            of `. : -`, or is too long.
+        PhatgooseError: the name contains characters other than letters, digits and `_ . : -`,
+            starts with one of `. : -`, or is too long.
     """
     if not _NAME.fullmatch(name) or len(name) > _LONGEST_NAME:
         raise PhatgooseError(
-            f"the name {name!r} cannot become a file name: use at most {_LONGEST_NAME} letters, "
-            "digits and _ . : - and start with a letter, a digit or _"
+            f"the name {name!r} cannot be used as a file name. Use at most {_LONGEST_NAME} "
+            "letters, digits and _ . : -, and start with a letter, a digit or _."
         )
     return name.replace(":", "@")
 
 
 def samples_file(router: str) -> str:
-    """Where in the run folder a router's samples are."""
+    """Return the path of a router's samples in the run folder."""
     return f"{SAMPLES_FOLDER}/{file_stem(router)}.parquet"
 
 
 def routing_file(router: str) -> str:
-    """Where in the run folder a router's routing is."""
+    """Return the path of a router's routing in the run folder."""
     return f"{ROUTING_FOLDER}/{file_stem(router)}.parquet"
 
 
 def training_file(expert: str) -> str:
-    """Where in the run folder an expert's training curve is."""
+    """Return the path of an expert's training curve in the run folder."""
     return f"{TRAINING_FOLDER}/{file_stem(expert)}.parquet"
 
 
 def write_table(folder: Folder, name: str, schema: pa.Schema, rows: list[dict[str, Any]]) -> None:
-    """Write rows as the parquet file `name`; the file is whole or not there at all.
+    """Write rows atomically as the parquet file `name`.
 
     Raises:
-        PhatgooseError: a row lacks a column, has one too many, or a value does not fit its column.
+        PhatgooseError: a row has missing or extra columns, or a value does not fit its column.
     """
     columns = set(schema.names)
     for i, row in enumerate(rows):
         if wrong := columns ^ row.keys():
             names = ", ".join(sorted(wrong))
             raise PhatgooseError(
-                f"{name}: row {i} lacks or must not have: {names} (the columns are in results.py)"
+                f"{name}: row {i} has missing or extra columns: {names} (see harness/run_folder.py)"
             )
     arrays = [_array(name, field, [row[field.name] for row in rows]) for field in schema]
     sink = pa.BufferOutputStream()
@@ -319,37 +343,39 @@ def _array(name: str, field: pa.Field, values: list[Any]) -> pa.Array:
         array = pa.array(values, field.type)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise PhatgooseError(
-            f"{name}: column {field.name} takes {field.type} only: {error}"
+            f"{name}: column {field.name} only takes {field.type}: {error}"
         ) from error
     if array.null_count and not field.nullable:
-        raise PhatgooseError(f"{name}: column {field.name} lacks a value, and must have one")
+        raise PhatgooseError(
+            f"{name}: column {field.name} has a missing value, and is not nullable"
+        )
     return array
 
 
 def read_table(folder: Folder, name: str, schema: pa.Schema) -> pa.Table:
     """Read the parquet file `name` of a run folder.
 
-    Columns that an earlier version did not write are null.
+    Columns that are missing because an earlier version wrote the file are null.
 
     Raises:
-        PhatgooseError: the file is absent, unreadable, or has other columns than `schema`.
+        PhatgooseError: the file is missing, unreadable, or has columns other than `schema`.
     """
     if not folder.exists(name):
-        raise PhatgooseError(f"{folder}/{name} is not there: run the stage that writes it")
+        raise PhatgooseError(f"{folder}/{name} is missing. Run the stage that writes it.")
     try:
         table = pq.read_table(pa.BufferReader(folder.read(name)))
     except (pa.ArrowException, OSError) as error:
         raise PhatgooseError(
-            f"{folder}/{name} is damaged ({type(error).__name__}); delete it and run again"
+            f"{folder}/{name} is damaged ({type(error).__name__}). Delete it and run again."
         ) from error
     for place, field in enumerate(schema):
-        if field.name not in table.schema.names and field.nullable:  # of an earlier version
+        if field.name not in table.schema.names and field.nullable:  # written by an earlier version
             nothing = pa.nulls(len(table), field.type)
             table = table.add_column(min(place, table.num_columns), field, nothing)
     if not table.schema.equals(schema):
         raise PhatgooseError(
-            f"{folder}/{name} has other columns than this version writes; "
-            "delete it and run again, or use a new run.dir"
+            f"{folder}/{name} has different columns than this version writes. "
+            "Delete it and run again, or use a new run.dir."
         )
     return table
 
@@ -357,10 +383,10 @@ def read_table(folder: Folder, name: str, schema: pa.Schema) -> pa.Table:
 def read_folder(folder: Folder, prefix: str, schema: pa.Schema) -> pa.Table:
     """Read all parquet files below `prefix` (samples, routing or training) as one table.
 
-    A folder that is absent or empty gives a table without rows.
+    A missing or empty folder gives a table without rows.
 
     Raises:
-        PhatgooseError: as `read_table`.
+        PhatgooseError: as in `read_table`.
     """
     names = [name for name in folder.names(f"{prefix}/") if name.endswith(".parquet")]
     tables = [read_table(folder, name, schema) for name in names]
@@ -373,7 +399,7 @@ def write_json(folder: Folder, name: str, record: dict[str, Any]) -> None:
 
 
 def write_run(folder: Folder, record: dict[str, Any]) -> None:
-    """Write run.json: configuration, versions, hardware, when started and finished."""
+    """Write run.json: configuration, versions, hardware, start and end times."""
     write_json(folder, RUN_FILE, record)
 
 
@@ -381,10 +407,10 @@ def read_run(folder: Folder) -> dict[str, Any]:
     """Read run.json.
 
     Raises:
-        PhatgooseError: the file is absent or is not a JSON object.
+        PhatgooseError: the file is missing or is not a JSON object.
     """
     if not folder.exists(RUN_FILE):
-        raise PhatgooseError(f"{folder}/{RUN_FILE} is not there: this is no run folder")
+        raise PhatgooseError(f"{folder}/{RUN_FILE} is missing: this is not a run folder")
     return read_json(folder, RUN_FILE)
 
 
@@ -392,14 +418,14 @@ def read_json(folder: Folder, name: str) -> dict[str, Any]:
     """Read a small JSON file of the run folder.
 
     Raises:
-        PhatgooseError: the file is absent or is not a JSON object.
+        PhatgooseError: the file is missing or is not a JSON object.
     """
     try:
         record = json.loads(folder.read(name))
     except ValueError as error:
         raise PhatgooseError(
-            f"{folder}/{name} is not JSON ({error}); delete it and run again"
+            f"{folder}/{name} is not JSON ({error}). Delete it and run again."
         ) from error
     if not isinstance(record, dict):
-        raise PhatgooseError(f"{folder}/{name} is no JSON object; delete it and run again")
+        raise PhatgooseError(f"{folder}/{name} is not a JSON object. Delete it and run again.")
     return record

@@ -1,12 +1,13 @@
-"""Hash the source code that computes a result, so that no result outlives a change of its code.
+"""Hash the source code that computes a result, so that results become invalid when it changes.
 
-The code of a module is its syntax tree without docstrings and comments, and that of every module
-of ours that it imports, directly or not. So nobody has to raise a version number, and a comment
-changes nothing.
+The code of a module is its syntax tree without docstrings and comments, together with that of all
+project modules that it imports, directly or indirectly. No version number has to be increased by
+hand, and a changed comment has no effect.
 
-Packages that only collect modules, such as all routers or all sources of tasks, are not followed: a
-name imported from one leads to the module that defines it, so that a change of one router leaves
-the answers of all others valid. The code of a router comes from its class, see `router_code`.
+Packages that only collect modules, such as all routers or all task sources, are not followed. A
+name imported from such a package leads to the module that defines it, so a change of one router
+leaves the answers of all other routers valid. The code of a router comes from its class, see
+`router_code`.
 """
 
 import ast
@@ -21,13 +22,13 @@ import phatgoose
 from phatgoose.errors import PhatgooseError
 from phatgoose.routers import Router, Wrapper
 
-# What the answers of evaluation actors, experts, profiles and metrics are computed by.
+# Modules that compute the answers of evaluation actors, experts, profiles and metrics.
 SCORING = ("harness.evaluation.answering", "harness.scheduling.load_base")
 TRAINING = ("harness.training.job", "harness.training.engine", "harness.scheduling.load_base")
 PROFILES = ("harness.training.profile", "harness.scheduling.load_base")
 METRICS = ("harness.evaluation.documents",)
 
-# Packages that collect modules, all routers or all sources of tasks; and this module.
+# Packages that collect modules (all routers, all task sources), and this module.
 _COLLECTIONS = ("phatgoose", "phatgoose.routers", "harness.tasks", "harness.tasks.sources")
 _NOT_FOLLOWED = (*_COLLECTIONS, __name__)
 _INSTALLED = {Path(sysconfig.get_path(kind)) for kind in ("stdlib", "purelib", "platlib")}
@@ -38,7 +39,7 @@ Code = dict[str, str]
 
 
 def code_of(modules: Iterable[str]) -> Code:
-    """Return the hash of each of these modules and of all that they import of ours.
+    """Return the hash of each module, including all project modules that they import.
 
     Raises:
         PhatgooseError: a module has no source file.
@@ -54,20 +55,20 @@ def code_of(modules: Iterable[str]) -> Code:
 
 
 def router_code(router: Router) -> Code:
-    """Return the code of a router: that of its classes' modules, and of its inner router's."""
+    """Return the code of a router: the modules of its classes and of its inner router."""
     classes = [one for one in type(router).__mro__ if issubclass(one, Router)]
     found = code_of(dict.fromkeys(one.__module__ for one in classes))
     return found | router_code(router.inner) if isinstance(router, Wrapper) else found
 
 
 def digest(code: Mapping[str, str]) -> str:
-    """Return one hash for the code of many modules, 16 hexadecimal digits."""
+    """Return a single hash, 16 hexadecimal digits, for the code of many modules."""
     text = "\n".join(f"{module} {code[module]}" for module in sorted(code))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Return the names of modules that differ, with `(new)` or `(gone)` behind those."""
+    """Return the names of modules that differ; new and removed ones end in `(new)` or `(gone)`."""
     names = []
     for module in sorted({*before, *now}):
         if module not in before:
@@ -84,8 +85,8 @@ def _tree(module: str) -> ast.Module:
     file = _file(module)
     if file is None:
         raise PhatgooseError(
-            f"module {module} has no source file, and its code is part of what identifies a "
-            "result: put it into a .py file"
+            f"module {module} has no source file, and its code is part of the identity of "
+            "results. Put it into a .py file."
         )
     return ast.parse(file.read_bytes())
 
@@ -98,12 +99,12 @@ def _hash(module: str) -> str:
             first = node.body[0] if node.body else None
             if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
                 node.body = node.body[1:] or [ast.Pass()]
-    # Text, since dumps of trees differ between versions of Python.
+    # Hash the source text, since dumps of trees differ between versions of Python.
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
 
 
 def _file(module: str) -> Path | None:
-    """The source file of a module; a module of ours is not imported for that."""
+    """Return the source file of a module. Project modules are found without an import."""
     package, _, rest = module.partition(".")
     if package in _ROOTS:
         path = _ROOTS[package].joinpath(*rest.split(".")) if rest else _ROOTS[package]
@@ -116,20 +117,20 @@ def _file(module: str) -> Path | None:
 
 
 def _is_ours(module: str, roots: Iterable[str]) -> bool:
-    """Whether to follow an import: of this project, or of a plugin's own package."""
+    """Return whether to follow an import: within this project, or within a plugin's own package."""
     package = module.partition(".")[0]
     if module in _NOT_FOLLOWED or (file := _file(module)) is None:
         return False
     if package in {*_ROOTS, *(root.partition(".")[0] for root in roots)}:
         return True
-    # A plugin may be single files, side by side; installed libraries are no part of it.
+    # A plugin may consist of single files in one folder; installed libraries are not part of it.
     beside = {found.parent for root in roots if (found := _file(root)) and "." not in root}
     return file.parent in beside - _INSTALLED
 
 
 def _imports(module: str) -> Iterator[str]:
-    """The modules that a module imports, those for type hints left out."""
-    collections: dict[str, str] = {}  # those that it imports, by what it calls them
+    """Yield the modules that a module imports, except those only for type hints."""
+    collections: dict[str, str] = {}  # imported collections, by local name
     for node in _walk(_tree(module)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -153,7 +154,7 @@ def _collects(module: str) -> bool:
 
 
 def _walk(node: ast.AST) -> Iterator[ast.AST]:
-    """All nodes of a tree, without what stands below `if TYPE_CHECKING:`."""
+    """Yield all nodes of a tree except those under `if TYPE_CHECKING:`."""
     yield node
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
@@ -164,7 +165,7 @@ def _walk(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _absolute(node: ast.ImportFrom, module: str) -> str:
-    """The module that `from X import ...` names, also where X is relative."""
+    """Return the absolute name of the module in `from X import ...`, where X may be relative."""
     if not node.level:
         return node.module or ""
     file = _file(module)
@@ -173,7 +174,7 @@ def _absolute(node: ast.ImportFrom, module: str) -> str:
 
 
 def _defining_module(package: str, name: str) -> str:
-    """The module that a package imports a name from; the package where it defines it itself."""
+    """Return the module that a package imports a name from, or the package if it defines it."""
     for node in _tree(package).body:
         if isinstance(node, ast.ImportFrom) and name in {a.asname or a.name for a in node.names}:
             return _absolute(node, package)

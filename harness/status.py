@@ -1,6 +1,6 @@
-"""How far is a run? python -m harness.status <run.dir> [--watch]
+"""Show the progress of a run: `python -m harness.status <run.dir> [--watch]`.
 
-Reads the run folder and nothing else: the run is not disturbed, and need not be reachable.
+Only the run folder is read, so the run is not disturbed and need not be reachable.
 """
 
 import argparse
@@ -22,13 +22,15 @@ _CLEAR = "\x1b[2J\x1b[H"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m harness.status",
-        description="How far a run is: jobs, rates, time left, actors, failures.",
+        description="Show the progress of a run: jobs, rates, time left, actors, failures.",
     )
-    parser.add_argument("run_dir", metavar="run.dir", help="the run's folder, or its URI")
-    parser.add_argument("--watch", action="store_true", help="again every two seconds, to the end")
+    parser.add_argument("run_dir", metavar="run.dir", help="folder of the run, or its URI")
+    parser.add_argument(
+        "--watch", action="store_true", help="refresh every two seconds until the run ends"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.set_defaults(call=_status)
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -59,13 +61,14 @@ def _status(args: argparse.Namespace) -> Output:
 
 
 def read_status(folder: Folder) -> dict[str, Any]:
-    """What the run folder says of the run.
+    """Return the status of the run in a folder.
 
-    Keys: `state` (running, silent, stopped, finished or failed), `call` (of run.json), `stage` (of
-    status.json; None before the first stage), `jobs` (rows of jobs.parquet), `silent_seconds`.
+    The keys are `state` (running, silent, stopped, finished or failed), `call` (from run.json),
+    `stage` (from status.json; None before the first stage), `jobs` (rows of jobs.parquet) and
+    `silent_seconds`.
 
     Raises:
-        PhatgooseError: this is no run folder, or one of its files is damaged.
+        PhatgooseError: this is not a run folder, or one of its files is damaged.
     """
     call = run_folder.read_run(folder)["calls"][-1]
     stage = None
@@ -75,7 +78,7 @@ def read_status(folder: Folder) -> dict[str, Any]:
     if folder.exists(run_folder.JOBS_FILE):
         jobs = run_folder.read_table(folder, run_folder.JOBS_FILE, run_folder.JOBS).to_pylist()
     if stage and stage["written"] < call["started"]:
-        stage = None  # of an earlier call
+        stage = None  # from an earlier call
     written = datetime.fromisoformat(stage["written"] if stage else call["started"])
     silent = max(0.0, (datetime.now(UTC) - written).total_seconds())
     if call["finished"]:
@@ -95,7 +98,7 @@ def read_status(folder: Folder) -> dict[str, Any]:
 
 
 def describe(status: dict[str, Any]) -> str:
-    """A status for a terminal."""
+    """Format a status for the terminal."""
     lines = [f"{status['run_dir']}: {_state(status)}"]
     stage, jobs = status["stage"], status["jobs"]
     if stage and stage["state"] == "running":
@@ -116,7 +119,7 @@ def describe(status: dict[str, Any]) -> str:
     if troubled:
         lines.append("")
         for job in troubled[:_SHOWN]:
-            again = f"{count(len(job['errors']), 'error')}, the last:"
+            again = f"{count(len(job['errors']), 'error')}, last one:"
             lines.append(f"{job['state']:9} {job['expert']}: {again} {job['errors'][-1]}")
         lines += _more(troubled)
     return "\n".join([*lines, *(f"problem   {line}" for line in status["call"]["problems"] or ())])
@@ -127,9 +130,9 @@ def _state(status: dict[str, Any]) -> str:
     problems = count(len(call["problems"] or ()), "problem")
     return {
         "running": f"running since {call['started']}",
-        "silent": f"no sign of life for {_duration(status['silent_seconds'])}: its driver or its "
-        "node may have died; the same command goes on from there",
-        "stopped": "stopped; the same command goes on from there",
+        "silent": f"no heartbeat for {_duration(status['silent_seconds'])}: the driver or its node "
+        "may have died; run the same command to resume",
+        "stopped": "stopped; run the same command to resume",
         "finished": f"finished {call['finished']}, after {call['minutes']} min",
         "failed": f"finished {call['finished']} with {problems}",
     }[status["state"]]
@@ -143,13 +146,13 @@ def _describe_stage(stage: dict[str, Any]) -> list[str]:
         f"stage     {stage['stage']}: {share:.0%} of {count(stage['total'], unit)}, "
         f"{stage['rate']:.4g} {unit}s/s, {_duration(left)} left",
         f"{what:9} {jobs['done']} done, {jobs['running']} running, {jobs['waiting']} waiting, "
-        f"{jobs['failed']} failed; {stage['jobs_per_hour']:.4g} an hour",
+        f"{jobs['failed']} failed; {stage['jobs_per_hour']:.4g} per hour",
     ]
     nodes: dict[tuple[str, str], list[bool]] = {}
     for actor in stage["actors"]:
         nodes.setdefault((actor["address"], actor["node"]), []).append(actor["works"])
     lines += [
-        f"node      {address} ({node[:6]}): {count(len(works), 'actor')}, {sum(works)} at work"
+        f"node      {address} ({node[:6]}): {count(len(works), 'actor')}, {sum(works)} working"
         for (address, node), works in sorted(nodes.items())
     ]
     return lines

@@ -1,4 +1,4 @@
-"""Draw where a router sent its weight on one task: experts by layers, one panel per kind of linear.
+"""Plot the routing weights of a router on one task: experts by layers, a panel per kind of linear.
 
     python results/plot_routing.py RUN_DIR [--router NAME] [--task NAME] [--out FILE]
 
@@ -14,12 +14,12 @@ from phatgoose.errors import PhatgooseError
 
 
 def main() -> None:
-    """Read the arguments, draw, print where the picture is."""
+    """Parse the arguments, draw the plot, and print its path."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run_dir", help="folder of the run")
-    parser.add_argument("--router", help="default: phatgoose, or else the first")
-    parser.add_argument("--task", help="default: the first")
-    parser.add_argument("--out", type=Path, help="picture (default: in RUN_DIR/plots)")
+    parser.add_argument("--router", help="router (default: phatgoose, or else the first)")
+    parser.add_argument("--task", help="evaluation task (default: the first)")
+    parser.add_argument("--out", type=Path, help="output file (default: in RUN_DIR/plots)")
     args = parser.parse_args()
     try:
         folder = Folder(args.run_dir)

@@ -1,1 +1,1 @@
-"""A run's configuration: its schema, how it is composed, and its checks."""
+"""The configuration of a run: schema, composition and checks."""

@@ -1,4 +1,4 @@
-"""Checks of a run's configuration that need no data: values, names, what fits together."""
+"""Check a run's configuration without data: values, names, and consistency."""
 
 import re
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ from phatgoose.routers import all_needs
 
 
 def check_values(config: RunConfig) -> None:
-    """Raise PhatgooseError for the first value that cannot be, with its mend."""
+    """Raise PhatgooseError for the first invalid value, with its fix."""
     for stage in config.stages:
         known(stage, STAGES, f"stages: no stage {stage!r}")
     for key, folder in (("run.dir", config.run.dir), ("registry", config.registry)):
         if "://" not in folder and not Path(folder).is_absolute():
             raise PhatgooseError(
-                f"{key}={folder} is relative: a submitted job runs in a temporary folder, so give "
-                "an absolute path or a URI"
+                f"{key}={folder}: the path is relative, and a submitted job runs in a temporary "
+                "folder. Give an absolute path or a URI."
             )
     if config.chunk_characters < 1:
         raise PhatgooseError(f"chunk_characters={config.chunk_characters}: it must be positive")
@@ -29,28 +29,36 @@ def check_values(config: RunConfig) -> None:
     for key, group in (("pool", config.pool), *(("suite", suite) for suite in config.suites)):
         name, tasks = group.get("name"), group.get("tasks", {})
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
-            raise PhatgooseError(f"{key}.name={name}: use letters, digits, _, . and -")
+            raise PhatgooseError(
+                f"{key}.name={name}: invalid name. Use letters, digits, _, . and -."
+            )
         if not isinstance(tasks, dict):
-            raise PhatgooseError(f"{key}.tasks={tasks}: name tasks as `name: {{members: [...]}}`")
+            raise PhatgooseError(
+                f"{key}.tasks={tasks}: not a mapping. Name tasks as `name: {{members: [...]}}`."
+            )
     for key in ("limit", "split", "max_new_tokens", "too_long"):
         if key in config.pool:
-            raise PhatgooseError(f"pool.{key}: it says how to evaluate, and belongs to a suite")
+            raise PhatgooseError(f"pool.{key}: this is an evaluation option. Set it in a suite.")
     for suite in config.suites:
         too_long = str(suite.get("too_long", TOO_LONG[0]))
         known(too_long, TOO_LONG, f"suite.too_long={too_long}: no such choice")
     names = [suite["name"] for suite in config.suites]
     if len({*names}) < len(names):
-        raise PhatgooseError(f"suite=[{', '.join(names)}]: each needs a name of its own")
+        raise PhatgooseError(f"suite=[{', '.join(names)}]: names repeat. Give each its own name.")
     for suite in config.suites:
         for key in suite if suite.get("of_pool") else ():
             known(key, [*OF_POOL, *OF_POOL_TOO], f"suite.{key}: no such key of this suite")
     experts = [task.name for task in config.pool_tasks()]
     for task in [task for suite in config.suites for task in config.suite_tasks(suite)]:
         if task.adapter or task.source == "registry":
-            raise PhatgooseError(f"suite task {task.name}: an expert stands in a pool, not here")
+            raise PhatgooseError(
+                f"suite task {task.name}: experts belong in a pool, not in a suite"
+            )
     if MULTITASK in experts:
-        raise PhatgooseError(f"pool.tasks.{MULTITASK}: that name is the multitask expert's")
-    _ = config.multitask_recipe  # an error if its steps are no number
+        raise PhatgooseError(
+            f"pool.tasks.{MULTITASK}: the name is reserved for the multitask expert"
+        )
+    _ = config.multitask_recipe  # raises if its steps are not a number
     for router in config.routers(experts).values():
         if not isinstance(router, Multitask):
             router.check_experts(experts)
@@ -58,7 +66,9 @@ def check_values(config: RunConfig) -> None:
             raise PhatgooseError(f"router {router.name()} needs gates, and train.gates is null")
     singles = (config.router.get("single") or {}).get("experts", [])
     if not isinstance(singles, list):
-        raise PhatgooseError(f"router.single.experts={singles}: give a list, such as [{singles}]")
+        raise PhatgooseError(
+            f"router.single.experts={singles}: not a list. Give one, such as [{singles}]."
+        )
     for expert in singles:
         known(expert, experts, f"router single:{expert}: the pool has no such expert")
 
@@ -69,11 +79,11 @@ def _check_cluster(config: RunConfig) -> None:
         raise PhatgooseError(f"cluster.cpus_per_actor={cores:g}: it must be positive")
     if gpus is not None and not (0 <= gpus <= 1 or gpus == round(gpus) > 0):
         raise PhatgooseError(
-            f"cluster.gpus_per_actor={gpus:g}: it is 0, a part of one GPU, or a whole number"
+            f"cluster.gpus_per_actor={gpus:g}: it must be 0, a fraction of a GPU, or a whole number"
         )
     for key, least in (("lease_seconds", 30), ("wait_seconds", 0), ("checkpoint_seconds", 1)):
         value = getattr(config.cluster, key)
-        if not value >= least:  # nor NaN
+        if not value >= least:  # also catches NaN
             raise PhatgooseError(f"cluster.{key}={value:g}: it must be at least {least}")
 
 
@@ -82,7 +92,7 @@ def _check_ranks(config: RunConfig) -> None:
     if ranks < 1:
         raise PhatgooseError(f"train.ranks_per_expert={ranks}: it must be at least 1")
     if config.ranks.zero_stage not in range(4):
-        raise PhatgooseError(f"train.zero_stage={config.ranks.zero_stage}: it is 0, 1, 2 or 3")
+        raise PhatgooseError(f"train.zero_stage={config.ranks.zero_stage}: it must be 0, 1, 2 or 3")
     if recipe.accumulation % ranks:
         raise PhatgooseError(
             f"train.ranks_per_expert={ranks}: it must divide the {recipe.accumulation} "
@@ -91,18 +101,18 @@ def _check_ranks(config: RunConfig) -> None:
         )
     if gpus is not None and (gpus < 0 or (ranks > 1 and gpus not in (0, ranks))):
         raise PhatgooseError(
-            f"train.gpus_per_expert={gpus:g}: with train.ranks_per_expert={ranks} it is 0 or "
-            f"{ranks}; only a single rank may take a fraction"
+            f"train.gpus_per_expert={gpus:g}: with train.ranks_per_expert={ranks} it must be 0 or "
+            f"{ranks}. Only a single rank may take a fraction."
         )
     if ranks > 1 and gpus is None and config.cluster.gpus_per_actor not in (None, 0, 1):
         raise PhatgooseError(
             f"cluster.gpus_per_actor={config.cluster.gpus_per_actor:g}: each of several ranks "
-            f"takes one GPU or none: set train.gpus_per_expert={ranks}"
+            f"takes one GPU or none. Set train.gpus_per_expert={ranks}."
         )
 
 
 def known(name: str, names: Sequence[str], problem: str) -> None:
-    """Raise PhatgooseError, with the problem and near names, unless `name` is one of `names`."""
+    """Raise PhatgooseError, with the problem and similar names, unless `name` is in `names`."""
     if name not in names:
-        listed = f"there is {', '.join(names) or 'none'}"
+        listed = f"available: {', '.join(names) or 'none'}"
         raise PhatgooseError(f"{problem}; {did_you_mean(name, names, cutoff=0.5) or listed}")

@@ -1,4 +1,4 @@
-"""From the command line to a run's configuration: YAML groups in `conf/`, composed by Hydra."""
+"""Compose a run's configuration from the command line and the YAML groups in `conf/` with Hydra."""
 
 import re
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from phatgoose.training.recipe import Recipe
 
 CONF = Path(__file__).parents[1] / "conf"
 GROUPS = ("base", "pool", "suite", "router", "train", "profile", "cluster")
-# The options of routers that are no classes of `ROUTERS`, or are not filled in by the user.
+# Options of entries that are not in `ROUTERS`, or whose options the user does not set directly.
 _OPTIONS: dict[str, list[str]] = {
     "single": ["experts"],
     MULTITASK: ["steps"],
@@ -34,13 +34,13 @@ T = TypeVar("T")
 
 
 def load_config(arguments: Sequence[str]) -> RunConfig:
-    """Compose and check the configuration that the command line asks for.
+    """Compose and check the configuration for a command line.
 
     Args:
         arguments: Hydra overrides, such as `pool=demo` or `train.lora.steps=50`.
 
     Raises:
-        PhatgooseError: a key or a value that does not exist, with the near names.
+        PhatgooseError: a key or value is unknown or invalid; the message suggests similar names.
     """
     configs = [_load(one) for one in _one_suite_each(arguments)]
     config = replace(configs[0], suites=[suite for c in configs for suite in c.suites])
@@ -49,7 +49,7 @@ def load_config(arguments: Sequence[str]) -> RunConfig:
 
 
 def _load(arguments: Sequence[str]) -> RunConfig:
-    """The configuration of a run with one suite."""
+    """Compose the configuration of a run with one suite."""
     singles, overrides = _take_shorthands(arguments)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
@@ -64,7 +64,7 @@ def _load(arguments: Sequence[str]) -> RunConfig:
 
 
 def _one_suite_each(arguments: Sequence[str]) -> list[list[str]]:
-    """The command line once per suite of `suite=[bbh,bbl]`, which Hydra takes for one value."""
+    """Split `suite=[bbh,bbl]` into one command line per suite; Hydra composes one at a time."""
     for place, argument in enumerate(arguments):
         several = re.fullmatch(r"suite=\[(.*)\]", argument)
         if several:
@@ -75,15 +75,16 @@ def _one_suite_each(arguments: Sequence[str]) -> list[list[str]]:
 
 
 def group_choices() -> dict[str, list[str]]:
-    """The choices of each configuration group."""
+    """Return the choices of each configuration group."""
     return {group: sorted(f.stem for f in (CONF / group).glob("*.yaml")) for group in GROUPS}
 
 
 def _take_shorthands(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Write out what Hydra has no form for.
+    """Expand the shorthands that Hydra does not support; return single experts and overrides.
 
-    `router=[single:plural]` becomes `router=[single]`, with the experts apart; `base=/a/folder` and
-    `base=owner/model` set `base.name`; `suite=lm_eval:bbh,arc_easy` names tasks of lm-eval.
+    `router=[single:plural]` becomes `router=[single]`, and the experts are returned separately.
+    `base=/a/folder` and `base=owner/model` set `base.name`. `suite=lm_eval:bbh,arc_easy` names
+    tasks of lm-eval.
     """
     experts, overrides = [], []
     for argument in arguments:
@@ -105,7 +106,7 @@ def _take_shorthands(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:
-    """Refuse unknown groups, choices and keys with the near names, before Hydra sees them."""
+    """Reject unknown groups, choices and keys, with similar names, before Hydra sees them."""
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
@@ -115,7 +116,7 @@ def _check_overrides(overrides: Sequence[str]) -> None:
         key, value = override.key_or_group, override.value()
         several = isinstance(value, list) and key in choices and key != "router"
         if override.is_sweep_override() or several:
-            raise PhatgooseError(f"{override.input_line}: one run takes one value")
+            raise PhatgooseError(f"{override.input_line}: a run takes only one value")
         if key not in choices:
             continue
         for choice in value if isinstance(value, list) else [value]:
@@ -129,7 +130,7 @@ def _check_overrides(overrides: Sequence[str]) -> None:
 
 
 def _keys(chosen: Sequence[str]) -> list[str]:
-    """Every key and group that the configuration has, with these choices of groups."""
+    """Return all keys and groups of the configuration with these choices of groups."""
 
     def walk(node: DictConfig, prefix: str) -> list[str]:
         found = []
@@ -148,14 +149,14 @@ def _to_dataclass(composed: DictConfig) -> RunConfig:
     if not isinstance(composed.chunk_characters, int):
         raise PhatgooseError(f"chunk_characters={composed.chunk_characters}: not a whole number")
     if composed.base.dtype not in ("float32", "bfloat16"):
-        raise PhatgooseError(f"base.dtype={composed.base.dtype}: it is float32 or bfloat16")
+        raise PhatgooseError(f"base.dtype={composed.base.dtype}: it must be float32 or bfloat16")
     composed.train.dtype = composed.base.dtype
-    # All are set under `train`; only the recipe is part of what determines an expert.
+    # All of these are set under `train`, but only the recipe is part of an expert's identity.
     names = [f.name for f in fields(RanksConfig)]
     composed.ranks = {name: composed.train.pop(name) for name in names if name in composed.train}
     accept_code = composed.train.pop("accept_code", False)
     if not isinstance(accept_code, bool):
-        raise PhatgooseError(f"train.accept_code={accept_code}: it is true or false")
+        raise PhatgooseError(f"train.accept_code={accept_code}: it must be true or false")
     stages = composed.stages or []
     return RunConfig(
         base=_typed(BaseConfig, composed, "base"),
@@ -176,7 +177,7 @@ def _to_dataclass(composed: DictConfig) -> RunConfig:
 
 
 def _typed(kind: type[T], composed: DictConfig, key: str) -> T:
-    """One group as its dataclass, with every value of the right type."""
+    """Return one group as its dataclass, with every value of the right type."""
     schema = OmegaConf.structured(kind)
     for node in (schema, *(n for n in map(schema._get_node, schema) if OmegaConf.is_config(n))):
         OmegaConf.set_readonly(node, False)  # frozen dataclasses are read-only
@@ -184,34 +185,38 @@ def _typed(kind: type[T], composed: DictConfig, key: str) -> T:
         value = OmegaConf.to_object(OmegaConf.merge(schema, composed[key]))
     except OmegaConfBaseException as error:
         raise PhatgooseError(f"configuration: {key}: {_first_line(error)}") from error
+    except PhatgooseError as error:  # the class names its fields `recipe.rank`, users `train.rank`
+        named = str(error).replace(f"{kind.__name__.lower()}.", f"{key}.")
+        raise PhatgooseError(named) from error
     assert isinstance(value, kind)
     return value
 
 
 def _plain(composed: DictConfig, key: str) -> dict[str, Any]:
-    """A group whose values are checked by what reads them."""
+    """Return a group as a dictionary. Its values are checked where they are used."""
     container = OmegaConf.to_container(composed[key])
     assert isinstance(container, dict)
     return {str(name): value for name, value in container.items()}
 
 
 def _router(composed: DictConfig) -> dict[str, Any]:
-    """The routers and their options, which must have the types that the routers' classes say."""
+    """Return the routers and their options, checked against the types of the routers' classes."""
     if not composed.get("router"):
-        raise PhatgooseError("router=[]: name at least one router")
+        raise PhatgooseError("router=[]: no router is given. Name at least one.")
     for key, options in composed.router.items():
         name = str(key)
         if not re.fullmatch(r"[A-Za-z]\w*", name):
-            raise PhatgooseError(f"router.{name}: a router's name is letters, digits and _")
+            raise PhatgooseError(f"router.{name}: invalid name. Use letters, digits and _.")
         options = {} if options is None else options
         if not isinstance(options, (dict, DictConfig)):
             raise PhatgooseError(
-                f"router.{name}={options!r}: it takes options, such as router.phatgoose.top_k=3"
+                f"router.{name}={options!r}: not a mapping. Give options, such as "
+                "router.phatgoose.top_k=3."
             )
         if "kind" in options:
             if name in (*ROUTERS, *_OPTIONS):
                 raise PhatgooseError(
-                    f"router.{name}.kind: {name} is a router itself: give the variant another name"
+                    f"router.{name}.kind: {name} is itself a router. Give the variant another name."
                 )
             kind = str(options["kind"])
             kinds = [router for router in ROUTERS if router != "single"]
@@ -224,7 +229,7 @@ def _router(composed: DictConfig) -> dict[str, Any]:
                 known(option, _OPTIONS[name], f"router.{name}.{option}: no such option")
         else:
             names = [*dict.fromkeys([*ROUTERS, *_OPTIONS])]
-            known(name, names, f"router.{name}: no such router (a variant needs a kind)")
+            known(name, names, f"router.{name}: no such router (a variant needs `kind`)")
             _options(composed, name, ROUTERS[name])
     return _plain(composed, "router")
 

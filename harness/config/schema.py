@@ -1,4 +1,4 @@
-"""A run's configuration: what the YAML groups in `conf/` become."""
+"""The schema of a run's configuration, composed from the YAML groups in `conf/`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,9 +13,9 @@ from phatgoose.routers import Router, make_router
 from phatgoose.training.recipe import Recipe
 
 STAGES = ("train", "evaluate", "report")
-# Entries of `router` that stand for single experts.
+# Entries of `router` that evaluate single experts.
 _OF_SINGLES = ("single", *DERIVED)
-# Keys of a suite that takes the pool's tasks, and what else it may say of them.
+# Keys of a suite that evaluates the pool's tasks. `OF_POOL_TOO` are fields that it may override.
 OF_POOL = ("name", "of_pool", "too_long")
 # What to do with a prompt that is longer than the base's positions: `suite.too_long`.
 TOO_LONG = ("cut", "refuse")
@@ -24,12 +24,12 @@ OF_POOL_TOO = ("limit", "max_new_tokens", "metric", "style")
 
 @dataclass
 class RanksConfig:
-    """How many processes train one expert, and on what: no part of what determines the expert.
+    """Processes and GPUs that train one expert. They are not part of the expert's identity.
 
     Attributes:
-        ranks_per_expert: processes that train one expert together.
-        zero_stage: what ZeRO partitions among them, from 0, nothing, to 3, the base's weights too.
-        gpus_per_expert: for all ranks together; None: one per rank where the cluster has GPUs.
+        ranks_per_expert: number of processes that train one expert together.
+        zero_stage: what ZeRO partitions among them, from 0 (nothing) to 3 (the base's weights too).
+        gpus_per_expert: GPUs for all ranks together; None: one per rank if the cluster has GPUs.
     """
 
     ranks_per_expert: int = 1
@@ -37,7 +37,7 @@ class RanksConfig:
     gpus_per_expert: float | None = None
 
     def gpus_per_rank(self, cluster: ClusterConfig) -> float | None:
-        """How many GPUs each rank takes; None: one where there are any."""
+        """Return the number of GPUs per rank; None means one if there are any."""
         if self.gpus_per_expert is None:
             return cluster.gpus_per_actor
         return self.gpus_per_expert / self.ranks_per_expert
@@ -45,31 +45,31 @@ class RanksConfig:
 
 @dataclass
 class OverlapConfig:
-    """How much of a suite task may stand in an expert's training data: a share of its documents."""
+    """The share of a suite task's documents that may occur in an expert's training data."""
 
     limit: float = 0.05
 
     def __post_init__(self) -> None:
-        """Refuse a limit that is not a share."""
+        """Raise PhatgooseError if the limit is not a share."""
         if not 0 <= self.limit <= 1:
             raise PhatgooseError(
-                f"overlap.limit={self.limit}: it is a share of the documents. Give one from 0 to 1."
+                f"overlap.limit={self.limit}: not a share of the documents. Give one from 0 to 1."
             )
 
 
 @dataclass
 class RunSection:
-    """Where the run's files go."""
+    """The location of the run's files."""
 
     dir: str
 
 
 @dataclass
 class RunConfig:
-    """A whole run, as `conf/config.yaml` and its groups describe it.
+    """The configuration of a run, as `conf/config.yaml` and its groups describe it.
 
-    `accept_code` stands under `train` there: whether experts and profiles that other source code
-    made are used.
+    `accept_code` is set under `train` there. It allows experts and profiles that were made by
+    different source code.
     """
 
     base: BaseConfig
@@ -88,11 +88,11 @@ class RunConfig:
     ranks: RanksConfig = field(default_factory=RanksConfig)
 
     def pool_tasks(self) -> list[TaskSpec]:
-        """The pool's tasks: one expert each."""
+        """Return the pool's tasks, one per expert."""
         return task_specs(self.pool)
 
     def suite_tasks(self, suite: Mapping[str, Any]) -> list[TaskSpec]:
-        """A suite's tasks; with `of_pool`, those of the pool, on their own evaluation splits."""
+        """Return a suite's tasks; with `of_pool`, the pool's tasks on their evaluation splits."""
         if not suite.get("of_pool"):
             return task_specs(suite)
         changes = {
@@ -106,10 +106,10 @@ class RunConfig:
         return [replace(spec, adapter=None, split="evaluation", **changes) for spec in own]
 
     def routers(self, experts: Sequence[str]) -> dict[str, Router]:
-        """The routers to evaluate, by the name they have in results.
+        """Return the routers to evaluate by their name in results.
 
-        `oracle` and `best_individual` stand for a single router per expert; their own rows are
-        derived from theirs. An entry's `kind` is the router that it is a variant of.
+        `oracle` and `best_individual` add one single-expert router per expert. Their own rows are
+        derived from the rows of these routers. An entry's `kind` is the router it is a variant of.
         """
         routers: dict[str, Router] = {}
         for name, entry in self.router.items():
@@ -125,7 +125,7 @@ class RunConfig:
 
     @property
     def multitask_recipe(self) -> Recipe | None:
-        """How to train the expert of the router `multitask`; None if there is no such router."""
+        """The recipe of the expert of the router `multitask`; None if there is no such router."""
         if MULTITASK not in self.router:
             return None
         steps = (self.router[MULTITASK] or {}).get("steps")

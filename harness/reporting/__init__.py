@@ -1,1 +1,1 @@
-"""Statistics, tables and pictures of a finished run."""
+"""Statistics, tables and plots of a finished run."""

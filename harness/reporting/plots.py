@@ -1,6 +1,6 @@
-"""The pictures of a run: its routers side by side, and where a router sent its weight.
+"""Plots of a run: a comparison of its routers, and the routing weights of one router.
 
-Matplotlib is imported by the functions that draw, since a run without it has tables all the same.
+Only the functions that draw import matplotlib, since a run without it still has tables.
 """
 
 import math
@@ -33,19 +33,19 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
 
 Row = dict[str, Any]
-# kind of linear -> the shares, experts by layers (NaN where a layer has no such linear)
+# kind of linear -> shares, experts by layers (NaN where a layer has no such linear)
 Panels = dict[str, np.ndarray]
 
 _TITLES = {
     "primary": "Accuracy or exact match",
-    "nll": "NLL of the right answer",
+    "nll": "NLL of the correct answer",
     "acc": "Accuracy",
     "acc_norm": "Accuracy, scores per character",
     "acc_paper": "Accuracy, scores per token",
     "exact_match": "Exact match",
 }
 _ZERO_SHOT, _NOT_ZERO_SHOT, _GRAY = "#2458a6", "#c2691c", "#8a8a8a"
-_EQUAL = "#1a9a8a"  # color of the mark where every expert would get the same
+_EQUAL = "#1a9a8a"  # color of the mark for an equal share of every expert
 
 
 def plot_routers(
@@ -55,25 +55,25 @@ def plot_routers(
     suite: str | None = None,
     out: Path | None = None,
 ) -> Path:
-    """Draw the routers' means over a suite's tasks with 95 % intervals, one panel per metric.
+    """Plot the routers' means over a suite's tasks with 95 % intervals, one panel per metric.
 
-    Of the single experts, only the best by each panel's mean is drawn.
+    Only the single expert with the best mean of a panel is drawn there.
 
     Args:
         folder: the run folder.
-        metrics: a panel for each; the primary one and nll, where they were measured, if None.
-        suite: the suite of tasks; the first if None.
-        out: the picture; `plots/routers.png` in a local run folder if None.
+        metrics: one panel for each. The default is the primary metric and nll, if measured.
+        suite: the suite of tasks. The default is the first.
+        out: the output file. The default is `plots/routers.png` in a local run folder.
 
     Returns:
-        The picture's path.
+        The path of the plot.
 
     Raises:
         PhatgooseError: matplotlib is not installed, the run has no summary, suite or metric of
-            that name, or the run folder is not a local one and `out` is not given.
+            that name, or the run folder is not local and `out` is not given.
     """
     if not folder.exists(SUMMARY_FILE):
-        raise PhatgooseError(f"{folder}/{SUMMARY_FILE} is not there: the stage report writes it")
+        raise PhatgooseError(f"{folder}/{SUMMARY_FILE} is missing. Run the stage report.")
     rows = read_table(folder, SUMMARY_FILE, SUMMARY).to_pylist()
     suite = _choose("suite", suite, [row["suite"] for row in rows])
     rows = [row for row in rows if row["suite"] == suite]
@@ -93,20 +93,21 @@ def plot_routing(
     task: str | None = None,
     out: Path | None = None,
 ) -> Path:
-    """Draw where a router sent its weight on one task, one panel per kind of linear.
+    """Plot the routing weights of a router on one task, one panel per kind of linear.
 
     Args:
         folder: the run folder.
-        router: phatgoose if None, or else the first.
-        task: the evaluation task; the first if None.
-        out: the picture; `plots/routing_<router>_<task>.png` in a local run folder if None.
+        router: the router. The default is phatgoose, or else the first.
+        task: the evaluation task. The default is the first.
+        out: the output file. The default is `plots/routing_<router>_<task>.png` in a local run
+            folder.
 
     Returns:
-        The picture's path.
+        The path of the plot.
 
     Raises:
         PhatgooseError: matplotlib is not installed, nothing was routed, there is no router or task
-            of that name, or the run folder is not a local one and `out` is not given.
+            of that name, or the run folder is not local and `out` is not given.
     """
     routing = read_folder(folder, ROUTING_FOLDER, ROUTING)
     if not len(routing):
@@ -124,30 +125,30 @@ def plot_routing(
 def _figure(width: float, height: float) -> "Figure":
     """Return an empty figure; PhatgooseError if matplotlib is not installed.
 
-    Made without pyplot, which needs no screen (its canvas is Agg) and leaves the caller's backend.
+    It is created without pyplot, so it needs no display and does not change the caller's backend.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise PhatgooseError(
-            "pictures need matplotlib: install it with `pip install 'phatgoose[plots]'`"
+            "plots need matplotlib. Install it with `pip install 'phatgoose[plots]'`."
         ) from error
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def _choose(what: str, wanted: str | None, there: Sequence[str], default: str = "") -> str:
-    """Return what was asked for, else the default, else the first there is."""
+    """Return the wanted name, else the default, else the first one."""
     names = list(dict.fromkeys(there))
     if not names or (wanted is not None and wanted not in names):
-        raise PhatgooseError(f"no {what} {wanted or ''} in this run; there are: {', '.join(names)}")
+        raise PhatgooseError(f"no {what} {wanted or ''} in this run; available: {', '.join(names)}")
     return wanted or (default if default in names else names[0])
 
 
 def _picture(folder: Folder, out: Path | None, name: str) -> Path:
-    """Return where to draw, and make the folder."""
+    """Return the output path, and create its folder."""
     path = out or folder.local(f"plots/{name}")
     if path is None:
-        raise PhatgooseError(f"{folder} is not a local folder: say where to draw with --out")
+        raise PhatgooseError(f"{folder} is not a local folder. Give an output file with --out.")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -187,7 +188,7 @@ def _draw_routers_panel(axis: "Axes", metric: str, panel: list[Row]) -> None:
     factor = 1 if metric == "nll" else 100
     for y, row in enumerate(panel):
         value, low, high = (factor * row[key] for key in ("value", "low", "high"))
-        # The best single expert was picked by these very scores.
+        # The best single expert was chosen by these scores.
         zero_shot = row["zero_shot"] and not row["router"].startswith(SINGLE)
         color = _ZERO_SHOT if zero_shot else _NOT_ZERO_SHOT
         marker, inside = ("o", color) if zero_shot else ("D", "white")
@@ -208,11 +209,11 @@ def _draw_routers_panel(axis: "Axes", metric: str, panel: list[Row]) -> None:
 
 
 def _label(row: Row) -> str:
-    """Return a router's name as read on the axis, marked where it cannot be compared."""
+    """Return the axis label of a router, with a note if it is not comparable."""
     name = str(row["router"])
     if name.startswith(SINGLE):
         name = f"best single\n{name.removeprefix('single:')}"
-    return name if row["comparable"] is not False else f"{name}\n(measured otherwise)"
+    return name if row["comparable"] is not False else f"{name}\n(not comparable)"
 
 
 def _kind_and_layer(linear: str) -> tuple[str, int]:
@@ -229,7 +230,7 @@ def _kind_and_layer(linear: str) -> tuple[str, int]:
 
 
 def _panels(routing: pa.Table) -> tuple[Panels, list[str]]:
-    """Return the shares as panels in model order, and the experts in the file's order."""
+    """Return the panels of shares in model order, and the experts in file order."""
     experts = routing["expert"].unique().to_pylist()
     places = {linear: _kind_and_layer(linear) for linear in routing["linear"].unique().to_pylist()}
     layers = 1 + max(layer for _, layer in places.values())
@@ -244,7 +245,7 @@ def _panels(routing: pa.Table) -> tuple[Panels, list[str]]:
 
 
 def _draw_routing(routing: pa.Table, router: str, task: str, out: Path) -> None:
-    """Draw all panels on one scale of colors, and the mean over all linears in a last one."""
+    """Draw all panels on one color scale, and a last panel with the mean over all linears."""
     panels, experts = _panels(routing)
     count = len(panels) + 1
     columns = min(count, 4 if count <= 8 else 5)
@@ -255,7 +256,7 @@ def _draw_routing(routing: pa.Table, router: str, task: str, out: Path) -> None:
     axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for i, (axis, kind) in enumerate(zip(axes.flat, panels, strict=False)):
         image = _draw_routing_panel(axis, kind, panels[kind], experts, highest)
-        # Panels without another one below them name the layers.
+        # Only the lowest panel of each column has layer labels.
         axis.tick_params(labelbottom=i + columns >= len(panels))
         axis.set_xlabel("layer" if i + columns >= len(panels) else "", size=8)
     _draw_means(axes.flat[len(panels)], panels)
@@ -300,7 +301,7 @@ def _draw_means(axis: "Axes", panels: Panels) -> None:
 
 
 def _add_colorbar(figure: "Figure", image: "AxesImage", axes: np.ndarray, experts: int) -> None:
-    """Draw the scale, with a mark where every expert would get the same."""
+    """Draw the color scale, with a mark at an equal share of every expert."""
     bar = figure.colorbar(image, ax=axes, shrink=0.9, aspect=18 * len(axes), pad=0.01)
     bar.set_label("share of the routed weight", size=9)
     bar.ax.tick_params(labelsize=8)

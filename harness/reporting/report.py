@@ -1,6 +1,6 @@
-"""The end of a run: confidence intervals, tables for the terminal, pictures.
+"""Create the report of a run: confidence intervals, tables for the terminal, and plots.
 
-The tables are plain text, at most WIDTH columns wide as long as names are of ordinary length.
+Tables are plain text, at most WIDTH columns wide unless names are unusually long.
 """
 
 import itertools
@@ -41,21 +41,21 @@ _NONE = "-"
 
 
 def make_report(folder: Folder) -> str:
-    """Turn what a run folder holds into a report, and return its text.
+    """Create the report of a run folder, and return its text.
 
-    Writes summary.parquet and, where it can, the pictures in plots/. Doing it again gives the same
-    files. What has not been made yet is left out and named.
+    Write summary.parquet and, if possible, the plots in plots/. A second call writes the same
+    files. Missing parts are named and omitted.
 
     Raises:
         PhatgooseError: a file of the run is damaged, or the files do not belong together.
     """
     training = read_folder(folder, TRAINING_FOLDER, TRAINING)
-    # The multitask expert is no member of the pool, and has no task of its own.
+    # The multitask expert is not a member of the pool and has no task of its own.
     training = training.filter(pc.not_equal(training["expert"], MULTITASK))
     parts = [
         experts_table(training)
         if len(training)
-        else "no training curves in this run folder: its experts come from elsewhere"
+        else "no training curves in this run folder: its experts were not trained here"
     ]
     if folder.exists(SCORES_FILE):
         scores = read_table(folder, SCORES_FILE, SCORES)
@@ -67,7 +67,7 @@ def make_report(folder: Folder) -> str:
 
 
 def _router_parts(folder: Folder, scores: pa.Table) -> list[str]:
-    """Write the summary, and make the tables of every suite."""
+    """Write the summary, and return the tables of every suite."""
     summary = summary_rows(scores, read_folder(folder, SAMPLES_FOLDER, SAMPLES))
     write_table(folder, SUMMARY_FILE, SUMMARY, summary)
     suites = dict.fromkeys(row["suite"] for row in summary)
@@ -80,10 +80,10 @@ def _router_parts(folder: Folder, scores: pa.Table) -> list[str]:
 
 
 def experts_table(training: pa.Table) -> str:
-    """What training did for each expert, on the evaluation split of its own task.
+    """Return a table of the experts, measured on the evaluation splits of their own tasks.
 
-    Per expert: loss of the base and of the expert, exact match of both, and the loss with gates at
-    zero and after their training. The last line is the mean over experts.
+    Its columns are the loss of the base and the expert, exact match of both, and the loss with
+    gates at zero and after their training. The last line is the mean over experts.
     """
     measured: dict[str, dict[tuple[str, int], dict[str, Any]]] = {}
     for row in training.to_pylist():
@@ -114,16 +114,17 @@ def experts_table(training: pa.Table) -> str:
 def _first_and_last(
     rows: dict[tuple[str, int], dict[str, Any]], stage: str, column: str
 ) -> tuple[float | None, float | None]:
-    """A column at step 0 of a stage and at its last step; None where it was not measured."""
+    """Return a column at the first and last step of a stage; None where it was not measured."""
     steps = {step: row[column] for (its_stage, step), row in rows.items() if its_stage == stage}
     last = max(steps, default=0)
     return steps.get(0), steps[last] if last else None
 
 
 def routers_table(summary: Sequence[dict[str, Any]], suite: str, metric: str) -> str:
-    """Routers by tasks for one suite and metric (`primary`, or a metric's name), best mean first.
+    """Return a table of routers by tasks for one suite and metric, sorted by mean, best first.
 
-    Single experts are not listed; the best of them is named below the table.
+    `metric` is `primary` or the name of a metric. Single experts are not listed; the best one is
+    named below the table.
     """
     rows = [row for row in summary if row["suite"] == suite and row["metric"] == metric]
     tasks = [task for task in dict.fromkeys(row["task"] for row in rows) if task is not None]
@@ -156,21 +157,21 @@ def routers_table(summary: Sequence[dict[str, Any]], suite: str, metric: str) ->
 
 
 def _mark(row: dict[str, Any]) -> str:
-    """What points to a note below the table."""
+    """Return the marks that refer to notes below the table."""
     marks = "*" if not row["zero_shot"] else "+" if row["side_information"] else ""
     return marks + ("!" if row["comparable"] is False else "")
 
 
 def _notes(listed: Sequence[dict[str, Any]], best: dict[str, Any] | None, percent: bool) -> str:
-    """What the reader of a routers table must know, a line each."""
+    """Return the notes below a table of routers, one per line."""
     notes = [
         f"± and [ ]: 95 % intervals, {RESAMPLES:,} resamples of the documents within each task "
         "(those that share a row,\n  passage or template together); tasks fixed, differences paired"
     ]
     if any(row["comparable"] is False for row in listed):
         notes.append(
-            "! measured with another dtype, device, library version or code: not comparable with "
-            "the others;\n  evaluate it again"
+            "! measured with a different dtype, device, library version or code: not comparable "
+            "with the others;\n  evaluate it again"
         )
     if any("*" in _mark(row) for row in listed):
         notes.append(
@@ -190,7 +191,7 @@ def _notes(listed: Sequence[dict[str, Any]], best: dict[str, Any] | None, percen
 
 
 def _task_header(summary: Sequence[dict[str, Any]], suite: str, metric: str, task: str) -> str:
-    """A task's name, wrapped; its primary metric; its number of documents."""
+    """Return the header of a task: wrapped name, primary metric, number of documents."""
     rows = [row for row in summary if (row["suite"], row["task"]) == (suite, task)]
     lines = _wrapped(task)
     if metric == PRIMARY:
@@ -199,7 +200,7 @@ def _task_header(summary: Sequence[dict[str, Any]], suite: str, metric: str, tas
 
 
 def _wrapped(name: str) -> list[str]:
-    """A name in lines of at most _NAME_WIDTH, broken after `_` where there is one."""
+    """Split a name into lines of at most _NAME_WIDTH characters, after `_` where possible."""
     lines = [""]
     for word in name.replace("_", "_ ").split():
         if len(lines[-1] + word.rstrip("_")) > _NAME_WIDTH and lines[-1]:
@@ -236,7 +237,7 @@ def _cell(form: str, value: float | None) -> str:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """The mean, or None if a value is missing: means over different experts mislead."""
+    """Return the mean, or None if a value is missing: means of different experts mislead."""
     present = [value for value in values if value is not None]
     return sum(present) / len(present) if present and len(present) == len(values) else None
 
@@ -244,10 +245,10 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def _aligned(
     header: list[str], body: list[list[str]], fixed: int = 1, ruled_last: bool = False
 ) -> str:
-    """A table as text: first column to the left, the others to the right.
+    """Return a table as text: the first column is left-aligned, the others are right-aligned.
 
-    Header cells may have several lines. Where the table is wider than WIDTH, the columns after the
-    first `fixed` ones go on in further blocks, which repeat the first column.
+    Header cells may have several lines. If the table is wider than WIDTH, the columns after the
+    first `fixed` ones continue in more blocks. Each block repeats the first column.
     """
     columns = [list(column) for column in zip(header, *body, strict=True)]
     widths = [max(len(line) for cell in column for line in cell.split("\n")) for column in columns]
@@ -269,14 +270,14 @@ def _block(header: list[str], body: list[list[str]], block: list[int], ruled_las
 
 
 def _draw(folder: Folder) -> list[str]:
-    """Draw the pictures; return a line for each, with the reason if there is none."""
+    """Draw the plots; return a line for each, with the reason if it failed."""
     plots: list[Callable[[Folder], Path]] = [plot_routers]
     if len(read_folder(folder, ROUTING_FOLDER, ROUTING)):
         plots.append(plot_routing)
     lines = []
     for plot in plots:
         try:
-            lines.append(f"picture: {plot(folder)}")
-        except Exception as error:  # whatever it is, a run does not end for want of a picture
-            lines.append(f"no picture ({plot.__name__}): {reason_of(error)}")
+            lines.append(f"plot: {plot(folder)}")
+        except Exception as error:  # a run must not fail because of a plot
+            lines.append(f"no plot ({plot.__name__}): {reason_of(error)}")
     return lines

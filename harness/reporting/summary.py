@@ -1,12 +1,13 @@
-"""From scores and samples to means, confidence intervals and differences between routers.
+"""Compute means, confidence intervals and differences between routers from scores and samples.
 
-Every interval is a 95 % percentile bootstrap over clusters of documents: what shares a source row,
-a passage or a template is drawn together (Miller, arXiv 2411.00640). The clusters of each task are
-drawn with replacement 10,000 times; the tasks stay as they are. All routers see the same draws, so
-a difference between two routers is paired document by document.
+Every interval is a 95 % percentile bootstrap over clusters of documents: documents that share a
+source row, a passage or a template are drawn together (Miller, arXiv 2411.00640). The clusters of
+each task are drawn with replacement 10,000 times; the tasks are fixed. All routers see the same
+draws, so a difference between two routers is paired document by document.
 
-Rows that were measured with another dtype, device, library version or scoring code than `merged`
-(without it, than most routers) are not comparable: they get no difference, and tables mark them.
+Rows are not comparable if they were measured with a different dtype, device, library version or
+scoring code than `merged` (without `merged`, than most routers). They have no difference, and
+tables mark them.
 """
 
 from collections import Counter
@@ -27,21 +28,21 @@ MERGED = "merged"
 
 RESAMPLES = 10_000
 _SEED = 42
-# Draws held at once, so that memory stays small whatever the number of documents.
+# Maximum number of draws in memory at once, to bound memory for any number of documents.
 _DRAWS_AT_ONCE = 2_000_000
 
 
 def resampled_means(
     values_NM: np.ndarray, rng: np.random.Generator, clusters_N: np.ndarray | None = None
 ) -> np.ndarray:
-    """Return means over clusters drawn with replacement, RESAMPLES times: shape (RESAMPLES, M).
+    """Return means over clusters drawn with replacement RESAMPLES times, shape (RESAMPLES, M).
 
-    A draw picks the same documents for all M columns, and weighs each document alike.
+    A draw picks the same documents for all M columns and gives all documents the same weight.
 
     Args:
         values_NM: a value per document and column.
-        rng: draws.
-        clusters_N: the place of each document's cluster, from 0; each its own if None.
+        rng: the random generator.
+        clusters_N: the index of each document's cluster, from 0; None if each document is its own.
     """
     clusters_N = np.arange(len(values_NM)) if clusters_N is None else clusters_N
     sizes_C = np.bincount(clusters_N)
@@ -61,35 +62,35 @@ def resampled_means(
 
 
 def interval(means_BM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lower and upper end of the 95 % percentile interval of each column."""
+    """Return the lower and upper ends of the 95 % percentile interval of each column."""
     low_M, high_M = np.quantile(means_BM, [0.025, 0.975], axis=0)
     return low_M, high_M
 
 
 @dataclass
 class _TaskScores:
-    """A task of a suite as all routers answered it."""
+    """The scores and values of all routers on one task of a suite."""
 
     name: str
     documents: list[str]  # their ids, in the order of the values below
-    clusters_N: np.ndarray  # the place of each document's cluster
+    clusters_N: np.ndarray  # the index of each document's cluster
     routers: dict[str, Row]  # name -> zero_shot, side_information and comparable
     scores: dict[tuple[str, str], float]  # (metric, router) -> value
     values: dict[str, dict[str, np.ndarray]]  # metric -> router -> one value per document
 
     def metric(self, metric: str) -> str | None:
-        """The metric of that name; None if `primary` is asked for and the task has none."""
+        """Return the metric's name; None if it is `primary` and the task has no primary metric."""
         if metric != PRIMARY:
             return metric
         try:
             return primary_metric(set(self.values))
-        except PhatgooseError:  # none of lm-eval's is a mean over documents
+        except PhatgooseError:  # no metric of lm-eval is a mean over documents
             return None
 
 
 @dataclass
 class _Estimate:
-    """A number and the same number of every resample; sums of them are sums over tasks."""
+    """A number and its value in every resample. Sums of estimates are sums over tasks."""
 
     value: float
     resampled_B: np.ndarray
@@ -106,7 +107,7 @@ class _Sum:
     documents: int
     clusters: int
     value: _Estimate
-    difference: _Estimate | None  # to merged; None where merged lacks one of the tasks
+    difference: _Estimate | None  # to merged; None if merged is missing one of the tasks
 
     def __add__(self, other: "_Sum") -> "_Sum":
         difference = None
@@ -121,7 +122,7 @@ class _Sum:
         )
 
     def columns(self) -> Row:
-        """Means over tasks with their intervals, as columns of the summary."""
+        """Return means over tasks with their intervals, as columns of the summary."""
         row: Row = {"n": self.documents, "clusters": self.clusters}
         names = ("value", "low", "high"), ("difference", "difference_low", "difference_high")
         for keys, estimate in zip(names, (self.value, self.difference), strict=True):
@@ -134,10 +135,11 @@ class _Sum:
 
 
 def summary_rows(scores: pa.Table, samples: pa.Table) -> list[Row]:
-    """The rows of summary.parquet: per suite, metric and router, each task and the mean over tasks.
+    """Return the rows of summary.parquet.
 
-    `scores` holds the oracle's rows if there is an oracle. A router that lacks one of the tasks
-    gets no mean.
+    For each suite, metric and router there is a row per task and one for the mean over tasks.
+    `scores` contains the oracle's rows if there is an oracle. A router without scores for one of
+    the tasks has no mean.
 
     Raises:
         PhatgooseError: scores and samples do not belong together, or two routers did not answer
@@ -152,7 +154,7 @@ def summary_rows(scores: pa.Table, samples: pa.Table) -> list[Row]:
 
 
 def _metric_rows(suite: str, metric: str, tasks: list[_TaskScores]) -> list[Row]:
-    """Rows of one metric. The sums over tasks are kept, the draws of a single task are not."""
+    """Return the rows of one metric. Only sums over tasks are kept, not the draws of each task."""
     having = [(i, task) for i, task in enumerate(tasks) if task.metric(metric) in task.values]
     known = {router: columns for _, task in having for router, columns in task.routers.items()}
 
@@ -163,7 +165,7 @@ def _metric_rows(suite: str, metric: str, tasks: list[_TaskScores]) -> list[Row]
     rows: list[Row] = []
     sums: dict[str, _Sum] = {}
     for i, task in having:
-        # One stream per task: tasks are drawn independently, metrics see the same documents.
+        # One random stream per task: tasks are independent, and metrics see the same documents.
         rng = np.random.default_rng([_SEED, i])
         name = task.metric(metric)
         assert name is not None
@@ -175,7 +177,7 @@ def _metric_rows(suite: str, metric: str, tasks: list[_TaskScores]) -> list[Row]
 
 
 def _task_sums(task: _TaskScores, metric: str, rng: np.random.Generator) -> dict[str, _Sum]:
-    """One task's numbers for every router."""
+    """Return one task's numbers for every router."""
     comparable = {router for router, columns in task.routers.items() if columns["comparable"]}
     matrix_NM, places = _with_differences(task.values[metric], comparable)
     means_BM = resampled_means(matrix_NM, rng, task.clusters_N)
@@ -194,9 +196,9 @@ def _task_sums(task: _TaskScores, metric: str, rng: np.random.Generator) -> dict
 def _with_differences(
     values: dict[str, np.ndarray], comparable: set[str]
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """The routers' values as columns, then their differences to merged, and where those stand.
+    """Return the routers' values and differences to merged as columns, and the latter's indices.
 
-    Differences are taken before the means: of two routers with equal answers they are exactly 0.
+    Differences are taken before the means, so they are exactly 0 for routers with equal answers.
     """
     columns = list(values.values())
     places: dict[str, int] = {}
@@ -209,7 +211,7 @@ def _with_differences(
 
 
 def _collect(scores: pa.Table, samples: pa.Table) -> dict[str, list[_TaskScores]]:
-    """Scores and samples put together, per suite; tasks in the order of the scores."""
+    """Join scores and samples per suite, with tasks in the order of the scores."""
     answers: dict[tuple[str, str, str], dict[str, dict[str, float]]] = {}
     clusters: dict[tuple[str, str], dict[str, str]] = {}
     scored = {*scores["router"].to_pylist()}
@@ -234,11 +236,11 @@ def _collect(scores: pa.Table, samples: pa.Table) -> dict[str, list[_TaskScores]
             task = suites[suite][name] = _TaskScores(name, documents, places_N, {}, {}, {})
         if answered.keys() != set(task.documents):
             raise PhatgooseError(
-                f"{samples_file(source)}: task {name} has other documents than another router's "
-                f"samples; delete {SCORES_FILE} and {SAMPLES_FOLDER}/ and run again"
+                f"{samples_file(source)}: the documents of task {name} differ from another "
+                f"router's. Delete {SCORES_FILE} and {SAMPLES_FOLDER}/, and run again."
             )
         if not any(metric in metrics for metrics in answered.values()):
-            continue  # it is no mean over documents
+            continue  # the metric is not a mean over documents
         task.routers[router] = {
             **{key: score[key] for key in ("zero_shot", "side_information")},
             "comparable": (suite, router) in comparable,
@@ -251,13 +253,13 @@ def _collect(scores: pa.Table, samples: pa.Table) -> dict[str, list[_TaskScores]
 
 
 def _places(clusters: list[str]) -> np.ndarray:
-    """The place of each document's cluster, from 0, in the order in which they first occur."""
+    """Return the index of each document's cluster, from 0, in the order of first occurrence."""
     places = {cluster: place for place, cluster in enumerate(dict.fromkeys(clusters))}
     return np.array([places[cluster] for cluster in clusters], dtype=np.int64)
 
 
 def _comparable(scores: pa.Table) -> set[tuple[str, str]]:
-    """By suite, the routers that were measured under the conditions of merged, or of most."""
+    """Return the pairs of suite and router measured under the conditions of merged, or of most."""
     found: dict[str, dict[str, set[tuple[str | None, ...]]]] = {}
     for row in scores.select(["suite", "router", *(f.name for f in CONDITIONS)]).to_pylist():
         conditions = tuple(row[field.name] for field in CONDITIONS)
@@ -271,10 +273,10 @@ def _comparable(scores: pa.Table) -> set[tuple[str, str]]:
 
 
 def _check(score: Row, values_N: np.ndarray, source: str) -> None:
-    """A score is the mean of its samples, or one of the two files is not of this run."""
+    """Raise PhatgooseError unless a score is the mean of its samples."""
     if len(values_N) and np.isclose(values_N.mean(), score["value"], rtol=1e-6, atol=1e-9):
         return
     raise PhatgooseError(
         f"{samples_file(source)}: task {score['task']}, metric {score['metric']}: the samples' "
-        f"mean is not the value in {SCORES_FILE}; delete both files and run again"
+        f"mean differs from {SCORES_FILE}. Delete both files, and run again."
     )

@@ -1,8 +1,8 @@
-"""Delete files under a hidden name that their writers did not live to finish, or to delete.
+"""Delete hidden temporary files whose writers died before they finished.
 
-They do no harm, as hidden files are never listed, but runs that are killed often would fill a disk.
-The name says who writes, so that a file goes once its process is gone. Those of other machines
-stay until `python -m harness.registry gc`.
+These files are harmless, since hidden files are never listed, but runs that are often killed would
+fill the disk. The name contains the machine and the process, so a file is deleted once its process
+is gone. Files of other machines stay until `python -m harness.registry gc`.
 """
 
 import contextlib
@@ -17,9 +17,9 @@ _NAME = re.compile(rf"\.{MACHINE}-(\d+)-[^.]+\.tmp")
 
 
 def remove_left_over(folder: Folder) -> int:
-    """Delete what dead processes of this machine left below a folder; returns how much that was.
+    """Delete what dead processes of this machine left below a folder; return the number deleted.
 
-    On an object store nothing is left: there, what is not finished has no name.
+    Nothing is left on an object store: an unfinished object has no name there.
     """
     inside = folder.local("objects")
     if inside is None:
@@ -29,7 +29,7 @@ def remove_left_over(folder: Folder) -> int:
         match = _NAME.fullmatch(path.name)
         if not match or _is_alive(int(match[1])):
             continue
-        with contextlib.suppress(OSError):  # another process may do the same
+        with contextlib.suppress(OSError):  # another process may delete it too
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -43,6 +43,6 @@ def _is_alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # another user's
+    except OSError:  # the process of another user
         pass
     return True

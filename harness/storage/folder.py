@@ -1,8 +1,8 @@
-"""A folder on shared storage: a local path, S3, Google Cloud Storage, Azure, or what pyarrow opens.
+"""A folder on shared storage: local, S3, Google Cloud Storage, Azure, or any pyarrow filesystem.
 
-A file appears whole or not at all, everywhere. Hidden files are never listed, so what a killed
-writer leaves behind on a local disk is never taken for a file;
-`harness.storage.cleanup` removes it.
+On all of them a file appears completely or not at all. Hidden files are never listed, so the
+remains of a killed writer on a local disk are never taken for a file. `harness.storage.cleanup`
+deletes them.
 """
 
 import re
@@ -21,49 +21,49 @@ from harness.storage.object_store import SCHEMES, open_store
 from harness.storage.stores import ArrowStore, Entry, LocalStore, Store
 from phatgoose.errors import FIXES, PhatgooseError, reason_of
 
-# What the stores and the libraries behind them raise.
+# Exceptions that the stores and their libraries raise.
 _REFUSALS = (OSError, NotImplementedError, pa.ArrowException, obstore.exceptions.BaseError)
-# Requests to an object store at once; each waits for the network most of its time.
+# Concurrent requests to an object store. Each waits for the network most of the time.
 _READERS = 16
 
 
 class Folder:
-    """A folder, given by a path or a URI such as `s3://bucket/pool`; files in it by relative name.
+    """A folder given by a path or a URI such as `s3://bucket/pool`. Its files have relative names.
 
-    Every method raises PhatgooseError, naming the file, for what the filesystem refuses and for
-    names that would lead out of the folder. The folder itself is made by the first write.
+    Every method raises PhatgooseError with the name of the file if the filesystem fails or the name
+    would lead out of the folder. The first write creates the folder itself.
     """
 
     def __init__(self, uri: str | Path) -> None:
-        """Open the folder at `uri`; a relative path is taken from the working directory."""
+        """Open the folder at `uri`. A relative path is relative to the working directory."""
         self.uri = str(uri) if "://" in str(uri) else str(Path(uri).expanduser().absolute())
         try:
             self._store, root = _open(self.uri)
         except (*_REFUSALS, ValueError) as error:
             reason = reason_of(error) if isinstance(error, ValueError) else type(error).__name__
             raise PhatgooseError(
-                f"cannot open the folder {_without_secrets(self.uri)} ({reason}): "
-                "use a path, or a URI such as file:///data/pool or s3://bucket/pool"
+                f"cannot open the folder {_without_secrets(self.uri)} ({reason}). "
+                "Use a path, or a URI such as file:///data/pool or s3://bucket/pool."
             ) from error
         self._root = root.rstrip("/")
         self._is_local = isinstance(self._store, LocalStore)
 
     def __str__(self) -> str:
-        """The path or URI, without a password."""
+        """Return the path or URI without a password."""
         return _without_secrets(self.uri)
 
     def __reduce__(self) -> tuple[type["Folder"], tuple[str]]:
-        """In another process, the folder is opened again."""
+        """Pickle by URI: another process opens the folder again."""
         return Folder, (self.uri,)
 
     def read(self, name: str) -> bytes:
-        """The bytes of one file."""
+        """Return the bytes of a file."""
         full = self._full(name)
         with self._named_errors("read", name):
             return self._store.read(full)
 
     def find(self, name: str) -> bytes | None:
-        """The bytes of one file; None if there is no such file."""
+        """Return the bytes of a file, or None if there is no such file."""
         full = self._full(name)
         with self._named_errors("read", name):
             try:
@@ -72,9 +72,9 @@ class Folder:
                 return None
 
     def find_all(self, names: Iterable[str]) -> Iterator[tuple[str, bytes | PhatgooseError | None]]:
-        """As `find`, of many small files, several at once, in order.
+        """Find many small files concurrently; yield names and results of `find` in order.
 
-        In place of the bytes of a file that cannot be read stands the error.
+        If a file cannot be read, its result is the error.
         """
 
         def find(name: str) -> tuple[str, bytes | PhatgooseError | None]:
@@ -90,23 +90,23 @@ class Folder:
             yield from readers.map(find, names)
 
     def write(self, name: str, data: bytes) -> None:
-        """Write one file whole, over the one that may be there."""
+        """Write a file atomically, replacing an existing one."""
         full = self._full(name)
         with self._named_errors("write", name):
             self._store.write(full, data)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write one file whole if none is there; say whether this call made it.
+        """Write a file atomically unless it exists; return whether this call created it.
 
-        Of any number of callers at once, in any process on any machine, one makes it. A store that
-        does not promise this is refused by `check_writable` or here.
+        Of any number of concurrent callers, in any process on any machine, exactly one creates it.
+        A store without this guarantee is rejected by `check_writable` or here.
         """
         full = self._full(name)
         with self._named_errors("create", name):
             return self._store.create(full, data)
 
     def delete(self, name: str, *, missing_ok: bool = False) -> None:
-        """Delete one file; with `missing_ok` it may be gone already."""
+        """Delete a file. With `missing_ok`, it may be missing."""
         full = self._full(name)
         with self._named_errors("delete", name):
             try:
@@ -116,25 +116,25 @@ class Folder:
                     raise
 
     def remove_left_over(self, path: str) -> None:
-        """Delete a file that `entries` listed, a hidden one too; it may be gone already."""
+        """Delete a file that `entries` listed, even a hidden one. It may already be deleted."""
         with self._named_errors("delete", path), suppress(FileNotFoundError):
             self._store.delete(f"{self._root}/{path}")
 
     def exists(self, name: str) -> bool:
-        """Whether there is a file of this name."""
+        """Return whether a file exists."""
         full = self._full(name)
-        with self._named_errors("look for", name):
+        with self._named_errors("check for", name):
             return self._store.exists(full)
 
     def names(self, prefix: str = "") -> list[str]:
-        """The sorted names of all files whose name starts with `prefix`, hidden ones left out.
+        """Return the sorted names of all files that start with `prefix`, except hidden files.
 
-        Folders below are read too. Of a prefix such as `jobs/a`, only the folder `jobs` is read.
+        Subfolders are included. For a prefix such as `jobs/a`, only the folder `jobs` is read.
         """
         return [entry.path for entry in self.entries(prefix)]
 
     def entries(self, prefix: str = "", *, hidden: bool = False) -> list[Entry]:
-        """As `names`, with each file's size and time; `path` is its name. With `hidden`, all."""
+        """Return the files of `names` with size and time. With `hidden`, include hidden files."""
         folder = prefix.rpartition("/")[0]
         start = self._full(folder) if folder else self._root
         with self._named_errors("list", folder):
@@ -146,7 +146,7 @@ class Folder:
         return sorted(wanted, key=lambda entry: entry.path)
 
     def path(self, name: str) -> str:
-        """The full path (local) or URI (elsewhere) of a file."""
+        """Return the full path of a local file, or the URI of any other file."""
         full = self._full(name)
         if self._is_local:
             return full
@@ -154,15 +154,15 @@ class Folder:
         return f"{folder.rstrip('/')}/{name}{question_mark}{options}"
 
     def local(self, name: str) -> Path | None:
-        """The path of a file on the local filesystem, None on any other."""
+        """Return the path of a file on the local filesystem; None on any other."""
         full = self._full(name)
         return Path(full) if self._is_local else None
 
     def check_writable(self, *, creates: bool = True) -> None:
-        """Make and delete a small file; raise PhatgooseError if that does not work.
+        """Write and delete a small file; raise PhatgooseError if that fails.
 
         Args:
-            creates: also see that a second `create` of it is refused, as a registry needs it.
+            creates: also check that a second `create` of the file fails. A registry needs this.
         """
         name = f"check-{uuid.uuid4().hex}"
         if not creates:
@@ -173,9 +173,9 @@ class Folder:
         try:
             if self.create(name, b"and is a second one refused?"):
                 raise PhatgooseError(
-                    f"{self} overwrites a file that it was told to create only if there is none, "
-                    "so that two runs could overwrite each other's experts there: use a store "
-                    "with conditional writes (S3's If-None-Match), or a local or network folder"
+                    f"{self} overwrites existing files on a conditional write, so two runs could "
+                    "overwrite each other's experts. Use a store with conditional writes (S3's "
+                    "If-None-Match), or a local or network folder."
                 )
         finally:
             self.delete(name, missing_ok=True)
@@ -183,7 +183,7 @@ class Folder:
     def _full(self, name: str) -> str:
         if not name or _has_hidden_part(name) or "\\" in name or "\0" in name:
             raise PhatgooseError(
-                f"{name!r} is no file name in {self}: use a relative one without hidden parts"
+                f"{name!r} is not a file name in {self}. Use a relative name without hidden parts."
             )
         return f"{self._root}/{name}"
 
@@ -199,7 +199,7 @@ class Folder:
 
 
 def _open(uri: str) -> tuple[Store, str]:
-    """The store that a path or URI names, and the path in it."""
+    """Return the store that a path or URI names, and the path in it."""
     if uri.partition("://")[0] in SCHEMES:
         return open_store(uri)
     filesystem, root = fs.FileSystem.from_uri(uri)
@@ -214,19 +214,19 @@ def _mend(error: BaseException) -> str:
     if number := getattr(error, "errno", None):
         return FIXES.get(number, "check the folder and the name")
     if kind in ("PermissionDeniedError", "UnauthenticatedError", "PermissionError"):
-        return "check the credentials and that they allow this there"
+        return "check the credentials and their permissions"
     if kind == "GenericError":
-        return "check the address, the credentials and that the bucket is there, then try again"
+        return "check the address, the credentials and that the bucket exists, then try again"
     return "check the folder and the name"
 
 
 def _has_hidden_part(name: str) -> bool:
-    """Whether a part of `name` is empty or starts with a dot: absolute, hidden, '.' or '..'."""
+    """Return whether a part of `name` is empty or starts with a dot (absolute, hidden, . or ..)."""
     return any(not part or part.startswith(".") for part in name.split("/"))
 
 
 def _without_secrets(uri: str) -> str:
-    """The URI without `user:password@` and without options."""
+    """Return the URI without `user:password@` and without options."""
     if "://" not in uri:
         return uri
     return re.sub("://[^/]*@", "://", uri.partition("?")[0])

@@ -1,7 +1,7 @@
-"""Object stores by URI: S3 and what speaks its language, Google Cloud Storage, Azure.
+"""Object stores by URI: S3 and compatible stores, Google Cloud Storage, Azure.
 
-They are reached through obstore, whose conditional put is one atomic request. A URI takes the
-options that pyarrow's filesystems take:
+They are accessed through obstore. Its conditional put is one atomic request. A URI takes the same
+options as pyarrow's filesystems:
 
     s3://[key:secret@]bucket/folder?region=...&endpoint_override=host:port&scheme=http
     gs://[anonymous@]bucket/folder?endpoint_override=host:port&scheme=http
@@ -9,8 +9,8 @@ options that pyarrow's filesystems take:
     memory:///folder               in this process only, for tests
 
 Credentials come from the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY,
-GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, ...), for
-S3 else from a profile of ~/.aws/credentials, else from the machine's role.
+GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, ...). For
+S3, a profile of ~/.aws/credentials comes next, then the machine's role.
 """
 
 import os
@@ -35,27 +35,27 @@ _S3_OPTIONS = {
 }  # fmt: skip
 _KEYS = ("access_key_id", "secret_access_key", "session_token")
 _GCS_OPTIONS = {"scheme", "endpoint_override", "retry_limit_seconds"}
-# A store may fail for some seconds; a mistyped address shows after the better part of a minute.
+# Retry for long enough to survive a short outage. A mistyped address fails after almost a minute.
 _RETRIES: Any = {"max_retries": 10, "backoff": {"max_backoff": timedelta(seconds=10)}}
-_TIMEOUT = timedelta(minutes=10)  # of one request: an expert of a big base over a slow line
+_TIMEOUT = timedelta(minutes=10)  # per request: an expert of a large base over a slow connection
 
 
 class ObjectStore:
-    """A bucket of an object store; a leading slash of a path does not count."""
+    """A bucket of an object store. A leading slash of a path is ignored."""
 
     def __init__(self, store: Any) -> None:
         self._store = store
 
     def read(self, path: str) -> bytes:
-        """The bytes of a file."""
+        """Return the bytes of a file."""
         return obstore.get(self._store, path).bytes().to_bytes()
 
     def write(self, path: str, data: bytes) -> None:
-        """Write a file whole, over the one that may be there."""
+        """Write a file atomically, replacing an existing one."""
         obstore.put(self._store, path, data)
 
     def create(self, path: str, data: bytes) -> bool:
-        """Write a file whole if none is there, in one request; say whether this call made it."""
+        """Write a file in one request unless it exists; return whether this call created it."""
         try:
             obstore.put(self._store, path, data, mode="create")
         except AlreadyExistsError:
@@ -63,12 +63,12 @@ class ObjectStore:
         return True
 
     def delete(self, path: str) -> None:
-        """Delete a file; that it was there is looked at before, as S3 does not say."""
+        """Delete a file. Check first that it exists, since S3 does not report a missing file."""
         obstore.head(self._store, path)
         obstore.delete(self._store, path)
 
     def exists(self, path: str) -> bool:
-        """Whether there is a file."""
+        """Return whether a file exists."""
         try:
             obstore.head(self._store, path)
         except FileNotFoundError:
@@ -76,17 +76,17 @@ class ObjectStore:
         return True
 
     def entries(self, folder: str) -> Iterator[Entry]:
-        """All files below a folder, page by page."""
+        """Yield all files below a folder, page by page."""
         for page in obstore.list(self._store, folder):
             for meta in page:
                 yield Entry(meta["path"], meta["size"], meta["last_modified"].timestamp())
 
 
 def open_store(uri: str) -> tuple[ObjectStore, str]:
-    """The bucket that a URI names, and the folder in it.
+    """Return the bucket that a URI names, and the folder in it.
 
     Raises:
-        ValueError: the URI names no bucket or has an option that is not known.
+        ValueError: the URI names no bucket or has an unknown option.
     """
     parts = urlsplit(uri)
     bucket, folder = parts.hostname or "", unquote(parts.path).strip("/")
@@ -124,7 +124,7 @@ def _s3(bucket: str, parts: Any, options: dict[str, str]) -> S3Store:
 
 
 def _profile() -> dict[str, str]:
-    """The keys of the profile AWS_PROFILE, or the default one; none if there is no such profile."""
+    """Return the keys of the profile AWS_PROFILE or the default; none if there is no profile."""
     file = os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials")
     profiles = ConfigParser(interpolation=None)
     profiles.read(Path(file).expanduser())

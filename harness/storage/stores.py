@@ -1,8 +1,8 @@
-"""Where the files of a folder are: on this machine's filesystem, in an object store, elsewhere.
+"""Storage backends of a folder: the local filesystem, an object store, or a pyarrow filesystem.
 
-All that a `Folder` needs of a place is a `Store`. Paths in it are absolute, without a leading slash
-in an object store, and were checked by the folder. What a store refuses it raises as OSError or as
-an exception of its library; a missing file is a FileNotFoundError.
+A `Folder` accesses its files through a `Store`. The folder has checked all paths. They are
+absolute, without a leading slash in an object store. A store raises OSError or exceptions of its
+library, and FileNotFoundError for a missing file.
 """
 
 import os
@@ -22,9 +22,9 @@ class Entry:
     """A file in a listing.
 
     Attributes:
-        path: where it is in its store.
-        size: in bytes.
-        modified: when it was last written, in seconds since 1970, by the store's own clock.
+        path: the path within the store.
+        size: the size in bytes.
+        modified: the time of the last write, in seconds since 1970, by the store's own clock.
     """
 
     path: str
@@ -33,44 +33,50 @@ class Entry:
 
 
 class Store(Protocol):
-    """What a folder needs of the place where its files are."""
+    """The interface through which a folder accesses its files."""
 
     def read(self, path: str) -> bytes:
-        """The bytes of a file."""
+        """Return the bytes of a file."""
 
     def write(self, path: str, data: bytes) -> None:
-        """Write a file whole, over the one that may be there."""
+        """Write a file atomically, replacing an existing one."""
 
     def create(self, path: str, data: bytes) -> bool:
-        """Write a file whole if none is there, also of two writers at once; say if this did."""
+        """Write a file atomically unless it exists; return whether this call created it.
+
+        Of several concurrent writers, exactly one creates the file.
+        """
 
     def delete(self, path: str) -> None:
         """Delete a file."""
 
     def exists(self, path: str) -> bool:
-        """Whether there is a file."""
+        """Return whether a file exists."""
 
     def entries(self, folder: str) -> Iterator[Entry]:
-        """All files below a folder, in any order, hidden ones too; none if there is no folder."""
+        """Yield all files below a folder in any order, including hidden ones.
+
+        A missing folder has no files.
+        """
 
 
 class LocalStore:
     """The local filesystem, and network filesystems mounted there.
 
-    A file appears whole or not at all, and stays after a power cut: it is written under a hidden
-    name, flushed, renamed, and its folder is flushed too.
+    A file appears completely or not at all, and survives a power failure. It is written under a
+    hidden name, flushed and renamed, and then its folder is flushed.
     """
 
     def read(self, path: str) -> bytes:
-        """The bytes of a file."""
+        """Return the bytes of a file."""
         return Path(path).read_bytes()
 
     def write(self, path: str, data: bytes) -> None:
-        """Write a file whole, over the one that may be there."""
+        """Write a file atomically, replacing an existing one."""
         _write(Path(path), data, os.replace)
 
     def create(self, path: str, data: bytes) -> bool:
-        """Write a file whole if none is there; say whether this call made it."""
+        """Write a file atomically unless it exists; return whether this call created it."""
         try:
             _write(Path(path), data, _link)
         except FileExistsError:
@@ -83,11 +89,11 @@ class LocalStore:
         flush_folder(Path(path).parent)
 
     def exists(self, path: str) -> bool:
-        """Whether there is a file."""
+        """Return whether a file exists."""
         return Path(path).is_file()
 
     def entries(self, folder: str) -> Iterator[Entry]:
-        """All files below a folder."""
+        """Yield all files below a folder."""
 
         def stop(error: OSError) -> None:
             if not isinstance(error, FileNotFoundError):
@@ -97,9 +103,9 @@ class LocalStore:
             for name in names:
                 path = f"{parent}/{name}"
                 try:
-                    status = os.stat(path)  # noqa: PTH116 - a Path for each is slow
+                    status = os.stat(path)  # noqa: PTH116 - creating a Path for each is slow
                 except FileNotFoundError:
-                    continue  # deleted meanwhile
+                    continue  # deleted in the meantime
                 yield Entry(path, status.st_size, status.st_mtime)
 
 
@@ -107,7 +113,7 @@ def _link(temporary: Path, path: Path) -> None:
     try:
         os.link(temporary, path)
     except OSError:
-        # A network filesystem may make the link and lose the reply; a second link is the proof.
+        # A network filesystem may create the link and lose the reply. A link count of 2 proves it.
         if temporary.stat().st_nlink < 2:
             raise
 
@@ -126,38 +132,38 @@ def _make_folder(folder: Path) -> None:
 
 
 class ArrowStore:
-    """Any other filesystem that pyarrow opens, such as HDFS; none of them can create safely."""
+    """Any other pyarrow filesystem, such as HDFS. None of them supports an atomic `create`."""
 
     def __init__(self, filesystem: Any) -> None:
         self._fs = filesystem
 
     def read(self, path: str) -> bytes:
-        """The bytes of a file."""
+        """Return the bytes of a file."""
         with self._fs.open_input_file(path) as file:
             data: bytes = file.read()
             return data
 
     def write(self, path: str, data: bytes) -> None:
-        """Write a file, over the one that may be there."""
+        """Write a file, replacing an existing one."""
         self._fs.create_dir(path.rpartition("/")[0], recursive=True)
         # Without `compression=None`, a name such as x.gz would be compressed.
         with self._fs.open_output_stream(path, compression=None) as file:
             file.write(data)
 
     def create(self, path: str, data: bytes) -> bool:
-        """Refused: of two writers at the same moment, the later one would win unseen."""
-        raise NotImplementedError("this filesystem cannot create a file only if none is there")
+        """Raise NotImplementedError: the later of two concurrent writers would silently win."""
+        raise NotImplementedError("this filesystem cannot create a file only if it does not exist")
 
     def delete(self, path: str) -> None:
         """Delete a file."""
         self._fs.delete_file(path)
 
     def exists(self, path: str) -> bool:
-        """Whether there is a file."""
+        """Return whether a file exists."""
         return bool(self._fs.get_file_info(path).type == fs.FileType.File)
 
     def entries(self, folder: str) -> Iterator[Entry]:
-        """All files below a folder."""
+        """Yield all files below a folder."""
         selector = fs.FileSelector(folder, recursive=True, allow_not_found=True)
         for info in self._fs.get_file_info(selector):
             if info.type == fs.FileType.File:

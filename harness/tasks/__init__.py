@@ -1,4 +1,4 @@
-"""The tasks of pools and suites: from a YAML file's words to parquet files of records."""
+"""Tasks of pools and suites: from the entries of a YAML file to parquet files of records."""
 
 import hashlib
 import json
@@ -32,9 +32,9 @@ __all__ = [
     "write_all",
 ]
 
-# Keys of a pool or suite that are not the defaults of its tasks, whatever their source.
+# Keys that describe the pool or suite itself. All other keys are defaults for its tasks.
 _OF_THE_GROUP = ("name", "tasks", "lists", "only", "general", "too_long")
-# So many tasks that cannot be had are all reported with the reason.
+# Up to this many unavailable tasks are each reported with the reason.
 _FEW = 4
 _LISTS = Path(__file__).parent / "lists"
 _FIELDS = tuple(f.name for f in fields(TaskSpec) if f.name != "name")
@@ -45,15 +45,15 @@ class TaskData:
     """The records of a task on disk.
 
     Attributes:
-        spec: what they were made from.
+        spec: the specification they were made from.
         train, evaluation: folders with the parquet files of the two splits, see
             `harness.tasks.store`.
         fingerprint: SHA-256 of the records of both splits.
-        counts: how many records each split has; none where an expert comes without data.
+        counts: number of records in each split; zero for an expert without data.
         kind: how the task is evaluated.
         characters: mean length of a training example.
-        description: what the task is about, as far as that is known.
-        origin: where the records are from: source, revision, canary.
+        description: what the task is about, if known.
+        origin: where the records come from: source, revision, canary.
     """
 
     spec: TaskSpec
@@ -73,21 +73,21 @@ class TaskData:
 
 
 def task_specs(group: Mapping[str, Any]) -> list[TaskSpec]:
-    """The tasks of a pool or suite, in order.
+    """Return the tasks of a pool or suite, in order.
 
     Args:
         group: its YAML file as plain dictionaries and lists:
             `name`;
-            `lists`: names of lists of tasks that stand in `harness/tasks/lists`;
-            `tasks`: task name -> fields of TaskSpec, in addition or to change a list's;
-            `only`: the names of the tasks to take, all if it is left out;
-            `general`: of a pool, the expert that some routers treat apart;
-            `too_long`: of a suite, what to do with prompts that the base is too short for;
-            keys that a source makes tasks of, such as `files`, see `GROUP_KEYS`;
-            any other field of TaskSpec as the default for all its tasks.
+            `lists`: names of task lists in `harness/tasks/lists`;
+            `tasks`: task name -> fields of TaskSpec; adds tasks or overrides those of a list;
+            `only`: names of the tasks to keep; all if omitted;
+            `general`: for a pool, the expert that some routers treat separately;
+            `too_long`: for a suite, what to do with prompts that do not fit the base;
+            keys that a source expands to tasks, such as `files`, see `GROUP_KEYS`;
+            any other field of TaskSpec, as the default for all its tasks.
 
     Raises:
-        PhatgooseError: an unknown key or value; the message gives the near names.
+        PhatgooseError: a key or value is unknown; the message suggests similar names.
     """
     where, source = group["name"], str(group.get("source", "bigbench"))
     one_of(source, SOURCES, f"{where}: source")
@@ -104,28 +104,28 @@ def task_specs(group: Mapping[str, Any]) -> list[TaskSpec]:
         one_of(name, entries, f"{where}: only")
     if not entries:
         raise PhatgooseError(
-            f"{where} has no tasks: name some, as `tasks: {{name: {{members: [...]}}}}`"
+            f"{where}: there are no tasks. Name some: `tasks: {{name: {{members: [...]}}}}`."
         )
     chosen = entries if only is None else {name: entries[name] for name in only}
     return [_spec(where, name, {**defaults, **own}) for name, own in chosen.items()]
 
 
 def list_names() -> list[str]:
-    """The lists of tasks that there are."""
+    """Return the names of the available task lists."""
     return sorted(path.stem for path in _LISTS.glob("*.yaml") if path.stem != "hub_ids")
 
 
 def prepare(spec: TaskSpec) -> TaskData:
-    """`prepare_all` for a single task."""
+    """Prepare a single task, see `prepare_all`."""
     return prepare_all([spec])[0]
 
 
 def prepare_here(specs: Sequence[TaskSpec], beat: Callable[[], None] = lambda: None) -> None:
-    """Make the files of tasks that have none yet, in this process, one after the other.
+    """Write the files of tasks in this process, one task after another.
 
     Args:
-        specs: the tasks.
-        beat: called after each, as a sign of life.
+        specs: the tasks; none of them has files yet.
+        beat: called after each task, as a heartbeat.
     """
     by_source: dict[str, list[TaskSpec]] = {}
     for spec in specs:
@@ -135,7 +135,7 @@ def prepare_here(specs: Sequence[TaskSpec], beat: Callable[[], None] = lambda: N
 
 
 def write_all(tasks: Iterable[TaskRecords], beat: Callable[[], None] = lambda: None) -> None:
-    """Write tasks that a source reads, one after the other; `beat` is called after each."""
+    """Write the tasks that a source reads, and call `beat` after each."""
     for task in tasks:
         spec = task.spec
         origin = {"source": spec.source, "members": ", ".join(spec.members), **task.origin}
@@ -148,14 +148,15 @@ def write_all(tasks: Iterable[TaskRecords], beat: Callable[[], None] = lambda: N
 def prepare_all(
     specs: Sequence[TaskSpec], make: Callable[[list[TaskSpec]], None] = prepare_here
 ) -> list[TaskData]:
-    """Make the files of each task, or find those made before, in the order given.
+    """Prepare the files of each task, or find existing ones; keep the given order.
 
     Args:
         specs: the tasks.
-        make: makes the files of those that have none.
+        make: writes the files of the tasks that have none.
 
     Raises:
-        PhatgooseError: a source cannot be reached (nothing is made then), or an example is faulty.
+        PhatgooseError: a source is unavailable (nothing is written then), or an example is
+            invalid.
     """
     lacking = unreachable(specs)
     if lacking:
@@ -167,7 +168,7 @@ def prepare_all(
 
 
 def unreachable(specs: Sequence[TaskSpec]) -> dict[str, str]:
-    """Of the tasks that have no files yet, what is missing, by the task's name."""
+    """Return what is missing for each unavailable task without files, by the task's name."""
     found = {}
     for spec in specs:
         if not spec.has_data:
@@ -176,7 +177,7 @@ def unreachable(specs: Sequence[TaskSpec]) -> dict[str, str]:
             if is_written(folder_of(spec)):
                 continue
             problem = SOURCES[spec.source].missing(spec)
-        except PhatgooseError as error:  # what determines the records cannot be known
+        except PhatgooseError as error:  # the identity of the records cannot be determined
             problem = SOURCES[spec.source].missing(spec) or str(error)
         if problem is not None:
             found[spec.name] = f"task {spec.name}: {problem}"
@@ -184,25 +185,25 @@ def unreachable(specs: Sequence[TaskSpec]) -> dict[str, str]:
 
 
 def _cannot_be_had(specs: Sequence[TaskSpec], lacking: Mapping[str, str]) -> str:
-    """What is missing, of a few tasks with the reason, of many with all members' names."""
-    summary = f"{len(lacking)} of {len(specs)} tasks cannot be had: "
+    """Describe unavailable tasks: each with the reason if few, else all members by name."""
+    summary = f"{len(lacking)} of {len(specs)} tasks are unavailable: "
     reasons = list(lacking.values())
     if len(reasons) <= _FEW:
         return summary + "; ".join(reasons)
     members = dict.fromkeys(m for spec in specs if spec.name in lacking for m in spec.members)
     return (
-        f"{summary}{reasons[0]}; missing are {', '.join(members)} (`python -m harness.tasks check` "
-        "with the same pool and suite says of each task why)"
+        f"{summary}{reasons[0]}; missing: {', '.join(members)}. Run `python -m harness.tasks "
+        "check` with the same pool and suite to see the reason for each task."
     )
 
 
 def describe(data: TaskData) -> str:
-    """What a task is about; its name, if nothing else is known."""
+    """Return what a task is about, or its name if there is no description."""
     return data.description or data.name.replace("_", " ")
 
 
 def folder_of(spec: TaskSpec) -> Path:
-    """Derived data lies under the hash of all that determines it."""
+    """Return the folder of a task's files, named by the hash of all that determines them."""
     made_from = [
         _source_code(spec.source),
         spec.source,
@@ -218,7 +219,7 @@ def folder_of(spec: TaskSpec) -> Path:
 
 @cache
 def _source_code(source: str) -> str:
-    """The code that makes records of this source, and writes them."""
+    """Return the hash of the code that reads this source and writes its records."""
     return digest(code_of([f"{__name__}.sources.{source}", f"{__name__}.store"]))
 
 
@@ -231,7 +232,7 @@ def _spec(where: str, name: str, values: Mapping[str, Any]) -> TaskSpec:
     spec = TaskSpec(name=name, **{**values, "members": members})
     one_of(spec.source, SOURCES, f"task {name}: source")
     if not spec.has_data and spec.adapter is None and spec.source != "registry":
-        raise PhatgooseError(f"task {name}: members must say what it is made of, as a list")
+        raise PhatgooseError(f"task {name}: members are missing. List what the task is made of.")
     if spec.has_data or spec.source == "registry":
         SOURCES[spec.source].check(spec)
     return spec
@@ -256,8 +257,8 @@ def _find(spec: TaskSpec) -> TaskData:
     folder = folder_of(spec)
     if not is_written(folder):
         raise PhatgooseError(
-            f"task {spec.name}: what its records are made from changed while they were made. Start "
-            "again; if it comes back, the task's own code draws documents: seed it there."
+            f"task {spec.name}: the source of its records changed while they were written. Run "
+            "again. If this happens again, the task's own code draws random documents: seed it."
         )
     file = asdict(read_task(folder))
     file["description"] = spec.description or file["description"]

@@ -1,6 +1,6 @@
-"""The tasks' command line: python -m harness.tasks list|show|check|prepare <overrides>
+"""Command line for tasks: `python -m harness.tasks list|show|check|prepare|export <overrides>`.
 
-Overrides are those of harness.run: pool=flan, suite=bbh, pool.folder=/data/hub.
+Overrides are the same as for harness.run: pool=flan, suite=bbh, pool.folder=/data/hub.
 """
 
 import argparse
@@ -33,13 +33,13 @@ from phatgoose.errors import PhatgooseError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     return run_command(_parser(), arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m harness.tasks", description="Look at the tasks of pools and suites."
+        prog="python -m harness.tasks", description="Inspect the tasks of pools and suites."
     )
     commands = parser.add_subparsers(required=True, metavar="command")
 
@@ -49,14 +49,16 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="print one JSON document")
         return sub
 
-    command("list", _list, "list the pools and suites that there are")
-    show = command("show", _show, "show a task, and some of its examples as a model reads them")
-    show.add_argument("task", help="its name")
-    show.add_argument("--examples", type=int, default=2, help="how many of them")
-    check = command("check", _check, "say of each task whether its data can be had")
+    command("list", _list, "list the available pools and suites")
+    show = command("show", _show, "show a task and some of its examples as a model sees them")
+    show.add_argument("task", help="name of the task")
+    show.add_argument("--examples", type=int, default=2, help="number of examples")
+    check = command("check", _check, "report for each task whether its data is available")
     prepare = command("prepare", _prepare, "fetch and prepare data ahead of a run")
-    export = command("export", _export, "write BIG-bench tasks for lm-eval's packaged definitions")
-    export.add_argument("folder", help="to write to; made if it is not there")
+    export = command(
+        "export", _export, "write BIG-bench tasks as data for lm-eval's packaged definitions"
+    )
+    export.add_argument("folder", help="folder to write to; created if missing")
     for sub in (show, check, prepare, export):
         sub.add_argument("overrides", nargs="*", help="as for harness.run: pool=flan suite=bbh")
     return parser
@@ -75,7 +77,7 @@ def _list(args: argparse.Namespace) -> Output:
 
 
 def _tasks_of(group: dict[str, Any]) -> int | None:
-    """How many tasks a pool or suite has; None if that is for the user to say."""
+    """Return the number of tasks in a pool or suite; None if it depends on the user's options."""
     try:
         return None if group.get("of_pool") else len(task_specs(group))
     except PhatgooseError:
@@ -98,7 +100,7 @@ def _show(args: argparse.Namespace) -> Output:
     lines = [
         f"{data.name}: {describe(data)}",
         f"{data.kind}, {count(data.counts['train'], 'training example')}, "
-        f"{data.counts['evaluation']:,} for evaluation; in {data.evaluation.parent}",
+        f"{data.counts['evaluation']:,} for evaluation, in {data.evaluation.parent}",
         *(f"{key}: {value}" for key, value in (data.origin or {}).items() if value),
     ]
     for record in shown:
@@ -120,7 +122,7 @@ def _check(args: argparse.Namespace) -> Output:
     text = table(["task", "data", "source", "members"], rows, right=set())
     good = len(specs) - len(problems)
     document = {"tasks": states, "problems": problems, "reachable": good, "of": len(specs)}
-    summary = f"{good} of {count(len(specs), 'task')} can be had"
+    summary = f"{good} of {count(len(specs), 'task')} available"
     for problem in list(problems.values())[:1]:
         summary += f"; {problem}"
     return Output(document, f"{text}\n{summary}", 1 if problems else 0)
@@ -167,7 +169,7 @@ def _described(data: TaskData) -> dict[str, Any]:
 
 
 def _chosen(overrides: list[str]) -> list[TaskSpec]:
-    """The tasks of the pool and the suite that are spoken of; of both if of none."""
+    """Return the tasks of the groups named in the overrides, or of pool and suite if none is."""
     config: RunConfig = load_config(overrides)
     groups = {override.lstrip("+~").partition("=")[0].partition(".")[0] for override in overrides}
     pool = config.pool_tasks() if "pool" in groups or "suite" not in groups else []

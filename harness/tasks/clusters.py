@@ -1,14 +1,15 @@
-"""Which documents of a task belong together, since they are no independent sample of it.
+"""Group the documents of a task that are not independent of each other.
 
-Documents are one cluster if they share
+Documents belong to one cluster if they share
 
-    a source row   the source says so: all prompts of one row of P3, or a user's column `cluster`
-    a prompt       with other choices or answers
-    a passage      a line of at least 100 characters of the document's own words
-    a template     the same words but for numbers, at least 20 characters of them
+    a source row   given by the source: all prompts of one row of P3, or a user's column `cluster`
+    a prompt       with different choices or answers
+    a passage      a line of at least 100 characters of the document's own text
+    a template     the same text except for numbers, at least 20 characters
 
-What more than half of a task's documents share is its wording, and makes no cluster; nor does a
-kind of sharing that would join more than half of them, one by one.
+Text that more than half of a task's documents share is the task's wording and does not form a
+cluster. A kind of sharing that would chain more than half of the documents into one cluster is
+ignored too.
 
 Intervals resample clusters: questions about one passage vary less than questions about several, and
 an interval over single documents would be too narrow (Miller, arXiv 2411.00640).
@@ -28,7 +29,7 @@ _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
 
 def clusters(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the cluster of each document: the id of its first document.
+    """Return the cluster of each document, named by the id of the cluster's first document.
 
     Args:
         rows: records of one task, as dictionaries.
@@ -53,7 +54,7 @@ def clusters(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _root(first: list[int], place: int) -> int:
-    """The first document of a document's cluster."""
+    """Return the first document of a document's cluster."""
     while first[place] != place:
         first[place] = first[first[place]]
         place = first[place]
@@ -61,7 +62,7 @@ def _root(first: list[int], place: int) -> int:
 
 
 def _shared(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What a document may share with others, by kind."""
+    """Yield what a document may share with others, as pairs of kind and text."""
     if row["cluster"]:
         yield "row", row["cluster"]
     prompt = normal(row["input"])

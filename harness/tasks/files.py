@@ -1,4 +1,4 @@
-"""Open archives of data, and hash files, since sizes and times do not tell of every change."""
+"""Open data archives and hash files. Sizes and times alone do not reveal every change."""
 
 import hashlib
 import tarfile
@@ -19,7 +19,7 @@ def file_digest(path: Path) -> str:
     """
     try:
         state = path.stat()
-        # The time of the last change of the inode cannot be set by a user, unlike the file's time.
+        # Users can set a file's modification time, but not the change time of its inode.
         stamp = (state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
         return _digest(str(path), stamp)
     except OSError as error:
@@ -27,9 +27,9 @@ def file_digest(path: Path) -> str:
 
 
 def folder_digests(folder: Path, patterns: Iterable[str] = ("*",)) -> list[list[str]]:
-    """Return name and SHA-256 of all files below a folder that match one of these patterns.
+    """Return name and SHA-256 of all files below a folder that match one of the patterns.
 
-    What git and the hub's client keep beside the data is left out.
+    Files that git and the hub's client keep beside the data are excluded.
     """
     files = {path for pattern in patterns for path in folder.rglob(pattern) if path.is_file()}
     return [
@@ -44,19 +44,19 @@ def open_archive(path: Path) -> Iterator[tarfile.TarFile]:
     """Open a source distribution of the package index, a .tar.gz file.
 
     Raises:
-        PhatgooseError: it is damaged, which may show while it is read.
+        PhatgooseError: it is damaged; this may only be found while reading.
     """
     try:
         with tarfile.open(path, "r:gz") as archive:
             yield archive
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
         raise PhatgooseError(
-            f"{path} is damaged ({reason_of(error)}): delete it and start again to fetch it anew"
+            f"{path} is damaged ({reason_of(error)}). Delete it and run again to download it again."
         ) from error
 
 
 @lru_cache(maxsize=2**16)
 def _digest(path: str, stamp: tuple[int, ...]) -> str:
-    """SHA-256 of a file, once in a process for each state of it."""
+    """Return the SHA-256 of a file, computed once per process for each state of the file."""
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

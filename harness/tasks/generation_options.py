@@ -1,4 +1,4 @@
-"""Check lm-eval's options of generation: each one is obeyed, changes nothing, or is refused."""
+"""Check lm-eval's generation options: each is applied, has no effect, or is rejected."""
 
 import math
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from phatgoose.errors import PhatgooseError, near_names
 
 _OBEYED = ("until", "do_sample")
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-# Read by sampling or by a search with beams, and by nothing else.
+# Only sampling or beam search reads these.
 _WITHOUT_EFFECT = (
     "temperature",
     "top_p",
@@ -23,7 +23,7 @@ _WITHOUT_EFFECT = (
     "early_stopping",
     "use_cache",
 )
-# Options that change greedy decoding, and their values that do not.
+# Options that change greedy decoding, with the value that leaves it unchanged.
 _NEUTRAL: dict[str, Any] = {
     "num_beams": 1,
     "num_beam_groups": 1,
@@ -39,7 +39,7 @@ _NEUTRAL: dict[str, Any] = {
     "min_length": 0,
     "min_new_tokens": 0,
 }
-# Options that say in other words what an option above says.
+# Synonyms, with the supported option to use instead.
 _INSTEAD = {
     "max_length": "max_gen_toks",
     "stop": "until",
@@ -51,11 +51,11 @@ _INSTEAD = {
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """What is obeyed.
+    """The options that generation applies.
 
     Attributes:
-        max_new_tokens: how many tokens are generated at most.
-        until: strings that a text ends before.
+        max_new_tokens: maximum number of tokens to generate.
+        until: stop strings; the text ends before the first of them.
     """
 
     max_new_tokens: int
@@ -65,12 +65,12 @@ class GenerationOptions:
 def generation_options(task: str, given: Mapping[str, Any]) -> GenerationOptions:
     """Return the options of a task's `generation_kwargs`, as lm-eval normalizes them.
 
-    An option that is null counts as not given, and so does an empty stop string.
+    Null options and empty stop strings are ignored.
 
     Raises:
-        PhatgooseError: an option that would change greedy decoding, or a value that cannot be.
+        PhatgooseError: an option would change greedy decoding, or a value is invalid.
     """
-    from lm_eval.models.utils import normalize_gen_kwargs  # it takes seconds
+    from lm_eval.models.utils import normalize_gen_kwargs  # slow to import
 
     options = {key: value for key, value in given.items() if value is not None}
     for key, value in options.items():
@@ -86,7 +86,7 @@ def generation_options(task: str, given: Mapping[str, Any]) -> GenerationOptions
     if normal["do_sample"]:
         key = "do_sample" if "do_sample" in options else "temperature"
         raise _refusal(
-            task, key, options[key], "only greedy decoding is offered", "Set do_sample: false"
+            task, key, options[key], "only greedy decoding is supported", "Set do_sample: false"
         )
     for stop in normal["until"]:
         if not isinstance(stop, str):
@@ -98,11 +98,11 @@ def generation_options(task: str, given: Mapping[str, Any]) -> GenerationOptions
 
 
 def _check(task: str, key: str, value: Any) -> None:
-    """Refuse one option that is not obeyed, or has no value that can be meant."""
+    """Reject an option that is not supported or has an invalid value."""
     if key in _NEUTRAL:
         if isinstance(value, bool) or value != _NEUTRAL[key]:
             fix = f"Remove it, or set it to {_NEUTRAL[key]}"
-            raise _refusal(task, key, value, "only plain greedy decoding is offered", fix)
+            raise _refusal(task, key, value, "only plain greedy decoding is supported", fix)
     elif key in _LENGTHS:
         if not _is_count(value):
             raise _refusal(task, key, value, "it is not a number of tokens", "Give at least 1")
@@ -121,7 +121,7 @@ def _check(task: str, key: str, value: Any) -> None:
 
 
 def _is_count(value: Any) -> bool:
-    """Return whether a value is a whole number of at least 1, which text may be in lm-eval."""
+    """Return whether a value is a whole number of at least 1. lm-eval also accepts text."""
     if isinstance(value, str):
         return value.isdecimal() and int(value) >= 1
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -1,6 +1,6 @@
-"""Prepared BIG-bench tasks as files that lm-eval's packaged definitions read in place of the hub's.
+"""Export prepared BIG-bench tasks as local files for lm-eval's packaged definitions.
 
-The columns are those of hails/bigbench (`bigbench_*`) and of SaylorTwift/bbh (`bbh_*`).
+The columns match hails/bigbench (`bigbench_*`) and SaylorTwift/bbh (`bbh_*`) on the hub.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,17 +16,17 @@ from phatgoose.errors import PhatgooseError
 
 
 def write_for_lm_eval(tasks: Sequence[TaskData], folder: Path) -> dict[str, Any]:
-    """Write one parquet file per task, all its documents.
+    """Write one parquet file per task with all its documents.
 
     Returns:
-        A suite that evaluates lm-eval's packaged definitions of these tasks over the files: what
-        its YAML file has to say.
+        The content of the YAML file of a suite that evaluates lm-eval's packaged definitions of
+        these tasks over the files.
 
     Raises:
-        PhatgooseError: there is no task.
+        PhatgooseError: `tasks` is empty.
     """
     if not tasks:
-        raise PhatgooseError("no task of BIG-bench is among these: name some by pool= or suite=")
+        raise PhatgooseError("no BIG-bench task is selected. Select some with pool= or suite=.")
     folder = folder.expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
     overlay = {}
@@ -48,7 +48,7 @@ def write_for_lm_eval(tasks: Sequence[TaskData], folder: Path) -> dict[str, Any]
 
 
 def _definition(data: TaskData) -> str:
-    """What lm-eval calls its task."""
+    """Return the name of lm-eval's definition of a task."""
     member = data.spec.members[0].partition("/")[0]
     if data.spec.source == "bbh":
         return f"bbh_zeroshot_{member}"
@@ -57,7 +57,7 @@ def _definition(data: TaskData) -> str:
 
 
 def _rows(data: TaskData) -> Iterator[dict[str, Any]]:
-    """The documents, in the order of their hashes."""
+    """Yield the documents in the order of their hashes."""
     records = [*read_records(data.train), *read_records(data.evaluation)]
     for number, record in enumerate(sorted(records, key=lambda record: record.document)):
         if data.spec.source == "bbh":

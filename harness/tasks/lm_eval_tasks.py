@@ -1,4 +1,4 @@
-"""A task's records as an lm-eval task, built in code: no task registry, no hub, no cache."""
+"""Build lm-eval tasks from records in code, without task registry, hub or cache."""
 
 import copy
 from typing import Any
@@ -14,20 +14,21 @@ from phatgoose.errors import PhatgooseError
 
 
 def make_task(data: TaskData, suite: str) -> ConfigurableTask:
-    """The lm-eval task that evaluates `data` as its specification says.
+    """Return the lm-eval task that evaluates `data` as its specification says.
 
-    Multiple choice is scored by `acc` and `acc_norm`, where any right choice counts. Generation
-    is greedy, up to a line's end, and scored by `exact_match`: any accepted answer counts, with
-    case, without the space around it. Each document carries the fields of its record.
+    Multiple choice is scored by `acc` and `acc_norm`; any correct choice counts. Generation is
+    greedy up to the end of the line and scored by `exact_match`: any accepted answer counts,
+    case-sensitive, with surrounding whitespace stripped. Each document has the fields of its
+    record.
 
-    A task of lm-eval's own is itself, with its prompts, shots, filters and metrics.
+    A task from lm-eval is returned with its own prompts, shots, filters and metrics.
 
     Raises:
         PhatgooseError: there is no document to evaluate on.
     """
     name = f"{suite}/{data.name}"
     if data.spec.source == "lm_eval":
-        # A copy, since another suite may call the same task something else.
+        # A copy, since another suite may use the same task under a different name.
         task = copy.copy(load_task(data.spec))
         task._config = copy.copy(task.config)
         task.config.task = name
@@ -36,7 +37,7 @@ def make_task(data: TaskData, suite: str) -> ConfigurableTask:
         "task": name,
         "test_split": "test",
         "num_fewshot": 0,
-        # Without this line lm-eval takes all documents as candidates for shots.
+        # Without this line lm-eval would use all documents as candidates for shots.
         "fewshot_config": {"samples": []},
         "doc_to_text": "input",
         "target_delimiter": "",
@@ -50,8 +51,8 @@ def make_task(data: TaskData, suite: str) -> ConfigurableTask:
 
 
 def evaluation_table(data: TaskData) -> pa.Table:
-    """The records that `data` is evaluated on, in the order in which lm-eval sees them."""
-    # Documents stand in the order of their hashes, so the first are not those of the source.
+    """Return the records that `data` is evaluated on, in the order in which lm-eval sees them."""
+    # Documents are sorted by hash, so the first ones are a random sample of the source.
     limit = data.spec.limit
     table = read_table(data.evaluation, limit=limit)
     if data.spec.split == "all":
@@ -59,15 +60,15 @@ def evaluation_table(data: TaskData) -> pa.Table:
         table = table if limit is None else table.slice(0, limit)
     if not len(table):
         raise PhatgooseError(
-            f"task {data.name} has no document to evaluate on: add members to it, or set split: all"
+            f"task {data.name} has no document to evaluate on. Add members, or set split: all."
         )
     return _equally_right(table)
 
 
 def _equally_right(table: pa.Table) -> pa.Table:
-    """The table with every choice as right that is the same text as a right one.
+    """Return the table with every choice marked correct whose text equals a correct one.
 
-    Of equal choices a model always prefers the first, whichever the data calls right.
+    Among equal choices a model always prefers the first, whichever one the data marks as correct.
     """
     rows = zip(table["choices"].to_pylist(), table["correct"].to_pylist(), strict=True)
     correct = [
@@ -80,7 +81,7 @@ def _equally_right(table: pa.Table) -> pa.Table:
 
 
 def _all_like(choices: list[str], correct: list[int]) -> list[int]:
-    """The places of all choices that are the same text as one of the right ones."""
+    """Return the indices of all choices whose text equals a correct one."""
     texts = {choices[place] for place in correct}
     return [place for place, choice in enumerate(choices) if choice in texts]
 
@@ -93,7 +94,7 @@ class _TableTask(ConfigurableTask):
         super().__init__(config=config)
 
     def download(self, dataset_kwargs: Any = None, **_: Any) -> None:
-        """Take the table for the data set, where lm-eval would load one by name."""
+        """Use the table as the data set; lm-eval would load one by name."""
         self.dataset = {"test": Dataset.from_dict(self._table.to_pydict())}
 
 
@@ -101,14 +102,14 @@ def _multiple_choice() -> dict[str, Any]:
     return {
         "output_type": "multiple_choice",
         "doc_to_choice": "choices",
-        # A list for every document, which makes lm-eval accept any of the right choices.
+        # A list for every document, so that lm-eval accepts any of the correct choices.
         "doc_to_target": "correct",
         "metric_list": [_mean_of("acc"), _mean_of("acc_norm")],
     }
 
 
 def _generation(max_new_tokens: int) -> dict[str, Any]:
-    # lm-eval's regex filter strips what it matches; here that is the whole answer.
+    # lm-eval's regex filter strips its match, here the whole answer.
     strip = {"function": "regex", "regex_pattern": r"(?s).+", "fallback": ""}
     return {
         "output_type": "generate_until",

@@ -1,28 +1,29 @@
-"""Scores of single documents that lm-eval has no metric for."""
+"""Metrics of single documents that lm-eval does not provide."""
 
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-# The share of BIG-bench's normalised preferred score, of which 100 is the best.
+# BIG-bench's normalized preferred score as a share; BIG-bench scales it to 100.
 NORMALIZED = "bigbench_normalized"
 
 
 def bigbench_grade(row: Mapping[str, Any], scores: Sequence[float]) -> float:
-    """BIG-bench's `multiple_choice_grade` of a document.
+    """Return BIG-bench's `multiple_choice_grade` of a document.
 
     Args:
-        row: the document's record, with `grades` per choice.
-        scores: the choices' summed log-probabilities.
+        row: the document's record, with one of `grades` per choice.
+        scores: the summed log-probability of each choice.
     """
     return float(row["grades"][list(scores).index(max(scores))])
 
 
 def bigbench_low(rows: Sequence[Mapping[str, Any]]) -> float:
-    """The score that BIG-bench takes for chance on a task.
+    """Return BIG-bench's chance score of a task.
 
-    It is the mean of the choices' mean grades for multiple choice, else 0; the best score is 1
+    For multiple choice it is the mean over documents of the mean grade of the choices, otherwise 0.
+    The best score is 1
     (`get_task_details` of BIG-bench's `json_task.py`).
     """
     means = [statistics.fmean(row["grades"]) for row in rows if row["grades"]]
@@ -30,12 +31,12 @@ def bigbench_low(rows: Sequence[Mapping[str, Any]]) -> float:
 
 
 def bigbench_normalized(score: float, low: float) -> float:
-    """A score on the scale from chance (0) to the best one (1); BIG-bench multiplies by 100."""
+    """Scale a score so that chance is 0 and the best score 1; BIG-bench multiplies by 100."""
     return (score - low) / (1 - low) if low < 1 else 0.0
 
 
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
-    """ROUGE-L (Lin, 2004), F-measure, against the reference that is nearest; 0 to 1."""
+    """Return the ROUGE-L F-measure (Lin, 2004), 0 to 1, against the closest reference."""
     return max(_scorer().score(text, prediction)["rougeL"].fmeasure for text in references)
 
 

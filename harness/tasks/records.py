@@ -1,4 +1,4 @@
-"""The one record type of every task, and its split."""
+"""The record type that all tasks share, and the split into training and evaluation."""
 
 import hashlib
 from dataclasses import dataclass, field, replace
@@ -32,16 +32,15 @@ class Record:
 
     Attributes:
         task: the task's name.
-        document: what identifies the example within its task, see `document_id`.
-        input: the whole prompt; the target or a choice follows it with nothing in between.
+        document: id of the example within its task, see `document_id`.
+        input: the complete prompt; the target or a choice follows it with nothing in between.
         targets: the accepted answers; the first is the one trained on.
         choices: the answers to choose from; empty where the answer is generated.
-        correct: indices of the right choices, at least one where there are choices.
-        grades: how much BIG-bench gives for each choice; empty elsewhere.
-        text: the example's own words, without what a template puts around them; empty where that
-            is all of the input.
-        cluster: what the source says that it shares with other examples, such as the row that it
-            is made of; empty if nothing. See `harness.tasks.clusters`.
+        correct: indices of the correct choices; at least one if there are choices.
+        grades: BIG-bench's grade of each choice; empty for other sources.
+        text: the example's own text without its template; empty if it is all of the input.
+        cluster: name of what the example shares with others according to the source, such as the
+            row it was made from; empty if nothing. See `harness.tasks.clusters`.
     """
 
     task: str
@@ -56,7 +55,7 @@ class Record:
 
 
 def split_of(task: str, text: str) -> Split:
-    """Which split an example belongs to: one fifth is for evaluation, chosen by a stable hash.
+    """Return the split of an example. A stable hash assigns one fifth to evaluation.
 
     Inputs that differ only in case and spacing fall into the same split.
     """
@@ -64,60 +63,60 @@ def split_of(task: str, text: str) -> Split:
 
 
 def document_id(task: str, text: str) -> str:
-    """A stable name for an example: 16 hexadecimal digits of a hash.
+    """Return a stable id for an example: 16 hexadecimal digits of a hash.
 
-    Inputs that differ only in case and spacing have the same one.
+    Inputs that differ only in case and spacing have the same id.
     """
     return _digest(task, text)[:16]
 
 
 def named(record: Record) -> Record:
-    """The record with its document, a hash of prompt, choices and answers.
+    """Return the record with its document id, a hash of prompt, choices and answers.
 
-    Prompts alone do not tell examples apart: the question may stand in choices that the prompt does
-    not show, and one prompt may have several answers, an example each. The order of choices tells
-    nothing.
+    The prompt alone does not identify an example: the question may be in choices that the prompt
+    does not show, and one prompt may have several answers, each a separate example. The order of
+    the choices does not matter.
     """
     return replace(record, document=document_id(record.task, identity_text(record)))
 
 
 def identity_text(record: Record) -> str:
-    """What tells examples of a task apart."""
+    """Return the text that identifies an example within its task."""
     return "\n".join([record.input, *sorted(record.choices), *sorted(record.targets)])
 
 
 def normal(text: str) -> str:
-    """A text without its case and spacing."""
+    """Return a text in lower case with single spaces."""
     return " ".join(text.lower().split())
 
 
 def check_record(record: Record, where: str) -> None:
-    """Check what every record must have.
+    """Check that a record is complete and consistent.
 
     Args:
         record: the record.
         where: its place in the source, such as `x.jsonl, line 3`.
 
     Raises:
-        PhatgooseError: an empty answer, no right choice, or one that is no index.
+        PhatgooseError: an answer is empty, no choice is correct, or an index is out of range.
     """
     for value in (record.input, record.text, *record.targets, *record.choices):
         if not _is_whole(value):
             raise PhatgooseError(
-                f"{where}: a text holds half a character (a lone surrogate), which no tokenizer "
-                "reads: fix it or leave the example out"
+                f"{where}: a text contains a lone surrogate (half a character), and no tokenizer "
+                "accepts it. Fix it, or remove the example."
             )
     if record.choices and not record.correct:
         raise PhatgooseError(
-            f"{where}: none of the choices is right: mend it or leave the example out"
+            f"{where}: none of the choices is correct. Fix it, or remove the example."
         )
     if not record.targets or not all(target.strip() for target in record.targets):
-        raise PhatgooseError(f"{where}: the target is empty: mend it or leave the example out")
+        raise PhatgooseError(f"{where}: the target is empty. Fix it, or remove the example.")
     if not all(choice.strip() for choice in record.choices):
-        raise PhatgooseError(f"{where}: a choice is empty: mend it or leave the example out")
+        raise PhatgooseError(f"{where}: a choice is empty. Fix it, or remove the example.")
     if not all(0 <= index < len(record.choices) for index in record.correct):
         raise PhatgooseError(
-            f"{where}: the right choice {record.correct} is no index into the "
+            f"{where}: the correct choice {record.correct} is not an index into the "
             f"{len(record.choices)} choices"
         )
     if record.grades and len(record.grades) != len(record.choices):
@@ -127,7 +126,7 @@ def check_record(record: Record, where: str) -> None:
 
 
 def _is_whole(text: str) -> bool:
-    """Whether UTF-8 can hold it."""
+    """Return whether UTF-8 can encode a text."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -136,6 +135,6 @@ def _is_whole(text: str) -> bool:
 
 
 def _digest(task: str, text: str) -> str:
-    # What UTF-8 cannot hold is refused by `check_record`, which names the place.
+    # `check_record` rejects text that UTF-8 cannot encode, and names the place.
     content = f"{task}\n{normal(text)}".encode(errors="surrogatepass")
     return hashlib.sha256(content).hexdigest()

@@ -1,4 +1,4 @@
-"""A task of a pool or a suite, as its YAML file describes it."""
+"""The specification of a task of a pool or suite, as its YAML file describes it."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from phatgoose.errors import PhatgooseError, did_you_mean
 
-# bigbench: as BIG-bench prompts. paper: as PHATGOOSE's authors prompted BIG-bench, which is the
-# same prompt, then "\nAnswer:", and the longest of the accepted answers as the target.
+# bigbench: BIG-bench's own prompts. paper: the prompts of PHATGOOSE's authors, i.e. the same prompt
+# followed by "\nAnswer:", with the longest accepted answer as the target.
 STYLES = ("bigbench", "paper")
 METRICS = ("exact_match", "rouge_l")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
@@ -20,22 +20,23 @@ class TaskSpec:
 
     Attributes:
         name: the task's name; letters, digits, `_`, `.` and `-`.
-        members: what it is made of, in the words of its source: tasks of BIG-bench, data sets,
+        members: what the task is made of, as its source names it: BIG-bench tasks, data sets,
             files.
-        source: where its examples come from, one of `harness.tasks.sources.SOURCES`.
-        adapter: a folder with a LoRA adapter saved by PEFT, which becomes the task's expert. With
-            members its gates are trained on them; without it has no gates, and no profile.
-        description: what the task is about, for the routers that read it; the source's own, or
-            made of the task's name and some inputs, if it is empty.
-        style: how prompts of BIG-bench are written, see `STYLES`.
-        load_opts: how the members are read; each source says which there are.
-        folder: where local copies of data sets of the hub are, each as `<owner>/<name>`, or
-            whatever else a source reads from a folder; looked into before the hub.
-        split: what to evaluate on: the `evaluation` split, or `all`, for a task that no expert of
-            the pool was trained on.
-        limit: how many documents to evaluate on at most; none means all of them.
-        max_new_tokens: how many tokens to generate at most.
-        metric: how what was generated is scored, one of `METRICS`.
+        source: where the examples come from, one of `harness.tasks.sources.SOURCES`.
+        adapter: a folder with a LoRA adapter saved by PEFT, used as the task's expert. With
+            members, its gates are trained on them. Without members, it has no gates and no
+            profile.
+        description: what the task is about, for the routers that read it. If empty, it is the
+            source's own, or made from the task's name and some inputs.
+        style: how BIG-bench prompts are written, see `STYLES`.
+        load_opts: how the members are read; each source defines its own options.
+        folder: local copies of data sets of the hub, each as `<owner>/<name>`, or whatever else a
+            source reads from a folder. It is searched before the hub.
+        split: the documents to evaluate on: the `evaluation` split, or `all` for a task that no
+            expert of the pool was trained on.
+        limit: maximum number of documents to evaluate on; None means all.
+        max_new_tokens: maximum number of tokens to generate.
+        metric: how generated text is scored, one of `METRICS`.
     """
 
     name: str
@@ -52,16 +53,16 @@ class TaskSpec:
     metric: str = "exact_match"
 
     def __post_init__(self) -> None:
-        """Raise PhatgooseError for a value that cannot be meant."""
+        """Raise PhatgooseError for an invalid value."""
         where = f"task {self.name}"
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
             raise PhatgooseError(
-                f"{self.name!r} cannot be a task's name: use letters, digits, _, . and -"
+                f"{self.name!r} is not a valid task name. Use letters, digits, _, . and -."
             )
         if not isinstance(self.members, tuple):
             raise PhatgooseError(f"{where}: members must be a list, not {self.members!r}")
         if not isinstance(self.load_opts, Mapping):
-            raise PhatgooseError(f"{where}: load_opts must be options by name")
+            raise PhatgooseError(f"{where}: load_opts must be a mapping of options")
         one_of(self.style, STYLES, f"{where}: style")
         one_of(self.metric, METRICS, f"{where}: metric")
         one_of(self.split, ("evaluation", "all"), f"{where}: split")
@@ -71,13 +72,13 @@ class TaskSpec:
 
     @property
     def has_data(self) -> bool:
-        """Whether there are examples, and not only an expert."""
+        """True if the task has examples, not only an expert."""
         return bool(self.members)
 
 
 def one_of(value: object, allowed: Iterable[str], where: str) -> None:
-    """Raise PhatgooseError, with a near name, for a value that is none of these."""
+    """Raise PhatgooseError, with similar names, unless a value is one of these."""
     allowed = list(allowed)
     if value not in allowed:
-        hint = did_you_mean(str(value), allowed) or f"it is one of {', '.join(allowed)}"
+        hint = did_you_mean(str(value), allowed) or f"available: {', '.join(allowed)}"
         raise PhatgooseError(f"{where}: there is no {value!r}; {hint}")

@@ -1,14 +1,14 @@
-"""A task's examples on disk: parquet shards of records, sorted by document, each document once.
+"""Store a task's examples as parquet shards, sorted by document, without duplicates.
 
-    records, one at a time ──► 16 buckets by the first digit of the document ──► sorted, without
-                               (hidden files, bounded memory)                    repeats, in shards
+    records, one at a time ──► 16 buckets by the first digit of the document ──► shards, sorted,
+                               (hidden files, bounded memory)                    no duplicates
 
-    <folder>/task.json            what they are, see `TaskFile`; written last
+    <folder>/task.json            description of the records, see `TaskFile`; written last
     <folder>/train/00000.parquet  and so on
     <folder>/evaluation/00000.parquet
 
-A bucket is the most that is held in memory. The order is a fixed shuffle, for documents are hashes,
-so the first rows are a fair sample of all of them. A folder is there whole or not at all.
+At most one bucket is held in memory. Document ids are hashes, so the sorted order is a fixed
+shuffle and the first rows are a random sample. A folder is either complete or absent.
 """
 
 import hashlib
@@ -31,21 +31,21 @@ _FILE = "task.json"
 _DIGITS = "0123456789abcdef"
 _ROWS_IN_MEMORY = 2**14
 _ROWS_PER_SHARD = 50_000
-# What a record's text is for, and what it is graded by, changes nothing that is trained.
+# Columns that do not affect training.
 _NOT_TRAINED = ("grades", "text", "cluster")
 
 
 @dataclass(frozen=True)
 class TaskFile:
-    """What is known of a task's records without reading them.
+    """Summary of a task's records that can be read without them.
 
     Attributes:
         kind: how the task is evaluated.
         fingerprint: SHA-256 of the records of both splits.
-        counts: how many records each split has.
-        characters: mean length of an input with its first target, of the training records.
-        description: what the task is about, as far as the source says.
-        origin: where they are from: source, revision, canary.
+        counts: number of records in each split.
+        characters: mean length of input plus first target over the training records.
+        description: what the task is about, if the source says so.
+        origin: where the records come from: source, revision, canary.
     """
 
     kind: Kind
@@ -67,7 +67,7 @@ def write_task(
     """Write a task's records into a new folder, or leave no trace.
 
     Raises:
-        PhatgooseError: there is no record, or some have choices and others of their split none.
+        PhatgooseError: there is no record, or only some records of a split have choices.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -77,9 +77,9 @@ def write_task(
             spill.add(split, record)
         file = _finish(work, task, spill, description, origin or {})
         (work / _FILE).write_text(json.dumps(asdict(file), indent=1))
-        work.chmod(0o755)  # others may read it too
+        work.chmod(0o755)  # other users may read it too
         if folder.exists() and not is_written(folder):
-            shutil.rmtree(folder)  # what somebody left of it
+            shutil.rmtree(folder)  # incomplete remains
         try:
             work.rename(folder)
         except OSError:  # another process was faster, with the same records
@@ -90,12 +90,12 @@ def write_task(
 
 
 def is_written(folder: Path) -> bool:
-    """Whether `write_task` has filled this folder."""
+    """Return whether `write_task` has completed this folder."""
     return (folder / _FILE).exists()
 
 
 def read_task(folder: Path) -> TaskFile:
-    """What is known of the records in a folder.
+    """Return the summary of the records in a folder.
 
     Raises:
         PhatgooseError: the file is damaged.
@@ -108,7 +108,7 @@ def read_task(folder: Path) -> TaskFile:
 
 
 def shards(split: Path) -> list[Path]:
-    """The files of one split, in the order of their documents; for a file, itself."""
+    """Return the files of a split in the order of their documents; a file is its own shard."""
     return sorted(split.glob("*.parquet")) if split.is_dir() else [split]
 
 
@@ -116,7 +116,7 @@ def read_batches(split: Path, columns: list[str] | None = None) -> Iterator[pa.R
     """Read one split, a few thousand rows at a time.
 
     Raises:
-        PhatgooseError: a file is missing, damaged, or holds something else.
+        PhatgooseError: a file is missing or damaged, or does not contain records.
     """
     wanted = SCHEMA if columns is None else pa.schema([SCHEMA.field(name) for name in columns])
     for path in shards(split):
@@ -131,7 +131,7 @@ def read_batches(split: Path, columns: list[str] | None = None) -> Iterator[pa.R
 
 
 def read_table(split: Path, columns: list[str] | None = None, limit: int | None = None) -> pa.Table:
-    """Read one split as a table of `SCHEMA`, or its first rows; errors as `read_batches`."""
+    """Read one split, or its first rows, as a table. Errors are those of `read_batches`."""
     schema = SCHEMA if columns is None else pa.schema([SCHEMA.field(name) for name in columns])
     batches: list[pa.RecordBatch] = []
     rows = 0
@@ -145,12 +145,12 @@ def read_table(split: Path, columns: list[str] | None = None, limit: int | None 
 
 
 def read_records(split: Path, limit: int | None = None) -> list[Record]:
-    """Read one split, or its first records; errors as `read_batches`."""
+    """Read one split, or its first records. Errors are those of `read_batches`."""
     return [Record(**row) for row in read_table(split, limit=limit).to_pylist()]
 
 
 class _Spill:
-    """Records on their way to disk, in buckets."""
+    """Collects records in buckets, in memory and in temporary files."""
 
     def __init__(self, work: Path) -> None:
         self._work, self._rows = work, 0
@@ -159,7 +159,7 @@ class _Spill:
         self.with_choices: dict[Split, set[bool]] = {split: set() for split in get_args(Split)}
 
     def add(self, split: Split, record: Record) -> None:
-        """Take one record."""
+        """Add one record."""
         self.with_choices[split].add(bool(record.choices))
         self._waiting.setdefault((split, record.document[0]), []).append(record)
         self._rows += 1
@@ -167,7 +167,7 @@ class _Spill:
             self.flush()
 
     def flush(self) -> None:
-        """Write all that waits."""
+        """Write the records in memory to the temporary files."""
         for bucket, records in self._waiting.items():
             if bucket not in self._files:
                 path = self._work / "-".join((".bucket", *bucket))
@@ -176,7 +176,7 @@ class _Spill:
         self._waiting, self._rows = {}, 0
 
     def bucket(self, split: Split, digit: str) -> pa.Table:
-        """The records of one bucket, sorted by document, the first of each document."""
+        """Return the records of one bucket, sorted; keep the first of each document."""
         key = (split, digit)
         parts = []
         if key in self._files:
@@ -226,13 +226,13 @@ def _finish(
 
 
 def _kind(task: str, spill: _Spill) -> Kind:
-    """How a task is evaluated; of the training records only the target counts."""
+    """Return how a task is evaluated. Training records only matter without evaluation records."""
     found = spill.with_choices["evaluation"] or spill.with_choices["train"]
     if not found:
-        raise PhatgooseError(f"task {task} has no examples: choose another member for it")
+        raise PhatgooseError(f"task {task} has no examples. Choose other members.")
     if len(found) > 1:
         raise PhatgooseError(
-            f"task {task} mixes multiple choice with generation: give each kind a task of its own"
+            f"task {task} mixes multiple choice with generation. Define a separate task for each."
         )
     return "multiple_choice" if found == {True} else "generation"
 
@@ -247,7 +247,7 @@ class _Shards:
         self._writer: pq.ParquetWriter | None = None
 
     def write(self, table: pa.Table) -> Iterator[dict[str, list[str]]]:
-        """Append rows; yields them again, without what is not trained on, as dictionaries."""
+        """Append rows and yield them as dictionaries, without the columns not used in training."""
         for start in range(0, len(table), 4096):
             part = table.slice(start, 4096)
             full = self._rows - self._rows_before + len(part) > _ROWS_PER_SHARD
@@ -259,7 +259,7 @@ class _Shards:
             yield from part.drop_columns(list(_NOT_TRAINED)).to_pylist()
 
     def close(self) -> int:
-        """Finish the last file; an empty split has one without rows. Returns how many rows."""
+        """Close the last file and return the number of rows; an empty split gets an empty file."""
         if self._writer is None:
             self._next()
         assert self._writer is not None
@@ -277,5 +277,5 @@ class _Shards:
 
 def _unreadable(path: Path, reason: str) -> PhatgooseError:
     return PhatgooseError(
-        f"{path} cannot be read ({reason}): delete its folder and start again to make it anew"
+        f"{path} cannot be read ({reason}). Delete its folder and run again to create it again."
     )

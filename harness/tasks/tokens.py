@@ -1,9 +1,9 @@
-"""A task's examples as token ids: made once per tokenizer, mapped from disk.
+"""Tokenize a task's examples once per tokenizer, and map them from disk.
 
-    <cache>/tokens/<key>.arrow    columns context, target: lists of int32; a row per example
+    <cache>/tokens/<key>.arrow    columns context, target: lists of int32; one row per example
 
-The key is the hash of the examples, the tokenizer, the lengths they are cut to (the recipe's and
-the base's), and the code that makes them.
+The key is a hash of the examples, the tokenizer, the length limits (of the recipe and the base),
+and the code that makes the tokens.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ _SCHEMA = pa.schema([(name, pa.list_(pa.int32())) for name in ("context", "targe
 
 
 class TokenisedExamples(Sequence[Question]):
-    """Examples of one split, or a part of them; only what is looked at is read from disk.
+    """A sequence of tokenized examples, read from disk on access.
 
     Args:
         table: a table with the columns above.
@@ -40,7 +40,7 @@ class TokenisedExamples(Sequence[Question]):
         self._table = table
 
     def __len__(self) -> int:
-        """How many examples there are."""
+        """Return the number of examples."""
         return len(self._table)
 
     @overload
@@ -48,7 +48,7 @@ class TokenisedExamples(Sequence[Question]):
     @overload
     def __getitem__(self, index: slice) -> "TokenisedExamples": ...
     def __getitem__(self, index: int | slice) -> "Question | TokenisedExamples":
-        """One example, or a part of them, which is not copied."""
+        """Return one example, or a slice of them without a copy."""
         if isinstance(index, slice):
             start, stop, _ = index.indices(len(self))
             return TokenisedExamples(self._table.slice(start, max(0, stop - start)))
@@ -64,13 +64,13 @@ def tokenise(
     recipe: Recipe,
     beat: Callable[[], None] = lambda: None,
 ) -> TokenisedExamples:
-    """The examples of one split as token ids, cut as the recipe says; made if they are not there.
+    """Return the examples of one split as token ids, truncated as the recipe says.
 
-    Each counts with its first target, which is the one trained on. The texts are read a few
-    thousand at a time, and `beat` is called after each time.
+    They are created if they are not in the cache. Only the first target of an example is used. The
+    texts are read in batches of a few thousand, and `beat` is called after each batch.
 
     Raises:
-        PhatgooseError: a target has no token besides the end.
+        PhatgooseError: a target has no token except the end token.
     """
     limits = recipe.max_input_tokens, recipe.max_target_tokens
     lengths = [*limits, max_length(base)]
@@ -104,7 +104,7 @@ def _encoded(
 
 
 def _tokenizer(base: Base) -> str:
-    """What identifies how a base encodes: bases that share a tokenizer share tokens."""
+    """Return an id of how a base encodes text. Bases with the same tokenizer share tokens."""
     backend = getattr(base.tokenizer, "backend_tokenizer", None)
     whole = backend.to_str() if backend is not None else base.fingerprint
     ends = [base.tokenizer.bos_token_id, base.tokenizer.eos_token_id, base.is_encoder_decoder]

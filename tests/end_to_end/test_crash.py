@@ -166,5 +166,5 @@ def test_a_run_stopped_by_ctrl_c_reports_it_in_one_line(
     status, _, error = command.end()
     assert status == 130
     lines = [line for line in error.splitlines() if line and not line.startswith("trained   ")]
-    assert lines == ["stopped; the same command goes on from here"]
+    assert lines == ["stopped; run the same command to resume"]
     wait_until_gone(orphans)

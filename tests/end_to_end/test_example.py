@@ -61,9 +61,9 @@ def test_the_example_trains_routes_and_shows_the_weights(
     for line in re.findall("experts, over all linears: (.*)", printed):
         shares = [int(share) for share in re.findall(r"(\d+)%", line)]
         assert 98 <= sum(shares) <= 102
-    assert len(re.findall(r"right: base \d+ of 12 .*, routed \d+ of 12", printed)) == 3
+    assert len(re.findall(r"correct: base \d+ of 12 .*, routed \d+ of 12", printed)) == 3
     linear = base.linears[len(base.linears) // 3]
-    assert f"Where tokens went at {linear}:\n\n'" in printed
+    assert f"Experts of each token at {linear}:\n\n'" in printed
     page = (tmp_path / "out" / "routes.html").read_text()
     assert f"<title>Experts at {linear}</title>" in page
     assert page.count('title="') > 50
@@ -99,7 +99,7 @@ def test_equal_examples_are_not_both_trained_on_and_held_out(example: Any, tmp_p
 )
 def test_a_line_that_is_not_an_example_is_named(example: Any, tmp_path: Path, row: Any) -> None:
     file = write(tmp_path / "mine.jsonl", *pairs(10), row)
-    with pytest.raises(PhatgooseError, match=r"mine\.jsonl, line 11: write"):
+    with pytest.raises(PhatgooseError, match=r"mine\.jsonl, line 11: invalid\. Write"):
         example.main([file])
 
 
@@ -112,10 +112,10 @@ def test_unusable_files_are_refused_before_training(
     (tmp_path / "other").mkdir()
     cases = {
         "cannot read .*none.jsonl": [str(tmp_path / "none.jsonl")],
-        "has 9 examples": [write(tmp_path / "few.jsonl", *pairs(9))],
+        "only 9 examples": [write(tmp_path / "few.jsonl", *pairs(9))],
         "same name": [good, write(tmp_path / "other" / "good.jsonl", *pairs(10))],
         "cannot name an expert": [write(tmp_path / "my task.jsonl", *pairs(10))],
-        "no linear mlp": [good, "--base", str(llama_folder), "--linear", "mlp"],
+        "--linear=mlp: no such linear": [good, "--base", str(llama_folder), "--linear", "mlp"],
         "steps of at least 1": [good, "--base", str(llama_folder), "--steps", "0"],
     }
     for says, arguments in cases.items():

@@ -36,7 +36,7 @@ def test_a_complete_run_in_a_bucket(
     run(config)
     said = capsys.readouterr()
     assert "3 of 3 jobs" in said.out
-    assert f"everything is in s3://bucket/{tmp_path.name}/run" in said.out
+    assert f"all files are in s3://bucket/{tmp_path.name}/run" in said.out
     assert not (tmp_path / "nothing").exists()
     assert verify(Folder(registry), every_manifest=True) == Check(3)
 

@@ -120,12 +120,12 @@ def test_a_truncated_file_is_named(folder: Folder, tmp_path: Path) -> None:
 
 def test_a_file_with_other_columns_is_named(folder: Folder, tmp_path: Path) -> None:
     pq.write_table(pa.table({"router": ["base"]}), tmp_path / "scores.parquet")
-    with pytest.raises(PhatgooseError, match=r"scores\.parquet has other columns"):
+    with pytest.raises(PhatgooseError, match=r"scores\.parquet has different columns"):
         run_folder.read_table(folder, "scores.parquet", run_folder.SCORES)
 
 
 def test_a_missing_file_is_named(folder: Folder) -> None:
-    with pytest.raises(PhatgooseError, match=r"scores\.parquet is not there"):
+    with pytest.raises(PhatgooseError, match=r"scores\.parquet is missing"):
         run_folder.read_table(folder, "scores.parquet", run_folder.SCORES)
 
 
@@ -160,12 +160,12 @@ def test_a_file_stem_is_readable() -> None:
 
 @pytest.mark.parametrize("name", ["", ".", "..", ":a", "a/b", "a@b", "a b", "ü", "a\n", "x" * 201])
 def test_names_that_are_not_file_names_are_refused(name: str) -> None:
-    with pytest.raises(PhatgooseError, match="cannot become a file name"):
+    with pytest.raises(PhatgooseError, match="cannot be used as a file name"):
         run_folder.file_stem(name)
 
 
 def test_the_run_record_is_read_as_written(folder: Folder, tmp_path: Path) -> None:
-    with pytest.raises(PhatgooseError, match="no run folder"):
+    with pytest.raises(PhatgooseError, match="not a run folder"):
         run_folder.read_run(folder)
     run_folder.write_run(folder, {"configuration": {"pool": "demo"}})
     assert run_folder.read_run(folder) == {"configuration": {"pool": "demo"}}

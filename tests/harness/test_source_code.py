@@ -113,7 +113,7 @@ def test_comments_docstrings_and_layout_change_nothing(edit: Edit) -> None:
     before, scored = routers_code(), scoring()
     edit("phatgoose/routers/phatgoose.py", '"""Match the input with the gates."""', '"""Other."""')
     edit("phatgoose/routers/phatgoose.py", "    top_k: int = 2", "    # Two.\n\n    top_k: int = 2")
-    edit("phatgoose/inference/scoring.py", '"""Log-likelihoods of', '"""Likelihoods of')
+    edit("phatgoose/inference/scoring.py", '"""Score targets', '"""Rate targets')
     # Also adding a docstring where there was none.
     edit(
         "phatgoose/inference/model.py",

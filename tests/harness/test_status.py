@@ -106,10 +106,10 @@ def test_a_run_is_described_while_it_is_running(
     assert "running since 2026-11-26T10:00:00" in text
     assert "train: 50% of 4,000 tokens" in text
     assert "1 done, 1 running, 2 waiting, 0 failed" in text
-    assert "10.0.0.1 (a1b2c3): 2 actors, 1 at work" in text
-    assert "10.0.0.2 (ffeedd): 1 actor, 1 at work" in text
+    assert "10.0.0.1 (a1b2c3): 2 actors, 1 working" in text
+    assert "10.0.0.2 (ffeedd): 1 actor, 1 working" in text
     assert "process 77" in text
-    assert "cc: 1 error, the last: its actor died: lost" in text
+    assert "cc: 1 error, last one: its actor died: lost" in text
     assert document["state"] == "running"
     assert document["stage"]["rate"] > 0
     assert document["stage"]["seconds_left"] is not None
@@ -140,7 +140,7 @@ def test_a_silent_driver_is_noticed(folder: Folder, capsys: pytest.CaptureFixtur
     run_folder.write_json(folder, run_folder.STATUS_FILE, old)
     assert read_status(folder)["state"] == "silent"
     assert main([str(folder), "--watch"]) == 0  # nothing to wait for
-    assert "no sign of life for 10 min" in capsys.readouterr().out
+    assert "no heartbeat for 10 min" in capsys.readouterr().out
     ahead = {**old, "written": (datetime.now(UTC) + timedelta(hours=1)).isoformat()}
     run_folder.write_json(folder, run_folder.STATUS_FILE, ahead)
     assert read_status(folder)["state"] == "running"  # another clock
@@ -165,7 +165,7 @@ def test_a_folder_without_a_run_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(tmp_path / "nothing")]) == 2
-    assert "this is no run folder" in capsys.readouterr().err
+    assert "this is not a run folder" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -93,7 +93,7 @@ def test_a_damaged_file_is_named_with_the_fix(
     file.unlink()
     file.write_bytes(damaged)
     with pytest.raises(
-        PhatgooseError, match=r"a\.profile is no whole profile \(.*: delete it"
+        PhatgooseError, match=r"a\.profile is not a complete profile \(.*: delete it"
     ) as e:
         Profile.load(file)
     assert "\n" not in str(e.value)
@@ -101,7 +101,7 @@ def test_a_damaged_file_is_named_with_the_fix(
 
 def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "none", tmp_path):
-        with pytest.raises(PhatgooseError, match=f"{path.name} is no whole profile"):
+        with pytest.raises(PhatgooseError, match=f"{path.name} is not a complete profile"):
             Profile.load(path)
 
 

@@ -89,7 +89,7 @@ def test_routing_plot_of_another_router_and_task(tmp_path: Path) -> None:
     assert path.name == "routing_single@plural_strategyqa.png"
     done = run("plot_routing.py", tmp_path, "--task", "strategy")
     assert done.returncode != 0
-    message = "no task strategy in this run; there are: elementary_math_qa, strategyqa\n"
+    message = "no task strategy in this run; available: elementary_math_qa, strategyqa\n"
     assert done.stderr == message
 
 
@@ -114,11 +114,11 @@ def test_routers_plot_is_drawn(tmp_path: Path) -> None:
 def test_routers_plot_names_missing_results(tmp_path: Path) -> None:
     done = run("plot_routers.py", tmp_path)
     assert done.returncode != 0
-    assert "summary.parquet is not there" in done.stderr
+    assert "summary.parquet is missing" in done.stderr
     write_summary(Folder(tmp_path))
     done = run("plot_routers.py", tmp_path, "--metric", "f1")
     assert done.returncode != 0
-    assert done.stderr == "no metric f1 in this run; there are: primary, nll, acc\n"
+    assert done.stderr == "no metric f1 in this run; available: primary, nll, acc\n"
 
 
 def test_a_router_that_is_not_comparable_is_marked() -> None:
@@ -126,5 +126,5 @@ def test_a_router_that_is_not_comparable_is_marked() -> None:
     row = {"router": "phatgoose", "comparable": True}
     assert label(row) == "phatgoose"
     assert label({**row, "comparable": None}) == "phatgoose"  # of version 0.1.0
-    assert label({**row, "comparable": False}) == "phatgoose\n(measured otherwise)"
+    assert label({**row, "comparable": False}) == "phatgoose\n(not comparable)"
     assert label({"router": "single:a", "comparable": True}) == "best single\na"

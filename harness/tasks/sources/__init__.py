@@ -1,4 +1,4 @@
-"""Where examples come from: one module per source, each with the functions of `Source`."""
+"""The sources of examples: one module per source, each with the functions of `Source`."""
 
 from harness.tasks.sources import (
     bbh,
@@ -25,7 +25,7 @@ SOURCES: dict[str, Source] = {
     "registry": registry,
 }
 
-# Keys of a pool or suite that `expand` makes tasks of.
+# Keys of a pool or suite that `expand` turns into tasks.
 GROUP_KEYS: dict[str, tuple[str, ...]] = {
     "jsonl": ("files",),
     "lm_eval": ("lm_eval", "include_path", "num_fewshot", "overlay"),
@@ -33,7 +33,7 @@ GROUP_KEYS: dict[str, tuple[str, ...]] = {
     "peft": ("adapters",),
 }
 
-# Sources whose data sets come with a split of their own.
+# Sources whose data sets have their own split.
 SPLIT_ALREADY = ("flan", "p3")
 
 __all__ = ["GROUP_KEYS", "SOURCES", "SPLIT_ALREADY", "Source", "TaskRecords"]

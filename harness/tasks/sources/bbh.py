@@ -1,11 +1,11 @@
-"""The tasks of the BIG-Bench-Hard release (Suzgun et al., arXiv 2210.09261; MIT licence).
+"""Tasks of the BIG-Bench-Hard release (Suzgun et al., arXiv 2210.09261; MIT license).
 
-Three of them are programs in BIG-bench, so that a suite needs this release:
+BIG-bench has three of its tasks only as programs, so a suite reads them from this release:
 `boolean_expressions`, `multistep_arithmetic_two` and `web_of_lies`. They are read from a folder
-with `<task>.json` (a clone of the release, or its folder `bbh`), else from the hub.
+with `<task>.json` (a clone of the release, or its folder `bbh`), otherwise from the hub.
 
-Prompts: style `paper` is the input, then "\\nAnswer:", as PHATGOOSE's authors have it; style
-`bigbench` is "Q: ", the input, "\\nA:", as the release's own prompts.
+Prompts: style `paper` is the input followed by "\\nAnswer:", as PHATGOOSE's authors prompt; style
+`bigbench` is "Q: ", the input and "\\nA:", as in the release's own prompts.
 """
 
 import json
@@ -28,11 +28,11 @@ DATA_SET = "SaylorTwift/bbh"
 
 @dataclass(frozen=True)
 class Options:
-    """How tasks are read.
+    """Options for reading tasks.
 
     Attributes:
-        choices: the answers to choose from; without them the answer is generated.
-        revision: of the hub's data set.
+        choices: the answers to choose from; without choices the answer is generated.
+        revision: revision of the data set on the hub.
     """
 
     choices: list[str] | None = None
@@ -43,15 +43,15 @@ expand = no_tasks
 
 
 def check(spec: TaskSpec) -> None:
-    """Refuse unknown options, and members that could be other paths."""
+    """Reject unknown options, and members that are not plain task names."""
     options_of(Options, spec)
     for member in spec.members:
         if not member.replace("_", "").isalnum():
-            raise PhatgooseError(f"task {spec.name}: {member!r} is no task of BIG-Bench-Hard")
+            raise PhatgooseError(f"task {spec.name}: {member!r} is not a task of BIG-Bench-Hard")
 
 
 def identity(spec: TaskSpec) -> Any:
-    """The hash of each file, or the data set's revision."""
+    """Return the hash of each file, or the revision of the data set."""
     found = []
     for member in spec.members:
         path = _file(spec, member)
@@ -63,7 +63,7 @@ def identity(spec: TaskSpec) -> Any:
 
 
 def missing(spec: TaskSpec) -> str | None:
-    """Which tasks are in no file, nor on the hub."""
+    """Return which tasks are neither in a file nor on the hub."""
     problems = []
     for member in spec.members:
         problem = None
@@ -86,7 +86,7 @@ def _data(spec: TaskSpec, member: str) -> HubData:
 
 
 def _file(spec: TaskSpec, member: str) -> Path | None:
-    """The release's file of a task in the given folder."""
+    """Return the release's file of a task, if the given folder has it."""
     if spec.folder is None:
         return None
     folder = Path(spec.folder).expanduser()
@@ -99,7 +99,7 @@ def _records(spec: TaskSpec) -> Iterator[tuple[Split, Record]]:
     for member in spec.members:
         for where, example in _examples(spec, member):
             if not all(isinstance(example.get(key), str) for key in ("input", "target")):
-                raise PhatgooseError(f"{where}: it has no input and target, only {list(example)}")
+                raise PhatgooseError(f"{where}: input or target is missing; it has {list(example)}")
             text, target = example["input"], example["target"].strip()
             prompt = f"{text}\nAnswer: " if spec.style == "paper" else f"Q: {text}\nA: "
             correct = [choices.index(target)] if target in choices else []
@@ -127,6 +127,6 @@ def _examples(spec: TaskSpec, member: str) -> Iterator[tuple[str, Mapping[str, A
     try:
         examples = json.loads(path.read_bytes())["examples"]
     except (ValueError, KeyError, TypeError) as error:
-        raise PhatgooseError(f"{path} is no file of BIG-Bench-Hard: {error!r}") from error
+        raise PhatgooseError(f"{path} is not a file of BIG-Bench-Hard: {error!r}") from error
     for number, example in enumerate(examples, start=1):
         yield f"{path}, example {number}", example

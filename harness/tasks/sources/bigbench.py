@@ -1,11 +1,11 @@
-"""BIG-bench's JSON tasks, read from its source distribution and formatted by its own rules.
+"""Read BIG-bench's JSON tasks from its source distribution and format them by its own rules.
 
 A prompt without shots is
 
     task_prefix + example_input_prefix + input + [choice_prefix + choice]... + example_output_prefix
 
-where the choices stand in an order that BIG-bench draws anew, with the same seed, for each example.
-Distribution and task files are Apache-2.0; the data sets inside keep their own licences.
+where BIG-bench shuffles the choices of each example with the same seed. The distribution and the
+task files are Apache-2.0; the data sets inside keep their own licenses.
 """
 
 import fnmatch
@@ -36,18 +36,18 @@ from phatgoose.errors import PhatgooseError, did_you_mean
 
 @dataclass(frozen=True)
 class Options:
-    """How the members of a task are read; all are off unless a task says otherwise.
+    """Options for reading the members of a task. All are off by default.
 
     Attributes:
         no_append: never list the choices in the prompt.
-        short_prefix: keep only what follows the last "Prompt:" of a long task prefix.
+        short_prefix: keep only the text after the last "Prompt:" of a long task prefix.
         first_line: keep only the first line of a long task prefix.
-        kshot: begin each prompt with so many training examples of the same member, for members
-            whose rule cannot be known without.
-        choices: the answers to choose from, where the member has a target among these words.
-        balance: keep equally many examples of each target, the first ones by their hashes.
-        cap: keep so many examples at most, the first ones by their hashes.
-        skip_empty: leave out examples whose target is empty, which are an error otherwise.
+        kshot: number of training examples of the same member to put before each prompt, for
+            members whose rule cannot be guessed without examples.
+        choices: the answers to choose from, for members whose targets are among them.
+        balance: keep the same number of examples for each target, the first ones by hash.
+        cap: maximum number of examples to keep, the first ones by hash.
+        skip_empty: skip examples whose target is empty. Without it they are an error.
     """
 
     no_append: bool = False
@@ -67,16 +67,18 @@ _FILE = "/task.json"
 
 
 def fetch_archive() -> Path:
-    """The source distribution in the cache, fetched if need be; its hash is checked (seconds)."""
+    """Return the cached source distribution, downloaded if needed. Checks its hash (seconds)."""
     return fetch_distribution("bigbench==1.0.0", "bigbench-1.0.0.tar.gz", SHA256, source=True)
 
 
 def check(spec: TaskSpec) -> None:
-    """Refuse unknown options, and values that cannot be meant."""
+    """Reject unknown options and invalid values."""
     options = options_of(Options, spec)
     for name, value in (("kshot", options.kshot), ("cap", options.cap)):
         if value < 0:
-            raise PhatgooseError(f"task {spec.name}: load_opts.{name} cannot be negative: {value}")
+            raise PhatgooseError(
+                f"task {spec.name}: load_opts.{name}={value}: it must be at least 0"
+            )
     choices = options.choices
     if choices is not None and (
         not isinstance(choices, list)
@@ -84,27 +86,27 @@ def check(spec: TaskSpec) -> None:
         or not 1 < len(set(choices)) == len(choices)
     ):
         raise PhatgooseError(
-            f"task {spec.name}: load_opts.choices must be two or more different answers, such as "
-            f"['Yes.', 'No.'], not {choices!r} (in YAML, yes and no need quotes)"
+            f"task {spec.name}: load_opts.choices={choices!r}: give two or more different answers, "
+            "such as ['Yes.', 'No.'] (in YAML, yes and no need quotes)"
         )
 
 
 def identity(spec: TaskSpec) -> Any:
-    """The archive's hash."""
+    """Return the hash of the archive."""
     return SHA256
 
 
 def missing(spec: TaskSpec) -> str | None:
-    """Nothing: whether the package index has the archive is seen when it is fetched."""
+    """Return None: a missing archive is only noticed when it is downloaded."""
 
 
 def read(specs: Sequence[TaskSpec]) -> Iterator[TaskRecords]:
-    """Read tasks in one pass over the archive, which is fetched if need be."""
+    """Read tasks in one pass over the archive, downloading it if needed."""
     return read_archive(fetch_archive(), specs)
 
 
 def read_archive(archive: Path, specs: Sequence[TaskSpec]) -> Iterator[TaskRecords]:
-    """Read tasks in one pass over an archive, each as soon as all its members were seen.
+    """Read tasks in one pass over an archive, each as soon as all its members are found.
 
     Args:
         archive: the source distribution, a .tar.gz file.
@@ -112,7 +114,7 @@ def read_archive(archive: Path, specs: Sequence[TaskSpec]) -> Iterator[TaskRecor
             `arithmetic/1_digit_addition`, or a pattern such as `mult_data_wrangling/*_dates_1`.
 
     Raises:
-        PhatgooseError: the archive is damaged, or has no such task (near names are given).
+        PhatgooseError: the archive is damaged, or has no such task (similar names are suggested).
     """
     waiting = dict(enumerate(specs))
     seen: list[str] = []
@@ -131,7 +133,7 @@ def read_archive(archive: Path, specs: Sequence[TaskSpec]) -> Iterator[TaskRecor
             for number in takers:
                 spec, found = waiting[number], kept[number]
                 found[member] = parse_member(member, source, options_of(Options, spec))
-                if found.keys() == set(spec.members):  # no pattern is left open
+                if found.keys() == set(spec.members):  # no pattern may match more
                     del waiting[number]
                     yield _task(spec, kept.pop(number))
             if not waiting:
@@ -154,7 +156,7 @@ def _check_all_found(spec: TaskSpec, names: Sequence[str]) -> None:
 
 
 def _task(spec: TaskSpec, definitions: Mapping[str, dict[str, Any]]) -> TaskRecords:
-    # BIG-bench's mark, by which text can be kept out of training corpora, stays with it.
+    # Keep BIG-bench's canary, so that the text can be filtered from training corpora.
     canary = "\n".join(sorted({str(d.get("canary", "")) for d in definitions.values()}))
     about = [str(d["description"]) for d in definitions.values() if d.get("description")]
     return TaskRecords(
@@ -166,10 +168,10 @@ def _task(spec: TaskSpec, definitions: Mapping[str, dict[str, Any]]) -> TaskReco
 
 
 def parse_member(member: str, source: bytes, options: Options) -> dict[str, Any]:
-    """Parse the `task.json` of a member and apply to it what the options say of its prompts.
+    """Parse the `task.json` of a member and apply the options that concern its prompts.
 
     Raises:
-        PhatgooseError: it is not JSON, has no examples of its own, or an option does not fit it.
+        PhatgooseError: it is not JSON, has no examples of its own, or an option does not apply.
     """
     try:
         definition: dict[str, Any] = json.loads(source)
@@ -177,14 +179,14 @@ def parse_member(member: str, source: bytes, options: Options) -> dict[str, Any]
         raise PhatgooseError(f"BIG-bench task {member} is not JSON ({error})") from error
     if not definition.get("examples"):
         raise PhatgooseError(
-            f"BIG-bench task {member} has no examples of its own: name its subtasks ({member}/...)"
+            f"BIG-bench task {member} has no examples of its own. Name its subtasks ({member}/...)."
         )
     prefix = definition.get("task_prefix", "")
     if options.short_prefix:
         _, found, last = prefix.rpartition("Prompt:")
         if not found:
             raise PhatgooseError(
-                f'the prefix of BIG-bench task {member} has no "Prompt:": leave out short_prefix'
+                f'the prefix of BIG-bench task {member} has no "Prompt:". Remove short_prefix.'
             )
         definition["task_prefix"] = last.strip()
     if options.first_line:
@@ -201,10 +203,10 @@ def make_records(
 
     Args:
         spec: the task.
-        definitions: by member, what `parse_member` returned.
+        definitions: the results of `parse_member` by member.
 
     Raises:
-        PhatgooseError: a faulty example, by its member and number.
+        PhatgooseError: an example is invalid; the message gives its member and number.
     """
     options = options_of(Options, spec)
     places = [
@@ -220,13 +222,13 @@ def make_records(
         example = definition["examples"][number]
         record = _record(spec, definition, number, options)
         check_record(record, f"task {spec.name}: BIG-bench task {member}, example {number + 1}")
-        # Split by the bare input: the same question never stands on both sides, however its
-        # choices differ. Some tasks have an empty one; there prompt and answers tell them apart.
+        # Split by the bare input, so that the same question with different choices is never in
+        # both splits. Some tasks have empty inputs; prompt and answers identify those examples.
         yield split_of(spec.name, example["input"].strip() or identity_text(record)), record
 
 
 def _in_order(spec: TaskSpec, definitions: Mapping[str, Any]) -> list[str]:
-    """The members as the task names them; those of one pattern by name."""
+    """Return the members in the task's order; the matches of one pattern are sorted by name."""
     found = (m for pattern in spec.members for m in sorted(definitions) if _is_among(m, [pattern]))
     return list(dict.fromkeys(found))
 
@@ -237,7 +239,7 @@ def _some(
     definitions: Mapping[str, Mapping[str, Any]],
     options: Options,
 ) -> list[tuple[str, int]]:
-    """The examples that `balance` and `cap` leave, which are the first ones by their hashes."""
+    """Return the examples that `balance` and `cap` keep, the first ones by hash."""
 
     def example(place: tuple[str, int]) -> Mapping[str, Any]:
         return definitions[place[0]]["examples"][place[1]]
@@ -262,15 +264,15 @@ def _some(
 
 
 def prompt_of(definition: Mapping[str, Any], example: Mapping[str, Any], shots: str = "") -> str:
-    """The prompt of one example by BIG-bench's rules.
+    """Return the prompt of one example by BIG-bench's rules.
 
     Args:
-        definition: the `task.json`.
+        definition: the parsed `task.json`.
         example: one of its examples: `input`, and `target` or `target_scores`.
-        shots: other examples with their answers, which stand between the task's prefix and it.
+        shots: other examples with their answers, inserted after the task's prefix.
     """
     text = example["input"]
-    # Taken as it is: six tasks say "false", a string, and BIG-bench appends their choices.
+    # Not parsed as a boolean: six tasks have the string "false", and BIG-bench appends choices.
     if "target_scores" in example and definition.get("append_choices_to_input", True):
         choices = sorted(example["target_scores"])
         prefix = definition.get("choice_prefix", "\n  choice: ")
@@ -289,7 +291,7 @@ def _record(spec: TaskSpec, definition: Mapping[str, Any], number: int, options:
     if "target_scores" in example:
         choices = list(example["target_scores"])
         grades = [float(score) for score in example["target_scores"].values()]
-        # Where no score is above the others (or above 0, for a lone one), no choice is right.
+        # No choice is correct unless a score exceeds the others (or 0, for a single choice).
         if max(grades) > (min(grades) if len(grades) > 1 else 0):
             correct = [i for i, grade in enumerate(grades) if grade == max(grades)]
         targets = [choices[i] for i in correct]
@@ -299,7 +301,7 @@ def _record(spec: TaskSpec, definition: Mapping[str, Any], number: int, options:
             choices, grades = options.choices, [float(c in targets) for c in options.choices]
             correct = [i for i, choice in enumerate(choices) if choice in targets]
     if spec.style == "paper":
-        prompt = prompt.strip() + "\nAnswer: "  # the space goes to the answer
+        prompt = prompt.strip() + "\nAnswer: "  # the space belongs to the answer
         targets = sorted(targets, key=len, reverse=True)
     record = Record(spec.name, "", prompt, targets, choices, correct, grades, example["input"])
     return named(record)
@@ -311,7 +313,7 @@ def _targets(example: Mapping[str, Any]) -> list[str]:
 
 
 def _answer(example: Mapping[str, Any]) -> str:
-    """What a shot answers: as BIG-bench, the free text where there is one."""
+    """Return the answer of a shot: as in BIG-bench, the target if there is one."""
     if "target" in example:
         return _targets(example)[0]
     scores: Mapping[str, float] = example["target_scores"]
@@ -319,7 +321,7 @@ def _answer(example: Mapping[str, Any]) -> str:
 
 
 def _shots(task: str, definition: Mapping[str, Any], number: int, count: int) -> str:
-    """The first other training examples with their answers, as BIG-bench joins them."""
+    """Return the first other training examples with answers, joined as in BIG-bench."""
     if not count:
         return ""
     separator = definition.get("few_shot_example_separator", "\n")
@@ -335,6 +337,6 @@ def _shots(task: str, definition: Mapping[str, Any], number: int, count: int) ->
 
 @lru_cache
 def _order(count: int) -> list[int]:
-    """The order in which BIG-bench lists this many choices, as indices into the sorted choices."""
+    """Return BIG-bench's order of this many choices, as indices into the sorted choices."""
     order: list[int] = np.random.RandomState(42).permutation(count).tolist()
     return order

@@ -1,10 +1,10 @@
-"""FLAN v2: the zero-shot rows of one task or category each, as PHATGOOSE's authors split them.
+"""FLAN v2: the zero-shot rows of a task or category, split as PHATGOOSE's authors split them.
 
-Members are folders of the authors' data set, such as `FLANV2/NIV2/Poem Generation`, which they made
-of Open-Orca/FLAN by the task's name. Of its rows, those with a zero-shot template and with text on
-both sides count; they are shuffled with a fixed seed, the first tenth (10,000 at most) is for
-evaluation, and of the rest 500,000 at most are drawn for training (`src/data/flat.py` of the
-released code, commit 4fd5790).
+Members are folders of the authors' data set, such as `FLANV2/NIV2/Poem Generation`. The authors
+made them from Open-Orca/FLAN by task name. Only rows with a zero-shot template, a nonempty input
+and a nonempty target are used. They are shuffled with a fixed seed. The first tenth (at most
+10,000) is for evaluation, and at most 500,000 of the rest are drawn for training
+(`src/data/flat.py` of the released code, commit 4fd5790).
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,11 +37,11 @@ _BATCH = 1000
 
 @dataclass(frozen=True)
 class Options:
-    """Which rows.
+    """Options for reading rows.
 
     Attributes:
-        revision: of the data set.
-        max_examples: how many training rows to keep at most.
+        revision: revision of the data set.
+        max_examples: maximum number of training rows to keep.
     """
 
     revision: str = ""
@@ -52,19 +52,19 @@ expand = no_tasks
 
 
 def check(spec: TaskSpec) -> None:
-    """Refuse unknown options."""
+    """Reject unknown options and more than one member."""
     options_of(Options, spec)
     if len(spec.members) != 1:
-        raise PhatgooseError(f"task {spec.name}: its member must be one folder of {DATA_SET}")
+        raise PhatgooseError(f"task {spec.name}: members must be one folder of {DATA_SET}")
 
 
 def identity(spec: TaskSpec) -> Any:
-    """The data set's revision or files."""
+    """Return the revision of the data set, or the hashes of its files."""
     return hub.identity(_data(spec), spec.folder)
 
 
 def missing(spec: TaskSpec) -> str | None:
-    """Whether the data set can be had."""
+    """Return why the data set is unavailable, or None."""
     return hub.missing(_data(spec), spec.folder)
 
 
@@ -75,7 +75,7 @@ def read(specs: Sequence[TaskSpec]) -> Iterator[TaskRecords]:
 
 
 def split_rows(count: int, max_examples: int) -> dict[Split, np.ndarray]:
-    """The authors' split of so many rows, each split's in rising order."""
+    """Return the authors' split of `count` rows; each split is sorted."""
     order = np.random.RandomState(_SEED_OF_SPLIT).choice(count, size=count, replace=False)
     evaluation = min(int(count * 0.1), _MOST_EVALUATION)
     train = order[evaluation:]
@@ -94,7 +94,8 @@ def _records(spec: TaskSpec) -> Iterator[tuple[Split, Record]]:
     lacking = [name for name in _COLUMNS if name not in rows.column_names]
     if lacking:
         raise PhatgooseError(
-            f"data set {_data(spec)} has no {', '.join(lacking)}, only {rows.column_names}"
+            f"data set {_data(spec)} has no columns {', '.join(lacking)}; "
+            f"it has {rows.column_names}"
         )
     kept = _kept(rows)
     if not len(kept):
@@ -107,7 +108,7 @@ def _records(spec: TaskSpec) -> Iterator[tuple[Split, Record]]:
             chosen_rows = zip(numbers[start:], part["inputs"], part["targets"], strict=False)
             for number, text, target in chosen_rows:
                 prompt = with_space(text)
-                # Rows that say the same all count, as for the authors.
+                # Duplicate rows all count, as for the authors.
                 document = document_id(spec.name, f"{number}\n{prompt}")
                 record = Record(spec.name, document, prompt, [target.strip()], [], [])
                 check_record(record, f"data set {_data(spec)}, row {number + 1}")
@@ -115,7 +116,7 @@ def _records(spec: TaskSpec) -> Iterator[tuple[Split, Record]]:
 
 
 def _kept(rows: "datasets.Dataset") -> np.ndarray:
-    """The numbers of the rows that count."""
+    """Return the numbers of the rows that are used."""
     found = []
     for start in range(0, len(rows), 100_000):
         part: pa.Table = rows.with_format("arrow")[start : start + 100_000]

@@ -1,9 +1,9 @@
-"""Data sets of the Hugging Face hub: from a folder of copies, the hub's local cache, or the hub.
+"""Read data sets of the Hugging Face hub from a folder of copies, the hub's cache, or the hub.
 
 A data set is always read from a local folder: a copy that the user made, `<folder>/<owner>/<name>`
-(a clone, or what `hf download --repo-type dataset --local-dir` leaves), or the snapshot that
-huggingface_hub keeps. What comes from the hub is pinned: the revision found at first use is noted
-in the cache and used from then on. No script of a data set is ever run.
+(a clone, or the output of `hf download --repo-type dataset --local-dir`), or the snapshot that
+huggingface_hub keeps. Data sets from the hub are pinned: the revision found at first use is stored
+in the cache and used from then on. Data set scripts are never run.
 """
 
 import hashlib
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     import datasets
 
 _MAIN = "main"
-# Where the hub keeps a copy in parquet of data sets that are scripts only.
+# Branch on which the hub keeps a parquet copy of data sets that are only scripts.
 PARQUET = "refs/convert/parquet"
-# Why the hub did not answer this process; it is not asked again.
+# Why the hub did not answer; this process does not ask it again.
 _SILENT: list[str] = []
 
 
@@ -44,13 +44,13 @@ class HubData:
     revision: str = ""
 
     def __str__(self) -> str:
-        """Its path, with what else it takes to find it."""
+        """Return the path, configuration, folder and revision."""
         parts = [self.path, self.config, self.data_dir, self.revision and f"@{self.revision}"]
         return " ".join(part for part in parts if part)
 
 
 def missing(data: HubData, folder: str | None) -> str | None:
-    """Why a data set cannot be had, and where it was looked for; downloads nothing."""
+    """Return why a data set is unavailable and where it was searched; download nothing."""
     from huggingface_hub import constants
 
     if _local(data, folder) is not None or _snapshot(data) is not None:
@@ -60,15 +60,15 @@ def missing(data: HubData, folder: str | None) -> str | None:
     try:
         _revision(data)
     except PhatgooseError as error:
-        return f"data set {data} is in none of: {', '.join(looked)}; {error}"
+        return f"data set {data} is not in: {', '.join(looked)}; {error}"
     return None
 
 
 def identity(data: HubData, folder: str | None) -> Any:
-    """What determines the rows: a revision, or the files of a copy by name and hash.
+    """Return what determines the rows: a revision, or names and hashes of the files of a copy.
 
     Raises:
-        PhatgooseError: the data set cannot be had.
+        PhatgooseError: the data set is unavailable.
     """
     local = _local(data, folder)
     if local is not None:
@@ -77,10 +77,10 @@ def identity(data: HubData, folder: str | None) -> Any:
 
 
 def rows(data: HubData, split: str, folder: str | None) -> "datasets.Dataset":
-    """The rows of one split, mapped from disk: iterate over them, never list them.
+    """Return the rows of one split, mapped from disk. Iterate over them; do not list them.
 
     Raises:
-        PhatgooseError: the data set cannot be had, is a script, or has no such configuration,
+        PhatgooseError: the data set is unavailable, is a script, or has no such configuration,
             folder or split.
     """
     import datasets  # slow, and needed only here
@@ -99,36 +99,36 @@ def rows(data: HubData, split: str, folder: str | None) -> "datasets.Dataset":
         if (place / "dataset_dict.json").exists():  # written by save_to_disk
             found = datasets.load_from_disk(str(place))
             if split not in found:
-                raise PhatgooseError(f"data set {data} has no split {split}, only {list(found)}")
+                raise PhatgooseError(f"data set {data} has no split {split}; it has {list(found)}")
             return found[split]
         return datasets.load_dataset(
             str(local),
             data.config or None,
             data_dir=data.data_dir or None,
             split=split,
-            # datasets' own cache takes a folder whose files have changed for the same.
+            # datasets' own cache does not notice that files of a folder have changed.
             cache_dir=str(cache_dir() / "datasets" / _hash(identity(data, folder))),
         )
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
             raise
         raise PhatgooseError(
-            f"data set {data} is a script, which is never run: name a copy in parquet, or try "
-            f"revision: {PARQUET} with data_dir: <its configuration>"
+            f"data set {data} is a script, and scripts are never run. Name a copy in parquet, or "
+            f"try revision: {PARQUET} with data_dir: <its configuration>."
         ) from error
     except (ValueError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
         raise PhatgooseError(f"data set {data}, split {split}: {reason_of(error)}") from error
 
 
 def origin(data: HubData, folder: str | None) -> dict[str, str]:
-    """What is to be kept with the data: where it is from."""
+    """Return where the data comes from, to be stored with it."""
     local = _local(data, folder)
     where = {"data_set": str(data)}
     return where | ({"copy": str(local)} if local else {"revision": _revision(data)})
 
 
 def _local(data: HubData, folder: str | None) -> Path | None:
-    """The user's own copy, if there is one."""
+    """Return the user's own copy, if there is one."""
     if folder is None:
         return None
     path = Path(folder).expanduser() / data.path
@@ -140,7 +140,7 @@ def _patterns(data: HubData) -> str | None:
 
 
 def _snapshot(data: HubData) -> Path | None:
-    """What was downloaded before; of the pinned revision, if there is one."""
+    """Return the snapshot that was downloaded before, of the pinned revision if there is one."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -171,7 +171,7 @@ def _download(data: HubData) -> Path:
 
 
 def _revision(data: HubData) -> str:
-    """The commit that is used: the pinned one, that of what is in the cache, or the newest."""
+    """Return the commit to use: the pinned one, else the cached one, else the newest."""
     pinned = _pinned(data)
     if pinned is not None:
         return pinned
@@ -184,7 +184,7 @@ def _revision(data: HubData) -> str:
 
 
 def _pinned(data: HubData) -> str | None:
-    """The commit that was used before."""
+    """Return the commit that was used before, if any."""
     note = _note(data)
     return str(json.loads(note.read_bytes())["revision"]) if note.exists() else None
 
@@ -196,19 +196,19 @@ def _note(data: HubData) -> Path:
 
 @lru_cache
 def _newest(path: str, revision: str) -> str:
-    """The commit that a branch is at; asks the hub."""
+    """Ask the hub for the commit of a branch."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
 
     if constants.is_offline_mode():
-        raise PhatgooseError("the hub is not asked (HF_HUB_OFFLINE is set)")
+        raise PhatgooseError("the hub is not accessed (HF_HUB_OFFLINE is set)")
     if _SILENT:
         raise PhatgooseError(_SILENT[0])
     try:
         return str(HfApi().dataset_info(path, revision=revision, timeout=20).sha)
     except HfHubHTTPError as error:
-        raise PhatgooseError(f"the hub does not give it: {reason_of(error)}") from error
-    except Exception as error:  # whatever the network does: a second question would wait as long
+        raise PhatgooseError(f"the hub does not provide it: {reason_of(error)}") from error
+    except Exception as error:  # any network failure; a second request would wait as long
         _SILENT.append(f"the hub cannot be reached: {reason_of(error)}")
         raise PhatgooseError(_SILENT[0]) from error
 

@@ -1,14 +1,14 @@
-"""A user's own tasks, from files: JSON Lines, CSV or TSV, parquet; one example a line or row.
+"""Read a user's own tasks from JSON Lines, CSV, TSV or parquet files, one example per line or row.
 
     {"input": "Translate to French: cat", "target": "chat"}
     {"input": "2 + 2 =", "target": ["4", "four"]}
     {"input": "Is ice warm?", "choices": ["yes", "no"], "correct": 1}
 
-`correct` is an index into the choices, the right choice itself, or a list of either. In CSV, where
-all is text, a list is written as JSON; what could mean two things there is refused. The prompt is
-the input as it stands; a target or choice follows it, with a space in between where the input does
-not end with white space. `cluster`, if it is given, joins examples that are not independent, such
-as questions about one passage, see `harness.tasks.clusters`.
+`correct` is an index into the choices, the correct choice itself, or a list of either. In CSV all
+values are text: a list is written as JSON, and ambiguous values are rejected. The prompt is the
+input as it is. A target or choice follows it, separated by a space unless the input ends with
+whitespace. The optional column `cluster` groups examples that are not independent, such as
+questions about one passage, see `harness.tasks.clusters`.
 """
 
 import csv
@@ -31,19 +31,19 @@ from harness.tasks.spec import TaskSpec
 from phatgoose.errors import PhatgooseError, did_you_mean, reason_of
 
 _SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
-# No example is so long; a line that is would be read whole before it could be refused.
+# Longer lines are rejected before they are read into memory completely.
 _LONGEST_LINE = 16 * 2**20
 _INDEX = re.compile(r"\s*[0-9]{1,9}\s*")
 
 
 @dataclass(frozen=True)
 class Options:
-    """How the files are read.
+    """Options for reading the files.
 
     Attributes:
-        input, target, choices, correct, cluster: the columns' names.
-        evaluation: files or patterns whose examples are the evaluation split; if there are none,
-            one fifth of all is.
+        input, target, choices, correct, cluster: names of the columns.
+        evaluation: files or patterns whose examples form the evaluation split. Without them, one
+            fifth of all examples does.
     """
 
     input: str = "input"
@@ -55,18 +55,18 @@ class Options:
 
 
 def check(spec: TaskSpec) -> None:
-    """Refuse unknown options, and patterns that no file has."""
+    """Reject unknown options, and patterns that match no file."""
     _all_files(spec)
 
 
 def expand(group: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """One task per file that `files` names: a pattern, a folder, or a list of such."""
+    """Return one task per file that `files` names: a pattern, a folder, or a list of them."""
     if "files" not in group or (group["files"] is None and group.get("tasks")):
         return {}
     if not group["files"]:
         raise PhatgooseError(
-            f"{group['name']}: say which files, one task each, such as "
-            f"files='/data/*.jsonl' ({', '.join(_SUFFIXES)})"
+            f"{group['name']}: no files are given. Name one per task, such as "
+            f"files='/data/*.jsonl' ({', '.join(_SUFFIXES)})."
         )
     patterns = [group["files"]] if isinstance(group["files"], str) else list(group["files"])
     tasks: dict[str, dict[str, Any]] = {}
@@ -74,15 +74,15 @@ def expand(group: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         name = re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(file).stem).lstrip(".-") or "task"
         if name in tasks:
             raise PhatgooseError(
-                f"{group['name']}: {tasks[name]['members'][0]} and {file} would both make the "
-                f"task {name}: rename one, or name the tasks one by one"
+                f"{group['name']}: {tasks[name]['members'][0]} and {file} would both become the "
+                f"task {name}. Rename one, or name the tasks one by one."
             )
         tasks[name] = {"members": [file]}
     return tasks
 
 
 def identity(spec: TaskSpec) -> Any:
-    """SHA-256 of each file's content."""
+    """Return the SHA-256 of each file's content."""
     members, evaluation = _all_files(spec)
     try:
         return [[file_digest(Path(file)) for file in files] for files in (members, evaluation)]
@@ -91,9 +91,9 @@ def identity(spec: TaskSpec) -> Any:
 
 
 def missing(spec: TaskSpec) -> str | None:
-    """Which files are not there."""
+    """Return which files are missing."""
     absent = [file for files in _all_files(spec) for file in files if not Path(file).exists()]
-    return f"there is no {', '.join(absent)}" if absent else None
+    return f"cannot find {', '.join(absent)}" if absent else None
 
 
 def read(specs: Sequence[TaskSpec]) -> Iterator[TaskRecords]:
@@ -103,7 +103,7 @@ def read(specs: Sequence[TaskSpec]) -> Iterator[TaskRecords]:
 
 
 def with_space(prompt: str) -> str:
-    """The prompt as an answer follows it: after white space."""
+    """Return the prompt with a trailing space unless it ends with whitespace."""
     return prompt if prompt[-1:].isspace() else prompt + " "
 
 
@@ -129,20 +129,20 @@ def _all_files(spec: TaskSpec) -> tuple[list[str], list[str]]:
 
 
 def _files(name: str, patterns: Sequence[str]) -> list[str]:
-    """The files of patterns and folders, each pattern's sorted by name."""
+    """Return the files of patterns and folders; the matches of each are sorted by name."""
     found: list[str] = []
     for pattern in map(str, patterns):
-        path = Path(pattern).expanduser().absolute()  # an actor may work elsewhere
+        path = Path(pattern).expanduser().absolute()  # actors have other working directories
         if path.is_dir():
             matches = [str(p) for p in sorted(path.iterdir()) if p.suffix in _SUFFIXES]
         elif glob.has_magic(pattern) and not path.exists():
-            matches = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (absolute ones, too)
+            matches = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (absolute patterns, too)
         else:
             matches = [str(path)]
         if not matches:
             raise PhatgooseError(
-                f"{name}: no file matches {pattern} (looked in {Path.cwd()}; a folder must have "
-                f"files that end in {', '.join(_SUFFIXES)})"
+                f"{name}: no file matches {pattern} (searched from {Path.cwd()}; a folder must "
+                f"contain files that end in {', '.join(_SUFFIXES)})"
             )
         for file in matches:
             if Path(file).suffix not in _SUFFIXES:
@@ -155,7 +155,7 @@ def _examples(
     file: str,
     options: Options = Options(),
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The examples of a file, each with its place."""
+    """Yield the examples of a file, each with its place."""
     suffix = Path(file).suffix
     try:
         if suffix == ".parquet":
@@ -178,14 +178,14 @@ def _json_lines(file: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
             raise PhatgooseError(f"{where}: not JSON ({error})") from error
         if not isinstance(example, dict):
             raise PhatgooseError(
-                f'{where}: it is no object; an example is {{"input": text, "target": text or list}}'
+                f'{where}: not an object. Write {{"input": text, "target": text or list}}'
                 ' or {"input": text, "choices": list, "correct": index, text or list}'
             )
         yield where, example
 
 
 def _lines(file: str) -> Iterator[tuple[str, str]]:
-    """The lines of a file in UTF-8, each with its place."""
+    """Yield the lines of a UTF-8 file, each with its place."""
     with Path(file).open("rb") as stream:
         number = 0
         while line := stream.readline(_LONGEST_LINE):
@@ -193,27 +193,27 @@ def _lines(file: str) -> Iterator[tuple[str, str]]:
             where = f"{file}, line {number}"
             if len(line) == _LONGEST_LINE and not line.endswith(b"\n"):
                 raise PhatgooseError(
-                    f"{where}: it is longer than {_LONGEST_LINE // 2**20} MiB: is it one example "
-                    "a line?"
+                    f"{where}: longer than {_LONGEST_LINE // 2**20} MiB. Put one example on each "
+                    "line."
                 )
             try:
                 yield where, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise PhatgooseError(
-                    f"{where}: byte {error.start + 1} is not UTF-8: convert the file to UTF-8"
+                    f"{where}: byte {error.start + 1} is not UTF-8. Convert the file to UTF-8."
                 ) from error
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; ValueError if a key is there twice, of which JSON would keep the last."""
+    """Return a JSON object. Raise ValueError for a duplicate key; `json` would keep the last."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError(f"the key {_twice([key for key, _ in pairs])!r} is there twice")
+        raise ValueError(f"duplicate key {_twice([key for key, _ in pairs])!r}")
     return found
 
 
 def _twice(names: Sequence[str]) -> str | None:
-    """The first name that is there twice."""
+    """Return the first name that occurs twice."""
     return next((name for name in names if names.count(name) > 1), None)
 
 
@@ -223,18 +223,18 @@ def _csv(file: str, delimiter: str, options: Options) -> Iterator[tuple[str, Map
     try:
         header = list(reader.fieldnames or ())
         if (name := _twice(header)) is not None:
-            raise PhatgooseError(f"{file}, line 1: the column {name!r} is there twice: rename one")
+            raise PhatgooseError(f"{file}, line 1: duplicate column {name!r}. Rename one.")
         for row in reader:
             where = f"{file}, line {reader.line_num}"
             if None in row or None in row.values():
-                raise PhatgooseError(f"{where}: it has not {len(header)} fields, as the header has")
+                raise PhatgooseError(f"{where}: it does not have the header's {len(header)} fields")
             yield where, _from_csv(row, options, where)
-    except csv.Error as error:  # in the row that begins behind the last one that was read
+    except csv.Error as error:  # in the row after the last one read
         raise PhatgooseError(f"{file}, line {reader.line_num + 1}: {error}") from error
 
 
 def _from_csv(row: Mapping[str, str], options: Options, where: str) -> dict[str, Any]:
-    """A row with its lists as lists; PhatgooseError where a field could mean two things."""
+    """Return a row with its lists parsed; raise PhatgooseError for an ambiguous field."""
     example: dict[str, Any] = {k: v for k, v in row.items() if v != "" or k == options.input}
     for name in (options.target, options.choices, options.correct):
         if name in example:
@@ -242,8 +242,8 @@ def _from_csv(row: Mapping[str, str], options: Options, where: str) -> dict[str,
     target = example.get(options.target)
     if isinstance(target, list) and not all(isinstance(item, str) for item in target):
         raise PhatgooseError(
-            f"{where}: {options.target} is {_short(row[options.target])}, a text or a list of "
-            'answers? For a list, quote its items, as ["1", "2"]; for a text, use JSON Lines.'
+            f"{where}: {options.target}={_short(row[options.target])}: it could be text or a list "
+            'of answers. For a list, quote its items, as in ["1", "2"]; for text, use JSON Lines.'
         )
     choices, correct = example.get(options.choices), example.get(options.correct)
     if isinstance(choices, list) and isinstance(correct, str) and _INDEX.fullmatch(correct):
@@ -251,14 +251,14 @@ def _from_csv(row: Mapping[str, str], options: Options, where: str) -> dict[str,
         index, itself = int(correct), correct.strip()
         if itself in texts and not (index < len(texts) and texts[index] == itself):
             raise PhatgooseError(
-                f"{where}: {options.correct} is {itself}, an index or the choice {itself!r}? For "
-                f'the choice, write ["{itself}"]; for an index, write [{itself}].'
+                f"{where}: {options.correct}={itself}: it could be an index or the choice "
+                f'{itself!r}. For the choice, write ["{itself}"]; for an index, write [{itself}].'
             )
     return example
 
 
 def _list_of_json(value: str) -> Any:
-    """A list that CSV holds as JSON; other text as it is."""
+    """Return the list that a CSV field contains as JSON; any other text unchanged."""
     if re.fullmatch(r"\s*\[.*\]\s*", value, re.DOTALL):
         try:
             return json.loads(value)
@@ -272,14 +272,14 @@ def _parquet(file: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
         with pq.ParquetFile(file) as opened:
             if (name := _twice(opened.schema_arrow.names)) is not None:
-                raise PhatgooseError(f"{file}: the column {name!r} is there twice: rename one")
+                raise PhatgooseError(f"{file}: duplicate column {name!r}. Rename one.")
             for batch in opened.iter_batches(1000):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{file}, row {number}", {k: v for k, v in row.items() if v is not None}
     except pa.ArrowException as error:
-        raise PhatgooseError(f"{file} is no parquet file: {reason_of(error)}") from error
-    # What Arrow's values raise where Python has none like them, such as a year of 20,000.
+        raise PhatgooseError(f"{file} is not a parquet file: {reason_of(error)}") from error
+    # Raised for Arrow values that Python cannot represent, such as the year 20,000.
     except (ValueError, OverflowError, TypeError, RecursionError) as error:
         raise PhatgooseError(
             f"{file}, after row {number}: it cannot be read ({reason_of(error)})"
@@ -300,8 +300,8 @@ def _record(task: str, example: Mapping[str, Any], where: str, options: Options)
         return named(Record(task, "", prompt, _texts(target, where), [], [], cluster=cluster))
     if options.target in example:
         raise PhatgooseError(
-            f"{where}: it has both {options.target} and {options.choices}: give one of them, and "
-            f"with {options.choices} the right one as {options.correct}"
+            f"{where}: it has both {options.target} and {options.choices}. Give one of them; with "
+            f"{options.choices}, give the correct one as {options.correct}."
         )
     choices = _texts(example[options.choices], where)
     given = _column(example, options.correct, "correct", where)
@@ -310,7 +310,7 @@ def _record(task: str, example: Mapping[str, Any], where: str, options: Options)
     ]
     if len(set(choices)) < 2 and all(choices):
         raise PhatgooseError(
-            f"{where}: there is only one choice: give at least two, or a target without choices"
+            f"{where}: there is only one choice. Give at least two, or a target without choices."
         )
     targets = [choices[i] for i in correct]
     return named(Record(task, "", prompt, targets, choices, correct, cluster=cluster))
@@ -321,13 +321,13 @@ def _column(example: Mapping[str, Any], name: str, option: str, where: str) -> A
         return example[name]
     hint = did_you_mean(name, example)
     raise PhatgooseError(
-        f"{where}: it has no {name}, only {_printable(example)}: {f'{hint} ' if hint else ''}"
-        f"load_opts.{option} gives the column's name"
+        f"{where}: no column {name}; it has {_printable(example)}{f'; {hint}' if hint else '.'} "
+        f"Set load_opts.{option} to the column's name."
     )
 
 
 def _index(given: Any, choices: list[str], where: str) -> int:
-    """Which choice is right: given by its index, as number or text, or by itself."""
+    """Return the index of the correct choice, given by its index (number or text) or its text."""
     if isinstance(given, str):
         if given.strip() in choices:
             return choices.index(given.strip())
@@ -335,7 +335,7 @@ def _index(given: Any, choices: list[str], where: str) -> int:
     if type(given) is int and 0 <= given < len(choices):
         return given
     raise PhatgooseError(
-        f"{where}: the right choice is {_short(given)}, neither an index into the {len(choices)} "
+        f"{where}: the correct choice {_short(given)} is neither an index into the {len(choices)} "
         "choices nor one of them"
     )
 
@@ -350,20 +350,20 @@ def _texts(value: Any, where: str) -> list[str]:
 
 
 def _whole(text: str, where: str) -> str:
-    """The text, if UTF-8 can hold it."""
+    """Return the text if UTF-8 can encode it; raise PhatgooseError otherwise."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         half = ascii(text[error.start])
         raise PhatgooseError(
-            f"{where}: {half} is half a character (a lone surrogate), which no tokenizer reads: "
-            "remove it, or write the whole character"
+            f"{where}: {half} is a lone surrogate (half a character), and no tokenizer accepts it. "
+            "Remove it, or write the complete character."
         ) from error
     return text
 
 
 def _printable(names: Iterable[str]) -> str:
-    """Names for an error: half a character would stop it from being printed."""
+    """Join names for an error message; escape lone surrogates so that it can be printed."""
     return ", ".join(names).encode(errors="backslashreplace").decode() or "nothing"
 
 

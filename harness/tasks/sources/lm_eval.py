@@ -1,10 +1,10 @@
-"""Anything that lm-eval knows: its packaged tasks and groups, and a user's own YAML files.
+"""Any task that lm-eval knows: its packaged tasks and groups, and a user's own YAML files.
 
-A suite says `lm_eval: [bbh, arc_easy]`; groups and tags become their tasks. lm-eval's own task
-object is what evaluates (its prompts, shots, filters and metrics); the records made here say which
-documents it has, in its order, for the plan, the check of contamination, and the samples.
+A suite names them, as in `lm_eval: [bbh, arc_easy]`; groups and tags are expanded to their tasks.
+lm-eval's own task object evaluates (its prompts, shots, filters and metrics). The records made here
+list its documents in its order, for the plan, the contamination check and the samples.
 
-`overlay` replaces fields of packaged definitions, by task or pattern, so that they read local
+`overlay` replaces fields of packaged definitions, by task or pattern, for example to read local
 files: {bbh_*: {dataset_path: json, dataset_kwargs: {data_files: ...}, dataset_name: null}}.
 """
 
@@ -35,23 +35,23 @@ from harness.tasks.spec import TaskSpec
 from phatgoose.cache import cache_dir
 from phatgoose.errors import PhatgooseError, did_you_mean, reason_of
 
-# What belongs to a definition, beside its YAML file.
+# Files that may belong to a definition.
 _CODE = ("*.py", "*.yaml", "*.yml", "*.jinja", "*.jinja2", "*.txt")
-# So many documents of a task are looked at to know whether it can be evaluated.
+# Number of documents read to check that a task can be evaluated.
 _CHECKED = 8
-# The place of local data in what a definition takes from here.
+# Index of the local data in the result of `_definition`.
 _LOCAL_DATA = 3
-# What routed inference can answer.
+# Output types that routed inference supports.
 _OUTPUT_TYPES = ("multiple_choice", "generate_until", "loglikelihood")
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a task is loaded.
+    """Options for loading a task.
 
     Attributes:
         include_path: a folder with the user's own task definitions.
-        num_fewshot: how many shots, instead of the definition's.
+        num_fewshot: number of shots, instead of the definition's.
         overlay: fields that replace the definition's.
     """
 
@@ -61,19 +61,21 @@ class Options:
 
 
 def check(spec: TaskSpec) -> None:
-    """Refuse unknown options and more than one member."""
+    """Reject unknown options and more than one member."""
     options_of(Options, spec)
     if len(spec.members) != 1:
-        raise PhatgooseError(f"task {spec.name}: its member must be one task of lm-eval")
+        raise PhatgooseError(f"task {spec.name}: members must be exactly one lm-eval task")
 
 
 def expand(group: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """One task per task of lm-eval that `lm_eval` names, itself or by a group or tag."""
+    """Return one task per lm-eval task that `lm_eval` names, directly or by a group or tag."""
     names = group.get("lm_eval")
     if not names:
         if group.get("tasks"):
             return {}
-        raise PhatgooseError(f"{group['name']}: say which tasks of lm-eval, as suite=lm_eval:bbh")
+        raise PhatgooseError(
+            f"{group['name']}: no tasks are given. Name lm-eval tasks, such as suite=lm_eval:bbh."
+        )
     include_path = group.get("include_path")
     shared = {
         key: group[key] for key in ("include_path", "num_fewshot") if group.get(key) is not None
@@ -91,10 +93,10 @@ def expand(group: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def identity(spec: TaskSpec) -> Any:
-    """lm-eval's version, the definition, and the content of every file that it takes from here.
+    """Return lm-eval's version, the definition, and the hashes of all local files it uses.
 
     Those are the code beside the definition or in `include_path`, and local data. A function that
-    makes the data set may read anything, so its documents are made, and count themselves.
+    builds the data set may read anything, so the hash of its documents is included.
     """
     found = _definition(spec)
     if _fields(spec).get("custom_dataset"):
@@ -103,14 +105,14 @@ def identity(spec: TaskSpec) -> Any:
 
 
 def _fields(spec: TaskSpec) -> dict[str, Any]:
-    """The fields of a task's definition, those of the overlay in place of its own."""
+    """Return the fields of a task's definition, overridden by the overlay."""
     options = options_of(Options, spec)
     entry = _manager(options.include_path).task_index.get(spec.members[0])
     return {**(getattr(entry, "cfg", None) or {}), **(options.overlay or {})}
 
 
 def _documents_digest(spec: TaskSpec, determined_by: str) -> str:
-    """Make a task's documents, not taking those made before, and return their hash."""
+    """Build a task's documents without using the cache, and return their hash."""
     load_opts = json.dumps(dict(spec.load_opts), sort_keys=True)
     task = _load.__wrapped__(spec.members[0], load_opts, determined_by)
     documents = json.dumps(list(task.eval_docs), default=str)
@@ -136,7 +138,7 @@ def _definition(spec: TaskSpec) -> list[Any]:
 
 
 def _local_data(dataset_path: Any, dataset_kwargs: Any) -> list[Any]:
-    """The content of all files and folders here that a data set's definition names."""
+    """Return the hashes of all local files and folders that a data set's definition names."""
     root = Path(str(dataset_path or "")).expanduser()
     found: list[Any] = []
     if dataset_path and root.is_dir():
@@ -147,7 +149,7 @@ def _local_data(dataset_path: Any, dataset_kwargs: Any) -> list[Any]:
     named = filter(None, _strings([kwargs.get("data_files"), kwargs.get("data_dir")]))
     for text in (text.removeprefix("file://") for text in named):
         for start in (Path.cwd(), root):
-            # Of an absolute path, `start` plays no part.
+            # `start` has no effect on an absolute path.
             for match in sorted(glob.glob(str(start / text), recursive=True)):  # noqa: PTH207
                 path = Path(match)
                 found.append(file_digest(path) if path.is_file() else folder_digests(path))
@@ -155,7 +157,7 @@ def _local_data(dataset_path: Any, dataset_kwargs: Any) -> list[Any]:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Every text in nested lists and mappings."""
+    """Yield every string in nested lists and mappings."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -167,13 +169,13 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def missing(spec: TaskSpec) -> str | None:
-    """Why its documents cannot be had. Local files are loaded to see that; the hub is asked."""
+    """Return why the documents are unavailable. Loads local files, and asks the hub."""
     fields = _fields(spec)
     path = str(fields.get("dataset_path") or "")
     if "/" in path and not Path(path).exists() and not _datasets_cache(path).exists():
-        # datasets itself would try again and again, for each task, where there is no network.
+        # Without a network, datasets itself would retry for each task.
         problem = hub.missing(HubData(path, str(fields.get("dataset_name") or "")), None)
-        return problem and f"{problem}; overlay= names local files"
+        return problem and f"{problem}; use overlay= to name local files"
     try:
         task = load_task(spec)
         for _ in itertools.islice(_records(spec, task), _CHECKED):
@@ -184,14 +186,14 @@ def missing(spec: TaskSpec) -> str | None:
 
 
 def _datasets_cache(path: str) -> Path:
-    """Where datasets keeps what it has loaded of a data set."""
+    """Return the folder of a data set in datasets' cache."""
     import datasets
 
     return Path(datasets.config.HF_DATASETS_CACHE) / path.replace("/", "___")
 
 
 def read(specs: Sequence[TaskSpec]) -> Iterator[TaskRecords]:
-    """The documents of tasks, in lm-eval's order."""
+    """Read the documents of tasks, in lm-eval's order."""
     for spec in specs:
         task = load_task(spec)
         about = str(task.config.description or "").strip() or spec.members[0].replace("_", " ")
@@ -199,13 +201,13 @@ def read(specs: Sequence[TaskSpec]) -> Iterator[TaskRecords]:
 
 
 def load_task(spec: TaskSpec) -> Any:
-    """lm-eval's task object.
+    """Return lm-eval's task object.
 
     Raises:
-        PhatgooseError: there is no such task, its data cannot be had, or routed inference cannot
-            answer what it asks.
+        PhatgooseError: there is no such task, its data is unavailable, or routed inference does not
+            support its output type or generation options.
     """
-    # The identity, so that what was changed meanwhile is read again.
+    # The identity is part of the cache key, so that changed files are read again.
     determined_by = json.dumps(identity(spec))
     return _load(spec.members[0], json.dumps(dict(spec.load_opts), sort_keys=True), determined_by)
 
@@ -220,23 +222,23 @@ def _load(name: str, load_opts: str, determined_by: str) -> Any:
     entry = manager.task_index.get(name)
     kwargs = fields.get("dataset_kwargs", (getattr(entry, "cfg", None) or {}).get("dataset_kwargs"))
     if json.loads(determined_by)[_LOCAL_DATA]:
-        # datasets' own cache takes files of the same size and time for the same.
+        # datasets' own cache does not notice a change that keeps the file's size and time.
         cache = cache_dir() / "datasets" / hashlib.sha256(determined_by.encode()).hexdigest()[:16]
         fields["dataset_kwargs"] = {**(kwargs or {}), "cache_dir": str(cache)}
     try:
         with lm_eval_seeds():
-            # Only a group, here of one, may change fields of its tasks.
+            # Only a group can change fields of its tasks, so this is a group of one.
             (task,) = manager.load([{"group": "one", "task": [fields]}])["tasks"].values()
-    except Exception as error:  # whatever data sets, the network and task code raise
+    except Exception as error:  # data sets, the network and task code raise anything
         raise PhatgooseError(
             f"task {name} of lm-eval cannot be loaded ({type(error).__name__}: "
-            f"{reason_of(error)}); its data set is looked for on the hub and in the hub's cache; "
-            "overlay= names local files"
+            f"{reason_of(error)}). Its data set was searched on the hub and in the hub's cache; "
+            "use overlay= to name local files."
         ) from error
     if task.OUTPUT_TYPE not in _OUTPUT_TYPES:
         raise PhatgooseError(
-            f"task {name} of lm-eval asks for {task.OUTPUT_TYPE}, which routed inference does not "
-            "offer: leave it out of the suite"
+            f"task {name} of lm-eval needs {task.OUTPUT_TYPE}, and routed inference does not "
+            "support it. Remove the task from the suite."
         )
     if task.OUTPUT_TYPE == "generate_until":
         generation_options(f"{name} of lm-eval", task.config.generation_kwargs)
@@ -244,7 +246,7 @@ def _load(name: str, load_opts: str, determined_by: str) -> Any:
 
 
 def _with_fixed_documents(task: Any) -> Any:
-    """The task with the documents that it has now: some draw them again whenever they are asked."""
+    """Return the task with its current documents fixed. Some tasks draw them on each access."""
     documents = task.task_docs if hasattr(task, "task_docs") else task.eval_docs
     kind = type(task)
     task.__class__ = type(kind.__name__, (kind,), {"eval_docs": property(lambda _: documents)})
@@ -252,7 +254,7 @@ def _with_fixed_documents(task: Any) -> Any:
 
 
 def _manager(include_path: str | None) -> Any:
-    """Every definition there is; this takes some seconds the first time."""
+    """Return the index of all definitions. The first call takes some seconds."""
     own = folder_digests(Path(include_path), _CODE) if include_path else []
     return _make_manager(include_path, json.dumps(own))
 
@@ -265,7 +267,7 @@ def _make_manager(include_path: str | None, determined_by: str) -> Any:
 
 
 def _leaves(name: str, include_path: str | None) -> Iterator[str]:
-    """The tasks that a name stands for; no data is loaded."""
+    """Yield the tasks of a task, group or tag without loading data."""
     from lm_eval.tasks._index import Kind
 
     index = _manager(include_path).task_index
@@ -284,7 +286,7 @@ def _leaves(name: str, include_path: str | None) -> Iterator[str]:
 
 
 def _members(group: str, member: Any, include_path: str | None) -> Iterator[str]:
-    """The tasks of one entry of a group, which may be a group that is written out."""
+    """Yield the tasks of one entry of a group. The entry may be an inline group."""
     if isinstance(member, str):
         yield from _leaves(member, include_path)
     elif isinstance(member, Mapping) and isinstance(member.get("task"), list):
@@ -292,15 +294,15 @@ def _members(group: str, member: Any, include_path: str | None) -> Iterator[str]
             yield from _members(group, inner, include_path)
     else:
         raise PhatgooseError(
-            f"group {group} of lm-eval changes its tasks ({member}): name the tasks you want"
+            f"group {group} of lm-eval changes its tasks ({member}). Name the tasks you want."
         )
 
 
 @contextlib.contextmanager
 def lm_eval_seeds() -> Iterator[None]:
-    """Seed all generators as `lm_eval.simple_evaluate` does; put them back afterwards.
+    """Seed all generators as `lm_eval.simple_evaluate` does, and restore them afterwards.
 
-    Tasks draw when they are loaded and when their requests are built.
+    Tasks draw random numbers when they are loaded and when their requests are built.
     """
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED  # slow to import
 
@@ -317,21 +319,21 @@ def lm_eval_seeds() -> Iterator[None]:
 
 
 def check_documents(spec: TaskSpec, task: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Raise PhatgooseError if the task's first documents are not those that were stored."""
+    """Raise PhatgooseError if the task's first documents differ from the stored ones."""
     with lm_eval_seeds():
         found = [asdict(r) for _, r in itertools.islice(_records(spec, task), len(rows))]
     for number, (row, again) in enumerate(zip(rows, found, strict=False)):
         if any(row[key] != again[key] for key in ("input", "targets", "choices", "correct")):
             raise PhatgooseError(
                 f"task {spec.name} of lm-eval: document {number} differs from the one that was "
-                "stored when the data was prepared, so its numbers could not be compared. Its "
+                "stored when the data was prepared, so results would not be comparable. Either its "
                 "definition draws without a seed (seed it there), or its own code reads a file "
                 "that changed (remove the task's folder from the cache)."
             )
     if len(found) < len(rows):
         raise PhatgooseError(
-            f"task {spec.name} of lm-eval: it has {len(found)} documents, and {len(rows)} were "
-            "stored when the data was prepared. Remove its folder from the cache, and run again."
+            f"task {spec.name} of lm-eval has {len(found)} documents, and {len(rows)} were stored "
+            "when the data was prepared. Remove its folder from the cache, and run again."
         )
 
 
@@ -340,10 +342,10 @@ def _records(spec: TaskSpec, task: Any) -> Iterator[tuple[Split, Record]]:
         where = f"task {spec.name} of lm-eval, document {number}"
         try:
             record = _record(spec, task, number, doc)
-        except Exception as error:  # whatever templates and the task's own code raise
+        except Exception as error:  # templates and the task's own code raise anything
             raise PhatgooseError(
                 f"{where}: it cannot be read ({type(error).__name__}: {reason_of(error)}). Fix "
-                "the task's definition, or leave the task out of the suite."
+                "the task's definition, or remove the task from the suite."
             ) from error
         check_record(record, where)
         yield "evaluation", record
@@ -355,8 +357,8 @@ def _record(spec: TaskSpec, task: Any, number: int, doc: Mapping[str, Any]) -> R
     correct: list[int] = []
     if task.OUTPUT_TYPE == "multiple_choice":
         choices = [str(choice) for choice in task.doc_to_choice(doc)]
-        # With several inputs, the choices are beginnings, the text says which is right, and the
-        # target is the one end that follows each.
+        # With several inputs, the choices are contexts, the text gives the index of the correct
+        # one, and the target is the continuation that they share.
         given = prompt if task.multiple_input else target
         given = given if isinstance(given, list) else [given]
         correct = [r if isinstance(r, int) else choices.index(str(r)) for r in given]
@@ -365,5 +367,5 @@ def _record(spec: TaskSpec, task: Any, number: int, doc: Mapping[str, Any]) -> R
     else:
         targets = [str(t) for t in (target if isinstance(target, list) else [target])]
     text = "\n".join(value for value in doc.values() if isinstance(value, str))
-    # Documents are named by their number, which is lm-eval's order when they are sorted.
+    # Ids are numbers, so that sorting them gives lm-eval's order.
     return Record(spec.name, f"{number:08x}", str(prompt), targets, choices, correct, text=text)

@@ -1,7 +1,7 @@
-"""Natural Instructions v2 (Wang et al., arXiv 2204.07705), from a clone of its repository.
+"""Read Natural Instructions v2 (Wang et al., arXiv 2204.07705) from a clone of its repository.
 
-`folder` is the clone, with `tasks/task*.json`; members are the files' names without `.json`. A pool
-without named tasks has one expert per category or per task (`by`), of the tasks in one language.
+`folder` is the clone, with `tasks/task*.json`. Members are file names without `.json`. A pool
+without named tasks has one expert per category or per task (`by`), for the tasks in one language.
 The prompt is zero-shot: the definition, then the input, then "Output:".
 """
 
@@ -23,25 +23,25 @@ from phatgoose.errors import PhatgooseError
 
 @dataclass(frozen=True)
 class Options:
-    """How tasks are read.
+    """Options for reading tasks.
 
     Attributes:
-        max_examples: how many examples of each member to keep at most, the first ones.
+        max_examples: maximum number of examples to keep of each member, the first ones.
     """
 
     max_examples: int = 500_000
 
 
 def check(spec: TaskSpec) -> None:
-    """Refuse unknown options, and members that could be other paths."""
+    """Reject unknown options, and members that are not plain file names."""
     options_of(Options, spec)
     for member in spec.members:
         if not re.fullmatch(r"[\w-]+", member):
-            raise PhatgooseError(f"task {spec.name}: {member!r} is no task's name")
+            raise PhatgooseError(f"task {spec.name}: {member!r} is not a task name")
 
 
 def expand(group: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """One task per category or per file of the clone."""
+    """Return one task per category or per file of the clone."""
     if group.get("tasks") and "by" not in group:
         return {}
     by, language = group.get("by", "category"), str(group.get("language", "English"))
@@ -59,18 +59,18 @@ def expand(group: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def identity(spec: TaskSpec) -> Any:
-    """The hash of each member's file."""
+    """Return the hash of each member's file."""
     paths = [_file(spec, member) for member in spec.members]
     lacking = [path for path in paths if not path.exists()]
     if lacking:
-        raise PhatgooseError(f"there is no {lacking[0]}")
+        raise PhatgooseError(f"cannot find {lacking[0]}")
     return [file_digest(path) for path in paths]
 
 
 def missing(spec: TaskSpec) -> str | None:
-    """Which members' files are not there."""
+    """Return which members' files are missing."""
     lacking = [str(p) for m in spec.members if not (p := _file(spec, m)).exists()]
-    return f"there is no {', '.join(lacking)}" if lacking else None
+    return f"cannot find {', '.join(lacking)}" if lacking else None
 
 
 def read(specs: Sequence[TaskSpec]) -> Iterator[TaskRecords]:
@@ -89,7 +89,9 @@ def _records(spec: TaskSpec) -> Iterator[tuple[Split, Record]]:
             where = f"{path}, instance {number}"
             text, targets = instance.get("input"), instance.get("output")
             if not isinstance(text, str) or not isinstance(targets, list):
-                raise PhatgooseError(f"{where}: it has no input and output, only {list(instance)}")
+                raise PhatgooseError(
+                    f"{where}: input or output is missing; it has {list(instance)}"
+                )
             prompt = f"{definition}\n\nInput: {text.strip()}\nOutput: "
             record = Record(
                 spec.name,
@@ -107,12 +109,12 @@ def _records(spec: TaskSpec) -> Iterator[tuple[Split, Record]]:
 def _clone(name: str, folder: Any) -> Path:
     if not folder:
         raise PhatgooseError(
-            f"{name}: say where a clone of allenai/natural-instructions is: "
-            "pool.folder=/data/natural-instructions"
+            f"{name}: no folder is given. Name a clone of allenai/natural-instructions: "
+            "pool.folder=/data/natural-instructions."
         )
     tasks = Path(str(folder)).expanduser() / "tasks"
     if not tasks.is_dir():
-        raise PhatgooseError(f"{name}: {folder} is no clone of natural-instructions: no {tasks}")
+        raise PhatgooseError(f"{name}: {folder} is not a clone of natural-instructions: no {tasks}")
     return tasks
 
 
@@ -122,7 +124,7 @@ def _file(spec: TaskSpec, member: str) -> Path:
 
 @lru_cache(maxsize=8)
 def _index(tasks: Path) -> dict[str, dict[str, Any]]:
-    """Categories and languages by task, noted in the cache: the files hold gigabytes."""
+    """Return categories and languages by task. Cached, since the files are gigabytes."""
     note = cache_dir() / "natural_instructions.json"
     known: dict[str, Any] = json.loads(note.read_bytes()) if note.exists() else {}
     index = {}
@@ -146,5 +148,7 @@ def _load(path: Path) -> dict[str, Any]:
         raise PhatgooseError(f"{path} cannot be read as JSON: {error}") from error
     lacking = [k for k in ("Definition", "Categories", "Instances") if k not in task]
     if lacking:
-        raise PhatgooseError(f"{path} has no {', '.join(lacking)}: is it Natural Instructions v2?")
+        raise PhatgooseError(
+            f"{path} has no {', '.join(lacking)}. Use a clone of Natural Instructions v2."
+        )
     return task

@@ -1,12 +1,12 @@
-"""P3: data sets of the hub in the words of promptsource's templates, as PHATGOOSE's authors use it.
+"""P3: data sets of the hub rendered with promptsource's templates, as PHATGOOSE's authors use it.
 
-Every pair of a row and a template is an example. Training takes all templates, evaluation those
-that ask for the data set's original task, all pooled (arXiv 2402.05859, appendix B). A template
-that does not fit a row gives no example; the authors train on a placeholder there.
+Every pair of a row and a template is an example. Training uses all templates; evaluation uses those
+for the data set's original task, pooled (arXiv 2402.05859, appendix B). A template that does not
+apply to a row yields no example; the authors train on a placeholder instead.
 
-Evaluation records are multiple choice where the authors' are (`interface: mc`): of the choices, the
-right one is the template's answer, else the one with the longest common beginning. Training needs
-the answer only.
+Evaluation records are multiple choice where the authors' are (`interface: mc`). The correct choice
+is the template's answer, otherwise the choice with the longest common prefix. Training only needs
+the answer.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,22 +33,22 @@ _OWN = ("", "app_reviews", "duorc", "trec")
 
 @dataclass(frozen=True)
 class Options:
-    """Which rows and which templates; the member is the data set's id.
+    """Options that select rows and templates. The member is the data set's id.
 
     Attributes:
         templates: the data set's folder among promptsource's templates.
-        config, data_dir, revision: which part of the data set, see `hub.HubData`.
-        train_split, evaluation_split: the data set's splits; an empty one for none, as for tasks
+        config, data_dir, revision: which part of the data set to read, see `hub.HubData`.
+        train_split, evaluation_split: names of the data set's splits; empty for none, as for tasks
             that are only evaluated.
-        ignore: names of templates to leave out.
+        ignore: names of templates to skip.
         evaluation_templates: `original` or `all`.
         interface: `mc`, or `gen` for answers that are generated.
-        references: the column, such as `answers.text`, with all accepted answers of a row.
-        own: what the authors do for this data set alone: `app_reviews` (of its one split, 10,000
-            rows are for evaluation), `duorc` (rows without an answer get the words of a template
-            for that), `trec` (one prompt of its own over all fine labels, which `choices` names).
-        choices: the words for the labels, for `trec`.
-        max_examples: how many training pairs to keep at most, as the authors draw them.
+        references: the column with all accepted answers of a row, such as `answers.text`.
+        own: the authors' special case for this data set: `app_reviews` (10,000 rows of its only
+            split are for evaluation), `duorc` (rows without an answer get a template's text for
+            that case), `trec` (a single prompt over all fine labels, named by `choices`).
+        choices: the names of the labels, for `trec`.
+        max_examples: maximum number of training pairs to keep, drawn as the authors draw them.
     """
 
     templates: str = ""
@@ -70,22 +70,22 @@ expand = no_tasks
 
 
 def check(spec: TaskSpec) -> None:
-    """Refuse unknown options; names of templates are checked when they are read."""
+    """Reject unknown options. Names of templates are checked when they are read."""
     options = options_of(Options, spec)
     if len(spec.members) != 1:
-        raise PhatgooseError(f"task {spec.name}: its member must be one data set of the hub")
+        raise PhatgooseError(f"task {spec.name}: members must be one data set of the hub")
     one_of(options.evaluation_templates, ("original", "all"), f"task {spec.name}: templates")
     one_of(options.interface, ("mc", "gen"), f"task {spec.name}: interface")
     one_of(options.own, _OWN, f"task {spec.name}: own")
 
 
 def identity(spec: TaskSpec) -> Any:
-    """The data set's revision or files; the templates' version never changes."""
+    """Return the revision of the data set or its files. The templates' version is fixed."""
     return hub.identity(_data(spec), spec.folder)
 
 
 def missing(spec: TaskSpec) -> str | None:
-    """Whether the data set can be had."""
+    """Return why the data set is unavailable, or None."""
     return hub.missing(_data(spec), spec.folder)
 
 
@@ -107,7 +107,7 @@ def _records(spec: TaskSpec) -> Iterator[tuple[Split, Record]]:
     if options.interface == "mc":
         original = [t for t in original if t.answer_choices is not None]
     if not original:
-        raise PhatgooseError(f"task {spec.name}: no template is left to evaluate with")
+        raise PhatgooseError(f"task {spec.name}: no template is left for evaluation")
     for split, templates in (("train", every), ("evaluation", original)):
         name = getattr(options, f"{split}_split")
         if not name:
@@ -133,14 +133,14 @@ def _templates(spec: TaskSpec, options: Options) -> list[Template]:
 
 
 def _trec(choices: Sequence[str]) -> Template:
-    """The authors' one prompt for TREC."""
+    """Return the authors' only prompt for TREC."""
     prompt = "Question: {{ text }}\nAnswer choices: {{ answer_choices }}\nAnswer:"
     answer = "{{ answer_choices[fine_label] }}"
     return Template("fine labels", f"{prompt} ||| {answer}", " ||| ".join(choices), True)
 
 
 def _numbers(count: int, split: str, options: Options) -> Sequence[int] | np.ndarray:
-    """Which rows belong to a split, by their numbers in the data set's."""
+    """Return the numbers of the rows of a split, within the data set's split."""
     if options.own != "app_reviews":
         return range(count)
     order = list(range(count))
@@ -150,7 +150,7 @@ def _numbers(count: int, split: str, options: Options) -> Sequence[int] | np.nda
 
 
 def _pairs(rows: int, templates: int, split: str, options: Options) -> Iterator[tuple[int, int]]:
-    """Places of rows and templates; too many training pairs are drawn as the authors draw them."""
+    """Yield row and template indices. Excess training pairs are sampled as the authors do."""
     total = rows * templates
     pairs: Any = range(total)
     if split == "train" and total > options.max_examples:
@@ -164,7 +164,7 @@ def _pairs(rows: int, templates: int, split: str, options: Options) -> Iterator[
 def _row(
     row: dict[str, Any], number: int, templates: Sequence[Template], options: Options
 ) -> dict[str, Any]:
-    """A row as templates see it."""
+    """Return a row as templates see it."""
     if options.own == "duorc" and row["no_answer"]:
         template = templates[number % len(templates)]
         if template.original:
@@ -193,7 +193,7 @@ def _record(
     else:
         correct = [_closest(target, choices)]
         targets = [choices[correct[0]]]
-    # The prompts of two rows may be the same; each counts.
+    # Two rows may have the same prompt; both count.
     document = document_id(spec.name, f"{number}\n{prompt}")
     record = Record(
         spec.name,
@@ -210,7 +210,10 @@ def _record(
 
 
 def _closest(target: str, choices: Sequence[str]) -> int:
-    """The choice that is the target, else that with the longest common beginning, the shortest."""
+    """Return the index of the target, else of the choice with the longest common prefix.
+
+    Among equal prefixes the shortest choice wins.
+    """
     if target in choices:
         return choices.index(target)
     common = [(_common(target, choice), -len(choice), -i) for i, choice in enumerate(choices)]
@@ -218,7 +221,7 @@ def _closest(target: str, choices: Sequence[str]) -> int:
 
 
 def _common(a: str, b: str) -> int:
-    """How many characters two texts have in common at their beginning."""
+    """Return the length of the common prefix of two texts."""
     return next(
         (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
     )
@@ -232,7 +235,7 @@ def _references(row: Mapping[str, Any], path: str) -> list[str]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every string in a row."""
+    """Yield every string in a row."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

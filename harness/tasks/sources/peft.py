@@ -1,7 +1,6 @@
-"""Pools of LoRA adapters that PEFT saved: one expert each, from folders or from the hub.
+"""Pools of LoRA adapters saved by PEFT: one expert each, from folders or the hub.
 
-They come without examples; a task that names members takes them, from another source, to train the
-expert's gates.
+Adapters have no examples. To train an expert's gates, name members from another source in its task.
 """
 
 import re
@@ -19,7 +18,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 
 
 def expand(group: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """One task per adapter that `adapters` names: a list of folders or hub ids, or name -> such.
+    """Return one task per adapter in `adapters`, a list of folders or hub ids or a dict by name.
 
     A hub id may pin a revision: `owner/name@revision`.
     """
@@ -28,32 +27,33 @@ def expand(group: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         if group.get("tasks"):
             return {}
         raise PhatgooseError(
-            f"{group['name']}: say which adapters, such as adapters=[/data/a,owner/name]"
+            f"{group['name']}: no adapters are given. Name some: adapters=[/data/a,owner/name]."
         )
     if not isinstance(adapters, Mapping):
         named = {_name(str(adapter)): str(adapter) for adapter in adapters}
         if len(named) < len(adapters):
             raise PhatgooseError(
-                f"{group['name']}: two adapters have the same name: give names, as "
-                "adapters={name: folder}"
+                f"{group['name']}: two adapters have the same name. Give names: "
+                "adapters={name: folder}."
             )
         adapters = named
     return {name: {"adapter": _folder(str(where))} for name, where in adapters.items()}
 
 
 def check(spec: TaskSpec) -> None:
-    """Refuse members: this source has no examples."""
+    """Reject members: this source has no examples."""
     raise PhatgooseError(
-        f"task {spec.name}: members are read by another source: say source: jsonl, or which it is"
+        f"task {spec.name}: this source reads no members. Set the source that does, such as "
+        "source: jsonl."
     )
 
 
 def identity(spec: TaskSpec) -> Any:
-    """Nothing: there are no records."""
+    """Return None: there are no records."""
 
 
 def missing(spec: TaskSpec) -> str | None:
-    """Nothing: adapters are fetched where the pool is read."""
+    """Return None: adapters are downloaded when the pool is read."""
 
 
 def read(specs: Sequence[TaskSpec]) -> Iterator[TaskRecords]:
@@ -68,7 +68,7 @@ def _name(adapter: str) -> str:
 
 @lru_cache
 def _folder(where: str) -> str:
-    """The folder of an adapter; one of the hub is fetched into its cache."""
+    """Return the folder of an adapter; download it into the hub's cache if needed."""
     if Path(where).expanduser().is_dir() or not _HUB_ID.fullmatch(where):
         return where
     from huggingface_hub import snapshot_download
@@ -80,6 +80,6 @@ def _folder(where: str) -> str:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = reason_of(error, first_line=True)
         raise PhatgooseError(
-            f"adapter {where} is no folder here, and the hub does not give it ({reason}): give a "
-            "folder that PEFT saved, or check the id and the network"
+            f"adapter {where} is not a local folder, and the hub does not provide it ({reason}). "
+            "Name a folder saved by PEFT, or check the id and the network."
         ) from error

@@ -1,8 +1,9 @@
-"""The prompt templates of promptsource (Bach et al., arXiv 2202.01279), which made P3.
+"""The prompt templates of promptsource (Bach et al., arXiv 2202.01279), the basis of P3.
 
 They are read from the package's source distribution, version 0.2.3 (Apache-2.0), and rendered in
-Jinja's sandbox as the package renders them: a template is `prompt ||| answer`, variables are cut
-after 2,048 characters, and a template that does not fit a row gives another number of parts.
+Jinja's sandbox as the package renders them. A template is `prompt ||| answer`. Variables are
+truncated to 2,048 characters. A template that does not apply to a row renders to a different number
+of parts.
 """
 
 import random
@@ -24,19 +25,19 @@ _SHA256 = "f106c889778a0fe5590e7183904bf964e1a01691c8a29451e44f3df5ddef05f5"
 _ROOT = "promptsource-0.2.3/promptsource/templates/"
 _FILE = "/templates.yaml"
 _LONGEST_VARIABLE = 2048
-# Stands for the separator where a row's own text has it.
+# Replaces the separator in the text of rows.
 _PIPES = "\x00pipes\x00"
 
 
 @dataclass(frozen=True)
 class Template:
-    """One way to put a row into words.
+    """One prompt template for the rows of a data set.
 
     Attributes:
         name: unique among the templates of a data set.
         jinja: prompt and answer, with `|||` between them.
         answer_choices: the answers to choose from, as Jinja with `|||` between them, if any.
-        original: whether it asks for what the data set was made for.
+        original: whether it is for the task that the data set was made for.
     """
 
     name: str
@@ -45,18 +46,18 @@ class Template:
     original: bool
 
     def choices(self, row: Mapping[str, Any]) -> list[str]:
-        """The answers to choose from; none if it has none."""
+        """Return the answers to choose from; empty if the template has none."""
         if self.answer_choices is None:
             return []
         rendered = _compiled(self.answer_choices).render(**_protected(row))
         return [_plain(part) for part in rendered.split("|||")]
 
     def apply(self, row: Mapping[str, Any], number: int) -> "Prompted | None":
-        """Return what the template makes of a row; None if it does not fit.
+        """Render the template for a row; return None if it does not apply.
 
         Args:
             row: the row of the data set, by column.
-            number: its number, which settles what a template chooses at random.
+            number: the number of the row; seeds the template's random choices.
         """
         cut = f" | string | truncate({_LONGEST_VARIABLE}) }}}}"
         _CHANCE.seed(number)
@@ -74,7 +75,7 @@ class Template:
 
 @dataclass(frozen=True)
 class Prompted:
-    """What a template makes of a row: the prompt, the right answer, and the choices if any."""
+    """A rendered template: the prompt, the correct answer, and the choices if any."""
 
     prompt: str
     answer: str
@@ -83,14 +84,14 @@ class Prompted:
 
 @lru_cache
 def templates_of(path: str) -> list[Template]:
-    """All templates of a data set, sorted by name.
+    """Return all templates of a data set, sorted by name.
 
     Args:
         path: the data set's folder among the templates, such as `ag_news` or `super_glue/copa`.
 
     Raises:
-        PhatgooseError: there is no such folder (near names are given), or the package cannot be
-            fetched.
+        PhatgooseError: there is no such folder (similar names are suggested), or the package cannot
+            be downloaded.
     """
     sources = _sources()
     one_of(path, sources, "templates of promptsource")
@@ -109,7 +110,7 @@ def templates_of(path: str) -> list[Template]:
 
 @lru_cache(maxsize=1)
 def _sources() -> dict[str, bytes]:
-    """Every templates.yaml by its data set (5 MB)."""
+    """Return every templates.yaml by data set (5 MB)."""
     archive = fetch_distribution(
         "promptsource==0.2.3",
         "promptsource-0.2.3.tar.gz",
@@ -127,7 +128,7 @@ def _sources() -> dict[str, bytes]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads the package's two tags as plain dictionaries, and no other."""
+    """A loader that reads the package's two tags as dictionaries and rejects all others."""
 
 
 def _dictionary(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -143,9 +144,9 @@ def _most_frequent(items: Sequence[Any]) -> list[Any]:
     return [item for item, count in counts if count == counts[0][1]]
 
 
-# What templates choose at random.
+# Source of the templates' random choices.
 _CHANCE = random.Random()
-# What templates may use.
+# Globals and filters that templates may use.
 _ENVIRONMENT = ImmutableSandboxedEnvironment()
 _ENVIRONMENT.globals["zip"] = zip
 _ENVIRONMENT.filters |= {

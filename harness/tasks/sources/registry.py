@@ -1,4 +1,4 @@
-"""Experts that the registry has already, taken by name: there are no examples."""
+"""Experts that are already in the registry, taken by name. There are no examples."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,20 +11,20 @@ expand = no_tasks
 
 
 def check(spec: TaskSpec) -> None:
-    """Refuse what belongs to other sources."""
+    """Reject fields that belong to other sources."""
     if spec.members or spec.adapter:
         raise PhatgooseError(
-            f"task {spec.name}: an expert of the registry is taken as it is: leave out members "
-            "and adapter, or choose another source"
+            f"task {spec.name}: an expert of the registry is used as it is. Remove members and "
+            "adapter, or choose another source."
         )
 
 
 def identity(spec: TaskSpec) -> Any:
-    """Nothing: there are no records."""
+    """Return None: there are no records."""
 
 
 def missing(spec: TaskSpec) -> str | None:
-    """Whether the registry has it is checked where the registry is known."""
+    """Return None: the registry is checked where it is known."""
 
 
 def read(specs: Sequence[TaskSpec]) -> Iterator[TaskRecords]:

@@ -1,4 +1,4 @@
-"""What a source of examples is: a module of this package with these functions."""
+"""The interface of a source of examples: a module of this package with these functions."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -17,9 +17,9 @@ class TaskRecords:
 
     Attributes:
         spec: the task.
-        records: its examples, one at a time; of those with the same document the first counts.
-        description: what the task is about, as far as the source says.
-        origin: what else is to be kept with the data, such as a revision or a canary.
+        records: its examples, one at a time; only the first one with each document id is kept.
+        description: what the task is about, if the source says so.
+        origin: further facts to store with the data, such as a revision or a canary.
     """
 
     spec: TaskSpec
@@ -29,39 +29,39 @@ class TaskRecords:
 
 
 class Source(Protocol):
-    """Where examples come from."""
+    """A source of examples."""
 
     def check(self, spec: TaskSpec) -> None:
-        """Raise PhatgooseError for members or options that cannot be meant; reads no data."""
+        """Raise PhatgooseError for invalid members or options, without reading data."""
 
     def expand(self, group: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """The tasks that a pool or suite has without naming them: fields of TaskSpec by name.
+        """Return the tasks that a pool or suite implies: fields of TaskSpec by task name.
 
-        For instance one task per file of the folder that `group` names; often there are none.
+        An example is one task per file of the folder that `group` names. Often there are none.
         """
 
     def identity(self, spec: TaskSpec) -> Any:
-        """What determines the records besides name, style and options, as JSON has it.
+        """Return what determines the records besides name, style and options, as JSON data.
 
-        Such as the hash of an archive, or the revision of a data set. Raises PhatgooseError if
-        that cannot be known.
+        Examples are the hash of an archive and the revision of a data set. Raises PhatgooseError if
+        it cannot be determined.
         """
 
     def missing(self, spec: TaskSpec) -> str | None:
-        """What cannot be reached, and where it was looked for; None if all can be. Fast."""
+        """Return what is unavailable and where it was searched, or None. Must be fast."""
 
     def read(self, specs: Sequence[TaskSpec]) -> Iterator[TaskRecords]:
-        """Read tasks, in any order; the records of one are read before the next is asked for.
+        """Read tasks in any order. The caller consumes a task's records before the next task.
 
-        Raises PhatgooseError for the first faulty example, naming its place in the source.
+        Raises PhatgooseError for the first invalid example, naming its place in the source.
         """
 
 
 def options_of(kind: type[T], spec: TaskSpec) -> T:
-    """A task's `load_opts` as a source's dataclass of options.
+    """Return a task's `load_opts` as the source's dataclass of options.
 
     Raises:
-        PhatgooseError: an unknown option, or a value of another type than its default.
+        PhatgooseError: an option is unknown, or its type differs from that of its default.
     """
     known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
     for name, value in spec.load_opts.items():
@@ -69,11 +69,11 @@ def options_of(kind: type[T], spec: TaskSpec) -> T:
         default = known[name].default
         if default is not None and type(value) is not type(default):
             raise PhatgooseError(
-                f"task {spec.name}: load_opts.{name} is {value!r}, and must be like {default!r}"
+                f"task {spec.name}: load_opts.{name}={value!r}: its type must match {default!r}"
             )
     return kind(**spec.load_opts)
 
 
 def no_tasks(group: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """`expand` of a source whose tasks are always named one by one."""
+    """Return no tasks: the `expand` of sources whose tasks are always named one by one."""
     return {}

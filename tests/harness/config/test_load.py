@@ -112,13 +112,13 @@ def test_stages_are_chosen() -> None:
         ("router=[single:plurl]", "no expert 'plurl': did you mean plural?"),
         ("train.lora.stps=3", "train.lora.stps: no such key; did you mean train.lora.steps"),
         ("trian.lora.steps=3", "trian.lora.steps: no such key; did you mean train.lora.steps"),
-        ("+unknown=1", "unknown: no such key; there is base, pool"),
+        ("+unknown=1", "unknown: no such key; available: base, pool"),
         ("+train.stps=1", "Key 'stps' not in 'Recipe'"),
         ("+cluster.gpu=1", "Key 'gpu' not in 'ClusterConfig'"),
         ("+pool.tasks.plural.membrs=[x]", "there is no 'membrs'; did you mean members?"),
         (
             "+router.phatgose.top_k=1",
-            "router.phatgose: no such router (a variant needs a kind); did you mean phatgoose",
+            "router.phatgose: no such router (a variant needs `kind`); did you mean phatgoose",
         ),
         ("+router.phatgoose.topk=1", "Key 'topk' not in 'Phatgoose'"),
         ("stages=[trian]", "no stage 'trian'; did you mean train?"),
@@ -136,9 +136,9 @@ def test_a_mistyped_name_is_refused_with_the_near_names(argument: str, expected:
         ("train.lora.steps=1.5", "lora.steps: Value '1.5'"),
         ("train.lora=5", "train"),
         ("train.batch_size=9", "does not divide"),
-        ("train=demo,paper", "one run takes one value"),
-        ("train.seed=1,2", "one run takes one value"),
-        ("base=[smollm2-135m,flan-t5-small]", "one run takes one value"),
+        ("train=demo,paper", "a run takes only one value"),
+        ("train.seed=1,2", "a run takes only one value"),
+        ("base=[smollm2-135m,flan-t5-small]", "a run takes only one value"),
         ("base.name=null", "name"),
         ("base.dtype=float16", "base.dtype=float16"),
         ("router=[]", "router=[]"),
@@ -147,7 +147,7 @@ def test_a_mistyped_name_is_refused_with_the_near_names(argument: str, expected:
         ("router.phatgoose.top_k=0", "top_k is 0"),
         ("router.random.seed=x", "seed: Value 'x'"),
         ("suite.limit=abc", "limit must be a positive number, not 'abc'"),
-        ("+pool.limit=3", "pool.limit: it says how to evaluate"),
+        ("+pool.limit=3", "pool.limit: this is an evaluation option"),
         ("pool.tasks=null", "pool.tasks=None"),
         ("pool.tasks.plural.members=5", "task plural: members must be a list"),
         ("suite.tasks=null", "suite.tasks=None"),
@@ -155,11 +155,11 @@ def test_a_mistyped_name_is_refused_with_the_near_names(argument: str, expected:
         ("cluster.max_actors=two", "max_actors: Value 'two'"),
         ("cluster.max_actors=0", "cluster.max_actors=0"),
         ("chunk_characters=0", "chunk_characters=0"),
-        ("overlap.limit=5", "overlap.limit=5.0: it is a share"),
-        ("overlap.limit=-0.1", "overlap.limit=-0.1: it is a share"),
+        ("overlap.limit=5", "overlap.limit=5.0: not a share"),
+        ("overlap.limit=-0.1", "overlap.limit=-0.1: not a share"),
         ("chunk_characters=many", "chunk_characters=many"),
-        ("run.dir=relative/run", "run.dir=relative/run is relative"),
-        ("registry=relative", "registry=relative is relative"),
+        ("run.dir=relative/run", "run.dir=relative/run: the path is relative"),
+        ("registry=relative", "registry=relative: the path is relative"),
         ("run.dir=null", "dir"),
         ("run.dir=${nope}", "nope"),
         ("nonsense", "nonsense"),
@@ -258,16 +258,16 @@ def test_a_variant_is_evaluated_beside_its_original_router() -> None:
     [
         (["+router.mine.kind=phatgose"], "router.mine.kind=phatgose: no such router; did you mean"),
         (["+router.mine.kind=oracle"], "router.mine.kind=oracle: oracle has no variants"),
-        (["router.phatgoose=3"], "router.phatgoose=3: it takes options"),
+        (["router.phatgoose=3"], "router.phatgoose=3: not a mapping"),
         (["+router.mine.kind=multitask"], "multitask has no variants"),
-        (["+router.mine.top_k=1"], "router.mine: no such router (a variant needs a kind)"),
+        (["+router.mine.top_k=1"], "router.mine: no such router (a variant needs `kind`)"),
         (["~pool.name"], "pool.name=None"),
-        (["~suite.tasks"], "demo has no tasks: name some"),
-        (["+router.merged.kind=phatgoose"], "merged is a router itself: give the variant another"),
-        (["+router.oracle.kind=phatgoose"], "oracle is a router itself"),
+        (["~suite.tasks"], "demo: there are no tasks. Name some"),
+        (["+router.merged.kind=phatgoose"], "merged is itself a router. Give the variant another"),
+        (["+router.oracle.kind=phatgoose"], "oracle is itself a router"),
         (["+router.oracle.expert=plural"], "router.oracle.expert: no such option"),
         (["router=[multitask]", "+router.multitask.stepz=3"], "router.multitask.stepz: no such"),
-        (["+suite.adapter=/x"], "an expert stands in a pool, not here"),
+        (["+suite.adapter=/x"], "experts belong in a pool, not in a suite"),
         (["router=[arrow]", "router.arrow.mix=x"], "router arrow: mix is 'x'"),
         (["router=[arrow]", "router.arrow.top_k=two"], "'two'"),
         (["router=[genknowsub]", "pool.general=nobody"], "no expert 'nobody'"),
@@ -307,7 +307,7 @@ def test_the_multitask_expert_trains_as_long_as_all_experts_together() -> None:
 def test_a_report_without_a_run_is_refused_and_makes_no_folder(tmp_path: Path) -> None:
     from harness.run import run
 
-    with pytest.raises(PhatgooseError, match="holds no run to report"):
+    with pytest.raises(PhatgooseError, match="there is no run to report"):
         run(load("stages=[report]", f"run.dir={tmp_path / 'run'}"))
     assert not (tmp_path / "run").exists()
 
@@ -335,17 +335,17 @@ def test_ranks_are_not_part_of_the_recipe() -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["train.zero_stage=4"], "train.zero_stage=4: it is 0, 1, 2 or 3"),
+        (["train.zero_stage=4"], "train.zero_stage=4: it must be 0, 1, 2 or 3"),
         (["train.zero_stage=all"], "train|zero_stage"),
         (["train.ranks_per_expert=0"], "train.ranks_per_expert=0: it must be at least 1"),
         (["train.ranks_per_expert=2"], "must divide the 1 micro-batches of a batch"),
         (
             ["train.ranks_per_expert=2", "train.micro_batch_size=4", "train.gpus_per_expert=1"],
-            "train.gpus_per_expert=1: with train.ranks_per_expert=2 it is 0 or 2",
+            "train.gpus_per_expert=1: with train.ranks_per_expert=2 it must be 0 or 2",
         ),
         (["train.gpus_per_expert=-1"], "train.gpus_per_expert=-1"),
         (["train.zero_stag=1"], "did you mean train.zero_stage"),
-        (["train.retry_lr=1.5"], "train.retry_lr is 1.5"),
+        (["train.retry_lr=1.5"], "recipe.retry_lr is 1.5"),
     ],
 )
 def test_invalid_ranks_are_refused(arguments: list[str], problem: str) -> None:

@@ -223,5 +223,5 @@ def test_the_truncation_setting_is_validated(llama_folder: Path, tmp_path: Path)
         check_values(config)
     del config.suites[0]["too_long"]
     config.pool["too_long"] = "cut"
-    with pytest.raises(PhatgooseError, match=r"pool.too_long: it says how to evaluate"):
+    with pytest.raises(PhatgooseError, match=r"pool.too_long: this is an evaluation option"):
         check_values(config)

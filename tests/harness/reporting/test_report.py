@@ -155,7 +155,7 @@ def test_plots_that_fail_do_not_end_the_run(
     monkeypatch.setattr(report, "plot_routers", plot_routers)
     folder = Folder(tmp_path / "run")
     write_run(folder, {"t": {"phatgoose": {"acc": [1.0, 0.0]}}})
-    assert "no picture (plot_routers): no ink no paper\n" in report.make_report(folder)
+    assert "no plot (plot_routers): no ink no paper\n" in report.make_report(folder)
 
 
 def test_a_report_without_matplotlib_explains_how_to_get_plots(
@@ -166,7 +166,7 @@ def test_a_report_without_matplotlib_explains_how_to_get_plots(
     write_run(folder, {"t": {"phatgoose": {"acc": [1.0, 0.0]}}})
     text = report.make_report(folder)
     assert "phatgoose" in text
-    assert "no picture (plot_routers): pictures need matplotlib: install it with" in text
+    assert "no plot (plot_routers): plots need matplotlib. Install it with" in text
     assert not (tmp_path / "plots" / "routers.png").exists()
 
 
@@ -174,7 +174,7 @@ def test_a_report_draws_into_the_run_folder_and_keeps_the_backend(tmp_path: Path
     folder = Folder(tmp_path)
     write_run(folder, {"t": {"phatgoose": {"acc": [1.0, 0.0]}}})
     before = matplotlib.get_backend()
-    assert f"picture: {tmp_path}/plots/routers.png" in report.make_report(folder)
+    assert f"plot: {tmp_path}/plots/routers.png" in report.make_report(folder)
     assert (tmp_path / "plots" / "routers.png").read_bytes().startswith(b"\x89PNG")
     assert matplotlib.get_backend() == before
 
@@ -182,7 +182,7 @@ def test_a_report_draws_into_the_run_folder_and_keeps_the_backend(tmp_path: Path
 def test_a_report_that_is_not_on_a_local_disk_has_no_plots() -> None:
     folder = Folder("memory:///run")
     write_run(folder, {"t": {"phatgoose": {"acc": [1.0, 0.0]}}})
-    assert "no picture (plot_routers): memory:///run is not a local" in report.make_report(folder)
+    assert "no plot (plot_routers): memory:///run is not a local" in report.make_report(folder)
 
 
 def test_a_router_measured_differently_is_marked_and_gets_no_difference(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_our_own_metrics_are_never_primary() -> None:
     own.remove("acc_paper")
     with pytest.raises(PhatgooseError) as caught:
         primary_metric(own)
-    assert str(caught.value) == f"a task has no metric of lm-eval, only {sorted(own)}"
+    assert str(caught.value) == f"a task has no metric from lm-eval; it has {sorted(own)}"
 
 
 def test_equal_values_are_not_better() -> None:
@@ -213,7 +213,7 @@ def test_a_derived_router_is_summarized_from_the_samples_of_its_experts() -> Non
 def test_samples_of_other_documents_are_named() -> None:
     scores, samples = tables({"t": {"a": {"acc": [1.0, 0.0]}, "b": {"acc": [1.0, 0.0]}}})
     kept = [r for r in samples.to_pylist() if (r["router"], r["document"]) != ("b", "d1")]
-    with pytest.raises(PhatgooseError, match=r"samples.*b.*: task t has other documents than"):
+    with pytest.raises(PhatgooseError, match=r"samples.*b.*: the documents of task t differ from"):
         summary_rows(scores, pa.Table.from_pylist(kept, run_folder.SAMPLES))
 
 
@@ -221,7 +221,7 @@ def test_samples_of_other_documents_are_named() -> None:
 def test_a_score_that_is_not_the_mean_of_its_samples_is_named(value: float) -> None:
     scores, samples = tables({"t": {"a": {"acc": [1.0, 0.0]}}})
     changed = [{**row, "value": value} for row in scores.to_pylist()]
-    with pytest.raises(PhatgooseError, match=r"task t, metric acc: the samples' mean is not"):
+    with pytest.raises(PhatgooseError, match=r"task t, metric acc: the samples' mean differs"):
         summary_rows(pa.Table.from_pylist(changed, run_folder.SCORES), samples)
     almost = [{**row, "value": 0.5 + 1e-7} for row in scores.to_pylist()]
     assert summary_rows(pa.Table.from_pylist(almost, run_folder.SCORES), samples)

@@ -234,7 +234,7 @@ def test_a_node_that_leaves_gets_no_new_calls(
     monkeypatch.setattr(jobs, "draining_nodes", lambda: frozenset({here}))
     (key,) = workers.add("work", [("c",)])
     until = time.monotonic() + 60
-    while workers.places and time.monotonic() < until:  # one may have been starting until now
+    while workers.locations and time.monotonic() < until:  # one may have been starting until now
         assert workers.step(0.1) == []
     for _ in range(3):
         assert workers.step(0.1) == []

@@ -131,7 +131,7 @@ def test_a_file_read_by_custom_code_is_read_again(folder: Path) -> None:
 
 def test_custom_code_that_draws_documents_is_refused(folder: Path) -> None:
     write_own_dataset(folder, "draw")
-    with pytest.raises(PhatgooseError, match="own code draws documents: seed it there"):
+    with pytest.raises(PhatgooseError, match="own code draws random documents: seed it"):
         rows(folder)
 
 

@@ -57,7 +57,10 @@ def test_options_are_honored_or_change_nothing(
             {"max_gen_toks": 3, "max_new_tokens": 4},
             "max_gen_toks/max_new_tokens='3/4': they differ. Keep one.",
         ),
-        ({"num_beams": 4}, "num_beams=4: only plain greedy decoding is offered. Remove it, or set"),
+        (
+            {"num_beams": 4},
+            "num_beams=4: only plain greedy decoding is supported. Remove it, or set",
+        ),
         ({"num_beams": True}, "num_beams=True: only plain greedy"),
         ({"temperature": float("nan")}, "temperature=nan: it is not a number"),
         ({"repetition_penalty": 5.0}, "repetition_penalty=5.0: only plain greedy"),
@@ -65,7 +68,10 @@ def test_options_are_honored_or_change_nothing(
         ({"presence_penalty": 0.5}, "presence_penalty=0.5: only plain greedy"),
         ({"min_new_tokens": 5}, "min_new_tokens=5: only plain greedy"),
         ({"penalty_alpha": 0.6}, "penalty_alpha=0.6: only plain greedy"),
-        ({"do_sample": True}, "do_sample=True: only greedy decoding is offered. Set do_sample: f"),
+        (
+            {"do_sample": True},
+            "do_sample=True: only greedy decoding is supported. Set do_sample: f",
+        ),
         ({"do_sample": True, "temperature": 0.0}, "do_sample=True: only greedy"),
         ({"temperature": 0.7}, "temperature=0.7: only greedy decoding"),
         ({"do_sample": "false"}, "do_sample='false': it is neither true nor false"),

@@ -44,8 +44,11 @@ def test_punctuation_distinguishes_documents() -> None:
         (record("x", targets=[]), "target is empty"),
         (record("x", targets=[" "]), "target is empty"),
         (record("x", choices=["yes", ""], correct=[0]), "a choice is empty"),
-        (record("x", choices=["yes", "no"]), "none of the choices is right"),
-        (record("x", choices=["yes", "no"], correct=[2]), r"\[2\] is no index into the 2 choices"),
+        (record("x", choices=["yes", "no"]), "none of the choices is correct"),
+        (
+            record("x", choices=["yes", "no"], correct=[2]),
+            r"\[2\] is not an index into the 2 choices",
+        ),
         (record("x", choices=["yes", "no"], correct=[0], grades=[1.0]), "1 grades for 2 choices"),
     ],
 )

@@ -148,8 +148,8 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     write(tmp_path / "task", [record(f"question {i}") for i in range(100)], [])
     (shard,) = store.shards(tmp_path / "task" / "train")
     shard.write_bytes(shard.read_bytes()[:-20])
-    with pytest.raises(PhatgooseError, match=r"00000\.parquet cannot be read.*delete"):
+    with pytest.raises(PhatgooseError, match=r"00000\.parquet cannot be read.*Delete"):
         store.read_records(tmp_path / "task" / "train")
     (tmp_path / "task" / "task.json").write_text("{")
-    with pytest.raises(PhatgooseError, match=r"task\.json cannot be read.*delete"):
+    with pytest.raises(PhatgooseError, match=r"task\.json cannot be read.*Delete"):
         store.read_task(tmp_path / "task")

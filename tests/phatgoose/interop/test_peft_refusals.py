@@ -58,12 +58,12 @@ SPOILT: list[tuple[dict[str, Any], str]] = [
     ({"init_lora_weights": "pissa_niter_16"}, "changes the base's weights"),
     ({"init_lora_weights": "olora"}, "changes the base's .*path_initial_model_for_weight"),
     ({"init_lora_weights": "corda"}, "changes the base's .*path_initial_model_for_weight"),
-    ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "plain initialisation"),
-    ({"init_lora_weights": "of_next_year"}, "plain initialisation"),
+    ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "plain initialization"),
+    ({"init_lora_weights": "of_next_year"}, "plain initialization"),
     ({"r": 5}, r"gives .* rank 5, its file 8: save it again"),
     ({"rank_pattern": {"q|q_proj": 3}}, r"gives .* rank 3, its file 8"),
-    ({"lora_alpha": 0}, "alpha 0 .*: mend lora_alpha"),
-    ({"lora_alpha": "eight"}, "alpha eight .*: mend lora_alpha"),
+    ({"lora_alpha": 0}, "alpha 0 .*: correct lora_alpha"),
+    ({"lora_alpha": "eight"}, "alpha eight .*: correct lora_alpha"),
     ({"task_type": "POETRY"}, "PEFT does not take"),
     ({"base_model_name_or_path": None}, "does not name its base: load the base and pass"),
     ({"base_model_name_or_path": "/no/such"}, "/no/such, which cannot be opened .*: load the base"),
@@ -91,11 +91,14 @@ def test_keys_that_are_not_factors_are_refused(base: Base, adapter: Path) -> Non
     spoilt: list[tuple[dict[str, Tensor | None], str]] = [
         ({"base_model.model.embed.lora_embedding_A": torch.ones(2, 9)}, "lora_embedding_A"),
         ({A.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(32)}, "magnitude"),
-        ({B.replace("weight", "bias"): torch.ones(32)}, "no LoRA factor"),
-        ({"base_model.model.lm_head.weight": torch.ones(3, 3)}, "lm_head.* no LoRA factor"),
-        ({A: torch.ones(8, 32, 1, 1)}, r"\[8, 32, 1, 1\], which is no LoRA factor .*convolutions"),
-        ({A: None}, f"lacks A of {Q[family(base)]}"),
-        ({B: None}, f"lacks B of {Q[family(base)]}"),
+        ({B.replace("weight", "bias"): torch.ones(32)}, "not a LoRA factor"),
+        ({"base_model.model.lm_head.weight": torch.ones(3, 3)}, "lm_head.* not a LoRA factor"),
+        (
+            {A: torch.ones(8, 32, 1, 1)},
+            r"\[8, 32, 1, 1\], .* not a LoRA factor .*convolutions",
+        ),
+        ({A: None}, f"A of {Q[family(base)]} is missing"),
+        ({B: None}, f"B of {Q[family(base)]} is missing"),
         ({A.replace("weight", "second.weight"): torch.ones(8, 32)}, "holds two A"),
         ({A: torch.full((8, 32), math.nan)}, "NaN or infinity"),
         ({A: torch.ones(8, 32, dtype=torch.int8)}, "int8: convert it"),
@@ -118,7 +121,7 @@ def test_linears_and_shapes_must_match_the_base(base: Base, adapter: Path) -> No
         for head in ("lm_head", q.replace(".0.", ".7."), "model"):
             added = {key.replace(q, head): tensors[key].clone() for key in (A, B)}
             save_file({**tensors, **added}, adapter / TENSORS)
-            refuse(adapter, rf"'{head}' is no linear that experts of .* adapt", **options)
+            refuse(adapter, rf"'{head}' is not a linear that experts of .* adapt", **options)
         for key, shape in ((A, (8, 31)), (B, (31, 8)), (B, (32, 7))):
             save_file({**tensors, key: torch.ones(shape)}, adapter / TENSORS)
             refuse(adapter, rf"A .* and B .* on {q} do not fit \[R, 32\] and \[32, R\]", **options)
@@ -126,7 +129,7 @@ def test_linears_and_shapes_must_match_the_base(base: Base, adapter: Path) -> No
 
 def test_an_adapter_of_another_family_is_refused(llama: Base, t5: Base, tmp_path: Path) -> None:
     save_adapter(llama, tmp_path, target_modules=["q_proj"])
-    refuse(tmp_path, "is no linear that experts of .* adapt", base=t5)
+    refuse(tmp_path, "is not a linear that experts of .* adapt", base=t5)
 
 
 def test_files_that_are_not_an_adapter_are_refused(llama: Base, tmp_path: Path) -> None:
@@ -162,7 +165,7 @@ def test_variants_saved_by_peft_itself_are_refused(
     refuse(tmp_path, f"has {next(iter(config))} = ")
     if config != {"bias": "all"}:  # this base has no biases for PEFT to save
         edit_config(tmp_path, use_dora=False, modules_to_save=None)
-        refuse(tmp_path, "no LoRA factor")
+        refuse(tmp_path, "not a LoRA factor")
 
 
 def test_pissa_is_accepted_after_peft_converts_it_to_plain_lora(
@@ -201,12 +204,12 @@ def test_missing_factors_are_named(base: Base, tmp_path: Path) -> None:
     without(tmp_path / "a", *base.linears[1:3])
     refuse(
         tmp_path / "a",
-        rf"lacks the factors of 2 linears \({base.linears[1]}, {base.linears[2]}\)",
+        rf"is missing the factors of 2 linears \({base.linears[1]}, {base.linears[2]}\)",
         base=base,
     )
     without(tmp_path / "a", *base.linears[3:])
     count = len(base.linears) - 1
-    refuse(tmp_path / "a", rf"lacks the factors of {count} linears \(.*, \.\.\.\)", base=base)
+    refuse(tmp_path / "a", rf"is missing the factors of {count} linears \(.*, \.\.\.\)", base=base)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +237,7 @@ def test_the_expected_linears_are_those_that_peft_adapts(
     expert = Expert.from_peft(folder, name="e", base=llama)
     last = list(expert.linears)[-1]
     without(folder, last)
-    refuse(folder, rf"lacks the factors of 1 linears \({last}\)", base=llama)
+    refuse(folder, rf"is missing the factors of 1 linears \({last}\)", base=llama)
 
 
 @pytest.mark.parametrize("other", ["lm_head", "embed_tokens"])
@@ -243,7 +246,7 @@ def test_missing_factors_of_unsupported_modules_are_named_too(
 ) -> None:
     save_adapter(llama, tmp_path / "a", target_modules=["q_proj"])
     edit_config(tmp_path / "a", target_modules=["q_proj", other])
-    refuse(tmp_path / "a", rf"lacks the factors of 1 linears \(.*{other}\)", base=llama)
+    refuse(tmp_path / "a", rf"is missing the factors of 1 linears \(.*{other}\)", base=llama)
 
 
 def test_factors_not_named_by_the_configuration_are_refused(llama: Base, tmp_path: Path) -> None:

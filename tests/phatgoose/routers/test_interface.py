@@ -226,7 +226,7 @@ def test_decisions_for_a_batch_do_not_outlive_it(base: Base, encoder: FakeEncode
     for name in ("glider", "logo", "retrieval"):
         routed.set_router(name)
         routed.score(questions_of(base)[:1])
-        with pytest.raises(PhatgooseError, match="looks at whole queries"):
+        with pytest.raises(PhatgooseError, match="routers of whole queries"):
             logits(base)
     routed.set_router("phatgoose")
     assert torch.equal(logits(base), expected)

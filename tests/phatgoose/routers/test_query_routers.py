@@ -364,7 +364,7 @@ def test_rows_that_end_early_do_not_change_the_mixtures_of_others(
 
 def test_an_unannounced_forward_pass_is_refused(base: Base) -> None:
     RoutedModel(base, pool_of(make_uneven_experts(base)), "logo")
-    with pytest.raises(PhatgooseError, match=r"looks at whole queries, .* routed model's"):
+    with pytest.raises(PhatgooseError, match=r"routers of whole queries, .* model's"):
         plain_logits(base, [5, 9, 11], [12])
 
 

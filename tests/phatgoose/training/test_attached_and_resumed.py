@@ -56,7 +56,7 @@ def test_the_optimizer_state_is_copied() -> None:
     [
         (RuntimeError("CUDA error: out of memory\n  for  16 GiB"),
          "CUDA error: out of memory for 16 GiB"),
-        (RuntimeError("not enough memory: " + "x" * 400), "not enough memory: " + "x" * 181),
+        (RuntimeError("not enough memory: " + "x" * 400), "not enough memory: " + "x" * 281),
         (RuntimeError("can't allocate memory"), "can't allocate memory"),
         (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), "CUBLAS_STATUS_ALLOC_FAILED"),
         (torch.OutOfMemoryError("so much"), "so much"),

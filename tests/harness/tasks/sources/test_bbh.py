@@ -54,9 +54,18 @@ def test_the_hub_copy_gives_the_same_records(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("examples", "reason"),
     [
-        ([{"input": "x"}], r"truth\.json, example 1: it has no input and target, only \['input'\]"),
-        ([{"input": "x", "target": "no"}], r"truth\.json, example 1: none of the choices is right"),
-        ([{"input": "x", "target": " "}], r"truth\.json, example 1: none of the choices is right"),
+        (
+            [{"input": "x"}],
+            r"truth\.json, example 1: input or target is missing; it has \['input'\]",
+        ),
+        (
+            [{"input": "x", "target": "no"}],
+            r"truth\.json, example 1: none of the choices is correct",
+        ),
+        (
+            [{"input": "x", "target": " "}],
+            r"truth\.json, example 1: none of the choices is correct",
+        ),
     ],
 )
 def test_broken_files_are_named(tmp_path: Path, examples: list[Any], reason: str) -> None:
@@ -64,14 +73,14 @@ def test_broken_files_are_named(tmp_path: Path, examples: list[Any], reason: str
     with pytest.raises(PhatgooseError, match=reason):
         records(tmp_path, load_opts=TRUTH)
     (tmp_path / "truth.json").write_text("[]")
-    with pytest.raises(PhatgooseError, match="no file of BIG-Bench-Hard"):
+    with pytest.raises(PhatgooseError, match="not a file of BIG-Bench-Hard"):
         records(tmp_path)
 
 
 def test_missing_data_are_named(tmp_path: Path) -> None:
     with pytest.raises(PhatgooseError, match=r"no truth\.json in .*SaylorTwift/bbh truth.*folder="):
         records(tmp_path)
-    with pytest.raises(PhatgooseError, match="is no task of BIG-Bench-Hard"):
+    with pytest.raises(PhatgooseError, match="is not a task of BIG-Bench-Hard"):
         prepare_with_member("../truth", tmp_path)
 
 

@@ -232,7 +232,7 @@ def test_a_damaged_archive_gives_one_clear_error(archive: Archive, damage: str) 
     path = archive({"first": ask("x"), "operators": ask("y")})
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2] if damage == "truncated" else b"<html>404</html>")
-    with pytest.raises(PhatgooseError, match=r"is damaged .* delete it") as caught:
+    with pytest.raises(PhatgooseError, match=r"is damaged .* Delete it") as caught:
         read(path, "operators")
     assert "\n" not in str(caught.value)
 
@@ -246,7 +246,7 @@ def options(examples: list[dict[str, Any]], **load_opts: Any) -> list[Record]:
 def test_yes_and_no_become_choices() -> None:
     (record,) = options([{"input": "x", "target": "No."}], choices=["Yes.", "No."])
     assert (record.choices, record.correct, record.grades) == (["Yes.", "No."], [1], [0.0, 1.0])
-    with pytest.raises(PhatgooseError, match="example 1: none of the choices is right"):
+    with pytest.raises(PhatgooseError, match="example 1: none of the choices is correct"):
         options([{"input": "x", "target": "Maybe."}], choices=["Yes.", "No."])
 
 

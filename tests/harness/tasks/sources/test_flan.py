@@ -62,7 +62,7 @@ def test_training_rows_above_the_cap_are_drawn_as_by_the_authors() -> None:
 @pytest.mark.parametrize(
     ("rows", "reason"),
     [
-        ([{"inputs": "a", "targets": "b"}], "has no _template_type, only"),
+        ([{"inputs": "a", "targets": "b"}], "has no columns _template_type; it has"),
         ([row(1, "fs_opt")], "has no zero-shot rows"),
     ],
 )

@@ -33,7 +33,7 @@ def test_the_parquet_branch_and_saved_data_sets_are_read(tmp_path: Path) -> None
     write_saved(tmp_path, "owner/flan", "A/Poem Writing", {"train": ROWS})
     saved = HubData("owner/flan", data_dir="A/Poem Writing")
     assert list(hub.rows(saved, "train", str(tmp_path))) == ROWS
-    with pytest.raises(PhatgooseError, match=r"has no split test, only \['train'\]"):
+    with pytest.raises(PhatgooseError, match=r"has no split test; it has \['train'\]"):
         hub.rows(saved, "test", str(tmp_path))
 
 

@@ -143,18 +143,18 @@ GOOD = '{"input": "a", "target": "b"}\n'
     ("name", "content", "error"),
     [
         ("a.jsonl", GOOD + "{", r"a\.jsonl, line 2: not JSON"),
-        ("a.jsonl", GOOD + "[1]\n", r"a\.jsonl, line 2: it is no object"),
+        ("a.jsonl", GOOD + "[1]\n", r"a\.jsonl, line 2: not an object"),
         (
             "a.jsonl",
             GOOD + '{"inptu": "a", "target": "b"}',
-            r"line 2: it has no input, only inptu,",
+            r"line 2: no column input; it has inptu,",
         ),
         (
             "a.jsonl",
             '{"inptu": "a"}',
-            r"did you mean inptu\? load_opts\.input gives the column's name",
+            r"did you mean inptu\? Set load_opts\.input to the column's name",
         ),
-        ("a.jsonl", GOOD + '{"input": "a"}', r"line 2: it has no target, only input"),
+        ("a.jsonl", GOOD + '{"input": "a"}', r"line 2: no column target; it has input"),
         ("a.jsonl", GOOD + '{"input": "a", "target": " "}', "line 2: the target is empty"),
         ("a.jsonl", GOOD + '{"input": "a", "target": []}', "line 2: the target is empty"),
         ("a.jsonl", GOOD + '{"input": "a", "target": {}}', "line 2: an answer is {}, not text"),
@@ -162,27 +162,35 @@ GOOD = '{"input": "a", "target": "b"}\n'
         (
             "a.jsonl",
             '{"input": "a", "choices": ["x", "y"], "correct": 2}',
-            "line 1: the right choice is 2, neither an index into the 2 choices nor one of them",
+            "line 1: the correct choice 2 is neither an index into the 2 choices nor one of them",
         ),
         (
             "a.jsonl",
             '{"input": "a", "choices": ["x", "y"], "correct": []}',
-            "line 1: none of the choices is right",
+            "line 1: none of the choices is correct",
         ),
         (
             "a.jsonl",
             '{"input": "a", "choices": ["x", ""], "correct": 0}',
             "line 1: a choice is empty",
         ),
-        ("a.jsonl", '{"input": "a", "choices": ["x"]}', "line 1: it has no correct, only"),
+        ("a.jsonl", '{"input": "a", "choices": ["x"]}', "line 1: no column correct; it has"),
         ("a.jsonl", GOOD.encode() + b'{"input": "\xe9"}', r"line 2: byte 12 is not UTF-8"),
         ("a.jsonl", "\n \n", r"task mine: .*a\.jsonl has no examples"),
         ("a.csv", "input,target\n", r"a\.csv has no examples"),
-        ("a.csv", "question,target\nx,y\n", r"a\.csv, line 2: it has no input, only question"),
-        ("a.csv", "input,target\nx,y\nz\n", r"a\.csv, line 3: it has not 2 fields"),
-        ("a.csv", "input,target\nx,y\nx,y,z\n", r"a\.csv, line 3: it has not 2 fields"),
-        ("a.csv", "input,target\nx,\n", r"a\.csv, line 2: it has no target"),
-        ("a.parquet", "no", r"a\.parquet is no parquet file"),
+        ("a.csv", "question,target\nx,y\n", r"a\.csv, line 2: no column input; it has question"),
+        (
+            "a.csv",
+            "input,target\nx,y\nz\n",
+            r"a\.csv, line 3: it does not have the header's 2 fields",
+        ),
+        (
+            "a.csv",
+            "input,target\nx,y\nx,y,z\n",
+            r"a\.csv, line 3: it does not have the header's 2 fields",
+        ),
+        ("a.csv", "input,target\nx,\n", r"a\.csv, line 2: no column target"),
+        ("a.parquet", "no", r"a\.parquet is not a parquet file"),
         ("a.jsonl", GOOD + '{"input": "a", "target": NaN}', "line 2: an answer is nan, not text"),
         ("a.jsonl", GOOD + '{"input": "a", "target": -Infinity}', "line 2: an answer is -inf, not"),
         ("a.jsonl", GOOD + '{"input": "a", "target": 1e999}', "line 2: an answer is inf, not text"),
@@ -195,13 +203,13 @@ GOOD = '{"input": "a", "target": "b"}\n'
         (
             "a.jsonl",
             GOOD + '{"input": "half \\ud83d", "target": "b"}',
-            r"line 2: '\\ud83d' is half a character",
+            r"line 2: '\\ud83d' is a lone surrogate \(half a character\)",
         ),
-        ("a.jsonl", GOOD + '{"input": "a", "target": "\\udc00"}', "line 2: .* half a character"),
+        ("a.jsonl", GOOD + '{"input": "a", "target": "\\udc00"}', "line 2: .* is a lone surrogate"),
         (
             "a.jsonl",
             '{"input": "a", "choices": ["x", "\\ud83d"], "correct": 0}',
-            "line 1: .* half a character",
+            "line 1: .* is a lone surrogate",
         ),
         ("a.jsonl", GOOD + "[" * 100_000, "line 2: not JSON"),
         ("a.jsonl", GOOD + '{"input": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 2: not JSON"),
@@ -209,7 +217,7 @@ GOOD = '{"input": "a", "target": "b"}\n'
         (
             "a.jsonl",
             GOOD + '{"input": "a", "target": "b", "target": "c"}',
-            r"line 2: not JSON \(the key 'target' is there twice\)",
+            r"line 2: not JSON \(duplicate key 'target'\)",
         ),
         (
             "a.jsonl",
@@ -229,24 +237,24 @@ GOOD = '{"input": "a", "target": "b"}\n'
         (
             "a.csv",
             "input,target,input\nx,y,z\n",
-            r"a\.csv, line 1: the column 'input' is there twi",
+            r"a\.csv, line 1: duplicate column 'input'",
         ),
         (
             "a.csv",
             'input,target\nsort 3 1 2,"[1, 2, 3]"\n',
-            r"a\.csv, line 2: target is .*a text or a list of answers\?",
+            r"a\.csv, line 2: target=.*could be text or a list of answers\.",
         ),
         (
             "a.csv",
             'input,choices,correct\nhow many,"[1, 2, 3]",1\n',
-            r"a\.csv, line 2: correct is 1, an index or the choice '1'\?",
+            r"a\.csv, line 2: correct=1: it could be an index or the choice '1'\.",
         ),
         ("a.csv", 'input,target\nx,y\nz,"open\nu,v\n', r"a\.csv, line 3: unexpected end of data"),
         ("a.csv", 'input,target\nx,"y" z\n', r"a\.csv, line 2: ',' expected after"),
         (
             "a.csv",
             'input,choices,correct\nx,"[""a"", ""b""]",' + "1" * 5000 + "\n",
-            r"a\.csv, line 2: the right choice is '1+\.\.\., neither",
+            r"a\.csv, line 2: the correct choice '1+\.\.\. is neither",
         ),
         ("a.txt", "no", r"a\.txt does not end in \.jsonl, \.csv, \.tsv, \.parquet"),
     ],
@@ -268,11 +276,11 @@ def test_mixed_kinds_of_examples_are_refused(tmp_path: Path) -> None:
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(PhatgooseError, match=r"there is no .*gone\.jsonl"):
+    with pytest.raises(PhatgooseError, match=r"cannot find .*gone\.jsonl"):
         records(tmp_path / "gone.jsonl")
     with pytest.raises(PhatgooseError, match=r"no file matches .*\*\.jsonl"):
         records(tmp_path / "*.jsonl")
-    with pytest.raises(PhatgooseError, match=r"no file matches .* a folder must have files"):
+    with pytest.raises(PhatgooseError, match=r"no file matches .* a folder must contain files"):
         records(tmp_path)
 
 
@@ -283,7 +291,7 @@ def test_an_endless_line_is_refused_before_it_is_read(tmp_path: Path) -> None:
         file.write(GOOD.encode())
         file.truncate(100 * 2**20)
     tracemalloc.start()
-    with pytest.raises(PhatgooseError, match=r"a\.jsonl, line 2: it is longer than 16 MiB"):
+    with pytest.raises(PhatgooseError, match=r"a\.jsonl, line 2: longer than 16 MiB"):
         records(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -302,9 +310,9 @@ def test_files_become_one_task_each(tmp_path: Path) -> None:
     assert task_specs({**pool, "files": str(tmp_path)}) == by_glob
     assert task_specs({**pool, "files": [f"{tmp_path}/b.csv", f"{tmp_path}/my*"]}) == by_glob
     write(tmp_path / "b.tsv", EXAMPLES)
-    with pytest.raises(PhatgooseError, match=r"b\.csv and .*b\.tsv would both make the task b"):
+    with pytest.raises(PhatgooseError, match=r"b\.csv and .*b\.tsv would both become the task b"):
         task_specs({**pool, "files": str(tmp_path)})
-    with pytest.raises(PhatgooseError, match="say which files"):
+    with pytest.raises(PhatgooseError, match="no files are given"):
         task_specs({**pool, "files": None})
 
 
@@ -323,7 +331,7 @@ def test_adapters_become_one_expert_each(tmp_path: Path) -> None:
     first, second = task_specs({**pool, "adapters": folders, "tasks": tasks})
     assert (first.adapter, first.source, first.has_data) == (folders[0], "jsonl", True)
     assert not second.has_data
-    with pytest.raises(PhatgooseError, match="owner/name is no folder here, and the hub"):
+    with pytest.raises(PhatgooseError, match="owner/name is not a local folder, and the hub"):
         task_specs({**pool, "adapters": ["owner/name"]})
     with pytest.raises(PhatgooseError, match="two adapters have the same name"):
         task_specs({**pool, "adapters": [folders[0], str(tmp_path / "b" / ".." / "a")]})
@@ -360,7 +368,7 @@ def test_a_number_that_is_not_finite_in_parquet_is_refused(tmp_path: Path, value
 def test_duplicate_columns_in_parquet_are_refused(tmp_path: Path) -> None:
     columns = [pa.array(["a"]), pa.array(["b"]), pa.array(["c"])]
     pq.write_table(pa.table(columns, ["input", "target", "target"]), tmp_path / "a.parquet")
-    with pytest.raises(PhatgooseError, match="the column 'target' is there twice"):
+    with pytest.raises(PhatgooseError, match="duplicate column 'target'"):
         records(tmp_path / "a.parquet")
 
 

@@ -223,7 +223,7 @@ def test_invalid_tasks_are_refused(own_tasks: Path) -> None:
     path = own_tasks / "own_choice.yaml"
     task = yaml.safe_load(path.read_text())
     path.write_text(yaml.safe_dump({**task, "output_type": "loglikelihood_rolling"}))
-    with pytest.raises(PhatgooseError, match="own_choice of lm-eval asks for loglikelihood_rollin"):
+    with pytest.raises(PhatgooseError, match="own_choice of lm-eval needs loglikelihood_rollin"):
         prepare_all(task_specs(suite(own_tasks, "own_choice")))
     path.write_text(yaml.safe_dump({**task, "dataset_path": "owner/gone", "dataset_kwargs": {}}))
     lm_eval._load.cache_clear()

@@ -76,7 +76,7 @@ def test_the_clone_is_read_once(clone: Path, cache: Path) -> None:
 @pytest.mark.parametrize(
     ("instance", "reason"),
     [
-        ({"input": "x"}, r"task001_opposites\.json, instance 1: it has no input and output"),
+        ({"input": "x"}, r"task001_opposites\.json, instance 1: input or output is missing"),
         (
             {"input": "x", "output": [""]},
             r"task001_opposites\.json, instance 1: the target is empt",
@@ -90,7 +90,7 @@ def test_broken_files_are_named(clone: Path, instance: dict[str, Any], reason: s
 
 
 def test_a_folder_that_is_not_a_clone_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PhatgooseError, match=r"is no clone of natural-instructions"):
+    with pytest.raises(PhatgooseError, match=r"is not a clone of natural-instructions"):
         task_specs(group(tmp_path))
     with pytest.raises(PhatgooseError, match=r"pool\.folder=/data/natural-instructions"):
         task_specs({**group(tmp_path), "folder": None})
