@@ -259,7 +259,7 @@ def test_colours_that_repeat_are_said_to() -> None:
     assert token != legend[0]  # paler
     assert legend[0] == legend[1]
     for text in (to_html([route], names, ""), to_terminal([route], names)):
-        assert "colours repeat after 12" in text
+        assert "colors repeat after 12" in text
         assert "e5" not in text  # nothing went there
     assert "repeat" not in to_terminal(ROUTES, EXPERTS)
 
