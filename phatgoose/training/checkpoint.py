@@ -76,7 +76,7 @@ class State:
         if not whole:
             raise PhatgooseError("it is damaged (its SHA-256 is another)")
         if plain.pop("owner") != owner:
-            raise PhatgooseError("it belongs to another job, recipe or version of the code")
+            raise PhatgooseError("it is from another job, recipe or version of the code")
         curve = [CurveRow(*row) for row in plain.pop("curve")]
         return cls(**plain, curve=curve, **_groups(tensors))
 

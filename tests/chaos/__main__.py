@@ -20,11 +20,20 @@ def main() -> int:
     """Run the command line; return 1 if anything is wrong."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument(
-        "--seed", type=int, action="append", help="one disturbed run each (default: 1, 2, 3)"
+        "--seed",
+        type=int,
+        action="append",
+        help="seed of a disturbed run, repeatable (default: 1, 2, 3)",
     )
-    parser.add_argument("--kills", type=int, default=20, help="per run (default: %(default)s)")
-    parser.add_argument("--experts", type=int, default=24, help="(default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=160, help="of an expert (%(default)s)")
+    parser.add_argument(
+        "--kills", type=int, default=20, help="kills per run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--experts", type=int, default=24, help="number of experts (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=160, help="steps per expert (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, help="keep runs and tables in this new folder")
     options = parser.parse_args()
     folder = options.out or Path(tempfile.mkdtemp(prefix="chaos-"))
@@ -60,13 +69,13 @@ def chaos(folder: Path, seeds: list[int], kills: int, experts: int, steps: int) 
     print(f"\n{seed_table(rows)}")
     _write(folder / "kills.parquet", [kill.row() for run in runs for kill in run.kills])
     _write(folder / "seeds.parquet", rows)
-    print(f"\n{folder}: kills.parquet, seeds.parquet, a folder and a log per run")
+    print(f"\n{folder}: kills.parquet, seeds.parquet, and a folder and a log per run")
     return int(any(run.problems for run in runs))
 
 
 def kill_table(run: Run) -> str:
     """Return a table of the kills of a run."""
-    header = ["at s", "killed", "which", "what it was doing", "done", "back after s", "next result"]
+    header = ["at s", "killed", "which", "activity", "done", "recovery s", "next result"]
     rows = [
         [
             f"{kill.seconds:.0f}",

@@ -54,17 +54,17 @@ def differences(run_dir: Path, undisturbed: Path) -> list[str]:
     for name in EXCLUDED:
         ours, theirs = _files(run_dir, name), _files(undisturbed, name)
         if ours != theirs:
-            found.append(f"{name}: {sorted(set(ours) ^ set(theirs))} is in one run only")
+            found.append(f"{name}: {sorted(set(ours) ^ set(theirs))} exist in only one run")
         for file in sorted(set(ours) & set(theirs)):
             found += _compare(file, _rows(run_dir, file, name), _rows(undisturbed, file, name))
     if _records(run_dir) != _records(undisturbed):
-        found.append("registry/jobs: other records, so other content hashes")
+        found.append("registry/jobs: records or content hashes differ")
     manifests = [_registry(folder).manifest().experts for folder in (run_dir, undisturbed)]
     if manifests[0] != manifests[1]:
-        found.append("registry/manifests: the newest names other experts")
+        found.append("registry/manifests: the newest manifests name different experts")
     profiles = [_bytes(folder / "registry" / "profiles") for folder in (run_dir, undisturbed)]
     if profiles[0] != profiles[1]:
-        found.append("registry/profiles: they are not the same")
+        found.append("registry/profiles: the content differs")
     return found
 
 
@@ -93,8 +93,8 @@ def faults(run_dir: Path, experts: Sequence[str]) -> list[str]:
             for row in _rows(run_dir, file, run_folder.TRAINING_FOLDER)
         )
         if twice := [key for key, count in steps.items() if count > 1]:
-            found.append(f"{file}: twice there: {twice[:_SHOWN]}")
-    found += [f"left behind: {path}" for path in _left(run_dir)]
+            found.append(f"{file}: duplicate rows: {twice[:_SHOWN]}")
+    found += [f"leftover file: {path}" for path in _left(run_dir)]
     return found
 
 
@@ -112,12 +112,12 @@ def trained_again(watch: Watch, kills: Sequence[Kill]) -> tuple[int, list[str]]:
             if after.what != "training":
                 continue
             if after.seconds > recorded:
-                found.append(f"{expert} was given out again after it was published")
+                found.append(f"{expert} was assigned again after it was published")
             elif before.what == "trained":
                 lost += 1
                 # An event may be observed a moment late.
                 if not any(before.seconds - 1 < second < after.seconds for second in causes):
-                    found.append(f"{expert} was trained to the end twice, and nothing was killed")
+                    found.append(f"{expert} was trained completely twice without a kill")
     return lost, found
 
 

@@ -197,7 +197,7 @@ class Killer:
         before = {n.node_id for n in self._nodes.workers}
         count = self._nodes.kill_node(node)
         if not count:  # it was dead already, but not killed here
-            raise RuntimeError(f"the node {node.node_id} died by itself")
+            raise RuntimeError(f"the node {node.node_id} died without being killed")
         self._new_node = time.monotonic() + self._draw.uniform(0, _NEW_NODE_SECONDS)
         victim = f"node {node.node_id[:6]}, {count} processes"
         return _Hit(victim, doing, self._node_back(before))
@@ -230,7 +230,7 @@ class Killer:
         def look() -> str | None:
             new = self._watch.status.get("driver", {}).get("process")
             others = [a for a in working(self._watch.actors) if a.kind != REGISTRY]
-            return "new driver's actors at work" if new not in (None, old) and others else None
+            return "new driver's actors are working" if new not in (None, old) and others else None
 
         return look
 
@@ -238,7 +238,7 @@ class Killer:
         def look() -> str | None:
             there = [a for a in working(self._watch.actors) if a.node not in before]
             there = [a for a in there if a.kind != REGISTRY]
-            return "actor at work on the new node" if there else None
+            return "an actor works on the new node" if there else None
 
         return look
 
@@ -250,7 +250,7 @@ class Killer:
         def look() -> str | None:
             if kind == "trainer":
                 again = [x for x in self._watch.lines if x.seconds > begun and x.expert == expert]
-                return f"{expert} under way again" if again else None
+                return f"{expert} is being trained again" if again else None
             new = [a for a in self._watch.actors if a.kind == name and a.process.pid not in known]
             if kind == "registry":
                 back = [a for a in new if a.method != "__init__"]

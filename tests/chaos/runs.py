@@ -91,7 +91,7 @@ def disturbed(workload: Workload, folder: Path, seed: int, kills: int, first: Ru
 
     run = _run(workload, run_dir, seed, killer)
     if len(run.kills) < kills or (kills >= len(KINDS) and not has_every_kind(run.kills)):
-        run.problems.append(f"only {len(run.kills)} of {kills} kills hit anything")
+        run.problems.append(f"only {len(run.kills)} of {kills} kills had a victim")
     if (run_dir / "run.json").exists():
         run.problems += differences(run_dir, folder / "undisturbed")
     return run
@@ -117,10 +117,10 @@ def _run(
         said = output.read_text(errors="replace")
         if status:
             run.problems.append(f"status {status}: {said[-_SHOWN_CHARACTERS:]}")
-        run.problems += [f"left in the cluster: {line}" for line in left_in_cluster(nodes.address)]
-    run.problems += [f"left of the cluster: {line}" for line in nodes.left]
+        run.problems += [f"still in the cluster: {line}" for line in left_in_cluster(nodes.address)]
+    run.problems += [f"still running after the cluster: {line}" for line in nodes.left]
     run.lost, found = trained_again(watch, run.kills)
-    run.problems += found + published_twice(said) + watch.went_back
+    run.problems += found + published_twice(said) + watch.regressions
     if not status:
         run.problems += faults(run_dir, workload.names)
     return run

@@ -38,7 +38,7 @@ class Watch:
         lines: messages of training actors with their times.
         actors: those alive at the last look.
         status: status.json, {} before it exists.
-        went_back: where reported progress decreased within a stage of one driver.
+        regressions: where reported progress decreased within a stage of one driver.
         look_out: called after each look.
     """
 
@@ -51,7 +51,7 @@ class Watch:
         self.lines: list[Line] = []
         self.actors: list[Actor] = []
         self.status: dict[str, Any] = {}
-        self.went_back: list[str] = []
+        self.regressions: list[str] = []
         self.look_out: Callable[[], None] = lambda: None
         self._read: dict[Path, int] = {}  # how much of each log has been read
         self._known: set[Path] = set()
@@ -111,7 +111,7 @@ class Watch:
         before, self.status = self.status, status
         same = [status[k] == before.get(k) for k in ("driver", "stage", "total")]
         if all(same) and status["done"] < before["done"] and before["state"] == "running":
-            self.went_back.append(
+            self.regressions.append(
                 f"status.json, {status['stage']}: from {before['done']} back to {status['done']} "
                 f"{status['unit']}s"
             )

@@ -73,9 +73,9 @@ def workers(two_nodes: None, plan: Plan) -> Iterator[Workers]:
     workers = Driver(plan, Connection())._trainers(plan.jobs)
     yield workers
     workers.close()
-    wait(lambda: not ranks(), "a rank is left")
-    wait(lambda: not groups(), "a placement group is left")
-    wait(lambda: ray.available_resources().get("CPU") == 2, "cores are not free again")
+    wait(lambda: not ranks(), "a rank is still running")
+    wait(lambda: not groups(), "a placement group still exists")
+    wait(lambda: ray.available_resources().get("CPU") == 2, "cores were not released")
 
 
 def wait(happened: Callable[[], Any], problem: str) -> None:

@@ -15,7 +15,7 @@ def small_disk(place: Path, size: str) -> Iterator[Path]:
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
     done = subprocess.run(mount, capture_output=True, text=True, check=False)
     if done.returncode:
-        pytest.skip(f"this user may not mount a small filesystem: {done.stderr.strip()}")
+        pytest.skip(f"this user cannot mount a small filesystem: {done.stderr.strip()}")
     try:
         yield place
     finally:

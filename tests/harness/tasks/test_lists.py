@@ -117,7 +117,7 @@ def test_every_named_template_exists_in_promptsource() -> None:
     try:
         templates_of("ag_news")
     except PhatgooseError as error:
-        pytest.skip(f"promptsource cannot be had: {error}")
+        pytest.skip(f"promptsource is not available: {error}")
     for spec in P3:
         options = options_of(Options, spec)
         if options.own == "trec":  # has a separate prompt

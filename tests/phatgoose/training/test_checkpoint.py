@@ -150,7 +150,7 @@ def test_damaged_and_unrelated_states_are_refused(llama: Base) -> None:
         changed[place] ^= 4
         with pytest.raises(PhatgooseError, match="it is damaged"):
             State.from_bytes(bytes(changed), "job recipe")
-    with pytest.raises(PhatgooseError, match="of another job, recipe or version"):
+    with pytest.raises(PhatgooseError, match="is from another job, recipe or version"):
         State.from_bytes(data, "job other")
 
 

@@ -143,7 +143,7 @@ def test_contradictory_options_are_refused(load_opts: dict[str, Any], message: s
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not ARCHIVE.exists(), reason=f"{ARCHIVE} has not been fetched")
+@pytest.mark.skipif(not ARCHIVE.exists(), reason=f"{ARCHIVE} has not been downloaded")
 def test_suites_contain_all_documents_of_the_archive() -> None:
     specs = task_specs({"name": "suites", "lists": ["bbh", "bbl", "bbl_rest"], "style": "paper"})
     chosen = [spec for spec in specs if spec.name in DOCUMENTS]

@@ -38,7 +38,7 @@ def promptsource(tmp_path_factory: pytest.TempPathFactory) -> Path:
         try:
             _sources()
         except PhatgooseError as error:
-            pytest.skip(f"promptsource cannot be had: {error}")
+            pytest.skip(f"promptsource is not available: {error}")
         return cache_dir() / "downloads" / "promptsource-0.2.3.tar.gz"
 
 
