@@ -136,7 +136,7 @@ def test_a_rank_that_is_killed_costs_a_few_steps(
     assert len(watch.errors) == 1
     assert "died" in watch.errors[0]
     logs = "".join(f.read_text() for f in (tmp_path / "run" / "logs").glob("train-*"))
-    assert "going on from step" in logs
+    assert "resuming from step" in logs
 
 
 def test_two_groups_find_no_room_on_two_cores(workers: Workers, plan: Plan) -> None:
