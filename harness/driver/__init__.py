@@ -1,1 +1,1 @@
-"""The stages of a run, as its driver process carries them out."""
+"""The stages of a run, carried out by its driver process."""

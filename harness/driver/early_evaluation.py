@@ -1,4 +1,4 @@
-"""Evaluation that need not wait for the last expert: of the base, and of each expert by itself."""
+"""Evaluate the base and each single expert during training, before the pool is complete."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -11,17 +11,17 @@ from phatgoose.routers.single import Single
 
 
 class EarlyEvaluation:
-    """Answers, while experts are trained, what will be asked of those that are there.
+    """The evaluation of the base and of finished experts, while other experts are trained.
 
-    The answers go to the journal, where the stage `evaluate` finds them. Training goes before: on
-    nodes that both may use, evaluation actors run only where training needs no more of them.
+    The answers go to the journal, where the stage `evaluate` finds them. Training has priority: on
+    nodes that both may use, evaluation actors run only while training needs no more actors.
 
     Args:
-        evaluations: one per suite, over a pool that grows in `experts`.
-        experts: content hash by name, of the experts that are there; it is read again and again.
+        evaluations: one evaluation per suite, over the growing pool in `experts`.
+        experts: content hash by name, of the finished experts. It is read at every step.
         routers: all routers of the run.
         trainers, evaluators: the actors of the two stages.
-        shared: whether both may be on the same nodes.
+        shared: whether both may use the same nodes.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class EarlyEvaluation:
         self._stopped = not self._routers
 
     def step(self) -> None:
-        """Ask about what is new, and take in what was answered."""
+        """Ask about new experts, and collect answers."""
         if self._stopped or not self._experts:
             return
         self._evaluators.paused = self._shared and self._trainers.wants_more
@@ -60,7 +60,7 @@ class EarlyEvaluation:
             self._stop()
 
     def finish(self, tick: Callable[[], None] = lambda: None) -> None:
-        """Take in what is under way; nothing more is asked. `tick` is called every second."""
+        """Collect the pending answers, and ask nothing more. `tick` is called every second."""
         self._evaluators.paused = False
         try:
             while not self._stopped and not self._evaluators.is_done:
@@ -70,7 +70,7 @@ class EarlyEvaluation:
             self._stop()
 
     def _stop(self) -> None:
-        """After an error, which the stage `evaluate` will meet again, and say."""
+        """Stop after an error; the stage `evaluate` will meet it again and report it."""
         self._stopped = True
         self._evaluators.close()
 

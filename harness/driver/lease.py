@@ -1,12 +1,12 @@
-"""One driver per run folder: a lease that its holder renews, and that expires without it.
+"""Allow one driver per run folder, with a lease that expires unless its holder renews it.
 
-    driver/<n>.json   who holds the run folder; the highest number counts
+    driver/<n>.json   the holder of the run folder; the highest number counts
 
-Taking over means creating the next number, which only one of several processes can, see
+A driver takes over by creating the next number. Only one of several processes can do that, see
 `Folder.create`. A holder that was suspended and wakes up finds a higher number, and ends.
 
-No clocks of two machines are compared: whoever finds a holder on another machine watches whether
-its file changes. A process of this machine is looked up instead.
+Clocks of two machines are never compared. If the holder is on another machine, a new driver watches
+whether the holder's file changes. If it is on the same machine, the driver looks up its process.
 """
 
 import contextlib
@@ -34,12 +34,12 @@ _LOOK_SECONDS = 0.5
 
 
 class RunLease:
-    """The right to write into a run folder. Entering the block looks; `take` takes it.
+    """The right to write to a run folder. Entering the block checks it; `take` acquires it.
 
     Args:
         folder: the run folder.
-        renew_seconds: how often the lease is renewed.
-        expire_seconds: how long another machine's lease may stay unchanged until it is taken over.
+        renew_seconds: the interval at which the lease is renewed.
+        expire_seconds: how long another machine's lease may stay unchanged before it is taken over.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class RunLease:
     ) -> None:
         self._folder, self._renew, self._expire = folder, renew_seconds, expire_seconds
         self._number = 0  # of the lease that is held
-        self._expired: dict[str, Any] | None = None  # another machine's lease, watched until then
+        self._expired: dict[str, Any] | None = None  # another machine's lease that expired
         self._lost_to: dict[str, Any] | None = None
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -64,7 +64,7 @@ class RunLease:
         }
 
     def __enter__(self) -> "RunLease":
-        """Refuse to go on if another driver holds the folder."""
+        """Check that no other driver holds the folder."""
         self._wait_until_free()
         return self
 
@@ -91,19 +91,19 @@ class RunLease:
         """Give the lease back.
 
         Raises:
-            PhatgooseError: it was lost meanwhile.
+            PhatgooseError: the lease was lost in the meantime.
         """
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
         if self._lost_to is not None:
             raise PhatgooseError(
-                f"run.dir={self._folder}: {_describe(self._lost_to)} took over, since this one "
-                f"gave no sign of life for {self._expire:.0f} s. Follow the other, with `python "
-                "-m harness.status`."
+                f"run.dir={self._folder}: {_describe(self._lost_to)} took over, because this one "
+                f"showed no sign of life for {self._expire:.0f} s. Follow the other one with "
+                "`python -m harness.status`."
             ) from error
         if self._number:
-            with contextlib.suppress(PhatgooseError):  # then it expires
+            with contextlib.suppress(PhatgooseError):  # if this fails, the lease expires
                 holder = self._read(self._number) or {}
                 if holder.get("token") == self._me["token"]:
                     self._folder.delete(_file(self._number), missing_ok=True)
@@ -113,12 +113,12 @@ class RunLease:
         renewed = 0
         while not self._ended.wait(self._renew):
             try:
-                # Numbers start again once a lease was given back, so the number alone does not do.
+                # Numbers restart after a lease was given back, so the number alone is not enough.
                 holder = self._read(max(self._numbers(), default=self._number)) or {}
                 if holder.get("token") != self._me["token"]:
                     self._lost_to = holder
                     main = threading.main_thread().ident
-                    if main is not None:  # as Ctrl-C does, so that a wait ends too
+                    if main is not None:  # like Ctrl-C, so that a wait ends, too
                         signal.pthread_kill(main, signal.SIGINT)
                     return
                 renewed += 1
@@ -127,7 +127,7 @@ class RunLease:
                 continue  # the disk may be full for a while; the next renewal may work
 
     def _wait_until_free(self) -> int:
-        """The number of the newest lease, which is no longer valid; 0 if there is none."""
+        """Wait until no lease is valid; return the number of the newest one, or 0."""
         seen: dict[str, Any] | None = None
         since = time.monotonic()
         while True:
@@ -138,7 +138,7 @@ class RunLease:
             changed = seen is not None and holder != seen
             if changed or _is_here(holder):
                 raise PhatgooseError(
-                    f"run.dir={self._folder}: {_describe(holder)} works in it. Wait until it ends, "
+                    f"run.dir={self._folder}: {_describe(holder)} is using it. Wait until it ends, "
                     "or choose another run.dir."
                 )
             if time.monotonic() - since >= self._expire:
@@ -153,7 +153,7 @@ class RunLease:
         except PhatgooseError as error:
             if not isinstance(error.__cause__, NotImplementedError):
                 raise
-            # This filesystem cannot create a file only if there is none: better than no lease.
+            # This filesystem has no exclusive creation. A plain file is better than no lease.
             self._folder.write(_file(number), self._content(0))
             return True
 
@@ -165,14 +165,14 @@ class RunLease:
         return [int(match[1]) for match in matches if match]
 
     def _read(self, number: int) -> dict[str, Any] | None:
-        """A lease; None if it was given back meanwhile."""
+        """Return a lease; None if it was given back in the meantime."""
         data = self._folder.find(_file(number))
         if data is None:
             return None
         try:
             content: dict[str, Any] = dict(json.loads(data))
         except (TypeError, ValueError):
-            content = {"damaged": data.hex()}  # it is taken over when it does not change
+            content = {"damaged": data.hex()}  # it is taken over if it does not change
         return content
 
 
@@ -185,7 +185,10 @@ def _is_here(holder: dict[str, Any]) -> bool:
 
 
 def _is_dead_here(holder: dict[str, Any]) -> bool:
-    """Whether the holder was a process of this machine that is gone, or is another by now."""
+    """Return whether the holder was a process of this machine that has ended.
+
+    Another process may have its id by now.
+    """
     if not _is_here(holder):
         return False
     try:

@@ -1,4 +1,4 @@
-"""Fetch and write what a run needs before it is planned; many tasks at once, as Ray tasks."""
+"""Fetch and write what a run needs before it is planned. Many tasks are prepared on Ray."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from phatgoose.sentence_encoder import load_encoder
 
 # One pass over their archive serves all tasks of these sources.
 _TOGETHER = ("bigbench", "lm_eval")
-# Fewer are not worth a cluster's start.
+# Up to this many tasks are not worth starting a cluster for.
 _FEW = 4
 
 
@@ -30,10 +30,10 @@ def prepare_run(
 
     Args:
         config: the configuration.
-        make: makes the files of tasks that have none.
+        make: writes the files of tasks that have none.
 
     Raises:
-        PhatgooseError: something of it cannot be had, or the configuration is refused before.
+        PhatgooseError: the configuration is invalid, or something cannot be fetched or written.
     """
     check_before_preparing(config)
     pool = config.pool_tasks()
@@ -55,7 +55,7 @@ def prepare_run(
 
 
 def preparer(cluster: Cluster) -> Callable[[list[TaskSpec]], None]:
-    """Makes the files of tasks: of a few in this process, of many on the cluster."""
+    """Return a function that prepares a few tasks in this process, and many on the cluster."""
 
     def make(specs: list[TaskSpec]) -> None:
         together = [spec for spec in specs if spec.source in _TOGETHER]
@@ -71,10 +71,10 @@ def preparer(cluster: Cluster) -> Callable[[list[TaskSpec]], None]:
 
 
 def _prepare_on_cluster(specs: Sequence[TaskSpec]) -> None:
-    """One Ray task per data set; all are tried before the faulty ones are reported.
+    """Prepare each task in a Ray task; try all before reporting failures.
 
     Raises:
-        PhatgooseError: some could not be made, or were made where this process does not see them.
+        PhatgooseError: some tasks could not be prepared, or this process cannot see their files.
     """
     where = {"env_vars": {"PHATGOOSE_CACHE": str(cache_dir())}}
     remote = ray.remote(_prepare).options(num_cpus=1, max_retries=3, runtime_env=where)
@@ -87,8 +87,8 @@ def _prepare_on_cluster(specs: Sequence[TaskSpec]) -> None:
             problem = ray.get(done)
             if problem is None and not is_written(folder_of(spec)):
                 problem = (
-                    f"task {spec.name}: another node wrote its files where this one does not see "
-                    "them: set PHATGOOSE_CACHE to a folder that all nodes share"
+                    f"task {spec.name}: another node wrote its files where this node cannot see "
+                    "them. Set PHATGOOSE_CACHE to a folder that all nodes share."
                 )
             if problem is not None:
                 problems.append(problem)
@@ -99,7 +99,7 @@ def _prepare_on_cluster(specs: Sequence[TaskSpec]) -> None:
 
 
 def _prepare(spec: TaskSpec) -> str | None:
-    """Make one task's files; says what is wrong with its data."""
+    """Prepare one task; return what is wrong with its data, or None."""
     try:
         prepare_here([spec])
     except PhatgooseError as error:

@@ -1,4 +1,4 @@
-"""The stages of a run, over actors of the cluster: train, measure profiles, evaluate."""
+"""The stages of a run, on actors of the cluster: train, measure profiles, evaluate."""
 
 import functools
 import logging
@@ -30,17 +30,17 @@ from harness.training.stage import Training, measure_profiles
 from phatgoose.errors import PhatgooseError
 
 _LOG = logging.getLogger(__name__)
-# Chunks that wait for an actor; more are not needed to keep all of them busy.
+# The number of waiting chunks that suffices to keep all actors busy.
 _AHEAD = 20_000
-_NAMED = 5  # of many that failed for the same reason
-# Between two looks at routers whose answers are complete: lm-eval sums them up meanwhile.
+_NAMED = 5  # names shown of those that failed for the same reason
+# How often lm-eval sums up the routers whose answers are complete.
 _SUM_UP_SECONDS = 30.0
 
 
 class Driver:
-    """Carries out the stages of one run, which share the registry actor and the evaluation actors.
+    """The driver of one run. Its stages share the registry actor and the evaluation actors.
 
-    Every stage says what could not be done, in lines, after it did the rest.
+    Every stage does what it can, then returns one line for each failure.
     """
 
     def __init__(self, plan: Plan, cluster: Cluster) -> None:
@@ -62,12 +62,12 @@ class Driver:
         check_room(cluster, cluster.train_nodes, ranks.ranks_per_expert, gpus)
 
     def finish_earlier_jobs(self) -> None:
-        """Finish what a crash may have left of the jobs that were done before it."""
+        """Complete what a crash may have left undone for finished jobs."""
         self._registry.add_to_manifest(self._plan.finished)
         delete_checkpoints(self._plan.folder, self._plan.finished)
 
     def train(self) -> list[str]:
-        """Train what has not been trained; meanwhile, evaluate what need not wait."""
+        """Train the missing experts; meanwhile, evaluate what does not need all of them."""
         plan, jobs = self._plan, self._plan.open_jobs
         total = sum(plan.tokens[job.card.job] for job in plan.all_jobs)
         done = total - sum(plan.tokens[job.card.job] for job in jobs)
@@ -90,7 +90,7 @@ class Driver:
         return by_reason("expert", failures)
 
     def measure_profiles(self) -> list[str]:
-        """Measure the profiles that the pool lacks."""
+        """Measure the missing profiles of the pool."""
         plan, registry = self._plan, self._registry
         experts: dict[str, str] = {}
         lacking = []
@@ -132,7 +132,7 @@ class Driver:
         self.evaluators.close()
 
     def _evaluate(self, suite: str, served: AvailableRouters) -> list[str]:
-        """Evaluate the routers on one suite; scores are written as routers are complete."""
+        """Evaluate the routers on one suite; write scores whenever a router is complete."""
         asked = self._plan.requests[suite]
         evaluation = Evaluation(self._setting, asked, served.members, served.others)
         evaluation.announce(served.routers)
@@ -159,7 +159,7 @@ class Driver:
                     except PhatgooseError:
                         if name not in evaluation.failures:
                             raise
-                        continue  # an answer that was asked again failed; others go on
+                        continue  # an answer that was asked again failed; continue with the others
                     ordered = [row for router in served.routers for row in rows.get(router, ())]
                     evaluation.write_scores(ordered)
                 summed_up = time.monotonic()
@@ -170,7 +170,7 @@ class Driver:
         return list(evaluation.failures.values())
 
     def _show(self, progress: StageProgress, evaluation: Evaluation) -> None:
-        """Let the progress know what was answered."""
+        """Report the answers to the stage's progress."""
         running, waiting = len(self.evaluators.under_way), self.evaluators.waiting
         counts = {
             "waiting": waiting,
@@ -181,7 +181,7 @@ class Driver:
         progress.update(evaluation.requests, counts, self.evaluators.locations)
 
     def _early(self, training: Training, trainers: Workers) -> EarlyEvaluation:
-        """What need not wait for the last expert."""
+        """Return the evaluation that runs during training."""
         plan = self._plan
         there = {job.card.name: plan.finished.get(job.card.job) for job in plan.jobs}
         training.experts |= {name: content for name, content in there.items() if content}
@@ -218,7 +218,7 @@ class Driver:
 
     @functools.cached_property
     def _registry_actor(self) -> Any:
-        """The registry actor, which ends with its handles."""
+        """The registry actor. It ends with the last of its handles."""
         return registry_actor(self._config.registry, self._plan.base_fingerprint)
 
     @functools.cached_property
@@ -233,7 +233,7 @@ class Driver:
         )
 
     def _trainers(self, jobs: Sequence[TrainJob]) -> Workers:
-        """Training actors, started when there is work."""
+        """Return the training actors. They are started when there is work."""
         config = self._config
         profile = config.profile if any(job.profile_id for job in jobs) else None
         ranks, nodes = config.ranks.ranks_per_expert, config.cluster.train_nodes
@@ -290,7 +290,7 @@ class Driver:
 
     @property
     def _evaluator_options(self) -> dict[str, Any]:
-        """What an evaluation actor asks of Ray: GPUs if and only if the plan says so."""
+        """The Ray options of an evaluation actor: GPUs if and only if the plan says so."""
         config = self._config.cluster
         gpus = config.gpus_per_actor or 1 if self._plan.conditions.device == "cuda" else 0.0
         return actor_options(config, config.evaluate_nodes, gpus)
@@ -306,14 +306,14 @@ class Driver:
         return room(options, self._most_actors)
 
     def _want_evaluators(self, count: int) -> None:
-        """Ask for nodes to evaluate on; while there is training, for its nodes alone."""
+        """Request nodes for evaluation, but not during training."""
         if not self._is_training:
             self._cluster.connect()
             options = self._evaluator_options
             request_nodes(options, min(count, self._most_actors or count))
 
     def _pool(self) -> dict[str, str]:
-        """The trained experts' content hashes by name; says which ones are lacking."""
+        """Return the content hashes of the trained experts, by name; warn about missing ones."""
         plan, registry = self._plan, self._registry
         found = registry.add_to_manifest(job.card.job for job in plan.jobs)
         jobs = {job.card.name: job.card.job for job in plan.jobs}
@@ -321,16 +321,16 @@ class Driver:
         lacking = [name for name in jobs if name not in experts]
         if not experts:
             raise PhatgooseError(
-                f"no expert of pool {plan.config.pool['name']} is in the registry "
-                f"{registry.folder}: run the stage train"
+                f"pool={plan.config.pool['name']}: none of its experts is in the registry "
+                f"{registry.folder}. Run the stage train."
             )
         if lacking:
-            _LOG.warning("the pool lacks %d experts: %s", len(lacking), ", ".join(lacking))
+            _LOG.warning("%d experts of the pool are missing: %s", len(lacking), ", ".join(lacking))
         return experts
 
 
 def by_reason(what: str, failures: Mapping[str, str]) -> list[str]:
-    """A line for each reason, with the names of those that failed for it."""
+    """Return a line for each reason, with the names of those that failed for it."""
     names: dict[str, list[str]] = {}
     for name, error in failures.items():
         names.setdefault(error, []).append(name)

@@ -1,4 +1,4 @@
-"""The actor that answers evaluation requests: one base and pool, any router."""
+"""The actor that answers evaluation requests, with one base, one pool at a time, and any router."""
 
 import time
 from typing import Any
@@ -23,14 +23,14 @@ from phatgoose.routers import Router
 
 
 class EvalActor(Actor):
-    """Answers chunks with a base that stays loaded, and with the pool of each call.
+    """An actor that answers chunks. The base stays loaded; each call names its pool.
 
     Args:
-        base: which base to load.
-        conditions: what it must answer with.
-        registry: where the experts are kept.
-        registry_actor: the registry actor, for nodes that do not see its files.
-        run_dir: where to write the log.
+        base: the base to load.
+        conditions: the conditions to answer under.
+        registry: the registry that stores the experts.
+        registry_actor: the registry actor, for nodes that cannot read the registry's files.
+        run_dir: the run folder, for the log.
         code: the driver's `code_version`.
     """
 
@@ -51,7 +51,7 @@ class EvalActor(Actor):
         dtype = str(self._base.model.dtype).removeprefix("torch.")
         conditions.check(dtype, self._base.device.type)
         self._model: RoutedModel | None = None
-        self._attached: tuple[Any, ...] | None = None  # the identity of the pool
+        self._attached: tuple[Any, ...] | None = None  # the identity of the attached pool
 
     def answer(
         self,
@@ -63,13 +63,14 @@ class EvalActor(Actor):
     ) -> Answer:
         """Answer one chunk with these experts, routed by `router`.
 
-        The router may look at the task's description. `code` is what the driver has for the
-        router's source code.
+        The router may use the task's description. `code` is the driver's digest of the router's
+        source code.
         """
         if code is not None and digest(router_code(router)) != code:
             raise PhatgooseError(
-                f"the code of router {router.name()} on this node is not the driver's: put the "
-                "same files on every node; if one was edited since the run began, start again"
+                f"router={router.name()}: its code on this node differs from the driver's. Install "
+                "the same files on every node. If a file was edited during the run, run the same "
+                "command again."
             )
         self._attach(members)
         model = self._routed
@@ -87,17 +88,17 @@ class EvalActor(Actor):
         return self._model
 
     def _attach(self, members: Members) -> None:
-        """Let the base have this pool, if it has another one."""
+        """Attach this pool to the base, unless it is attached already."""
         if members.identity == self._attached:
             return
         if self._model is not None:
-            self._model.detach()  # from here on it refuses to answer
+            self._model.detach()  # a detached model refuses to answer
         self._model = self._attached = None
         self._model = RoutedModel(self._base, self._open(members))
         self._attached = members.identity
 
     def _open(self, members: Members) -> Pool:
-        """A pool: mapped from its pack; a single expert, which some routers need, by itself."""
+        """Map a pool from its pack; load a single expert without a pack."""
         experts, profiles = members.experts, members.profiles
         if len(experts) == 1:
             pool = Pool.from_experts([self._fetch(content) for content in experts.values()])
@@ -114,11 +115,11 @@ class EvalActor(Actor):
         return expert
 
     def _beat(self) -> None:
-        """A sign of life: a pool of many experts takes its time."""
+        """Record progress, because opening a large pool takes long."""
         self._done += 1
 
     def _profile(self, content_hash: str, profile_id: str) -> Profile:
-        """A profile, mapped where this node sees the registry's files."""
+        """Return a profile, mapped if this node can read the registry's files."""
         if self._registry.has_profile(content_hash, profile_id):
             return self._registry.profile(content_hash, profile_id)
         profile: Profile = ray.get(self._registry_actor.profile.remote(content_hash, profile_id))

@@ -1,4 +1,4 @@
-"""Answer a chunk of requests with a routed model: what an evaluation actor computes."""
+"""Answer a chunk of requests with a routed model: the computation of an evaluation actor."""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,7 +15,7 @@ from phatgoose.tokenization import encode_context, prompt_room, spaces_moved
 
 
 def answer_chunk(base: Base, model: RoutedModel, chunk: Chunk, description: str) -> Answer:
-    """Answer a chunk; routers that read the task's description are given `description`."""
+    """Answer a chunk; pass `description` to routers that use the task's description."""
     respond = _score if chunk.kind == "score" else _generate
     return respond(base, model, chunk, description)
 
@@ -37,8 +37,8 @@ def _score(base: Base, model: RoutedModel, chunk: Chunk, description: str) -> An
 
 
 def _generate(base: Base, model: RoutedModel, chunk: Chunk, description: str) -> Answer:
-    """Generate after each prompt, and score its right answer if that is known."""
-    # Requests that end alike are generated together.
+    """Continue each prompt, and score its correct answer if that is known."""
+    # Requests with the same limit and stop strings are generated together.
     groups: dict[tuple[int, tuple[str, ...]], list[int]] = {}
     for place, request in enumerate(chunk.requests):
         groups.setdefault((request.max_new_tokens, request.until), []).append(place)
@@ -60,7 +60,7 @@ def _generate_alike(
     description: str,
     answer: Answer,
 ) -> None:
-    """Enter into `answer` the requests at these places, which have the same limit and stops."""
+    """Fill in `answer` for the requests at these places; they share a limit and stop strings."""
     requests = [chunk.requests[place] for place in places]
     limit, stops = requests[0].max_new_tokens, requests[0].until
     queries = [_query(request, description) for request in requests]
@@ -71,8 +71,8 @@ def _generate_alike(
         for place, request, query in zip(places, requests, queries, strict=True)
         if request.choices
     }
-    # A prompt with a line's end behind it is one before what is generated and another before
-    # the answer, to which the white space belongs.
+    # White space at the end of a prompt belongs to a scored answer. A generation keeps it in the
+    # prompt, except spaces. So the two prompts differ after a line break, for example.
     together = [question.context for question in questions.values()] == prompts and all(
         fits(base, question, limit) for question in questions.values()
     )
@@ -98,10 +98,10 @@ def _generate_alike(
 
 
 def _on_cpu(routing: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors for a driver whose machine need not have a GPU."""
+    """Return the tensors on the CPU, because the driver's machine may have no GPU."""
     return {linear: weights_E.cpu() for linear, weights_E in routing.items()}
 
 
 def _query(request: Request, description: str) -> Query:
-    """What routers may know of a request: not the right answer that is scored, if that is all."""
+    """Return what routers may see of a request: never a correct answer that is its only choice."""
     return Query(request.context, request.choices if request.choices_shown else (), description)

@@ -1,4 +1,4 @@
-"""Chunks of evaluation requests, and what an actor answers to one."""
+"""Chunks of evaluation requests, and an actor's answer to one."""
 
 import hashlib
 import json
@@ -17,11 +17,11 @@ class Request:
 
     Attributes:
         context: the prompt.
-        choices: what to score after it; empty to generate.
-        max_new_tokens: how much to generate.
-        until: strings that end what is generated.
-        choices_shown: whether the choices are part of the question; False where the only one is
-            the right answer, which no router may see.
+        choices: the texts to score after it; empty to generate.
+        max_new_tokens: the maximum number of tokens to generate.
+        until: strings that end the generation.
+        choices_shown: whether the choices are part of the question. False if the only choice is
+            the correct answer, because no router may see it.
     """
 
     context: str
@@ -32,35 +32,36 @@ class Request:
 
     @property
     def characters(self) -> int:
-        """Length of its text."""
+        """The length of its text."""
         return len(self.context) + sum(map(len, self.choices))
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Requests of one task and kind that an actor answers at once."""
+    """Requests of one task and kind that an actor answers in one call."""
 
     task: str
     kind: Literal["score", "generate"]
     requests: tuple[Request, ...]
 
     def key(self, identity: Any) -> str:
-        """What identifies its answer, given what determines it besides the requests."""
+        """Return the key of its answer, given what determines it besides the requests."""
         content = json.dumps([identity, asdict(self)], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
 @dataclass
 class Answer:
-    """What an actor says of a chunk.
+    """An actor's answer to a chunk.
 
     Attributes:
-        scores: per request, a Score per choice; kind `generate`: of the right answer, or none.
-        texts: per request, what was generated (kind `generate`).
-        tokens: tokens run through the model.
-        seconds: time it took.
+        scores: per request, a Score per choice. For kind `generate`, the Score of the correct
+            answer, or none.
+        texts: per request, the generated text (kind `generate`).
+        tokens: the number of tokens run through the model.
+        seconds: the time taken.
         routing: per linear, the summed routing weight of each expert, float64 [E].
-        routed: per linear, how many tokens were routed.
+        routed: per linear, the number of routed tokens.
         cut: places of the requests whose prompt was cut to the base's positions.
     """
 
@@ -76,9 +77,9 @@ class Answer:
 def cut(
     task: str, kind: Literal["score", "generate"], requests: Sequence[Request], characters: int
 ) -> list[tuple[Chunk, list[int]]]:
-    """Cut requests into chunks of about so many characters, sorted by length.
+    """Cut requests into chunks of about `characters` characters, sorted by length.
 
-    The cut depends on the requests alone, not on how many actors there are.
+    The cut depends on the requests alone, not on the number of actors.
 
     Returns:
         Each chunk with the places of its requests in `requests`.

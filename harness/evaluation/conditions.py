@@ -1,4 +1,4 @@
-"""What an answer is computed with, besides the prompts, the experts and the router."""
+"""The conditions of an answer: what determines it besides prompts, experts and router."""
 
 import importlib.metadata
 import json
@@ -12,13 +12,13 @@ _LIBRARIES = ("torch", "transformers")
 
 @dataclass(frozen=True)
 class Conditions:
-    """What all answers of a run have in common: only answers under the same can be compared.
+    """The conditions that all answers of a run share. Answers under others are not comparable.
 
     Attributes:
         base: the base's fingerprint.
-        dtype: of the base.
+        dtype: the dtype of the base.
         device: the kind of device that answers: `cpu`, `cuda` or `mps`.
-        versions: of the libraries that compute answers, as JSON.
+        versions: the versions of the libraries that compute answers, as JSON.
         code: a hash of the source code that scores and generates.
     """
 
@@ -34,20 +34,20 @@ class Conditions:
         return Conditions(base, dtype, device, library_versions(), digest(scoring_code()))
 
     def check(self, dtype: str, device: str) -> None:
-        """Raise PhatgooseError, on an actor, if it would answer under other conditions."""
+        """Raise PhatgooseError if this process, an actor, would answer under other conditions."""
         here = Conditions.here(self.base, dtype, device)
         for name, planned in asdict(self).items():
             found = getattr(here, name)
             if found != planned:
                 raise PhatgooseError(
-                    f"this node would answer with {name} {found}, and the run was planned with "
-                    f"{planned}: its numbers could not be compared. Install the same versions on "
-                    "every node, and set cluster.gpus_per_actor."
+                    f"{name}={found}: the run was planned with {planned}, so this node's answers "
+                    "could not be compared. Install the same versions on every node, and set "
+                    "cluster.gpus_per_actor."
                 )
 
 
 def library_versions(*others: str) -> str:
-    """Return the versions of the libraries that compute answers, and of others, as JSON.
+    """Return the versions of the libraries that compute answers, and of `others`, as JSON.
 
     Build labels, such as that of CUDA, are left out.
     """
@@ -57,5 +57,5 @@ def library_versions(*others: str) -> str:
 
 
 def scoring_code() -> Code:
-    """Return the source code that scores and generates, whatever the router."""
+    """Return the hashes of the source code that scores and generates, without any router."""
     return code_of(SCORING)

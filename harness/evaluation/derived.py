@@ -1,9 +1,8 @@
-"""The rows of scores that are derived from those of the single experts.
+"""Rows of scores that are derived from the scores of single experts.
 
-The oracle is, per task and metric, the single expert with the best score on that very task. It is
-chosen on the data it is then reported on, so it is an upper bound and an optimistic one: no router
-that cannot see the answers should be expected to reach it, and its interval leaves out the luck of
-the choice.
+The oracle is, per task and metric, the single expert with the best score on that task. It is chosen
+on the data that it is reported on. So it is an optimistic upper bound: a router that cannot see the
+answers is not expected to reach it, and its interval ignores the luck of the choice.
 """
 
 from typing import Any
@@ -17,10 +16,10 @@ Row = dict[str, Any]
 
 
 def oracle_rows(scores: pa.Table) -> list[Row]:
-    """The oracle's rows of scores.parquet, from the `single:` routers in `scores`.
+    """Return the oracle's rows of scores.parquet, from the `single:` routers in `scores`.
 
-    A row is the chosen expert's own row, with router `oracle` and the expert's name; of equally
-    good experts the first by name is taken.
+    A row is the chosen expert's own row, with router `oracle` and the expert's name. Ties go to the
+    first expert by name.
     """
     best: dict[tuple[str, str, str], Row] = {}
     singles = [row for row in scores.to_pylist() if row["router"].startswith(SINGLE)]
@@ -35,9 +34,10 @@ def oracle_rows(scores: pa.Table) -> list[Row]:
 
 
 def best_individual_rows(scores: pa.Table) -> list[Row]:
-    """The rows of scores.parquet of the one expert that is best over the suite, as a router.
+    """Return rows of scores.parquet for the single expert that is best over the suite, as a router.
 
-    Best by the mean over the suite's tasks of their primary metric; of equals the first by name.
+    The best expert has the highest mean of the primary metric over the suite's tasks. Ties go to
+    the first expert by name.
     """
     singles = [row for row in scores.to_pylist() if row["router"].startswith(SINGLE)]
     by_task: dict[tuple[str, str], set[str]] = {}

@@ -1,4 +1,4 @@
-"""The documents of an evaluation task, and each one's metrics, which scores are the means of."""
+"""The documents of an evaluation task, and the metrics of each. Scores are means of these."""
 
 import math
 import statistics
@@ -21,12 +21,12 @@ from phatgoose.inference.scoring import Score
 
 @dataclass(frozen=True)
 class Documents:
-    """What a task is evaluated on, in lm-eval's order.
+    """The documents that a task is evaluated on, in lm-eval's order.
 
     Attributes:
         data: the task.
         rows: the documents' records.
-        low: what BIG-bench takes for chance.
+        low: the score that BIG-bench takes for chance.
         clusters: the cluster of each document, see `harness.tasks.clusters`.
     """
 
@@ -37,7 +37,7 @@ class Documents:
 
     @staticmethod
     def of(data: TaskData) -> "Documents":
-        """The documents that a task's specification asks for."""
+        """Return the documents that a task's specification selects."""
         rows = evaluation_table(data).to_pylist()
         return Documents(data, rows, bigbench_low(rows), clusters(rows))
 
@@ -47,12 +47,12 @@ class Documents:
         scores: Mapping[tuple[str, int], Sequence[Score]],
         name: str,
     ) -> list[dict[str, Any]]:
-        """One row of samples per document, from lm-eval's samples (one per filter) and the scores.
+        """Return one row of samples per document.
 
         Args:
-            samples: what lm-eval logged.
-            scores: by task and document, the full scores of its choices, or of its right answer.
-            name: the task's, as in `scores`.
+            samples: the samples that lm-eval logged, one per document and filter.
+            scores: by task and document, the full scores of its choices, or of its correct answer.
+            name: the task's name in `scores`.
         """
         filters = {sample["filter"] for sample in samples}
         logged: dict[int, dict[str, float]] = {}
@@ -81,9 +81,9 @@ class Documents:
         metrics: dict[str, float],
         scores: Sequence[Score],
     ) -> dict[str, Any]:
-        """One document's row, with the paper's and BIG-bench's metrics beside lm-eval's."""
+        """Return a document's row, with the paper's and BIG-bench's metrics added to lm-eval's."""
         sums: list[float] = []
-        # Mutual information asks for each choice a second time, without the prompt.
+        # For mutual information, lm-eval scores each choice a second time, without the prompt.
         scores = scores[: len(row["choices"]) or 1]
         if row["choices"] and len(scores) == len(row["choices"]):
             sums = [score.loglikelihood for score in scores]
@@ -108,7 +108,7 @@ class Documents:
     def _added(
         self, row: Mapping[str, Any], sums: list[float], prediction: str, known: dict[str, float]
     ) -> dict[str, float]:
-        """BIG-bench's own metrics, and ROUGE-L where the task asks for it."""
+        """Return BIG-bench's own metrics, and ROUGE-L if it is the task's metric."""
         added = {}
         if sums and row["grades"]:
             added["multiple_choice_grade"] = bigbench_grade(row, sums)
@@ -121,17 +121,17 @@ class Documents:
 
 
 def metric_name(metric: str, filtered: str, filters: int) -> str:
-    """A metric's name in results: with its filter's where a task has several."""
+    """Return a metric's name in results, with the filter's name if a task has several filters."""
     return metric if filters == 1 else f"{metric}_{filtered.replace('-', '_')}"
 
 
 def score_rows(
     lm_eval: Mapping[str, Any], documents: Sequence[Mapping[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """A task's metrics with their standard errors: lm-eval's own, and those that are added.
+    """Yield a task's metrics with their standard errors: lm-eval's own, then the added ones.
 
-    A metric that is no mean over documents, such as F1 over all of them, is lm-eval's alone: its
-    values per document are taken out of `documents`.
+    A metric that is not a mean over documents, such as F1 over all of them, keeps lm-eval's value.
+    Its values per document are removed from `documents`.
     """
     filters = {key.partition(",")[2] for key in lm_eval if "," in key}
     own = {}
@@ -145,7 +145,7 @@ def score_rows(
         if None in values or not math.isclose(statistics.fmean(values), value, abs_tol=1e-9):
             for document in documents:
                 document["metrics"].pop(metric, None)
-        # lm-eval writes "N/A" where it has none.
+        # lm-eval writes "N/A" if it has no standard error.
         yield {
             "metric": metric,
             "value": float(value),

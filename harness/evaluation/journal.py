@@ -1,4 +1,4 @@
-"""The journal of a run: every answered chunk in a file of its own, so that none is lost."""
+"""The journal of a run: each answered chunk in a file of its own, so that no answer is lost."""
 
 import hashlib
 import json
@@ -17,17 +17,17 @@ from phatgoose.inference.scoring import Score
 
 
 class DamagedAnswer(PhatgooseError):
-    """A stored answer that was altered or cut short."""
+    """A stored answer that was altered or truncated."""
 
 
 class Journal:
-    """Answered chunks of a run, one file each, written whole or not at all."""
+    """The answered chunks of a run, in one file each. Files are written atomically."""
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
 
     def keys(self) -> set[str]:
-        """The keys of all chunks that were answered before."""
+        """Return the keys of all answered chunks."""
         files = self._folder.names("journal/")
         return {PurePosixPath(name).stem for name in files if name.endswith(".safetensors")}
 
@@ -35,19 +35,19 @@ class Journal:
         """Return the answer to a chunk.
 
         Raises:
-            DamagedAnswer: the file was altered or cut short.
+            DamagedAnswer: the file is missing, was altered or was truncated.
         """
         name = _file(key)
         data = self._folder.find(name)
         if data is None:
-            raise DamagedAnswer(f"{self._folder}/{name} is gone")
+            raise DamagedAnswer(f"{self._folder}/{name} is missing")
         try:
             return _from_bytes(key, data)
         except (SafetensorError, LookupError, TypeError, ValueError) as error:
             raise DamagedAnswer(f"{self._folder}/{name} is damaged") from error
 
     def write(self, key: str, answer: Answer) -> None:
-        """Keep the answer to a chunk."""
+        """Store the answer to a chunk."""
         self._folder.write(_file(key), _to_bytes(key, answer))
 
 
@@ -82,7 +82,7 @@ def _from_bytes(key: str, data: bytes) -> Answer:
     metadata = safetensors_metadata(data)
     weights_LE = load(data)["routing"]
     if metadata["sha256"] != _checksum(key, metadata["answer"], weights_LE):
-        raise ValueError("its checksum is another")
+        raise ValueError("its checksum differs")
     content = json.loads(metadata["answer"])
     linears = content["linears"]
     return Answer(

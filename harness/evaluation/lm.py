@@ -1,4 +1,4 @@
-"""The language model that lm-eval talks to: it cuts requests into chunks and lets actors answer."""
+"""The language model that lm-eval calls. It cuts requests into chunks, and actors answer them."""
 
 import contextlib
 import io
@@ -15,12 +15,12 @@ from harness.tasks.generation_options import generation_options
 from phatgoose.errors import PhatgooseError
 from phatgoose.inference.scoring import Score
 
-# Answers chunks in any order: yields the index of each chunk and its answer.
+# A function that answers chunks in any order: it yields each chunk's index and its answer.
 Ask = Callable[[Sequence[Chunk]], Iterator[tuple[int, Answer]]]
 
 
 class Usage:
-    """What answering a task took, and what was routed: sums over its chunks in their order."""
+    """The cost and the routing of a task's answers, summed over its chunks in their order."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -29,7 +29,7 @@ class Usage:
         self.routed: dict[str, int] = {}
 
     def add(self, answer: Answer) -> None:
-        """Count one chunk."""
+        """Add the answer to one chunk."""
         self.seconds += answer.seconds
         self.tokens += answer.tokens
         for linear, weights_E in answer.routing.items():
@@ -39,12 +39,12 @@ class Usage:
 
 
 class ShardedLM(LM):
-    """An lm-eval LM for one router; it keeps each choice's full Score and each task's Usage.
+    """An lm-eval LM for one router. It stores each choice's full Score and each task's Usage.
 
     Args:
-        ask: answers chunks.
-        chunk_characters: see `harness.evaluation.journal.cut`.
-        targets: by task, each document's right answer as it follows the prompt.
+        ask: a function that answers chunks.
+        chunk_characters: see `harness.evaluation.chunks.cut`.
+        targets: by task, each document's correct answer as it follows the prompt.
     """
 
     def __init__(
@@ -59,10 +59,10 @@ class ShardedLM(LM):
         self.cut: set[tuple[str, int]] = set()  # documents with a prompt that was cut
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Summed log-likelihood, end-of-sequence left out, and whether greedy decoding gives it.
+        """Return the summed log-likelihood of each choice, and whether greedy decoding gives it.
 
-        The choices of one document under one context are scored together. The full scores stay in
-        `scores` by task and document.
+        The end-of-sequence token is left out. The choices of one document after one context are
+        scored together. The full scores are stored in `scores`, by task and document.
         """
         copies, requests = requests, _distinct(requests)
         groups: dict[tuple[str, int, str], list[int]] = {}
@@ -72,7 +72,7 @@ class ShardedLM(LM):
         questions = []
         for (task, _, context), places in groups.items():
             choices = tuple(requests[place].args[1] for place in places)
-            # A single choice is the right answer, or what follows one of several prompts.
+            # A single choice is the correct answer, or the continuation of one of several prompts.
             shown = len(choices) > 1
             questions.append((task, Request(context, choices, choices_shown=shown)))
         found: list[Score | None] = [None] * len(requests)
@@ -90,9 +90,9 @@ class ShardedLM(LM):
         return [results[id(instance)] for instance in copies]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Greedy continuations up to the first stop string.
+        """Return greedy continuations up to the first stop string.
 
-        Where the document's right answer is known, it is scored as well, into `scores`.
+        A document's correct answer, if known, is scored as well, and its score stored in `scores`.
         """
         copies, requests = requests, _distinct(requests)
         questions = []
@@ -117,16 +117,16 @@ class ShardedLM(LM):
         return [texts[id(instance)] for instance in copies]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """Not supported: no task of the benchmark measures the perplexity of whole documents."""
+        """Raise PhatgooseError: no task of the benchmark measures the perplexity of documents."""
         raise PhatgooseError(
-            f"task {requests[0].task_name} asks for rolling log-likelihoods, which routed "
-            "inference does not offer: leave it out of the suite"
+            f"task {requests[0].task_name}: it asks for rolling log-likelihoods, and routed "
+            "inference does not compute them. Leave it out of the suite."
         )
 
     def _answers(
         self, kind: Any, questions: Sequence[tuple[str, Request]]
     ) -> list[tuple[Answer, int]]:
-        """For each question the answer of its chunk, and its place in that answer."""
+        """Return, for each question, the answer to its chunk and its place in that answer."""
         by_task: dict[str, list[int]] = {}
         for place, (task, _) in enumerate(questions):
             by_task.setdefault(task, []).append(place)
@@ -147,11 +147,11 @@ class ShardedLM(LM):
 def list_chunks(
     instances: Sequence[Instance], characters: int, targets: Mapping[str, Sequence[str]]
 ) -> list[Chunk]:
-    """Return the chunks that lm-eval will ask a `ShardedLM` for these requests; asks nothing.
+    """Return the chunks that a `ShardedLM` would ask for these requests, without asking them.
 
     Args:
         instances: lm-eval's requests.
-        characters, targets: as of `ShardedLM`.
+        characters, targets: as for `ShardedLM`.
     """
     found: list[Chunk] = []
 
@@ -171,23 +171,23 @@ def list_chunks(
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Drop what lm-eval draws, a bar per task, and prints."""
+    """Suppress lm-eval's progress bars and prints."""
     nowhere = io.StringIO()
     with contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
         yield
 
 
 class _Noted(Exception):
-    """There is no answer: only what is asked was to be known."""
+    """Raised to end a request once its chunks are known."""
 
 
 def _distinct(requests: Sequence[Instance]) -> list[Instance]:
-    """Return each request once, where lm-eval asks it `repeats` times: greedy answers are alike."""
+    """Return each request once; lm-eval may repeat it, but greedy answers do not vary."""
     return list({id(instance): instance for instance in requests}.values())
 
 
 def _origin(instance: Instance) -> tuple[str, int]:
-    """The task and the document that a request belongs to."""
+    """Return the task and the document of a request."""
     assert instance.task_name is not None
     assert instance.doc_id is not None
     return instance.task_name, instance.doc_id

@@ -1,17 +1,19 @@
-"""How much of a suite stands in the experts' training data: exact inputs, and 8-word sequences.
+"""Find the overlap of a suite with the experts' training data: inputs, and 8-word sequences.
 
     suite documents ──► hashes of their 8-word windows, sorted ─┐
     training data, a batch at a time ──► hashes of theirs ──────┴─► which documents are hit
 
-Words are runs of letters, digits and `_`, in lower case; what stands between them does not matter.
-Inputs are the same if they differ in case and spacing only: where they are short, signs may be all
-that tells them apart (`3 + 4`, `3 - 4`; brackets; emoji). Those without a word are not compared.
+Words are runs of letters, digits and `_`, in lower case. What separates them does not matter.
+Inputs are the same if they differ only in case and spacing. Other signs count, because they may be
+the only difference between short inputs (`3 + 4`, `3 - 4`; brackets; emoji). Inputs without a word
+are not compared.
 
 A sequence in more than 1 % of a suite task's documents, and in more than 5 of them, is the task's
-wording and no document's: it does not count. Many BIG-bench tasks repeat a sentence in every input,
-or in each of a dozen kinds of input, which the share catches. The number is for small tasks, where
-one document is more than 1 %: a few may well be about one thing. What is lost is a passage that a
-small task asks more than 5 questions about: there, only the questions and the same inputs count.
+wording and does not count. The share excludes the sentences that many BIG-bench tasks repeat in
+every input, or in each of a dozen kinds of input. The number is for small tasks, where one document
+is more than 1 % and a few documents may have the same subject. As a consequence, a passage that a
+small task asks more than 5 questions about does not count. There, only the questions and the same
+inputs count.
 """
 
 import hashlib
@@ -37,11 +39,11 @@ from phatgoose.cache import cache_dir
 from phatgoose.files import replacing
 
 _LENGTH = 8
-# A sequence in more than this share of a task's documents, and more than so many, is its wording.
+# A sequence in more than this share and this number of a task's documents is its wording.
 _WORDING_SHARE, _WORDING_DOCUMENTS = 0.01, 5
-# A first table is indexed by a hash's first bits: so many places a hash, and at most 128 MiB.
+# The first table is indexed by a hash's first bits: 16 places per hash, and at most 128 MiB.
 _PLACES, _FEWEST_BITS, _MOST_BITS = 16, 16, 27
-# About so many characters are hashed at once: what is made of them fits a core's cache.
+# The approximate number of characters hashed at once, so that their arrays fit a core's cache.
 _PART = 2**17
 _WORD, _NO_WORD = re.compile(r"\w"), re.compile(r"\W+")
 # An odd number, and its inverse modulo 2**64.
@@ -52,14 +54,14 @@ _NO_HASHES, _NO_DOCUMENTS = np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.i
 
 @dataclass(frozen=True)
 class Overlap:
-    """What a suite task and an expert's training data have in common.
+    """The overlap of a suite task with an expert's training data.
 
     Attributes:
-        suite_task, expert: which.
-        documents: how many the suite task has, those with the same text counted once.
-        exact: how many of them are, prompt and all, inputs that the expert is trained on.
-        shared: how many have an exact input or an 8-word sequence in common with one.
-        example: the beginning of one that is shared.
+        suite_task, expert: their names.
+        documents: the number of documents of the suite task with distinct texts.
+        exact: the number of them whose input, prompt included, is a training input.
+        shared: the number of them that share an input or an 8-word sequence with training data.
+        example: the beginning of a shared document.
     """
 
     suite_task: str
@@ -75,7 +77,7 @@ class Overlap:
         return self.shared / self.documents
 
     def __str__(self) -> str:
-        """One line for people."""
+        """Return one line for people."""
         return (
             f"{self.shared} of {self.documents} documents of suite task {self.suite_task} share "
             f"{_LENGTH} words in a row with what expert {self.expert} is trained on "
@@ -84,7 +86,7 @@ class Overlap:
 
 
 def find_overlaps(pool: Sequence[TaskData], suite: Sequence[TaskData]) -> list[Overlap]:
-    """Every overlap between a pool's training data and a suite; kept in the cache."""
+    """Find every overlap of a pool's training data with a suite; results are cached."""
     tables = {data.name: evaluation_table(data).select(["text", "input"]) for data in suite}
     tables_id = [[name, *_digest(table)] for name, table in tables.items()]
     found: list[Overlap] = []
@@ -102,10 +104,10 @@ def find_overlaps(pool: Sequence[TaskData], suite: Sequence[TaskData]) -> list[O
 
 
 class SuiteIndex:
-    """The documents of a suite, by the hashes of what they hold.
+    """An index of a suite's documents, by the hashes of their inputs and sequences.
 
     Args:
-        tables: by suite task, its documents' columns `text` and `input`, see
+        tables: by suite task, the columns `text` and `input` of its documents, see
             `harness.tasks.records`.
     """
 
@@ -122,13 +124,13 @@ class SuiteIndex:
         self._inputs = {key for task in self._tasks for key in task.inputs}
 
     def overlaps(self, expert: str, batches: Iterable[pa.RecordBatch]) -> list[Overlap]:
-        """What an expert's training examples, batch by batch, have in common with each task."""
+        """Return the overlap of an expert's training examples, in batches, with each task."""
         hit = np.zeros(len(self._hashes), dtype=bool)
         inputs: set[bytes] = set()
         for batch in batches:
             texts, prompts = (batch.column(name).to_pylist() for name in ("text", "input"))
             inputs |= self._inputs.intersection(map(_key, prompts))
-            # Prompt and text: wording around a document stands on this side only, and harms not.
+            # Prompt and text: wording around a document is on this side only, so it does no harm.
             for hashes, _ in _windows(chain(prompts, filter(None, texts))):
                 hashes = hashes[self._table[hashes >> self._shift]]
                 if len(hashes):
@@ -145,7 +147,7 @@ class SuiteIndex:
 class _TaskIndex:
     """The distinct documents of one suite task.
 
-    `hashes` and `documents` are pairs: a sequence that counts, and a document that holds it.
+    `hashes` and `documents` are pairs: a sequence that counts, and a document that contains it.
     """
 
     def __init__(self, name: str, table: pa.Table) -> None:
@@ -159,7 +161,7 @@ class _TaskIndex:
                 self.inputs.setdefault(key, set()).add(document)
         self.texts = list(by_text)
         hashes, documents = windows(self.texts)
-        order = np.argsort(hashes, kind="stable")  # of one hash, documents stay in order
+        order = np.argsort(hashes, kind="stable")  # documents of the same hash stay in order
         hashes, documents = hashes[order], documents[order]
         first = np.ones(len(hashes), dtype=bool)
         first[1:] = (hashes[1:] != hashes[:-1]) | (documents[1:] != documents[:-1])
@@ -169,7 +171,7 @@ class _TaskIndex:
         self.hashes, self.documents = hashes[kept], documents[kept]
 
     def overlap(self, expert: str, hit: np.ndarray, inputs: set[bytes]) -> Overlap:
-        """What is common, given which hashes and which prompts were seen in training data."""
+        """Return the overlap, given the hashes and the prompts seen in training data."""
         exact = set().union(*(self.inputs[key] for key in self.inputs.keys() & inputs))
         shared = exact | set(np.unique(self.documents[hit]).tolist())
         example = " ".join(self.texts[min(shared)].split())[:80] if shared else ""
@@ -177,21 +179,21 @@ class _TaskIndex:
 
 
 def windows(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-    """A hash of 64 bits for each 8-word window of each text, and which text it is of.
+    """Return a 64-bit hash for each 8-word window of each text, and the number of its text.
 
-    The same in every process. A word's hash is that of its characters as a polynomial, all
-    of them read off the prefix sums of one long text; a window's is that of its words.
+    Hashes are the same in every process. A word's hash is a polynomial of its characters, computed
+    for all words from the prefix sums of one long text. A window's is a polynomial of its words.
     """
     found = [(_NO_HASHES, _NO_DOCUMENTS), *_windows(texts)]
     return np.concatenate([h for h, _ in found]), np.concatenate([d for _, d in found])
 
 
 def _windows(texts: Iterable[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """As `windows`, a part at a time."""
+    """Yield what `windows` returns, a part at a time."""
     words, documents = _NO_HASHES, _NO_DOCUMENTS
     for part in _parts(texts):
         new, of = _words(part)
-        # A text may go on from the part before: its last words begin windows that end here.
+        # A text may continue from the previous part, whose last words begin windows that end here.
         words = np.concatenate([words[1 - _LENGTH :], new])
         documents = np.concatenate([documents[1 - _LENGTH :], of])
         count = len(words) - _LENGTH + 1
@@ -206,7 +208,10 @@ def _windows(texts: Iterable[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _parts(texts: Iterable[str]) -> Iterator[list[tuple[int, str]]]:
-    """The texts in lower case with their numbers, about as much at a time; long ones in pieces."""
+    """Yield the texts in lower case with their numbers, in parts of about equal size.
+
+    Long texts are cut into pieces.
+    """
     part: list[tuple[int, str]] = []
     size = 0
     for number, text in enumerate(texts):
@@ -221,7 +226,7 @@ def _parts(texts: Iterable[str]) -> Iterator[list[tuple[int, str]]]:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """A text, cut between words wherever it gets too long."""
+    """Yield a text in pieces of limited length, cut between words."""
     start = 0
     while len(text) - start > _PART:
         border = _NO_WORD.search(text, start + _PART)
@@ -233,7 +238,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _words(part: list[tuple[int, str]]) -> tuple[np.ndarray, np.ndarray]:
-    """A hash for each word, and the number of the text it is of."""
+    """Return a hash for each word, and the number of its text."""
     together = f" {' '.join(text for _, text in part)} "
     data = np.frombuffer(together.encode("utf-32-le"), dtype=np.uint32)
     borders = np.diff(_is_word()[data].view(np.int8))
@@ -252,7 +257,7 @@ def _words(part: list[tuple[int, str]]) -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache
 def _is_word() -> np.ndarray:
-    r"""Of every character, whether it is a letter, a digit or `_`, as `\w` has it."""
+    r"""Return, for every character, whether `\w` matches it: a letter, a digit or `_`."""
     characters = map(chr, range(sys.maxunicode + 1))
     return np.array([character.isalnum() or character == "_" for character in characters])
 
@@ -267,19 +272,19 @@ def _powers_up_to(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _powers(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The powers of the polynomial's base modulo 2**64, and their inverses."""
+    """Return the powers of the polynomial's base modulo 2**64, and their inverses."""
     return _powers_up_to(max(2 * _PART, 1 << count.bit_length()))
 
 
 def _key(prompt: str) -> bytes | None:
-    """What two same inputs have in common; None for one without a word."""
+    """Return a key that is the same for the same inputs; None for an input without a word."""
     if _WORD.search(prompt) is None:
         return None
     return hashlib.blake2b(normal(prompt).encode(), digest_size=8).digest()
 
 
 def _digest(table: pa.Table) -> Iterator[str]:
-    """What identifies a column's texts."""
+    """Yield a digest of each column's texts."""
     for name in table.column_names:
         digest = hashlib.sha256()
         for text in table[name].to_pylist():
@@ -289,5 +294,5 @@ def _digest(table: pa.Table) -> Iterator[str]:
 
 def _write(path: Path, overlaps: Sequence[Overlap]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:  # another run may write it too
+    with replacing(path) as temporary:  # another run may write the same file
         temporary.write_text(json.dumps([asdict(overlap) for overlap in overlaps]))

@@ -1,9 +1,9 @@
-"""Build the requests of a suite: once, with lm-eval's own seeds, the same for every router.
+"""Build the requests of a suite once, with lm-eval's own seeds. Every router gets the same.
 
-lm-eval draws shots, and some of its tasks their documents or choices, at random. Here every build
-starts from the seeds of `lm_eval.simple_evaluate`, task by task, so a task's requests depend
-neither on the other tasks of the suite nor on what was built before. What still differs between
-two builds is an error, see `SuiteRequests.build` and `SuiteRequests.check`.
+lm-eval draws shots at random, and some tasks draw documents or choices. Here the build of each task
+starts from the seeds of `lm_eval.simple_evaluate`, so a task's requests depend neither on the other
+tasks of the suite nor on earlier builds. Requests that still differ between two builds are an
+error, see `SuiteRequests.build` and `SuiteRequests.check`.
 """
 
 import hashlib
@@ -30,15 +30,15 @@ from phatgoose.errors import PhatgooseError, reason_of
 
 @dataclass(frozen=True)
 class TaskRequests:
-    """What one task asks.
+    """The requests of one task.
 
     Attributes:
         data: the task.
-        task: lm-eval's task; whenever lm-eval builds its requests, it gets copies of these.
-        documents: what it is evaluated on.
+        task: lm-eval's task. When lm-eval builds its requests, it gets copies of `instances`.
+        documents: the documents it is evaluated on.
         instances: the requests, in lm-eval's order.
         made_from: a hash of the definition, the data and the code that determine them.
-        fingerprint: a hash of the requests and the right answers.
+        fingerprint: a hash of the requests and the correct answers.
     """
 
     data: TaskData
@@ -50,18 +50,18 @@ class TaskRequests:
 
     @property
     def targets(self) -> list[str]:
-        """Each document's right answer as it follows the prompt."""
+        """Each document's correct answer as it follows the prompt."""
         delimiter = self.task.config.target_delimiter
         return [delimiter + row["targets"][0] for row in self.documents.rows]
 
 
 @dataclass(frozen=True)
 class SuiteRequests:
-    """What a suite asks.
+    """The requests of a suite.
 
     Attributes:
         suite: its name.
-        tasks: by `<suite>/<task>`.
+        tasks: the requests of its tasks, by `<suite>/<task>`.
     """
 
     suite: str
@@ -77,11 +77,10 @@ class SuiteRequests:
         return SuiteRequests(suite, {f"{suite}/{d.name}": _build(d, suite) for d in tasks})
 
     def check(self, folder: Folder) -> None:
-        """Compare the requests with those of earlier calls of the run, and note these.
+        """Compare the requests with those of earlier calls of the run, then record them.
 
         Raises:
-            PhatgooseError: the requests of a task differ, although nothing that determines them
-                does.
+            PhatgooseError: the requests of a task differ, and what determines them does not.
         """
         name = run_folder.REQUESTS_FILE
         noted = run_folder.read_json(folder, name) if folder.exists(name) else {}
@@ -89,7 +88,7 @@ class SuiteRequests:
         for task, entry in now.items():
             before = noted.get(task)
             if not isinstance(before, dict) or before.get("made_from") != entry["made_from"]:
-                continue  # nothing was noted of these
+                continue  # nothing comparable was recorded
             if before.get("hash") != entry["hash"]:
                 raise _differs(task, f"from those of an earlier call ({folder}/{name})")
         if noted != {**noted, **now}:
@@ -97,26 +96,26 @@ class SuiteRequests:
 
     @property
     def lm_eval_tasks(self) -> dict[str, Any]:
-        """lm-eval's tasks by name."""
+        """The tasks of lm-eval, by name."""
         return {name: task.task for name, task in self.tasks.items()}
 
     @property
     def samples(self) -> dict[str, list[int]]:
-        """By task, the places of the documents that are asked about."""
+        """The places of each task's documents, by task."""
         return {name: list(range(len(t.documents.rows))) for name, t in self.tasks.items()}
 
     @cached_property
     def targets(self) -> dict[str, list[str]]:
-        """By task, each document's right answer as it follows the prompt."""
+        """Return each document's correct answer as it follows the prompt, by task."""
         return {name: task.targets for name, task in self.tasks.items()}
 
     @cached_property
     def descriptions(self) -> dict[str, str]:
-        """By task, what it is about."""
+        """Return each task's description, by task."""
         return {name: describe(task.data) for name, task in self.tasks.items()}
 
     def chunks(self, characters: int) -> list[Chunk]:
-        """Cut all requests into chunks of about so many characters."""
+        """Cut all requests into chunks of about `characters` characters."""
         instances = [instance for task in self.tasks.values() for instance in task.instances]
         return list_chunks(instances, characters, self.targets)
 
@@ -129,7 +128,7 @@ def _build(data: TaskData, suite: str) -> TaskRequests:
         check_documents(data.spec, task, documents.rows)
     instances = _instances(task, len(documents.rows), where)
     asked = _as_json(instances)
-    # Tasks over tables of ours draw nothing.
+    # Tasks over this project's tables draw nothing.
     if is_foreign and _as_json(_instances(task, len(documents.rows), where)) != asked:
         raise _differs(where, "between two builds with the same seeds")
     answers = [[row["targets"], row["correct"]] for row in documents.rows]
@@ -141,7 +140,7 @@ def _build(data: TaskData, suite: str) -> TaskRequests:
     ]
 
     def build_all_requests(**_: Any) -> None:
-        """Take copies of the requests built above, without the answers to earlier ones."""
+        """Use copies of the requests built above, without answers of earlier calls."""
         task._instances = [replace(one, resps=[], filtered_resps={}) for one in instances]
 
     task.build_all_requests = build_all_requests
@@ -151,12 +150,12 @@ def _build(data: TaskData, suite: str) -> TaskRequests:
 
 
 def _instances(task: Any, documents: int, where: str) -> list[Instance]:
-    """The requests of the first so many documents, under lm-eval's seeds."""
+    """Return the requests of the first `documents` documents, built with lm-eval's seeds."""
     with lm_eval_seeds(), quiet():
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
         try:
             task.build_all_requests(samples=list(range(documents)), rank=0, world_size=1)
-        except Exception as error:  # whatever a task's own code raises
+        except Exception as error:  # a task's own code may raise anything
             raise PhatgooseError(
                 f"task {where}: lm-eval cannot build its requests ({type(error).__name__}: "
                 f"{reason_of(error)}). Fix its definition, or leave it out of the suite."
@@ -171,8 +170,8 @@ def _as_json(instances: Sequence[Instance]) -> str:
 
 def _differs(task: str, how: str) -> PhatgooseError:
     return PhatgooseError(
-        f"task {task}: its requests differ {how}, so its numbers could not be compared. Its "
-        "definition draws without a seed: seed it there, or leave the task out of the suite."
+        f"task {task}: its requests differ {how}, because its definition draws without a seed. "
+        "Seed it there, or leave the task out of the suite."
     )
 
 

@@ -38,15 +38,15 @@ from phatgoose.routers.no_expert import NoExpert
 from phatgoose.routers.single import Single
 
 _LOG = logging.getLogger(__name__)
-# Draws for the errors of metrics that are no means; lm-eval is not to fork this process for them.
+# Draws for the standard errors of metrics that are not means. lm-eval must not fork for them.
 _BOOTSTRAPS = 200
 os.environ.setdefault("DISABLE_MULTIPROC", "1")
-_NAMED = 5  # routers or modules in a line
+_NAMED = 5  # routers or modules in one line
 
 
 @dataclass(frozen=True)
 class _RoutedChunk:
-    """A chunk to be answered under a router; `key` names its answer in the journal."""
+    """A chunk to answer under a router. `key` names the answer in the journal."""
 
     key: str
     name: str
@@ -56,13 +56,13 @@ class _RoutedChunk:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all evaluations of a run have in common.
+    """The settings that all evaluations of a run share.
 
     Attributes:
-        folder: the run folder; its name is the run's.
+        folder: the run folder. The run has its name.
         base: the base's name.
-        conditions: what answers are computed with.
-        workers: evaluation actors.
+        conditions: the conditions of the answers.
+        workers: the evaluation actors.
         chunk_characters: see `harness.evaluation.chunks.cut`.
     """
 
@@ -74,12 +74,12 @@ class Setting:
 
 
 class Evaluation:
-    """Evaluates routers over one pool on one suite.
+    """The evaluation of routers over one pool on one suite.
 
     Args:
-        setting: what all evaluations have in common.
-        requests: what the suite asks.
-        members: the pool's experts, in its order, and their profiles if a router looks at them.
+        setting: the settings that all evaluations of the run share.
+        requests: the suite's requests.
+        members: the pool's experts, in its order, and their profiles if a router uses them.
         others: content hashes of experts outside the pool, by name.
     """
 
@@ -101,7 +101,7 @@ class Evaluation:
             "manifest": self._manifest,
             "dtype": setting.conditions.dtype,
             "device": setting.conditions.device,
-            # Metrics are computed from answers, by lm-eval and by code of ours.
+            # lm-eval and this project's code compute metrics from answers.
             "versions": library_versions("lm_eval"),
             "code": digest({**scoring_code(), **code_of(METRICS)}),
         }
@@ -110,15 +110,15 @@ class Evaluation:
         self._characters = setting.chunk_characters
         self.answered = 0  # chunks, by actors
         self.requests = 0  # answered, or found in the journal
-        self.failures: dict[str, str] = {}  # of routers that an actor could not answer under
+        self.failures: dict[str, str] = {}  # why no actor could answer, by router
         self._counted: set[str] = set()
         self._found = self._journal.keys()  # answered by an earlier call
-        self._known = set(self._found)  # answered, or asked
-        self._waiting: dict[int, _RoutedChunk] = {}  # what the actors were asked, by the call's key
+        self._known = set(self._found)  # answered or asked
+        self._waiting: dict[int, _RoutedChunk] = {}  # the actors' open calls, by key
         self._codes: dict[str, Code] = {}
 
     def run(self, name: str, router: Router) -> list[dict[str, Any]]:
-        """Evaluate one router: writes its samples and routing, returns its rows of scores."""
+        """Evaluate one router, write its samples and routing, and return its rows of scores."""
         answers = self._answers(name, router)
 
         def ask(chunks: Sequence[Chunk]) -> Iterator[tuple[int, Answer]]:
@@ -168,10 +168,10 @@ class Evaluation:
         return scores
 
     def announce(self, routers: Mapping[str, Router]) -> None:
-        """Log which routers are asked again, and why: a line for each reason.
+        """Log which routers are asked again, in one line per reason.
 
-        What their answers are computed with is noted in answers.json, and compared with what an
-        earlier call of the run noted.
+        What determines their answers is recorded in answers.json, and compared with the record of
+        an earlier call of the run.
         """
         file = run_folder.ANSWERS_FILE
         noted = run_folder.read_json(self._folder, file) if self._folder.exists(file) else {}
@@ -182,7 +182,7 @@ class Evaluation:
             now[key] = self._determining(router)
             before = noted.get(key)
             if not isinstance(before, dict) or not isinstance(before.get("code"), dict):
-                before = now[key]  # nothing was noted
+                before = now[key]  # nothing was recorded
             if reason := _what_changed(before, now[key]):
                 lacking = sum(self._key(router, c) not in self._found for c in self.chunks)
                 again.setdefault(reason, {})[name] = lacking
@@ -194,10 +194,10 @@ class Evaluation:
             run_folder.write_json(self._folder, file, {**noted, **now})
 
     def write_scores(self, rows: list[dict[str, Any]], derived: Collection[str] = ()) -> None:
-        """Write scores.parquet, keeping what was measured before and can be compared with it.
+        """Write scores.parquet, and keep earlier rows that are comparable.
 
-        That is what other suites, and other routers on the same documents, got with this pool.
-        `derived` are the routers to read off from the single experts' rows.
+        These are the rows of other suites, and of other routers on the same documents, with this
+        pool. `derived` are the routers to derive from the single experts' rows.
         """
         table = pa.Table.from_pylist(rows, run_folder.SCORES)
         if ORACLE in derived:
@@ -215,14 +215,14 @@ class Evaluation:
                 or (row["router"] not in routers and (row["task"], row["documents"]) in documents)
             )
         ]
-        # The same order, whatever was measured first.
+        # The order does not depend on which suite was measured first.
         ordered = sorted(kept + rows, key=lambda row: row["suite"])
         run_folder.write_table(self._folder, run_folder.SCORES_FILE, run_folder.SCORES, ordered)
 
     def _answers(self, name: str, router: Router) -> dict[Chunk, Answer]:
-        """Every chunk's answer from the journal; what it lacks is asked before.
+        """Return every chunk's answer from the journal, after asking for the missing ones.
 
-        An answer that was altered or cut short is asked again, once.
+        A chunk whose stored answer is damaged is asked again, once.
         """
         self.ask({name: router})
         self._wait(name)
@@ -245,43 +245,42 @@ class Evaluation:
         return found
 
     def _wait(self, name: str) -> None:
-        """Wait for a router's answers; PhatgooseError if an actor could not give one."""
+        """Wait for a router's answers; raise PhatgooseError if an actor could not answer."""
         while name in self.open_routers:
             self.step(TICK_SECONDS)
         if name in self.failures:
             raise PhatgooseError(self.failures[name])
 
     def ask(self, routers: Mapping[str, Router]) -> None:
-        """Let the actors answer every chunk under these routers, router by router.
+        """Ask the actors for every chunk under these routers, router by router.
 
-        Requests do not depend on the router, so that no actor need idle while lm-eval sums up one
-        router and prepares the next; lm-eval finds the answers in the journal. `step` takes them
-        in.
+        Requests do not depend on the router, so no actor is idle while lm-eval sums up one router
+        and prepares the next. `step` collects the answers, and lm-eval reads them in the journal.
         """
         for name, router in routers.items():
             self._add([_RoutedChunk(self._key(router, c), name, router, c) for c in self.chunks])
 
     @property
     def is_waiting(self) -> bool:
-        """Whether answers are still awaited."""
+        """Whether some answers are pending."""
         return bool(self._waiting)
 
     @property
     def open_routers(self) -> set[str]:
-        """The routers that answers are still awaited of."""
+        """The routers with pending answers."""
         return {call.name for call in self._waiting.values()}
 
     def step(self, timeout: float) -> None:
-        """Take in answers that came within `timeout` seconds."""
+        """Collect the answers that arrive within `timeout` seconds."""
         for key, result in self._workers.step(timeout):
             self.take(key, result)
 
     def awaits(self, key: int) -> bool:
-        """Whether the actors' call of this key is one of this evaluation's."""
+        """Return whether the actors' call with this key belongs to this evaluation."""
         return key in self._waiting
 
     def take(self, key: int, result: Any) -> None:
-        """Keep what an actor answered in the journal, or note that its router failed."""
+        """Store an actor's answer in the journal, or record that its router failed."""
         call = self._waiting.pop(key)
         if isinstance(result, Failure):
             self.failures.setdefault(
@@ -295,7 +294,7 @@ class Evaluation:
         self._count(call.key, call.chunk)
 
     def _add(self, calls: Sequence[_RoutedChunk]) -> None:
-        """Ask the actors what the journal does not know and they were not asked before."""
+        """Ask the actors for answers that are not in the journal and not pending."""
         for call in calls:
             if call.key in self._found:
                 self._count(call.key, call.chunk)
@@ -315,9 +314,9 @@ class Evaluation:
         self._waiting |= zip(keys, calls, strict=True)
 
     def _members_of(self, router: Router) -> Members:
-        """The experts that a router's actor has to have: all, or the only one that it is about.
+        """Return the experts that an actor must attach for a router: all, or the one it names.
 
-        Of no expert there is no pool, so the base has any one: it does not count.
+        `NoExpert` ignores the pool, so attach any single expert.
         """
         if isinstance(router, NoExpert):
             return Members(dict([next(iter(self._members.experts.items()))]))
@@ -329,7 +328,7 @@ class Evaluation:
         return Members(self._members.experts)
 
     def _key(self, router: Router, chunk: Chunk) -> str:
-        """What determines an answer: no other expert has a part in that of a single one."""
+        """Return the key of an answer; other experts do not affect that of a single expert."""
         members = self._members_of(router)
         pool = "" if isinstance(router, NoExpert) else pool_id(members.experts)
         kind = f"{type(router).__module__}.{type(router).__qualname__}"
@@ -339,14 +338,14 @@ class Evaluation:
         return chunk.key([asdict(self._conditions), pool, *own])
 
     def _code(self, router: Router) -> Code:
-        """The router's own source code."""
+        """Return the hashes of the router's own source code."""
         named = repr(router)
         if named not in self._codes:
             self._codes[named] = router_code(router)
         return self._codes[named]
 
     def _determining(self, router: Router) -> dict[str, Any]:
-        """What the answers under a router are computed with, for people to compare."""
+        """Return what determines the answers under a router, for people to compare."""
         conditions = {k: v for k, v in asdict(self._conditions).items() if k != "code"}
         return {
             **conditions,
@@ -355,7 +354,7 @@ class Evaluation:
         }
 
     def _count(self, key: str, chunk: Chunk) -> None:
-        """Tell of an answer, once per chunk and router."""
+        """Count an answer, once per chunk and router."""
         if key not in self._counted:
             self._counted.add(key)
             self.requests += len(chunk.requests)
@@ -374,14 +373,14 @@ class Evaluation:
                 }
 
     def _replace(self, name: str, schema: pa.Schema, rows: list[dict[str, Any]]) -> None:
-        """Write a router's rows of this suite, keeping its rows of others."""
+        """Replace a router's rows of this suite, and keep its rows of other suites."""
         kept = [r for r in _read(self._folder, name, schema) if r["suite"] != self._suite]
         ordered = sorted(kept + rows, key=lambda row: row["suite"])
         run_folder.write_table(self._folder, name, schema, ordered)
 
 
 def _what_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs between two notes of what answers are computed with; empty if nothing does."""
+    """Return what differs between two records of `_determining`; empty if nothing does."""
     names = [name for name in now if name != "code" and before.get(name) != now[name]]
     return _listed(names + changes(before["code"], now["code"]))
 
@@ -392,8 +391,8 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _options(router: Router) -> dict[str, Any]:
-    """A router's options by name."""
-    return asdict(router)  # type: ignore[call-overload]  # a dataclass, as all routers are
+    """Return a router's options by name."""
+    return asdict(router)  # type: ignore[call-overload]  # all routers are dataclasses
 
 
 def _read(folder: Folder, name: str, schema: pa.Schema) -> list[dict[str, Any]]:

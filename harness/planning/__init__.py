@@ -1,1 +1,1 @@
-"""Decide what a run does, from what is prepared, before any actor starts."""
+"""Plan a prepared run before any actor starts."""

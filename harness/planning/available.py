@@ -1,4 +1,4 @@
-"""Which routers the pool that there is can serve, and with what besides its experts."""
+"""Find the routers that the pool can serve after training, and what they need besides it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,12 +14,12 @@ from phatgoose.routers.interface import needs_profiles
 
 @dataclass
 class AvailableRouters:
-    """What can be evaluated.
+    """The routers that can be evaluated.
 
     Attributes:
-        routers: by their name in results.
-        problems: the routers that cannot be, and why.
-        members: the pool's experts, and their profiles if a router looks at them.
+        routers: the routers, by their name in results.
+        problems: the routers that are left out, and why.
+        members: the pool's experts, and their profiles if a router uses them.
         others: content hashes of experts outside the pool, by name.
     """
 
@@ -32,14 +32,15 @@ class AvailableRouters:
 def available_routers(
     plan: Plan, registry: Registry, experts: Mapping[str, str]
 ) -> AvailableRouters:
-    """Leave out the routers that lack an expert, a profile, or the multitask expert.
+    """Return the routers that the existing experts and profiles can serve.
 
-    The plan has checked what can be known before training; this is what came of it.
+    The plan has checked what can be known before training. This function checks the result of
+    training.
 
     Args:
-        plan: the checked run.
-        registry: where the experts are.
-        experts: content hash by name of those of the pool that there are.
+        plan: the plan of the run.
+        registry: the registry that stores the experts.
+        experts: content hash by name, of the pool's experts that exist.
 
     Raises:
         PhatgooseError: no router is left.
@@ -71,7 +72,7 @@ def available_routers(
 
 
 def _profiles(plan: Plan, registry: Registry, experts: Mapping[str, str]) -> dict[str, str]:
-    """The ids, by expert, of the profiles that are there."""
+    """Return the ids of the existing profiles, by expert."""
     ids = {job.card.name: job.profile_id for job in plan.jobs}
     there = registry.profiles()
     found = {name: ids[name] for name, content in experts.items() if (content, ids[name]) in there}

@@ -1,4 +1,4 @@
-"""How much work a plan is, and about how long it takes on one core of this machine."""
+"""Estimate the work of a plan, and the time that it takes on one core of this machine."""
 
 import statistics
 import time
@@ -16,16 +16,16 @@ from phatgoose.base import Base
 from phatgoose.tokenization import encode_pairs
 from phatgoose.training.recipe import Recipe
 
-# Of what a processor does in a large product, what short texts get.
+# The share of a processor's speed in large products that short texts reach.
 _EFFICIENCY = 0.5
 _CHARACTERS_PER_TOKEN = 4
-# Examples of a task that are looked at to know how long they are.
+# The number of examples of a task that are read to estimate their length.
 _SAMPLE = 64
 
 
 @dataclass(frozen=True)
 class EvaluationWork:
-    """What one router has to answer: requests, the chunks they are cut into, and their text."""
+    """The work of one router: the number of requests, of chunks, and of characters."""
 
     requests: int
     chunks: int
@@ -33,7 +33,7 @@ class EvaluationWork:
 
 
 def evaluation_work(tasks: Sequence[TaskData], chunk_characters: int) -> EvaluationWork:
-    """The work of one router: a request per document."""
+    """Return the work of one router, with one request per document."""
     requests = chunks = characters = 0
     for data in tasks:
         asked = [
@@ -49,9 +49,9 @@ def evaluation_work(tasks: Sequence[TaskData], chunk_characters: int) -> Evaluat
 def training_tokens(
     base: Base, jobs: Sequence[TrainJob], pool: Sequence[TaskData]
 ) -> dict[str, int]:
-    """By job id, about how many tokens a job trains on, all steps together.
+    """Estimate the number of tokens that each job trains on in all its steps, by job id.
 
-    Measured on the first examples of each task, which are in the order of a hash.
+    The estimate uses the first examples of each task. Examples are in the order of a hash.
     """
     recipes = {spec.name: job.recipe for job in jobs for spec in job.tasks}
     mean = {data.name: _tokens_per_example(base, data, recipes[data.name]) for data in pool}
@@ -77,13 +77,13 @@ def _tokens_per_example(base: Base, data: TaskData, recipe: Recipe) -> float:
 
 
 def train_seconds(tokens: float, parameters: int) -> float:
-    """About how long one core trains on so many tokens, all steps together."""
+    """Estimate the time in which one core trains on this many tokens, in all steps together."""
     # Forward, and backward through the activations: two operations per parameter each.
     return _seconds(tokens, 4 * parameters)
 
 
 def evaluate_seconds(work: EvaluationWork, routers: int, parameters: int) -> float:
-    """About how long one core answers all requests under each router."""
+    """Estimate the time in which one core answers all requests under each router."""
     return _seconds(routers * work.characters / _CHARACTERS_PER_TOKEN, 2 * parameters)
 
 
@@ -92,7 +92,7 @@ def _seconds(tokens: float, operations_per_token: float) -> float:
 
 
 def _operations_per_second() -> float:
-    """Floating-point operations per second of one core, from a short product."""
+    """Measure the floating-point operations per second of one core, with a short product."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

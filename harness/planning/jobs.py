@@ -1,4 +1,4 @@
-"""The jobs of a run: what determines each expert, and each profile, that the run needs."""
+"""The jobs of a run, with the ids of the experts and profiles that the run needs."""
 
 import hashlib
 import json
@@ -21,8 +21,8 @@ from phatgoose.routers import Router, all_needs
 from phatgoose.routers.interface import NEEDS
 from phatgoose.training.recipe import Recipe
 
-# Part of the ids of jobs and profiles since version 0.1.0, whose registries stay usable. The code
-# that makes experts and profiles is recorded beside them, see `check_code`.
+# Part of the ids of jobs and profiles since version 0.1.0, so that registries of that version stay
+# usable. The code that makes experts and profiles is recorded beside them, see `check_code`.
 _FORMAT = 1
 _NAMED = 5
 _LOG = logging.getLogger(__name__)
@@ -31,10 +31,10 @@ _LOG = logging.getLogger(__name__)
 def pool_jobs(
     config: RunConfig, base: Base, registry: Registry, pool: Sequence[TaskData]
 ) -> list[TrainJob]:
-    """One job per expert of the pool, in its order.
+    """Return one job per expert of the pool, in its order.
 
     Raises:
-        PhatgooseError: an adapter or an expert of the registry is not there or does not fit.
+        PhatgooseError: an adapter or an expert of the registry is missing or does not fit.
     """
     jobs = []
     for data in pool:
@@ -51,12 +51,15 @@ def pool_jobs(
 
 
 def multitask_job(config: RunConfig, base: Base, pool: Sequence[TaskData]) -> TrainJob | None:
-    """The job of the router `multitask`; None if there is no such router."""
+    """Return the job of the router `multitask`; None if there is no such router."""
     recipe, data = config.multitask_recipe, [item for item in pool if item.counts["train"]]
     if recipe is None:
         return None
     if len(data) < len(pool):
-        raise PhatgooseError("router multitask: not every task of the pool comes with data")
+        raise PhatgooseError(
+            "router=multitask: not every task of the pool has data. Leave out the router or those "
+            "tasks."
+        )
     card = _card(recipe, base, MULTITASK, data_fingerprint(data))
     return TrainJob(card, tuple(item.spec for item in data), recipe)
 
@@ -69,13 +72,13 @@ def with_profiles(
     finished: Mapping[str, Record],
     encoder_fingerprint: str,
 ) -> list[TrainJob]:
-    """Return the same jobs with the id of the profile that each gets; none without data.
+    """Return the same jobs with the ids of their profiles; a job without data gets none.
 
-    A profile that was measured in the same way by other source code is taken if the configuration
-    accepts that, and always if version 0.1.0 did it, which noted no code.
+    A profile that other source code measured in the same way is used if the configuration accepts
+    it. A profile of version 0.1.0, which did not record code, is always used.
 
     Raises:
-        PhatgooseError: there are such profiles, and they are not accepted.
+        PhatgooseError: there are profiles of other code, and they are not accepted.
     """
     how = [_FORMAT, asdict(config.profile), encoder_fingerprint]
     own = digest(code_of(PROFILES))
@@ -112,10 +115,10 @@ def check_code(
 
     Args:
         what: `expert` or `profile`.
-        made_by: by the expert's name, a digest of the code that made it; empty if not known.
+        made_by: by the expert's name, a digest of the code that made it; empty if unknown.
         roots: the modules whose code makes it now.
         config: the run's configuration.
-        registry: where the experts are.
+        registry: the registry that stores the experts.
 
     Raises:
         PhatgooseError: some were made by other code, and `train.accept_code` is not set.
@@ -149,10 +152,10 @@ def _few(names: Sequence[str]) -> str:
 def check_needs(
     routers: dict[str, Router], jobs: Sequence[TrainJob], registry: Registry, recipe: Recipe
 ) -> None:
-    """Refuse a router that the pool will lack something for, before any work.
+    """Refuse a router if the experts will not have what it needs, before any work.
 
     Raises:
-        PhatgooseError: naming the router, what it needs, the experts without, and the mend.
+        PhatgooseError: the message names the router, the need, the experts without, and the fix.
     """
     ungated = [job.card.name for job in jobs if not _will_have_gates(job, registry, recipe)]
     without_data = [job.card.name for job in jobs if job.profile_id is None]
@@ -162,8 +165,8 @@ def check_needs(
             if lacking:
                 shown = ", ".join(lacking[:5]) + (", ..." if len(lacking) > 5 else "")
                 raise PhatgooseError(
-                    f"router {name} needs {need}, which {shown} will not have: {NEEDS[need]}; in a "
-                    "pool's YAML, `members` are an expert's data"
+                    f"router={name}: it needs {need}, and {shown} will not have any. To fix this, "
+                    f"{NEEDS[need]}. In a pool's YAML, `members` are an expert's data."
                 )
 
 
@@ -176,7 +179,7 @@ def _will_have_gates(job: TrainJob, registry: Registry, recipe: Recipe) -> bool:
 
 
 def _card(recipe: Recipe, base: Base, name: str, data: str) -> Card:
-    """The card of an expert that is trained."""
+    """Return the card of an expert to train."""
     values = asdict(recipe)
     determines = {
         "version": _FORMAT,
@@ -199,15 +202,15 @@ def _card(recipe: Recipe, base: Base, name: str, data: str) -> Card:
 
 
 def _adapter_job(recipe: Recipe, base: Base, data: TaskData) -> TrainJob:
-    """The job of an imported expert, whose gates are trained here if there is data for them.
+    """Return the job of an imported expert. Its gates are trained if there is data for them.
 
-    Without gates its job is that of the import alone, wherever that is done.
+    Without gates, its job is that of the import alone, and the same for every import.
     """
     assert data.spec.adapter is not None
     imported = Expert.from_peft(data.spec.adapter, base=base, name=data.spec.name).card
     card = imported
     if data.spec.members and recipe.gates is not None:
-        # Of the recipe, what made the factors was somebody else's.
+        # The settings that made the factors are not those of this recipe.
         ours = asdict(recipe)
         for other in ("rank", "scale", "init_std", "lora"):
             del ours[other]

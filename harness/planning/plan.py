@@ -1,4 +1,4 @@
-"""What a run will do, found out and checked before anything is written or any actor starts."""
+"""Decide what a run will do, and check it before anything is written or any actor starts."""
 
 import os
 import shutil
@@ -35,30 +35,31 @@ from phatgoose.routers import Router
 from phatgoose.routers.interface import needs_profiles
 
 _SPARE_BYTES = 500 * 2**20
-# How many overlaps are printed.
+# The number of overlaps or names that are printed.
 _SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked run.
+    """The checked plan of a run.
 
     Attributes:
         config: the configuration.
         folder: the run folder.
-        base_fingerprint: of the base.
-        pool: its tasks' data.
-        suites: each suite's tasks' data, by its name.
-        requests: what each suite asks, by its name; none without the stage `evaluate`.
-        conditions: what answers are computed with.
+        base_fingerprint: the base's fingerprint.
+        pool: the data of the pool's tasks.
+        suites: the data of each suite's tasks, by the suite's name.
+        requests: the requests of each suite, by its name; empty without the stage `evaluate`.
+        conditions: the conditions of the answers.
         jobs: one per expert, in the pool's order.
-        multitask: the job of the multitask expert, if there is a router for it.
+        multitask: the job of the multitask expert, if a router needs it.
         finished: content hash by job id, of experts that need no training.
-        tokens: by job id, how much the job trains on, all steps together, by a sample.
-        routers: by their name in results.
-        work: what one router has to answer, in all suites.
-        overlaps: by suite, what its tasks share with training data; little enough to go on.
-        expert_bytes: size of one expert.
+        tokens: by job id, the number of tokens that the job trains on in all its steps, estimated
+            from a sample.
+        routers: the routers, by their name in results.
+        work: the work of one router, in all suites.
+        overlaps: by suite, what its tasks share with training data. None of these stops the run.
+        expert_bytes: the size of one expert.
         train_seconds, evaluate_seconds: estimates for one core of this machine.
     """
 
@@ -82,7 +83,7 @@ class Plan:
 
     @property
     def open_jobs(self) -> list[TrainJob]:
-        """Jobs still to be done, the longest first."""
+        """The unfinished jobs, the longest first."""
         jobs = [job for job in self.all_jobs if job.card.job not in self.finished]
         return sorted(jobs, key=lambda job: -self.tokens[job.card.job])
 
@@ -93,14 +94,14 @@ class Plan:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What all results in one run folder have in common."""
+        """The identity that all results in one run folder share."""
         return {
             "base": self.base_fingerprint,
             "experts": {job.card.name: job.card.job for job in self.jobs},
         }
 
     def describe(self) -> str:
-        """The plan, for a terminal."""
+        """Return the plan as text for a terminal."""
         config, done = self.config, len(self.all_jobs) - len(self.open_jobs)
         size = len(self.jobs) * self.expert_bytes / 2**20
         lines = [
@@ -139,13 +140,13 @@ def _minutes(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What was fetched and written for a run before it is planned, see `harness.driver.prepare`.
+    """The results of preparing a run before it is planned, see `harness.driver.prepare`.
 
     Attributes:
-        base: the base without its weights, to know what fits it.
+        base: the base without its weights, to check what fits it.
         pool: the data of the pool's tasks.
         suites: the data of each suite's tasks, by the suite's name.
-        encoder_fingerprint: of the sentence encoder; None if no profile is needed.
+        encoder_fingerprint: the fingerprint of the sentence encoder; None if no profile is needed.
     """
 
     base: Base
@@ -155,10 +156,10 @@ class Prepared:
 
 
 def check_before_preparing(config: RunConfig) -> None:
-    """Refuse, before any download, folders, names and suites that cannot be.
+    """Refuse invalid folders, names and suites before any download.
 
     Raises:
-        PhatgooseError: the first thing that would stop the run later.
+        PhatgooseError: the first problem that would stop the run later.
     """
     pool = config.pool_tasks()
     suites = [config.suite_tasks(suite) for suite in config.suites]
@@ -183,11 +184,11 @@ def make_plan(config: RunConfig, prepared: Prepared, device: str = "cpu") -> Pla
 
     Args:
         config: the configuration.
-        prepared: what was fetched and written for it.
-        device: the kind of device that evaluation actors are to have: `cpu`, `cuda` or `mps`.
+        prepared: the results of preparing the run.
+        device: the kind of device that evaluation actors will have: `cpu`, `cuda` or `mps`.
 
     Raises:
-        PhatgooseError: the first thing that would stop the run later.
+        PhatgooseError: the first problem that would stop the run later.
     """
     base, pool, suites = prepared.base, prepared.pool, prepared.suites
     parameters = sum(parameter.numel() for parameter in base.model.parameters())
@@ -205,7 +206,7 @@ def make_plan(config: RunConfig, prepared: Prepared, device: str = "cpu") -> Pla
     made_by = {
         job.card.name: records[job.card.job].code
         for job in [*jobs, *([multitask] if multitask else [])]
-        # Experts that a pool takes from the registry by name are taken as they are.
+        # Experts that a pool takes from the registry by name are used unchanged.
         if job.card.job in records and job.steps and job.tasks[0].source != "registry"
     }
     check_code("expert", made_by, TRAINING, config, registry)
@@ -258,36 +259,37 @@ def _check_held_out(pool: list[TaskSpec], suite: list[TaskSpec]) -> None:
             if spec.source != expert.source:
                 continue
             shared = set(spec.members) & set(expert.members)
-            # Where data sets come with their splits, every task has the same ones; elsewhere the
-            # split goes by the task's name.
+            # A data set with its own splits has the same ones in every task. Otherwise, the split
+            # depends on the task's name.
             same = spec.name == expert.name or spec.source in SPLIT_ALREADY
             if shared and (spec.split == "all" or not same):
                 raise PhatgooseError(
-                    f"suite task {spec.name} holds documents of {min(shared)} that expert "
-                    f"{expert.name} is trained on: call it {expert.name} with split: evaluation, "
-                    "or leave one of them out"
+                    f"suite task {spec.name}: it has documents of {min(shared)} that expert "
+                    f"{expert.name} is trained on. Name it {expert.name}, with split: evaluation, "
+                    "or leave one of the two out."
                 )
 
 
 def _check_overlaps(suite: Mapping[str, Any], limit: float, overlaps: Sequence[Overlap]) -> None:
     """Refuse to evaluate on documents that an expert of another task has seen.
 
-    The pool's own tasks are not held out: what they share with each other is reported only.
+    The pool's own tasks are not held out, so their overlaps are only reported.
     """
     if suite.get("of_pool"):
         return
-    # A task's own evaluation split may be as like its training data as the task's author made it.
+    # How much a task's own evaluation split resembles its training data is up to its author.
     over = [o for o in overlaps if o.share > limit and o.suite_task != o.expert]
     if over:
         worst = max(over, key=lambda overlap: overlap.share)
         raise PhatgooseError(
-            f"{len(over)} pairs of a suite task and an expert have more than {limit:.0%} of the "
-            f"task's documents in common: {worst}: leave one of the two out, or set overlap.limit="
+            f"overlap.limit={limit}: {len(over)} pairs of a suite task and an expert have more "
+            f"than {limit:.0%} of the task's documents in common. The worst: {worst}. Leave one of "
+            "the two out, or set a higher limit."
         )
 
 
 def _expert_bytes(base: Base, rank: int) -> int:
-    """The size of an expert of this rank with its gates."""
+    """Return the size of an expert of this rank with its gates, in bytes."""
     sizes = [linear_sizes(base.model.get_submodule(name)) for name in base.linears]
     return sum(4 * (rank * (inputs + outputs) + inputs) for inputs, outputs in sizes)
 
@@ -306,24 +308,24 @@ def _check_same_run(plan: Plan) -> None:
         same = old.keys() == new.keys()
         what = f"training recipe or data for {', '.join(changed[:_SHOWN])}" if same else "pool"
     raise PhatgooseError(
-        f"run.dir={plan.folder} holds a run with another {what}. Choose another run.dir (with "
-        f"registry={plan.config.registry} what is the same is not trained again), or give the "
-        "configuration and data that its run.json has."
+        f"run.dir={plan.folder}: it holds a run with another {what}. Choose another run.dir (with "
+        f"registry={plan.config.registry}, unchanged experts are not trained again), or use the "
+        "configuration and data of its run.json."
     )
 
 
 def _check_can_be_made(folder: Folder) -> None:
-    """Refuse, before any download, a local folder that cannot be made or written to."""
+    """Refuse, before any download, a local folder that cannot be created or written to."""
     path = _existing(folder)
     if path is not None and not (path.is_dir() and os.access(path, os.W_OK)):
         raise PhatgooseError(
-            f"{folder} cannot be written to ({path} is in the way): choose another run.dir= or "
-            "registry="
+            f"{folder}: it cannot be written to, because of {path}. Choose another run.dir= or "
+            "registry=."
         )
 
 
 def _existing(folder: Folder) -> Path | None:
-    """The nearest folder above that is there already; None if it is not a local one."""
+    """Return the nearest existing path above a folder; None if it is not a local one."""
     path = folder.local("objects")
     while path is not None and not path.exists():
         path = path.parent
@@ -334,11 +336,11 @@ def _check_disk(plan: Plan, registry: Folder) -> None:
     path = _existing(registry)
     if path is None:
         return
-    # Each expert stands in its object and in the pack.
+    # Each expert is stored twice: in its object and in the pack.
     needed = 2 * len(plan.jobs) * plan.expert_bytes + _SPARE_BYTES
     free = shutil.disk_usage(path).free
     if free < needed:
         raise PhatgooseError(
-            f"{registry} has {free / 2**30:.1f} GiB free, and the run needs about "
-            f"{needed / 2**30:.1f} GiB: free some, or choose another registry= and run.dir="
+            f"registry={registry}: it has {free / 2**30:.1f} GiB free, and the run needs about "
+            f"{needed / 2**30:.1f} GiB. Free some space, or choose another registry= and run.dir=."
         )

@@ -1,4 +1,4 @@
-"""Check, before anything is trained, that a base can answer what the suites ask."""
+"""Check, before anything is trained, that the base can answer the suites' requests."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -15,16 +15,16 @@ from phatgoose.tokenization import encode_context, encode_pairs, max_length, pro
 
 
 def check_suite(base: Base, suite: Mapping[str, Any], tasks: Sequence[TaskData]) -> None:
-    """Refuse what the base cannot answer of a suite.
+    """Refuse a suite with a task that the base cannot answer.
 
     Args:
         base: the base; its weights are not needed.
         suite: the suite's YAML file as a dictionary.
-        tasks: its tasks.
+        tasks: the data of its tasks.
 
     Raises:
-        PhatgooseError: an option of generation that is not obeyed, more tokens to generate than
-            the base has positions, or an answer of no token or of more than the base reads.
+        PhatgooseError: a generation option is not supported, a task generates more tokens than the
+            base has positions, or an answer has no token or more than the base reads.
     """
     for data in tasks:
         try:
@@ -35,10 +35,10 @@ def check_suite(base: Base, suite: Mapping[str, Any], tasks: Sequence[TaskData])
 
 
 def check_lengths(base: Base, chunks: Iterable[Chunk]) -> None:
-    """Refuse prompts that would be cut, where `suite.too_long=refuse` asks for that.
+    """Refuse prompts that would be cut, for `suite.too_long=refuse`.
 
     Raises:
-        PhatgooseError: with the tasks that have such prompts, and how many.
+        PhatgooseError: there are such prompts. The message counts them by task.
     """
     counts: dict[str, int] = {}
     for chunk in chunks:
@@ -61,7 +61,7 @@ def check_lengths(base: Base, chunks: Iterable[Chunk]) -> None:
 
 
 def _check_generation(base: Base, data: TaskData) -> None:
-    """Check a task's options of generation, and that they leave room for a prompt."""
+    """Check a task's generation options, and that they leave room for a prompt."""
     if data.kind != "generation":
         return
     limit = data.spec.max_new_tokens

@@ -1,4 +1,4 @@
-"""What every actor of the harness answers: where it is, and how far."""
+"""The base class of all actors of the harness: location, heartbeat, log and code version."""
 
 import hashlib
 import logging
@@ -16,20 +16,20 @@ from phatgoose.errors import PhatgooseError
 
 @dataclass(frozen=True)
 class Location:
-    """Where an actor is: its node's id and address, and its process."""
+    """The location of an actor: its node's id and address, and its process."""
 
     node: str
     address: str
     process: int
 
     def __str__(self) -> str:
-        """Short enough for a table."""
+        """Return a text that is short enough for a table."""
         return f"{self.address} ({self.node[:6]}), process {self.process}"
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """How far an actor is: a count that grows with all it does, and the steps of its call."""
+    """The progress of an actor: a count that grows with all its work, and the steps of its call."""
 
     count: int
     steps: int
@@ -39,38 +39,38 @@ class Actor:
     """The base class of the harness's actors.
 
     Args:
-        code: what `code_version` said in the driver's process.
+        code: the driver's `code_version`.
 
     Raises:
-        PhatgooseError: this node has other code than the driver.
+        PhatgooseError: this node's code differs from the driver's.
     """
 
     def __init__(self, code: str) -> None:
         if code_version() != code:
             raise PhatgooseError(
-                f"the code on node {ray.util.get_node_ip_address()} is {code_version()}, the "
-                f"driver's is {code}: install the same version of phatgoose on every node; if a "
-                "file was edited since the run began, start the same command again"
+                f"the code on node {ray.util.get_node_ip_address()} is {code_version()}, and the "
+                f"driver's is {code}. Install the same version of phatgoose on every node. If a "
+                "file was edited during the run, run the same command again."
             )
-        self._done = 0  # grows with all that is done
-        self._steps = 0  # of the call under way
+        self._done = 0  # grows with all work
+        self._steps = 0  # of the current call
 
     def location(self) -> Location:
-        """Where this actor is."""
+        """Return the location of this actor."""
         context = ray.get_runtime_context()
         return Location(context.get_node_id(), ray.util.get_node_ip_address(), os.getpid())
 
     def heartbeat(self) -> Heartbeat:
-        """Return how far this actor is."""
+        """Return the progress of this actor."""
         return Heartbeat(self._done, self._steps)
 
 
 def log_to_run_folder(run_dir: str, name: str) -> None:
-    """Send the messages of this actor's process to a file of its own in the run folder.
+    """Send the log messages of this actor's process to a file of its own in the run folder.
 
-    The file also takes standard output and error, by their descriptors: compilers, NCCL, gloo and a
-    crashing interpreter write there without going through Python. On a run folder that is not a
-    local path, Ray's own log files keep both.
+    Standard output and error go to the same file, by their descriptors, because compilers, NCCL,
+    gloo and a crashing interpreter write there without Python. If the run folder is not a local
+    path, everything goes to Ray's own log files.
     """
     path = Folder(run_dir).local(f"logs/{name}-{os.getpid()}.log")
     if path is not None:
@@ -87,7 +87,7 @@ def log_to_run_folder(run_dir: str, name: str) -> None:
 
 @cache
 def code_version() -> str:
-    """A hash over the source files of both packages, as this process has them on its disk."""
+    """Return a hash of the source files of both packages on this process's disk."""
     digest = hashlib.sha256()
     for package in (Path(phatgoose.__file__).parent, Path(__file__).parents[1]):
         for file in sorted(package.rglob("*.py")):

@@ -1,4 +1,4 @@
-"""The Ray cluster a run works on: the one that is running, or a local one while the run lasts."""
+"""The Ray cluster of a run: one that is running already, or a local one that ends with the run."""
 
 import contextlib
 import logging
@@ -9,12 +9,12 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-# Read when Ray starts: send nothing home; actors without a GPU must not see one.
+# Read when Ray starts: send no usage statistics, and hide GPUs from actors without one.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
-# Of a variable that both a submitted job and `Cluster` pass on, take one; they are the same.
+# A submitted job and `Cluster` may pass the same variable on, with the same value. Allow that.
 os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
-# Read when an actor imports torch: what `mps` cannot compute is computed on the CPU.
+# Read when an actor imports torch: compute on the CPU what `mps` does not support.
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 import ray
@@ -30,24 +30,24 @@ from harness.scheduling.ray_internals import (
 from harness.scheduling.settings import ClusterConfig
 from phatgoose.errors import PhatgooseError, reason_of
 
-_MOST_REQUESTED = 1000  # actors, of the autoscaler at a time
-_LOCAL_OBJECT_STORE = 512 * 2**20  # an expert at a time passes through it
-# What the driver's environment says of these holds on every node. Tokens and keys stay at home.
+_MOST_REQUESTED = 1000  # actors per request to the autoscaler
+_LOCAL_OBJECT_STORE = 512 * 2**20  # experts pass through it one at a time
+# The driver's values of these apply on every node. Tokens and keys are not passed on.
 _PASSED_ON = ("PHATGOOSE_CACHE", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT")
 
 
 class Cluster:
-    """A connection to Ray, made when it is first needed and closed with the `with` block.
+    """A connection to Ray, opened when it is first needed and closed with the `with` block.
 
-    It goes to the Ray that is running, or to one started for this purpose that only this machine
-    can reach. A connection that the caller has made already is used and left open.
+    It connects to a running Ray, or starts one that only this machine can reach. An existing
+    connection of the caller is used and left open.
     """
 
     def __init__(self) -> None:
         self._connection = contextlib.ExitStack()
 
     def connect(self) -> None:
-        """Connect, if that was not done yet."""
+        """Connect, unless there is a connection already."""
         if ray.is_initialized():
             return
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "phatgoose"}
@@ -58,8 +58,8 @@ class Cluster:
                 ray.init(address=running, runtime_env={"env_vars": passed_on}, **quiet)
             except ConnectionError as error:
                 raise PhatgooseError(
-                    f"the Ray at {running} does not answer: start it, or end what is left of it "
-                    "with `ray stop` and unset RAY_ADDRESS to have a local one started"
+                    f"the Ray at {running} does not answer. Start it. Or stop what is left of it "
+                    "with `ray stop` and unset RAY_ADDRESS, so that the run starts a local one."
                 ) from error
             self._connection.callback(ray.shutdown)
         else:
@@ -73,9 +73,9 @@ class Cluster:
     def device(self, config: ClusterConfig) -> str:
         """Return the kind of device that actors get: `cpu`, `cuda`, or `mps` on a Mac.
 
-        What is not said by `cluster.gpus_per_actor` depends on whether there are GPUs: those of the
-        running cluster, or of this machine where a Ray is started for the run. Ray knows no `mps`,
-        so only a run that starts its own Ray uses it.
+        Without `cluster.gpus_per_actor`, this depends on the GPUs of the running cluster, or of
+        this machine if the run starts its own Ray. Ray does not know `mps`, so only a run that
+        starts its own Ray uses it.
         """
         if config.gpus_per_actor is not None:
             return "cuda" if config.gpus_per_actor > 0 else "cpu"
@@ -85,16 +85,16 @@ class Cluster:
         return "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
 
     def __enter__(self) -> "Cluster":
-        """Connect later, when `connect` is called."""
+        """Return the cluster without connecting; call `connect` for that."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close the connection, and end the Ray that was started for it."""
+        """Close the connection, and stop the Ray that was started for it."""
         self._connection.close()
 
 
 def _cannot_start(error: OSError) -> PhatgooseError:
-    """Why no local Ray could be started, which keeps sockets and logs in a temporary folder."""
+    """Return the error for a local Ray that cannot use its temporary folder."""
     variable = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
     where = f"{variable}={os.environ.get(variable, tempfile.gettempdir())}"
     reason = reason_of(error)
@@ -110,7 +110,7 @@ def _cannot_start(error: OSError) -> PhatgooseError:
 
 
 def _running() -> str | None:
-    """The address of a Ray that is there to be shared: in RAY_ADDRESS, or of `ray start` here."""
+    """Return the address of a Ray to share: RAY_ADDRESS, or that of `ray start` on this machine."""
     address = os.environ.get("RAY_ADDRESS") or started_address()
     return None if address == "local" else address
 
@@ -118,12 +118,12 @@ def _running() -> str | None:
 def actor_options(
     config: ClusterConfig, labels: Mapping[str, str], gpus: float | None = None
 ) -> dict[str, Any]:
-    """What an actor asks of Ray: cores, GPUs, and a node with these labels.
+    """Return the Ray options of an actor: cores, GPUs, and the labels of its nodes.
 
     Args:
-        config: how actors are sized.
-        labels: of the nodes that it may be on.
-        gpus: how many GPUs, if not as many as `config` says.
+        config: the sizes of actors.
+        labels: the labels of the nodes that it may run on.
+        gpus: the number of GPUs, if it is not that of `config`.
     """
     gpus = config.gpus_per_actor if gpus is None else gpus
     if gpus is None:
@@ -135,13 +135,15 @@ def actor_options(
 def room(
     options: Mapping[str, Any], most: int | None = None, *, free: bool = False, ranks: int = 1
 ) -> int:
-    """How many actors with these options the nodes that stay have room for, at most `most`.
+    """Return the number of actors with these options that the remaining nodes have room for.
+
+    Nodes that are about to leave do not count.
 
     Args:
-        options: what `actor_options` says.
-        most: a limit.
-        free: count only what nothing else holds now.
-        ranks: count groups of so many actors, which may be on several nodes.
+        options: see `actor_options`.
+        most: the maximum to return.
+        free: count only resources that are free now.
+        ranks: count groups of this many actors. A group may span several nodes.
     """
     labels = options.get("label_selector", {})
     available = available_resources_by_node() if free else {}
@@ -151,15 +153,16 @@ def room(
         fits = labels.items() <= (node.get("Labels") or {}).items()
         if node["Alive"] and fits and node["NodeID"] not in leaving:
             has = available.get(node["NodeID"], {}) if free else node["Resources"]
-            # Node by node: an actor cannot take half its cores from each of two.
+            # Count node by node: an actor cannot take half its cores from each of two.
             count += _fit(has, options)
     return min(count // ranks, most or sys.maxsize)
 
 
 def request_nodes(options: Mapping[str, Any], count: int) -> None:
-    """Ask Ray's autoscaler, where there is one, for room for so many actors; 0: no more.
+    """Ask Ray's autoscaler, if there is one, for room for `count` actors; 0 ends the request.
 
-    It starts nodes for what waits for them, and actors are started only where there is room.
+    The request is necessary because the autoscaler starts nodes for pending actors only, and this
+    project starts actors only where there is room.
     """
     asks = {"CPU": options["num_cpus"], "GPU": options["num_gpus"]}
     bundles = [{k: v for k, v in asks.items() if v > 0}] * min(count, _MOST_REQUESTED)
@@ -173,10 +176,10 @@ def check_room(
     ranks: int = 1,
     gpus: float | None = None,
 ) -> None:
-    """Wait for a node with room for an actor, where the cluster is not this run's own.
+    """Check that there is room for an actor; wait for it unless the Ray is this run's own.
 
     Raises:
-        PhatgooseError: none came; it says what there is and what an actor asks for.
+        PhatgooseError: there is no room. The message gives the available and requested resources.
     """
     options = actor_options(config, labels, gpus)
     ends = time.monotonic() + (0 if _is_own() else config.wait_seconds)
@@ -190,27 +193,27 @@ def check_room(
         alive = [node for node in ray.nodes() if node["Alive"]]
         if not any(labels.items() <= (node.get("Labels") or {}).items() for node in alive):
             raise PhatgooseError(
-                f"none of the {len(alive)} nodes of the Ray cluster has the labels {dict(labels)}: "
-                "start one with `ray start --labels`, or change cluster.train_nodes or "
-                "evaluate_nodes"
+                f"none of the {len(alive)} nodes of the Ray cluster has the labels {dict(labels)}. "
+                "Start one with `ray start --labels`, or change cluster.train_nodes or "
+                "cluster.evaluate_nodes."
             )
         has = ray.cluster_resources()
         asked = f"{ranks} actors ask for" if ranks > 1 else "an actor asks for"
         raise PhatgooseError(
             f"the Ray cluster has {has.get('CPU', 0):g} CPU and {has.get('GPU', 0):g} GPU, and "
             f"{asked} {options['num_cpus']:g} and {options['num_gpus']:g}"
-            f"{' each' if ranks > 1 else ''}: lower cluster.cpus_per_actor, cluster.gpus_per_actor "
-            "or train.gpus_per_expert"
+            f"{' each' if ranks > 1 else ''}. Lower cluster.cpus_per_actor, cluster.gpus_per_actor "
+            "or train.gpus_per_expert."
         )
 
 
 def _is_own() -> bool:
-    """Whether no other node can come: this is a local Ray that ends with the run."""
+    """Return whether the Ray is a local one that ends with the run, so no node can join it."""
     return not _running()
 
 
 def _fit(has: Mapping[str, float], options: Mapping[str, Any]) -> int:
-    """How many actors with these options fit what a node has."""
+    """Return the number of actors with these options that fit the resources of a node."""
     asks = {"CPU": options["num_cpus"], "GPU": options["num_gpus"]}
     return min(
         (int(has.get(k, 0) // amount) for k, amount in asks.items() if amount > 0), default=0

@@ -1,4 +1,4 @@
-"""What a machine has, asked in ways that Linux, macOS and Windows answer."""
+"""The hardware of this machine, read in ways that work on Linux, macOS and Windows."""
 
 import os
 import platform
@@ -9,7 +9,7 @@ import torch
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -21,7 +21,7 @@ def memory_gib() -> int:
 
 
 def processor() -> str:
-    """Return the processor's name, as far as the system gives one."""
+    """Return the processor's name, or its architecture if the system gives no name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux

@@ -1,4 +1,4 @@
-"""Load the base on an actor: its threads, device and dtype are part of what a result is made by."""
+"""Load the base on an actor, with the threads, device and dtype that results depend on."""
 
 from typing import TYPE_CHECKING
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 def load_base_on_actor(
     config: "BaseConfig", fingerprint: str, *, on_host: bool = False, mps: bool = False
 ) -> Base:
-    """Load the base on the device that Ray gave this actor, and check that it is the plan's.
+    """Load the base on the device that Ray assigned to this actor, and check that it is the plan's.
 
     Args:
-        config: which base.
-        fingerprint: the plan's.
-        on_host: keep it in the memory of the host.
-        mps: use the GPU of a Mac, of which Ray knows nothing.
+        config: the base to load.
+        fingerprint: the fingerprint of the plan's base.
+        on_host: keep the base in the memory of the host.
+        mps: use the GPU of a Mac. Ray does not assign it.
 
     Raises:
-        PhatgooseError: this node has other files of the base than the plan was made with.
+        PhatgooseError: the base's files on this node are not those that the plan was made with.
     """
     cores = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
     torch.set_num_threads(max(1, int(cores)))
@@ -38,7 +38,7 @@ def load_base_on_actor(
     )
     if base.fingerprint != fingerprint:
         raise PhatgooseError(
-            f"base {config.name} on this node is {base.fingerprint[:12]}, the plan was made with "
-            f"{fingerprint[:12]}: put the same files on every node"
+            f"base.name={config.name}: the base on this node is {base.fingerprint[:12]}, and the "
+            f"plan was made with {fingerprint[:12]}. Put the same files on every node."
         )
     return base

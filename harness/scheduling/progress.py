@@ -1,4 +1,4 @@
-"""How far a run is: `status.json` in the run folder, a bar in the terminal, and Ray's metrics."""
+"""The progress of a run: `status.json` in the run folder, a terminal bar, and Ray's metrics."""
 
 import logging
 import os
@@ -20,7 +20,7 @@ from harness.storage import Folder
 _LOG = logging.getLogger(__name__)
 _WRITE_SECONDS = 2.0
 _STATES = ("waiting", "running", "done", "failed")
-_CLOCK_JUMP = 60.0  # seconds between the two clocks that are worth a line
+_CLOCK_JUMP = 60.0  # seconds between the two clocks that are worth a warning
 
 
 class StageProgress:
@@ -29,10 +29,10 @@ class StageProgress:
     Args:
         folder: the run folder.
         stage: `train`, `profile` or `evaluate`.
-        total: how much there is to do, in `unit`s.
-        unit: what is counted: `token` or `request`.
-        jobs: how many jobs there are.
-        done: how much was done before this call.
+        total: the amount of work, in `unit`s.
+        unit: the unit of work: `token`, `expert` or `request`.
+        jobs: the number of jobs.
+        done: the amount that was done before this call.
     """
 
     def __init__(
@@ -52,27 +52,27 @@ class StageProgress:
         )
 
     def __enter__(self) -> "StageProgress":
-        """Say that the stage has begun."""
+        """Write that the stage has begun."""
         self._write(now=True)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
     ) -> None:
-        """Say how it ended."""
+        """Write how the stage ended."""
         self._bar.close()
         self._locations = ()
         self._write(now=True, ended="stopped" if kind else "finished")
 
     @property
     def done(self) -> int:
-        """How much is done, by earlier calls too."""
+        """The amount done, including earlier calls."""
         return self._done
 
     def update(
         self, done: int, counts: dict[str, int], locations: Sequence[tuple[Location, bool]]
     ) -> None:
-        """Take in how much is done, the jobs' states, and the actors and whether they work."""
+        """Update the amount done, the jobs by state, and the actors and whether they work."""
         self._finished_jobs += max(0, counts["done"] - self._counts["done"])
         self._done, self._counts, self._locations = done, dict(counts), locations
         if not self._bar.disable:
@@ -99,12 +99,12 @@ class StageProgress:
             self._tell_ray()
 
     def _look_at_the_clock(self) -> None:
-        """Say if the time of day jumped: nothing here goes by it, but times in files do."""
+        """Warn if the system clock jumped: nothing depends on it except times in files."""
         clock = time.time() - time.monotonic()
         if abs(clock - self._clock) > _CLOCK_JUMP:
             _LOG.warning(
-                "the clock of %s jumped by %+.0f s: the run goes on; times written from now on are "
-                "of the new clock",
+                "the clock of %s jumped by %+.0f s. The run continues, and times written from now "
+                "on are those of the new clock.",
                 socket.gethostname(),
                 clock - self._clock,
             )
@@ -132,12 +132,12 @@ class StageProgress:
         }
 
     def _tell_ray(self) -> None:
-        """Ray's dashboard and Prometheus show these under ray_phatgoose_..."""
+        """Report metrics to Ray. Its dashboard and Prometheus show them as `ray_phatgoose_*`."""
         per_hour = 3600 * self._finished_jobs / max(self._seconds, 1e-9)
         for name, value, text in (
-            ("queue_length", self._counts["waiting"], "jobs or chunks that no actor has yet"),
+            ("queue_length", self._counts["waiting"], "jobs or chunks that wait for an actor"),
             ("jobs_done", self._counts["done"], "jobs or chunks done"),
-            ("jobs_failed", self._counts["failed"], "jobs given up"),
+            ("jobs_failed", self._counts["failed"], "jobs that failed"),
             ("jobs_per_hour", per_hour, "experts, profiles or chunks done per hour, in this call"),
             (f"{self._unit}s_per_second", self._rate, f"{self._unit}s per second, in this call"),
             ("actors", len(self._locations), "actors that have started"),

@@ -1,6 +1,6 @@
-"""Everything that this project uses of Ray beyond its public interface, with the reason for each.
+"""Everything that this project uses beyond the public interface of Ray, with the reasons.
 
-Nothing else imports `ray._private`, so a new version of Ray is checked here.
+No other module imports `ray._private`, so only this one has to be checked when Ray changes.
 """
 
 import contextlib
@@ -16,9 +16,9 @@ from ray._private import state as ray_state
 def loopback_only() -> Iterator[None]:
     """Let a Ray that is started inside the block use 127.0.0.1 only.
 
-    Otherwise, Ray replaces 127.0.0.1 by this machine's outer address, and listens there too. Ray
-    reads the environment variable for this (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER) at its import, and
-    a later connection to a real cluster needs the outer address again.
+    Otherwise, Ray replaces 127.0.0.1 by this machine's external address, and listens there too. The
+    environment variable for this (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER) is not enough: Ray reads it at
+    import, and a later connection to a real cluster needs the external address again.
     """
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
@@ -30,12 +30,12 @@ def loopback_only() -> Iterator[None]:
 
 @contextlib.contextmanager
 def local_ray(num_cpus: int, object_store_memory: int, **options: Any) -> Iterator[None]:
-    """Start a Ray that only this machine can reach, and end it with the block.
+    """Start a Ray that only this machine can reach, and stop it at the end of the block.
 
     Args:
-        num_cpus: its cores.
+        num_cpus: the number of its cores.
         object_store_memory: the size of its object store, in bytes.
-        options: others of `ray.init`.
+        options: other options of `ray.init`.
     """
     with loopback_only():
         ray.init(
@@ -43,7 +43,7 @@ def local_ray(num_cpus: int, object_store_memory: int, **options: Any) -> Iterat
             num_cpus=num_cpus,
             object_store_memory=object_store_memory,
             include_dashboard=False,
-            _node_ip_address="127.0.0.1",  # there is no public name for it
+            _node_ip_address="127.0.0.1",  # Ray has no public option for this
             **options,
         )
         try:
@@ -53,35 +53,35 @@ def local_ray(num_cpus: int, object_store_memory: int, **options: Any) -> Iterat
 
 
 def started_address() -> str | None:
-    """Return the address of the Ray that `ray start` started on this machine, if there is one.
+    """Return the address of the Ray that `ray start` started on this machine; None without one.
 
-    The public `address="auto"` would also take the Ray that another run started for itself, and
-    end with it.
+    The public `address="auto"` would also find a Ray that another run started for itself, and that
+    ends with that run.
     """
     address: str | None = services.find_bootstrap_address(None)
     return address
 
 
 def available_resources_by_node() -> dict[str, dict[str, float]]:
-    """Return what no actor or task holds on each node, by its id.
+    """Return the free resources of each node, by its id.
 
-    The public `ray.available_resources` gives the sum over all nodes.
+    The public `ray.available_resources` returns the sum over all nodes.
     """
     available: dict[str, dict[str, float]] = ray_state.available_resources_per_node()
     return available
 
 
 def draining_nodes() -> frozenset[str]:
-    """Return the ids of nodes that are about to leave, such as spot machines called back.
+    """Return the ids of nodes that are about to leave, such as spot machines being reclaimed.
 
-    Ray has no public name for this.
+    Ray has no public function for this.
     """
     return frozenset(ray_state.state.get_draining_nodes())
 
 
 def actor_states() -> dict[str, str]:
-    """Return the state of each actor of the cluster, dead ones too, by its class and id.
+    """Return the state of each actor of the cluster, also of dead ones, by its class and id.
 
-    The public `ray.util.state.list_actors` asks the dashboard, which a local Ray has not.
+    The public `ray.util.state.list_actors` asks the dashboard, and the local Ray has none.
     """
     return {f"{a['ActorClassName']} {key}": a["State"] for key, a in ray_state.actors().items()}

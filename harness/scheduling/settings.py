@@ -1,11 +1,11 @@
-"""How actors are sized, where they may run, and which base they load."""
+"""Settings of actors: their sizes, the nodes they may run on, and the base they load."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass
 class BaseConfig:
-    """Which base; the fields of `phatgoose.load_base`."""
+    """The base to load, as arguments of `phatgoose.load_base`."""
 
     name: str
     revision: str | None = None
@@ -15,7 +15,7 @@ class BaseConfig:
 
 @dataclass
 class ClusterConfig:
-    """How actors are sized, and the labels of the nodes that they may run on."""
+    """The sizes and limits of actors, and the labels of the nodes that they may run on."""
 
     cpus_per_actor: float = 1
     gpus_per_actor: float | None = None

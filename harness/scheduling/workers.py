@@ -2,13 +2,13 @@
 
     waiting ──► an idle actor ──► result
        ▲             │ dies, or shows no progress for the length of its lease
-       └─────────────┘ the call goes back, to the front
+       └─────────────┘ the call returns to the front of the queue
 
-Nodes that come are used, nodes that are about to leave get no new calls, an actor that died is
-replaced. A call holds a lease on its actor, which every sign of progress renews: actors count what
-they do, and only this process's monotonic clock measures time, so that clocks that jump or differ
-do no harm. What is durable of a call stands elsewhere: in the registry, the journal, the checkpoint
-of a job; so a driver that dies loses only what was under way.
+New nodes are used, nodes that are about to leave get no new calls, and an actor that died is
+replaced. A call holds a lease on its actor. Every sign of progress renews the lease: actors count
+their work, and only this process's monotonic clock measures time, so clocks that jump or differ do
+no harm. The durable state of calls is elsewhere, in the registry, the journal and the checkpoints
+of jobs. So a driver that dies loses only unfinished calls.
 """
 
 import re
@@ -25,22 +25,22 @@ from harness.scheduling.actor import Heartbeat, Location
 from harness.scheduling.ray_internals import draining_nodes
 from phatgoose.errors import OutOfMemory, PhatgooseError
 
-ATTEMPTS = 3  # of a call that fails by an error of its own
-DEATHS = 10  # of actors under one call that gets no further; often their nodes are the cause
-_FAILED_STARTS = 10  # of actors in a row that died before they could say why
+ATTEMPTS = 3  # of a call that raises unexpected errors
+DEATHS = 10  # of actors, during a call without progress; often their nodes are the cause
+_FAILED_STARTS = 10  # of actors in a row, for example because their nodes died
 TICK_SECONDS = 1.0
-_AWAY_SECONDS = 10.0  # a step, and what is done with its results, takes less
-_LOOK_SECONDS = 5.0  # between two looks at the cluster, and at the progress of each actor
+_AWAY_SECONDS = 10.0  # a step and the handling of its results take less
+_LOOK_SECONDS = 5.0  # between two looks at the cluster, and two heartbeats of an actor
 _EXPECTED = f"{PhatgooseError.__module__}."
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What became of a call that has no hope.
+    """The result of a call that was given up.
 
     Attributes:
-        error: one line.
-        traceback: of the last error, as far as one is known.
+        error: the error, in one line.
+        traceback: the traceback of the last error, if it is known.
     """
 
     error: str
@@ -48,16 +48,16 @@ class Failure:
 
 
 class Watch:
-    """What is told, and asked, of calls; `key` is a call's place in the order of being added."""
+    """Callbacks for submitted calls. `key` is a call's place in the order of submission."""
 
     def started(self, key: int, location: Location) -> None:
-        """An actor has the call."""
+        """Handle the start of a call on an actor."""
 
     def went_back(self, key: int, error: str, traceback: str) -> None:
-        """It has to be done again."""
+        """Handle the return of a call that has to run again."""
 
     def revise(self, key: int, error: PhatgooseError) -> tuple[Any, ...] | None:
-        """Other arguments for a call that an expected error refused; None: there is no hope."""
+        """Return new arguments for a call that raised an expected error; None to give it up."""
         return None
 
 
@@ -68,39 +68,40 @@ class _Call:
     arguments: tuple[Any, ...]
     watch: Watch
     errors: int = 0
-    deaths: int = 0  # since it last got further than ever
-    steps: int = 0  # how far it ever got
+    deaths: int = 0  # since it last made progress
+    steps: int = 0  # the most that it ever reached
 
 
 @dataclass(eq=False)
 class _Actor:
-    """An actor; it is starting (no place yet), idle (waits for nothing) or at work (has a call)."""
+    """An actor: starting (it has no location), idle (no reference) or working (a call)."""
 
     handle: Any
-    reference: Any  # of its start, then of the call under way
+    reference: Any  # of its start, then of its call
     location: Location | None = None
     call: _Call | None = None
-    heartbeat: Any = None  # the reference of the question how far it is
+    heartbeat: Any = None  # the reference of a pending heartbeat
     asked: float = 0.0
-    count: int = -1  # what it answered last: a count of all that it did
+    count: int = -1  # of its last heartbeat
     steps: int = 0
-    progress: float = field(default_factory=time.monotonic)  # when it last showed any
+    progress: float = field(default_factory=time.monotonic)  # the time of its last progress
 
 
 class Workers:
     """Actors of one kind, started when there is work and reused until `close`.
 
-    An actor gets a call only once it has started, so that one that finds no room, or cannot start
-    on its node, holds nothing up while others are at work.
+    An actor gets a call only after it has started. So an actor that finds no room, or cannot start
+    on its node, does not delay the other actors.
 
     Args:
-        make: starts an actor and returns its handle; the actor's class is an `Actor`, see
-            `harness.scheduling.actor`.
-        room: says how many actors the cluster has room for now.
-        lease_seconds: an actor that shows no progress for so long is ended, and its call goes back.
-        wait_seconds: how long to wait, without any actor, for a node with room.
-        want: told from time to time how many actors there is work for, and 0 in the end.
-        ended: told the handle of every actor that was ended, to free what else belongs to it.
+        make: starts an actor and returns its handle. The actor's class is a subclass of
+            `harness.scheduling.actor.Actor`.
+        room: returns the number of actors that the cluster has room for now.
+        lease_seconds: an actor without progress for this time is ended, and its call runs again.
+        wait_seconds: how long to wait for a node with room while there is no actor.
+        want: called from time to time with the number of actors that there is work for, and with
+            0 at the end.
+        ended: called with the handle of every ended actor, to free its other resources.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class Workers:
         self._make, self._room, self._ended = make, room, ended
         self._lease_seconds, self._wait_seconds = lease_seconds, wait_seconds
         self._want = want
-        self.paused = False  # while it is, nothing is started and idle actors are ended
+        self.paused = False  # if true, no actor is started and idle actors are ended
         self._waiting: deque[_Call] = deque()
         self._actors: list[_Actor] = []
         self._added = 0
@@ -128,27 +129,27 @@ class Workers:
 
     @property
     def size(self) -> int:
-        """How many actors there are, those that are starting among them."""
+        """The number of actors, including those that are starting."""
         return len(self._actors)
 
     @property
     def is_done(self) -> bool:
-        """Whether no call is waiting or under way."""
+        """Whether no call is waiting or running."""
         return not self._waiting and all(actor.call is None for actor in self._actors)
 
     @property
     def waiting(self) -> int:
-        """How many calls no actor has yet."""
+        """The number of calls that wait for an actor."""
         return len(self._waiting)
 
     @property
     def under_way(self) -> dict[int, int]:
-        """The calls under way, and the steps done of each, as its actor last said."""
+        """The running calls, and the steps of each that its actor last reported."""
         return {actor.call.key: actor.steps for actor in self._actors if actor.call}
 
     @property
     def locations(self) -> list[tuple[Location, bool]]:
-        """Where actors are, and whether they are at work."""
+        """The locations of actors, and whether they are working."""
         return [(a.location, a.call is not None) for a in self._actors if a.location]
 
     @property
@@ -159,7 +160,7 @@ class Workers:
     def add(
         self, method: str, calls: Sequence[tuple[Any, ...]], watch: Watch | None = None
     ) -> range:
-        """Queue calls of one method with these arguments; returns their keys."""
+        """Queue calls of one method with these arguments; return their keys."""
         keys = range(self._added, self._added + len(calls))
         self._added += len(calls)
         watch = watch or Watch()
@@ -188,7 +189,7 @@ class Workers:
             tick()
 
     def step(self, timeout: float) -> list[tuple[int, Any]]:
-        """Give out calls, wait at most `timeout` seconds for news; keys and results that came."""
+        """Assign calls, wait at most `timeout` seconds, and return the new results by key."""
         if self.paused:
             for actor in [actor for actor in self._actors if actor.call is None]:
                 self._end(actor)
@@ -204,7 +205,7 @@ class Workers:
         references = [*by_reference, *heartbeats]
         if references:
             ray.wait(references, num_returns=1, timeout=timeout)
-            # All that are there, and not only the first.
+            # Take all that are ready, not only the first.
             done, _ = ray.wait(references, num_returns=len(references), timeout=0)
         else:
             time.sleep(min(timeout, TICK_SECONDS) if self._waiting else 0)
@@ -212,9 +213,7 @@ class Workers:
         came = []
         for reference in done:
             if reference in heartbeats:
-                if (
-                    heartbeats[reference].heartbeat is reference
-                ):  # not of a call whose result came too
+                if heartbeats[reference].heartbeat is reference:  # unless its call returned, too
                     self._take_heartbeat(heartbeats[reference])
             elif by_reference[reference].call is None:
                 self._take_start(by_reference[reference])
@@ -223,7 +222,7 @@ class Workers:
         return came + self._end_leases()
 
     def close(self) -> None:
-        """End the actors, and forget what is waiting."""
+        """End the actors, and drop the waiting calls."""
         for actor in list(self._actors):
             self._end(actor)
         self._waiting.clear()
@@ -231,7 +230,7 @@ class Workers:
             self._want(0)
 
     def _look(self) -> None:
-        """See, from time to time, what room the cluster has, and which nodes are leaving."""
+        """Check, from time to time, how much room the cluster has, and which nodes are leaving."""
         now = time.monotonic()
         if not self._waiting or now - self._looked < _LOOK_SECONDS:
             return
@@ -240,7 +239,7 @@ class Workers:
         self._has_room = self._room()
         self._draining = draining_nodes()
         if any(actor.location for actor in self._actors):
-            # Some nodes work: those where an actor could not start may be mended, or gone.
+            # Some nodes work. Those where an actor could not start may be fixed or gone by now.
             self._failed_starts = self._hopeless_starts = 0
         for actor in list(self._actors):
             leaves = actor.location is not None and actor.location.node in self._draining
@@ -264,7 +263,7 @@ class Workers:
             call.watch.started(call.key, actor.location)
 
     def _start_actors(self) -> bool:
-        """Start as many as there is room and work for; False if calls wait and there is no hope."""
+        """Start actors if there is room and work; return False if waiting calls have no chance."""
         some_work = any(actor.location for actor in self._actors)
         if some_work or not self._waiting or self._had_actor < 0:
             self._had_actor = time.monotonic()
@@ -281,7 +280,7 @@ class Workers:
             for _ in range(more):
                 handle = self._make()
                 self._actors.append(_Actor(handle, handle.location.remote()))
-        # One that starts is waited for only where there is a node for it.
+        # Wait for a starting actor only if there is a node for it.
         if some_work or (self._actors and self._has_room > 0):
             return True
         if not hopeless and time.monotonic() - self._had_actor < self._wait_seconds:
@@ -297,19 +296,19 @@ class Workers:
         return failed
 
     def _end(self, actor: _Actor) -> None:
-        """End an actor: where it was only out of reach, it would keep its cores."""
+        """Kill an actor. Even one that is only out of reach would otherwise hold its cores."""
         ray.kill(actor.handle)
         self._ended(actor.handle)
         self._actors.remove(actor)
 
     def _take_start(self, actor: _Actor) -> None:
-        """Take in an actor that has started, or find out why it has not."""
+        """Register an actor that has started, or find out why it has not."""
         reference, actor.reference = actor.reference, None
         try:
             actor.location = ray.get(reference)
         except RayError as error:
             self._end(actor)
-            # Of what an actor's constructor raised, Ray keeps the text only.
+            # Ray keeps only the text of what an actor's constructor raised.
             reason = last_line(error)
             _, expected, message = reason.partition(_EXPECTED)
             self._why = (
@@ -324,20 +323,20 @@ class Workers:
         reference, actor.heartbeat = actor.heartbeat, None
         try:
             heartbeat: Heartbeat = ray.get(reference)
-        except RayError:  # its call will say so too
+        except RayError:  # its call will raise it, too
             return
         actor.steps = heartbeat.steps
         if heartbeat.count != actor.count:
             actor.count, actor.progress = heartbeat.count, time.monotonic()
 
     def _take_result(self, actor: _Actor) -> list[tuple[int, Any]]:
-        """The result of the call that an actor had; nothing if it has to be done again."""
+        """Return the result of an actor's call; nothing if the call has to run again."""
         reference, call = actor.reference, actor.call
         assert call is not None
         actor.reference = actor.call = actor.heartbeat = None
         try:
             result = ray.get(reference)
-        except OutOfMemoryError as error:  # Ray's memory monitor ended the actor
+        except OutOfMemoryError as error:  # Ray's memory monitor killed the actor
             self._end(actor)
             error_of_ours = OutOfMemory(last_line(error))
             return self._refused(call, error_of_ours, str(error), died_after=actor.steps)
@@ -353,9 +352,9 @@ class Workers:
         return [(call.key, result)]
 
     def _end_leases(self) -> list[tuple[int, Any]]:
-        """Ask actors at work how far they are; end those that show no progress."""
+        """Ask working actors for heartbeats; end those that show no progress."""
         now = time.monotonic()
-        # Time in which this process did not look, as it was busy or stopped, does not count.
+        # Time in which this process did not look, because it was busy or stopped, does not count.
         away = max(0.0, now - self._stepped - _AWAY_SECONDS)
         self._stepped = now
         ended = []
@@ -376,7 +375,7 @@ class Workers:
         return ended
 
     def _died(self, call: _Call, steps: int, error: str, traceback: str) -> list[tuple[int, Any]]:
-        if steps > call.steps:  # a job of days outlives many nodes, as long as it gets on
+        if steps > call.steps:  # a long job may outlive many nodes, as long as it progresses
             call.deaths, call.steps = 0, steps
         call.deaths += 1
         if call.deaths >= DEATHS:
@@ -399,7 +398,7 @@ class Workers:
         *,
         died_after: int | None = None,
     ) -> list[tuple[int, Any]]:
-        """An expected error: the same arguments would give it again, others may not."""
+        """Handle an expected error: only new arguments can avoid it."""
         revised = call.watch.revise(call.key, error)
         if revised is None and died_after is not None:
             return self._died(call, died_after, str(error), traceback)
@@ -415,11 +414,11 @@ class Workers:
 
 
 def _plain(text: str) -> str:
-    """A remote traceback without the codes that colour it."""
+    """Return a remote traceback without color codes."""
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
 def last_line(error: Exception) -> str:
-    """The last line of an error's text: of a remote traceback, the error itself."""
+    """Return the last line of an error's text; in a remote traceback, it is the error itself."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

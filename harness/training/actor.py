@@ -1,4 +1,4 @@
-"""The actor that trains experts: one job after the other, over one base."""
+"""The actor that trains experts, one job after another, over one base."""
 
 import functools
 import logging
@@ -27,17 +27,18 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What all training actors of a run are given.
+    """The settings that all training actors of a run share.
 
     Attributes:
-        base: which base to load.
-        base_fingerprint: what it must be.
-        run_dir: where to write the log and the checkpoints.
-        code: what `code_version` said in the driver's process.
-        profile: how profiles are measured; None if none are.
-        checkpoint_seconds: how old a job's checkpoint gets before it is replaced.
-        zero_stage: what the ranks of one expert partition among them.
-        ranks: how many there are; of several, each must `join` the others before its first job.
+        base: the base to load.
+        base_fingerprint: the fingerprint that the base must have.
+        run_dir: the run folder, for the log and the checkpoints.
+        code: the driver's `code_version`.
+        profile: how to measure profiles; None to measure none.
+        checkpoint_seconds: the age at which a job's checkpoint is replaced.
+        zero_stage: the stage of ZeRO: what the ranks of one expert partition.
+        ranks: the number of ranks per expert. If there are several, each must `join` the others
+            before its first job.
         mps: whether to train on the GPU of a Mac.
     """
 
@@ -54,7 +55,7 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training actor made of a job.
+    """The result of a training job.
 
     Attributes:
         curve: the rows of the training curve.
@@ -68,11 +69,11 @@ class Trained:
 
 
 class TrainActor(Actor):
-    """Trains experts and measures profiles, in a process of its own.
+    """An actor that trains experts and measures profiles.
 
     Args:
-        settings: what all training actors of the run are given.
-        rank: which of the ranks of one expert this actor is.
+        settings: the settings that all training actors of the run share.
+        rank: the number of this actor among the ranks of one expert.
     """
 
     def __init__(self, settings: TrainSettings, rank: int = 0) -> None:
@@ -81,7 +82,7 @@ class TrainActor(Actor):
         self._settings, self._rank = settings, rank
         self._folder = Folder(settings.run_dir)
         if settings.profile is not None:
-            load_encoder(settings.profile.encoder)  # to fail now, if it must, not after a training
+            load_encoder(settings.profile.encoder)  # an error now is better than after a training
         from harness.training.engine import DeepSpeedEngine, start_deepspeed  # slow to import
 
         if settings.ranks == 1 and not settings.mps:
@@ -89,25 +90,25 @@ class TrainActor(Actor):
         self._engine: EngineFactory = functools.partial(
             DeepSpeedEngine, zero_stage=settings.zero_stage
         )
-        if settings.mps:  # on which DeepSpeed's collectives do not run
+        if settings.mps:  # DeepSpeed's collectives do not run on it
             self._engine = PlainEngine
         self._base = load_base_on_actor(
             settings.base,
             settings.base_fingerprint,
-            # Stage 3 puts its partitions on the device; the whole may be too large for it.
+            # Stage 3 moves partitions to the device. It may be too small for all weights.
             on_host=settings.zero_stage == 3,
             mps=settings.mps,
         )
 
     def open_rendezvous(self) -> tuple[str, int]:
-        """Of the first rank: open the place where the ranks meet; returns its address and port."""
+        """Open the store where the ranks meet, on the first rank; return its address and port."""
         from harness.training.rendezvous import open_rendezvous
 
         self._store = open_rendezvous(self._settings.ranks)
         return self._store.host, self._store.port
 
     def join(self, host: str, port: int) -> None:
-        """Meet the other ranks there, which must do the same."""
+        """Join the other ranks at the first rank's store. Every rank must call it."""
         from harness.training.engine import start_deepspeed
         from harness.training.rendezvous import join_rendezvous
 
@@ -116,11 +117,11 @@ class TrainActor(Actor):
         start_deepspeed(store, self._rank, ranks)
 
     def train(self, job: TrainJob, checkpoint: bytes | None = None) -> Trained | None:
-        """Make one expert; returns None on a rank that is not the first.
+        """Make one expert; return None on a rank that is not the first.
 
         Args:
-            job: what to make; of several ranks, all must be given it.
-            checkpoint: the job's checkpoint; it is looked for if None.
+            job: the expert to make. If there are several ranks, all must get the same job.
+            checkpoint: the job's checkpoint; None to read it from the run folder.
         """
         rows: list[dict[str, Any]] = []
         self._steps = 0
@@ -149,28 +150,28 @@ class TrainActor(Actor):
         if job.profile_id is not None:
             try:
                 profile = ray.put(self._measure(job, expert))
-            # An expert is worth more than its profile, which can be measured again.
+            # Do not lose the expert, too: the profile can be measured again.
             except Exception as error:
                 _LOG.warning("no profile of %s: %s", job.card.name, error)
         return Trained(rows, ray.put(expert), profile)
 
     def profile(self, job: TrainJob, content_hash: str, registry_actor: Any) -> bytes:
-        """Measure the profile of an expert that the registry has; returns its bytes."""
+        """Measure the profile of an expert of the registry; return its bytes."""
         return self._measure(job, ray.get(registry_actor.load.remote(content_hash)))
 
     def _beat(self) -> None:
-        """Something was done: a long evaluation must not look like a hang."""
+        """Record progress, because a long evaluation must not look like a hang."""
         self._done += 1
 
     def _data(self, job: TrainJob) -> list[TaskData]:
-        """The data of the job's tasks, which must be those of the plan."""
+        """Return the data of the job's tasks, after checking that it is the plan's."""
         data = prepare_all(job.tasks, functools.partial(prepare_here, beat=self._beat))
         found = data_fingerprint(data)
         if found != job.card.data_fingerprint:
             raise PhatgooseError(
-                f"expert {job.card.name}: the data on this node is {found[:12]}, the plan was made "
-                f"with {job.card.data_fingerprint[:12]}: empty the cache on the one that is out of "
-                "date"
+                f"expert {job.card.name}: the data on this node is {found[:12]}, and the plan was "
+                f"made with {job.card.data_fingerprint[:12]}. Empty the cache on the node that is "
+                "out of date."
             )
         return data
 

@@ -1,4 +1,4 @@
-"""DeepSpeed as the engine that trains an expert: one job is one engine, of one rank or several."""
+"""Train an expert with DeepSpeed: one engine per job, with one rank or several."""
 
 import os
 import warnings
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 if torch.backends.mps.is_available():
-    # Its collectives do not run on a Mac's GPU, which it would choose by itself.
+    # By default, DeepSpeed would choose a Mac's GPU, where its collectives do not run.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
@@ -38,26 +38,26 @@ from phatgoose.training.engine import (
 )
 from phatgoose.training.recipe import Recipe, Stage
 
-# Training and evaluation run the model in different orders, so nothing is gathered ahead of its
-# use; and nothing stays whole between two uses, however small.
+# Training and evaluation run the model in different orders, so no weights are gathered before their
+# use. Small weights are partitioned again after each use, too.
 _STAGE_3 = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
 
 
 def start_deepspeed(store: dist.Store | None = None, rank: int = 0, ranks: int = 1) -> None:
-    """Make this process a DeepSpeed group of its own, or a rank of one; nothing is compiled.
+    """Start DeepSpeed in this process, alone or as one of several ranks, and compile nothing.
 
     Args:
-        store: where the ranks meet; one rank alone needs none, and no port.
-        rank: which one this process is.
-        ranks: how many there are.
+        store: the store where the ranks meet. A single rank needs none, and no port.
+        rank: the number of this process among the ranks.
+        ranks: the number of ranks.
     """
     if dist.is_initialized():
         return
-    # DeepSpeed calls collectives by names that this PyTorch is about to change, at every step.
+    # At every step, DeepSpeed calls collectives by names that PyTorch has deprecated.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # On a CPU, DeepSpeed would compile a shared-memory collective: 40 s, for a single rank.
+    # On a CPU, DeepSpeed would compile a shared-memory collective for 40 s, even for one rank.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # Every rank sees the one device that Ray gave it, if any.
+    # Each rank sees only the device that Ray assigned to it, if any.
     os.environ.setdefault("LOCAL_RANK", "0")
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store or dist.HashStore(), rank=rank, world_size=ranks)
@@ -65,10 +65,10 @@ def start_deepspeed(store: dist.Store | None = None, rank: int = 0, ranks: int =
 
 
 class DeepSpeedEngine:
-    """A `phatgoose.training.engine.Engine` over a DeepSpeed engine; call `start_deepspeed` before.
+    """A `phatgoose.training.engine.Engine` over a DeepSpeed engine. Call `start_deepspeed` first.
 
-    What ZeRO partitions among the ranks: nothing (stage 0), the optimiser's memory (1), gradients
-    too (2), and all weights, those of the frozen base among them (3).
+    ZeRO partitions among the ranks: nothing (stage 0), the optimizer state (1), also gradients (2),
+    or also all weights, including those of the frozen base (3).
     """
 
     def __init__(
@@ -95,14 +95,14 @@ class DeepSpeedEngine:
                 "train_micro_batch_size_per_gpu": recipe.micro_batch_size,
                 "gradient_clipping": recipe.clip,
                 "zero_optimization": {"stage": zero_stage, **(_STAGE_3 if self._whole else {})},
-                # Weights keep their own types: the base its own, what is trained float32.
+                # Weights keep their dtypes: the base its own, trained weights float32.
                 "zero_allow_untested_optimizer": True,
                 "steps_per_print": 10**9,
             },
         )[0]
 
     def loss(self, questions: Sequence[Question]) -> Tensor:
-        """The summed cross-entropy of a micro-batch's targets."""
+        """Return the summed cross-entropy of a micro-batch's targets."""
         loss: Tensor = self._engine(questions)
         return loss
 
@@ -111,16 +111,16 @@ class DeepSpeedEngine:
         self._engine.backward(loss)
 
     def step(self) -> None:
-        """Take an optimiser step after the last micro-batch of a batch."""
+        """Take an optimizer step after the last micro-batch of a batch."""
         self._engine.step()
 
     def score(self, questions: Sequence[Question]) -> list[Score]:
-        """What the model says of the questions' first choices."""
+        """Score the questions' first choices."""
         scores: list[Score] = self._engine(questions, scores=True)
         return scores
 
     def total(self, values: Sequence[float]) -> list[float]:
-        """Each value's sum over the ranks."""
+        """Return each value's sum over the ranks."""
         if self.ranks == 1:
             return list(values)
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -129,20 +129,20 @@ class DeepSpeedEngine:
         return summed.tolist()
 
     def weights(self) -> list[Tensor]:
-        """Copies of what is trained."""
+        """Return copies of the trained weights."""
         if self._zero_stage == 3:
             return copies([safe_get_full_fp32_param(p) for p in self._parameters])
         return copies(self._parameters)
 
     def put_weights(self, weights: Sequence[Tensor]) -> None:
-        """Put other weights in their place, and in that of the optimiser's own copies."""
+        """Replace the trained weights, and the optimizer's own copies of them."""
         with GatheredParameters(self._parameters, modifier_rank=0, enabled=self._zero_stage == 3):
             put(self._parameters, weights)
         for parameter, weight in zip(self._parameters, weights, strict=True):
             safe_set_full_fp32_param(parameter, weight.to(parameter.device))
 
     def optimizer_state(self) -> list[dict[str, Tensor]]:
-        """Copies of what AdamW remembers of each weight."""
+        """Return copies of AdamW's state of each weight."""
         return [
             {name: self._remembered(p, name).cpu().clone() for name in ADAM_MEMORY}
             for p in self._parameters
@@ -157,7 +157,7 @@ class DeepSpeedEngine:
     def resume(
         self, weights: Sequence[Tensor], memory: Sequence[dict[str, Tensor]], step: int
     ) -> None:
-        """Go on after so many steps."""
+        """Resume training after `step` steps."""
         self.put_weights(weights)
         if self._zero_stage == 0:
             for parameter, remembered in zip(self._parameters, memory, strict=True):
@@ -167,7 +167,7 @@ class DeepSpeedEngine:
         set_step(self._adam, self._scheduler, self._stage, step)
 
     def _resume_partitions(self, memory: Sequence[dict[str, Tensor]], step: int) -> None:
-        """Let each rank's partition remember its part."""
+        """Restore the part of the optimizer state that each rank holds."""
         zero = self._engine.optimizer
         if self._zero_stage == 3:
             partitions = zero.fp32_partitioned_groups_flat
@@ -183,7 +183,7 @@ class DeepSpeedEngine:
                 safe_set_full_optimizer_state(parameter, whole.to(parameter.device), name)
 
     def close(self) -> None:
-        """Free what the engine holds, without the other ranks: one of them may have failed."""
+        """Free what the engine holds, without the other ranks, because one may have failed."""
         self._engine.destroy()
         if self._whole:
             self._whole.restore()

@@ -1,4 +1,4 @@
-"""The examples that a job trains on, and those that it is measured on."""
+"""The training examples and the evaluation examples of a job."""
 
 import itertools
 import random
@@ -25,8 +25,9 @@ def job_examples(
 ) -> tuple[Examples, Examples]:
     """Return the training and the evaluation examples of a job over these tasks.
 
-    A job that reads each of them once or more has them as token ids from the cache; one that
-    reads a part encodes them as it goes. Of several tasks, each gives its share at most.
+    A job that reads every training example gets them as token ids from the cache. A job that reads
+    only a part encodes them during training. Several tasks contribute at most an equal share of the
+    recipe's `max_examples` each.
     """
     evaluation = [read_records(d.evaluation, recipe.evaluation_examples) for d in data]
     if len(data) > 1:
@@ -41,7 +42,7 @@ def job_examples(
 
 
 def _mixed(tasks: Sequence[Sequence[Record]], seed: int) -> list[Example]:
-    """The examples of all tasks; of several in a random order, so that every part is a fair one."""
+    """Return the examples of all tasks; shuffle several tasks, so that all are mixed evenly."""
     examples = [to_example(record) for records in tasks for record in records]
     if len(tasks) > 1:
         random.Random(seed).shuffle(examples)
@@ -49,11 +50,11 @@ def _mixed(tasks: Sequence[Sequence[Record]], seed: int) -> list[Example]:
 
 
 def _in_turn(tasks: Sequence[Sequence[Record]]) -> list[Example]:
-    """One example of each task in turn, as long as it has any."""
+    """Return one example of each task in turn, until all tasks are used up."""
     rounds = itertools.zip_longest(*tasks)
     return [to_example(r) for records in rounds for r in records if r is not None]
 
 
 def to_example(record: Record) -> Example:
-    """Return a record as a training example: its first target counts."""
+    """Return a record as a training example, with its first target."""
     return Example(record.input, record.targets[0], tuple(record.choices))

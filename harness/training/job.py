@@ -1,7 +1,7 @@
-"""One expert to be made, and what a training actor computes to make it.
+"""One expert to make, and the computation that makes it.
 
-What is not computing, such as Ray, checkpoints and ranks, is in
-`harness.training.actor`: the code of this module is part of what identifies an expert.
+Ray, checkpoints and ranks are in `harness.training.actor`, because the code of this module is part
+of what identifies an expert.
 """
 
 import hashlib
@@ -20,14 +20,14 @@ from phatgoose.training.train import Hooks, train_expert, train_gates
 
 @dataclass(frozen=True)
 class TrainJob:
-    """One expert to be made: its card without metrics, and the tasks it is made for.
+    """One expert to make: its card, its tasks, and its recipe.
 
     Attributes:
-        card: what it will say of itself.
-        tasks: one; all of the pool's for the multitask expert.
-        recipe: how to train it.
-        profile_id: in which way its profile is to be measured; None if it gets none.
-        imported: the id of the import that the task's adapter must be, if it has one.
+        card: the expert's card, without metrics.
+        tasks: one task; all tasks of the pool for the multitask expert.
+        recipe: how to train the expert.
+        profile_id: identifies how its profile is measured; None if it gets no profile.
+        imported: the id that the import of the task's adapter must have; None without an adapter.
     """
 
     card: Card
@@ -38,7 +38,7 @@ class TrainJob:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps that it takes: of the gates alone for an adapter, if there is data."""
+        """The number of optimizer steps; for an adapter, those of the gates if there is data."""
         if self.imported is None:
             return self.recipe.steps
         gates = self.recipe.gates if self.tasks[0].members else None
@@ -55,13 +55,13 @@ def make_expert(
 
     Args:
         base: the base.
-        job: what to make.
-        data: returns the data of its tasks; not called for an adapter that is not trained.
-        hooks: what the training calls.
+        job: the expert to make.
+        data: returns the data of its tasks. It is not called for an adapter that is not trained.
+        hooks: the callbacks of the training.
     """
     imported = None if job.imported is None else _import(base, job)
     if imported is not None and not job.steps:
-        return imported  # an adapter without data is published as it is
+        return imported  # an adapter without data is published unchanged
     train, evaluation = job_examples(base, data(), job.recipe, job.steps, hooks.heartbeat)
     if imported is None:
         return train_expert(base, job.card, train, evaluation, job.recipe, hooks)
@@ -69,20 +69,21 @@ def make_expert(
 
 
 def data_fingerprint(data: Sequence[TaskData]) -> str:
-    """What identifies the data of one task or of several."""
+    """Return a fingerprint of the data of one task or of several."""
     if len(data) == 1:
         return data[0].fingerprint
     return hashlib.sha256("".join(item.fingerprint for item in data).encode()).hexdigest()
 
 
 def _import(base: Base, job: TrainJob) -> Expert:
-    """The expert of the job's adapter, which must be that of the plan."""
+    """Import the job's adapter, and check that it is the plan's."""
     adapter = job.tasks[0].adapter
     assert adapter is not None
     expert = Expert.from_peft(adapter, base=base, name=job.card.name)
     if expert.card.job != job.imported:
         raise PhatgooseError(
             f"expert {job.card.name}: the adapter {adapter} on this node is not the one that "
-            "the plan was made with: put the same files on every node, and start again"
+            "the plan was made with. Put the same files on every node, and run the same command "
+            "again."
         )
     return Expert(job.card, expert.linears)

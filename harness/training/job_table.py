@@ -1,7 +1,7 @@
-"""The durable table of a run's jobs: one row per expert to be made, in `jobs.parquet`.
+"""The table of a run's jobs, one row per expert to make, stored in `jobs.parquet`.
 
-What makes a job done is the registry's record of it; the table says what became of the others, and
-where, for `python -m harness.status` and for whoever looks into a failure later.
+A job is done once the registry has a record of it. The table reports what happened to the other
+jobs, and where, for `python -m harness.status` and for anyone who investigates a failure later.
 """
 
 import time
@@ -23,8 +23,8 @@ class JobTable:
     Args:
         folder: the run folder.
         jobs: all jobs of the run.
-        tokens: by job id, how much it trains on.
-        finished: the ids of those that were done before.
+        tokens: by job id, the number of tokens that the job trains on.
+        finished: the ids of jobs that were done before.
     """
 
     def __init__(
@@ -55,10 +55,10 @@ class JobTable:
         }
         for job, row in self._rows.items():
             if row["state"] == "done" and job in before:
-                row |= before[job] | {"state": "done"}  # how it went then
+                row |= before[job] | {"state": "done"}  # keep the row of that call
 
     def start(self, job: TrainJob, location: Location) -> None:
-        """An actor has the job."""
+        """Record that an actor has started the job."""
         row = self._rows[job.card.job]
         row |= {
             "state": "running",
@@ -71,7 +71,7 @@ class JobTable:
         self.save()
 
     def put_back(self, job: TrainJob, error: str, traceback: str) -> None:
-        """The job has to be done again, perhaps with another recipe."""
+        """Record that the job has to run again, perhaps with another recipe."""
         row = self._rows[job.card.job]
         row |= {
             "state": "waiting",
@@ -83,7 +83,7 @@ class JobTable:
         self.save()
 
     def end(self, job: TrainJob, error: str | None = None, traceback: str = "") -> None:
-        """The job is done, or failed with an error."""
+        """Record that the job is done, or that it failed with an error."""
         row = self._rows[job.card.job]
         row["seconds"] = self._seconds(job.card.job)
         self._started.pop(job.card.job, None)
@@ -94,12 +94,12 @@ class JobTable:
         self.save()
 
     def counts(self) -> dict[str, int]:
-        """How many jobs are in each state."""
+        """Return the number of jobs in each state."""
         states = Counter(row["state"] for row in self._rows.values())
         return {state: states[state] for state in ("waiting", "running", "done", "failed")}
 
     def save(self, *, now: bool = False) -> None:
-        """Write the table, if that was not done just before, or if `now`."""
+        """Write the table; unless `now`, skip it if the last write is recent."""
         if not now and time.monotonic() - self._saved < _SAVE_SECONDS:
             return
         for job in self._started:
@@ -113,7 +113,7 @@ class JobTable:
         return None if started is None else round(time.monotonic() - started, 3)
 
     def _before(self) -> dict[str, dict[str, Any]]:
-        """The rows of an earlier call, by job id."""
+        """Return the rows of an earlier call, by job id."""
         if not self._folder.exists(run_folder.JOBS_FILE):
             return {}
         table = run_folder.read_table(self._folder, run_folder.JOBS_FILE, run_folder.JOBS)

@@ -1,11 +1,11 @@
-"""Several ranks that train one expert together, and look like one training actor to the scheduler.
+"""Several ranks that train one expert together. The scheduler sees them as one training actor.
 
-    scheduler ──► Groups ──► a placement group: one bundle per rank
-                     └─────► TrainGroup ──► its children: TrainActor of rank 0, 1, ...
+    scheduler ──► TrainGroups ──► a placement group: one bundle per rank
+                       └────────► TrainGroup ──► its children: TrainActor of rank 0, 1, ...
 
-A TrainGroup does no work itself, so it can tell a rank that failed from one that waits for the
-others. Its ranks end with it. Its placement group would not: Ray removes that only with the job
-which made it, or when it is told to; so the driver makes it, and removes it with the TrainGroup.
+A TrainGroup does no work itself, so it can distinguish a rank that failed from one that waits for
+the others. Its ranks end with it. Its placement group would not: Ray removes one only on request,
+or with the job that created it. So the driver creates it, and removes it with the TrainGroup.
 """
 
 import logging
@@ -31,12 +31,12 @@ _LOOK_SECONDS = 30
 
 
 class TrainGroup(Actor):
-    """The ranks of one expert.
+    """An actor that manages the ranks of one expert.
 
     Args:
-        settings: of the ranks.
-        options: what a rank asks of Ray, as `actor_options` says.
-        group: a placement group with a bundle per rank.
+        settings: the settings of the ranks.
+        options: the Ray options of a rank, see `actor_options`.
+        group: a placement group with one bundle per rank.
     """
 
     def __init__(
@@ -53,18 +53,18 @@ class TrainGroup(Actor):
         self._location: Location = ray.get(self._ranks[0].location.remote())
 
     def location(self) -> Location:
-        """Where the first rank is."""
+        """Return the location of the first rank."""
         return self._location
 
     def heartbeat(self) -> Heartbeat:
-        """Return how far the first rank is; the others are with it."""
+        """Return the heartbeat of the first rank; the others keep pace with it."""
         if not self._ranks:
             return Heartbeat(self._done, 0)
         heartbeat: Heartbeat = ray.get(self._ranks[0].heartbeat.remote())
         return heartbeat
 
     def train(self, job: TrainJob) -> Trained:
-        """Make one expert; returns what `TrainActor.train` does."""
+        """Make one expert; return what `TrainActor.train` returns."""
         if not self._ranks:
             self._start()
         checkpoint = FolderCheckpoints(self._folder, job.card.job, job.recipe).read()
@@ -72,7 +72,7 @@ class TrainGroup(Actor):
         return trained
 
     def profile(self, job: TrainJob, content_hash: str, registry_actor: Any) -> bytes:
-        """Measure the profile of an expert that the registry has, on the first rank."""
+        """Measure the profile of an expert of the registry, on the first rank."""
         if not self._ranks:
             self._start()
         profile: bytes = self._first(
@@ -81,11 +81,11 @@ class TrainGroup(Actor):
         return profile
 
     def _first(self, references: Sequence[Any]) -> Any:
-        """What the first rank returned, once all have.
+        """Return the result of the first rank, once all ranks have returned.
 
-        If one rank fails, all are ended, as the others would wait for it. After an error of its own
-        they are started anew for the next job. If one died, this actor ends too, and the scheduler
-        finds a place for a new one.
+        If a rank raises an error, all are ended, because the others would wait for it, and they are
+        started again for the next job. If a rank died, this actor ends too, and the scheduler
+        starts a new one elsewhere.
         """
         try:
             return _results(references)[0]
@@ -94,7 +94,7 @@ class TrainGroup(Actor):
             os._exit(1)
         except RayError as error:
             self._end()
-            if isinstance(error, OutOfMemoryError):  # Ray's memory monitor ended a rank
+            if isinstance(error, OutOfMemoryError):  # Ray's memory monitor killed a rank
                 raise OutOfMemory(last_line(error)) from None
             cause = getattr(error, "cause", None)
             if isinstance(cause, PhatgooseError):
@@ -102,7 +102,7 @@ class TrainGroup(Actor):
             raise
 
     def _start(self) -> None:
-        """Start the ranks, each in its bundle, and let them meet."""
+        """Start each rank in its bundle, and connect the ranks."""
         remote = ray.remote(TrainActor)
         self._ranks = [
             remote.options(
@@ -123,14 +123,14 @@ class TrainGroup(Actor):
 
 
 class TrainGroups:
-    """Starts and ends groups for `Workers`; the arguments are those of TrainGroup."""
+    """The groups of one `Workers`, to start and end. The arguments are those of TrainGroup."""
 
     def __init__(self, settings: TrainSettings, options: Mapping[str, Any]) -> None:
         self._settings, self._options = settings, dict(options)
         self._groups: dict[Any, PlacementGroup] = {}  # by the actor's handle
 
     def make(self) -> Any:
-        """Start a group where there is room for all of its ranks, on few nodes if possible."""
+        """Start a group where all its ranks have room, on few nodes if possible."""
         labels = dict(self._options.get("label_selector", {}))
         asks = {"CPU": self._options["num_cpus"], "GPU": self._options["num_gpus"]}
         bundle = {name: amount for name, amount in asks.items() if amount > 0}
@@ -146,12 +146,12 @@ class TrainGroups:
         return handle
 
     def ended(self, handle: Any) -> None:
-        """Free what a group had; its actor was ended."""
+        """Remove the placement group of a group whose actor has ended."""
         remove_placement_group(self._groups.pop(handle))
 
 
 def _results(references: Sequence[Any]) -> list[Any]:
-    """What all ranks returned, in their order; the error of the first that fails, at once."""
+    """Return the results of all ranks, in their order; raise the first error at once."""
     waiting = list(references)
     while waiting:
         done, waiting = ray.wait(waiting, num_returns=1)

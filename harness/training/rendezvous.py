@@ -1,4 +1,4 @@
-"""Where the ranks of one expert meet: a store of the first rank, on the address that Ray uses."""
+"""The rendezvous of an expert's ranks: a store on the first rank, at the address that Ray uses."""
 
 import os
 import socket
@@ -9,9 +9,9 @@ import torch.distributed as dist
 
 
 def open_rendezvous(ranks: int) -> dist.TCPStore:
-    """Open the store, at a port that nobody else can take in between.
+    """Open the store, at a port that no other process can take in between.
 
-    It is bound to the node's address: PyTorch alone would listen on all addresses.
+    The port is bound to the node's address. PyTorch by itself would listen on all addresses.
     """
     address = _use_address_of_ray()
     listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
@@ -29,15 +29,15 @@ def open_rendezvous(ranks: int) -> dist.TCPStore:
 
 
 def join_rendezvous(host: str, port: int, ranks: int) -> dist.TCPStore:
-    """Open a connection to the first rank's store."""
+    """Connect to the first rank's store."""
     _use_address_of_ray()
     return dist.TCPStore(host, port, ranks, is_master=False)
 
 
 def _use_address_of_ray() -> str:
-    """Let gloo and NCCL use the network that Ray uses; returns this node's address in it.
+    """Let gloo and NCCL use the network that Ray uses; return this node's address in it.
 
-    They would look the host's name up, and find another network or none.
+    By default they look up the host's name, and may find another network or none.
     """
     address: str = ray.util.get_node_ip_address()
     for interface, addresses in psutil.net_if_addrs().items():

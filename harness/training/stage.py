@@ -1,4 +1,4 @@
-"""The stage `train`: one job per expert on reused actors, published as each one ends."""
+"""The stage `train`: one job per expert, on reused actors. Each expert is published when done."""
 
 import logging
 import math
@@ -23,23 +23,23 @@ from phatgoose.errors import Diverged, OutOfMemory, PhatgooseError
 from phatgoose.training.recipe import Recipe
 
 _LOG = logging.getLogger(__name__)
-# The pool's manifest is written when it has grown by this part: of N experts, about log N times.
+# Write the manifest when the pool has grown by this share: about log N times for N experts.
 _GROWTH = 0.1
 
 
 class Training(Watch):
-    """Trains the experts of these jobs.
+    """The training of the experts of these jobs.
 
-    The curve is written before the expert is published, so that a finished job always has one.
+    A job's curve is written before its expert is published, so a finished job always has a curve.
     A job that fails is reported and does not stop the others.
 
     Args:
-        jobs: in the order in which to start them.
+        jobs: the jobs, in the order in which to start them.
         folder: the run folder.
         workers: the training actors.
         registry_actor: the registry actor.
-        table: the run's jobs.
-        progress: of the stage, in tokens.
+        table: the table of the run's jobs.
+        progress: the progress of the stage, in tokens.
     """
 
     def __init__(
@@ -58,23 +58,23 @@ class Training(Watch):
         self._given = list(jobs)
         self._recipes = {job.card.job: job.recipe for job in jobs}
         self._all_steps = {job.card.job: job.steps for job in jobs}
-        self._steps: dict[str, int] = {}  # how far jobs that are not done ever were
-        self._losses: dict[str, int] = {}  # experts that were trained and not published, by job
+        self._steps: dict[str, int] = {}  # the most steps that each open job ever reached
+        self._losses: dict[str, int] = {}  # how often a trained expert was lost, by name
         self._unnamed: list[str] = []  # jobs that no manifest names yet
         self._published = 0
         self._trained_tokens = progress.done  # by earlier calls
-        self.experts: dict[str, str] = {}  # content hash by name, of those published here
-        self.failures: dict[str, str] = {}  # what went wrong, by expert
+        self.experts: dict[str, str] = {}  # content hash by name, of the experts published here
+        self.failures: dict[str, str] = {}  # the error, by expert
 
     def run(self, meanwhile: Callable[[], None] = lambda: None) -> dict[str, str]:
-        """Train them all; returns what went wrong, by expert.
+        """Train all experts; return the errors of those that failed, by name.
 
         Args:
-            meanwhile: called about every second, for work that need not wait.
+            meanwhile: called about every second, for other work.
 
         Raises:
-            PhatgooseError: the registry or the run folder cannot be written to; going on would
-                train experts that nothing keeps.
+            PhatgooseError: the registry or the run folder cannot be written to, so trained experts
+                would be lost.
         """
         if any(job.profile_id for job in self._given):
             answer_of(self._registry_actor.put_code.remote(code_of(PROFILES)))
@@ -92,22 +92,22 @@ class Training(Watch):
         return self.failures
 
     def started(self, key: int, location: Location) -> None:
-        """An actor has a job."""
+        """Record that an actor has started a job."""
         self._table.start(self._jobs[key], location)
 
     def went_back(self, key: int, error: str, traceback: str) -> None:
-        """A job has to be done again."""
+        """Record that a job has to run again."""
         job = self._jobs[key]
         self._table.put_back(job, error, traceback)
         _LOG.warning("again     %s: %s", job.card.name, error)
 
     def revise(self, key: int, error: PhatgooseError) -> tuple[Any, ...] | None:
-        """Once, half a micro-batch where memory was short, a lower rate where a loss exploded."""
+        """Return the job with a revised recipe, or None if it must fail, see `revised`."""
         job = self._jobs[key]
         recipe = revised(job.recipe, self._recipes[job.card.job], error)
         if recipe is None:
             return None
-        # The card is to say how the expert was really trained.
+        # The card must say how the expert was really trained.
         ours = {k: v for k, v in asdict(recipe).items() if k in job.card.recipe}
         card = replace(job.card, recipe={**job.card.recipe, **ours})
         self._jobs[key] = replace(job, card=card, recipe=recipe)
@@ -118,7 +118,7 @@ class Training(Watch):
         self._jobs[key] = job
 
     def _take(self, job: TrainJob, result: Any) -> None:
-        """Publish what a job made, or note that it failed."""
+        """Publish the result of a job, or record that it failed."""
         name = job.card.name
         if isinstance(result, Failure):
             self._fail(job, result.error, result.traceback)
@@ -151,19 +151,19 @@ class Training(Watch):
         _LOG.warning("failed    %s: %s", job.card.name, error)
 
     def _publish(self, job: TrainJob, trained: Trained) -> str:
-        """Keep one job's curve and expert; returns a line that says what was learnt."""
+        """Write one job's curve, publish its expert, and return a summary of the curve."""
         if trained.curve:
             file = run_folder.training_file(job.card.name)
             run_folder.write_table(self._folder, file, run_folder.TRAINING, trained.curve)
         try:
-            # References are passed on: experts go from actor to actor, not through the driver.
+            # Pass references, so that experts go from actor to actor, not through the driver.
             publish = self._registry_actor.publish.remote
             content_hash = answer_of(
                 publish(trained.expert, add_to_manifest=False, code=self._code)
             )
         except RayError:
-            # The registry actor may have died after its work, and found the expert gone when Ray
-            # repeated the call.
+            # The registry actor may have published the expert and died. When Ray then repeated the
+            # call, the reference may have been lost.
             recorded = answer_of(self._registry_actor.recorded.remote(job.card.job))
             if recorded is None:
                 raise
@@ -180,16 +180,16 @@ class Training(Watch):
         return _learnt(trained.curve)
 
     def _name_all(self) -> None:
-        """Let the registry's newest manifest name what was published.
+        """Add the published experts to the registry's newest manifest.
 
-        Should this process die before, the next call of the run finds the records and does it.
+        If this process dies before, the next call of the run adds them by their records.
         """
         if self._unnamed:
             answer_of(self._registry_actor.add_to_manifest.remote(self._unnamed))
             self._unnamed = []
 
     def show(self) -> None:
-        """Write how far training is. A job that went back is as far as it ever was."""
+        """Report progress. A job that has to run again counts with the most steps it reached."""
         for key, steps in self._workers.under_way.items():
             job = self._jobs.get(key)
             if job is not None and steps > self._steps.get(job.card.job, 0):
@@ -204,7 +204,7 @@ class Training(Watch):
 
 
 def answer_of(reference: Any) -> Any:
-    """What the registry actor answered; a PhatgooseError of its own is raised as it is."""
+    """Return what the registry actor returned; raise its PhatgooseError unchanged."""
     try:
         return ray.get(reference)
     except RayTaskError as error:
@@ -214,12 +214,15 @@ def answer_of(reference: Any) -> Any:
 
 
 def revised(recipe: Recipe, first: Recipe, error: PhatgooseError) -> Recipe | None:
-    """The recipe for one more try after an error; None if it was changed so before, or cannot be.
+    """Return the recipe for another try after an error; None if another try is hopeless.
+
+    OutOfMemory halves the micro-batch, and Diverged lowers the learning rate. Each happens at most
+    once.
 
     Args:
-        recipe: that of the try which failed.
-        first: that of the first try.
-        error: why it failed.
+        recipe: the recipe of the try that failed.
+        first: the recipe of the first try.
+        error: the error of the try that failed.
     """
     if isinstance(error, OutOfMemory) and recipe.micro_batch_size == first.micro_batch_size:
         return recipe.with_half_micro_batch()
@@ -235,17 +238,17 @@ def measure_profiles(
     registry_actor: Any,
     progress: StageProgress,
 ) -> dict[str, str]:
-    """Measure the profiles of experts that were made before.
+    """Measure the profiles of existing experts.
 
     Args:
-        jobs: of these experts; each has a profile_id.
+        jobs: the jobs of these experts; each has a profile_id.
         experts: their content hashes by name.
         workers: the training actors.
         registry_actor: the registry actor.
-        progress: of the stage, in experts.
+        progress: the progress of the stage, in experts.
 
     Returns:
-        What went wrong, by expert.
+        The errors, by expert.
     """
     answer_of(registry_actor.put_code.remote(code_of(PROFILES)))
     failures: dict[str, str] = {}
@@ -274,7 +277,7 @@ def measure_profiles(
 
 
 def _learnt(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What a training curve says in a few words."""
+    """Summarize a training curve in one line."""
     if not rows:
         return "imported, without gates"
     losses = [f"{row['loss']:.2f}" for row in rows if row["split"] == "evaluation"]

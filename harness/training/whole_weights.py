@@ -1,4 +1,4 @@
-"""What ZeRO stage 3 does to a model, undone: whole weights in plain parameters again."""
+"""Undo what ZeRO stage 3 does to a model: restore complete weights in plain parameters."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 
 class WholeWeights:
-    """A model as it was before ZeRO stage 3 partitioned it.
+    """The state of a model before ZeRO stage 3 partitions it.
 
-    The weights are kept where they are, and so the model is loaded to the memory of the host, as a
-    mapped file: only the partitions are on the device.
+    The weights stay where they are. So the model is loaded to the memory of the host, as a mapped
+    file, and only the partitions are on the device.
 
     Args:
         module: the model, before it is partitioned.
@@ -24,7 +24,7 @@ class WholeWeights:
         self._own = {p: set(vars(p)) for p in self._values}
 
     def restore(self) -> None:
-        """Give the model what it had."""
+        """Restore the model's parameters, weights and attributes."""
         for module, parameters, own in zip(
             self._modules, self._parameters, self._attributes, strict=True
         ):

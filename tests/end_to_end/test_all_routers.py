@@ -113,7 +113,7 @@ def test_a_pool_of_imported_adapters_is_evaluated(tmp_path: Path, llama_folder: 
     assert experts.keys() == {"one", "two"}
     for needing, need in (("phatgoose", "gates"), ("retrieval", "embeddings")):
         refused = dataclasses.replace(again, router={needing: {}})
-        with pytest.raises(PhatgooseError, match=f"{needing} needs {need}, which one, two will"):
+        with pytest.raises(PhatgooseError, match=f"{needing}: it needs {need}, and one, two will"):
             make_plan(refused)
     lacking = dataclasses.replace(again, pool={**named, "tasks": {"one": {}, "three": {}}})
     with pytest.raises(PhatgooseError, match="has no experts three"):

@@ -129,7 +129,7 @@ def test_nodes_with_other_code_are_refused(
         patch.setattr(stages, "code_version", lambda: "0123456789ab")
         message = fails(fresh)
     assert message.startswith("experts lakes, numbers, birds: the code on node 127.0.0.1 is ")
-    assert "the driver's is 0123456789ab: install the same version" in message
+    assert "the driver's is 0123456789ab. Install the same version" in message
     assert not (Path(fresh.registry) / "objects").exists()
     run(fresh)
     check_whole(fresh, whole)

@@ -134,7 +134,7 @@ def test_a_killed_rank_costs_only_a_few_steps(workers: Workers, plan: Plan, tmp_
     assert len(watch.errors) == 1
     assert "died" in watch.errors[0]
     logs = "".join(f.read_text() for f in (tmp_path / "run" / "logs").glob("train-*"))
-    assert "going on from step" in logs
+    assert "resuming from step" in logs
 
 
 def test_two_groups_do_not_fit_on_two_cores(workers: Workers, plan: Plan) -> None:

@@ -345,7 +345,7 @@ def test_ranks_are_not_part_of_the_recipe() -> None:
         ),
         (["train.gpus_per_expert=-1"], "train.gpus_per_expert=-1"),
         (["train.zero_stag=1"], "did you mean train.zero_stage"),
-        (["train.retry_lr=1.5"], "recipe.retry_lr is 1.5"),
+        (["train.retry_lr=1.5"], "train.retry_lr is 1.5"),
     ],
 )
 def test_invalid_ranks_are_refused(arguments: list[str], problem: str) -> None:

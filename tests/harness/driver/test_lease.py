@@ -71,7 +71,7 @@ def test_the_second_driver_reports_who_holds_the_folder(
 ) -> None:
     started = time.monotonic()
     with (
-        pytest.raises(PhatgooseError, match=rf"process {holder.pid} on .* works in it\. Wait"),
+        pytest.raises(PhatgooseError, match=rf"process {holder.pid} on .* is using it\. Wait"),
         RunLease(Folder(tmp_path)),
     ):
         pass
@@ -217,6 +217,6 @@ def test_a_folder_without_atomic_create_still_has_a_lease(
 
     monkeypatch.setattr(Folder, "create", refuse)
     held = take(tmp_path)
-    with pytest.raises(PhatgooseError, match="works in it"):
+    with pytest.raises(PhatgooseError, match="is using it"):
         take(tmp_path)
     give_back(held)

@@ -297,7 +297,7 @@ def test_a_lost_answer_is_asked_again(
     file.unlink()
     evaluation.run("merged", make_router("merged"))
     assert workers.calls == before + 1
-    assert f"{file.name} is gone; it is asked again" in messages(caplog)[0]
+    assert f"{file.name} is missing; it is asked again" in messages(caplog)[0]
 
 
 def test_an_actor_with_different_router_code_refuses(
@@ -309,6 +309,6 @@ def test_an_actor_with_different_router_code_refuses(
 
     changed_code(monkeypatch, "merged")
     monkeypatch.setattr(eval_actor, "router_code", source_code.router_code)
-    with pytest.raises(PhatgooseError, match="code of router merged on this node is not the driv"):
+    with pytest.raises(PhatgooseError, match="router=merged: its code on this node differs"):
         run.evaluation(workers).run("merged", make_router("merged"))
     assert run.evaluation(workers).run("base", make_router("base"))

@@ -215,7 +215,7 @@ def test_usage_is_counted_by_task(llama: Base) -> None:
 
 def test_unsupported_requests_are_refused(llama: Base) -> None:
     lm = ShardedLM(ask(pool_actor(llama), "base"), 100)
-    with pytest.raises(PhatgooseError, match="task wikitext asks for rolling log-likelihoods"):
+    with pytest.raises(PhatgooseError, match="task wikitext: it asks for rolling log-likelihoods"):
         lm.loglikelihood_rolling(
             [Instance("loglikelihood_rolling", {}, ("text",), 0, ("wikitext", 0, 1))]
         )

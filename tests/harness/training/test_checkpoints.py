@@ -46,7 +46,7 @@ def test_an_unusable_checkpoint_is_ignored_with_a_message(
     assert checkpoints(tmp_path).load() is None
     lines = caplog.messages
     assert len(lines) == 4
-    assert all("is not used, the job starts afresh: it is" in line for line in lines)
+    assert all("is not used, so the job starts from the beginning: it " in line for line in lines)
 
 
 def test_a_full_disk_does_not_end_a_training(
