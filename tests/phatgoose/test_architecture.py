@@ -163,7 +163,7 @@ def test_a_record_names_every_linear_of_a_layer(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["t5", "mt5"])
 @pytest.mark.parametrize(("form", "feed_forward"), [("gated-gelu", 3), ("relu", 2)])
-def test_linears_of_t5_and_their_sides(kind: str, form: str, feed_forward: int) -> None:
+def test_linears_of_t5_have_the_expected_sides(kind: str, form: str, feed_forward: int) -> None:
     sizes = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2}
     linears = adapted_linears(build(kind, **sizes, num_heads=2, feed_forward_proj=form))
     # Two layers each: self-attention (4), in the decoder cross-attention (4), feed-forward.

@@ -209,7 +209,7 @@ def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
         with_card().save(tmp_path / "nowhere" / "expert.arrow")
 
 
-def test_newer_schema_asks_for_an_update() -> None:
+def test_a_newer_schema_asks_for_an_update() -> None:
     reader = pa.ipc.open_file(with_card().to_bytes())
     metadata = {**reader.schema.metadata, b"phatgoose.version": b"2"}
     batch = reader.get_batch(0).replace_schema_metadata(metadata)

@@ -200,7 +200,7 @@ def test_an_unsupported_router_is_refused_and_the_old_one_stays(base: Base) -> N
 
 
 @pytest.mark.parametrize("router", ["phatgoose", "merged", "single:e0", "random"])
-def test_pools_follow_the_bases_dtype(base: Base, router: str) -> None:
+def test_pools_use_the_dtype_of_the_base(base: Base, router: str) -> None:
     experts = make_experts(base, 3)
     attach(base, experts, router)
     half = load_base(base.name, dtype="bfloat16")

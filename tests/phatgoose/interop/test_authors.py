@@ -98,7 +98,7 @@ def test_every_value_is_imported(
     assert read == len(tensors)
 
 
-def test_an_expert_computes_what_the_authors_layer_computes(t5: Base, tmp_path: Path) -> None:
+def test_an_expert_matches_the_layer_of_the_authors(t5: Base, tmp_path: Path) -> None:
     """Check that their layer adds `x layer1 layer2 / R` to the linear's output."""
     tensors = checkpoint(t5)
     expert = read_checkpoint(write_pt(tensors, tmp_path), t5)[1]

@@ -161,7 +161,7 @@ def test_every_linear_has_its_own_scale(
         torch.testing.assert_close(delta(expert, name), expected, rtol=1e-6, atol=0)
 
 
-def test_keys_may_carry_the_adapters_name(base: Base, tmp_path: Path) -> None:
+def test_keys_may_contain_the_name_of_the_adapter(base: Base, tmp_path: Path) -> None:
     save_adapter(base, tmp_path, target_modules=["q", "q_proj"])
     plain = Expert.from_peft(tmp_path, name="e")
     tensors = load_file(tmp_path / TENSORS)
@@ -173,7 +173,9 @@ def test_keys_may_carry_the_adapters_name(base: Base, tmp_path: Path) -> None:
         assert Expert.from_peft(tmp_path, name="e").content_hash() == plain.content_hash()
 
 
-def test_an_expert_outlives_its_adapters_folder(llama: Base, tmp_path: Path) -> None:
+def test_an_expert_does_not_depend_on_the_folder_of_its_adapter(
+    llama: Base, tmp_path: Path
+) -> None:
     save_adapter(llama, tmp_path / "a", target_modules=["q_proj"])
     expert = Expert.from_peft(tmp_path / "a")
     before = expert.content_hash()

@@ -89,7 +89,7 @@ def test_other_errors_are_unchanged(llama: Base) -> None:
         train_expert(llama, card, EXAMPLES, EXAMPLES, RECIPE, Hooks(engine=Broken))
 
 
-def test_a_question_is_its_own_query_unless_another_is_given(base: Base) -> None:
+def test_a_question_is_its_own_query_by_default(base: Base) -> None:
     question = Question.encode(base, "Is the lake deep?", [" yes", " no"])
     assert question.query == Query("Is the lake deep?", (" yes", " no"))
     other = Query("Is the lake deep?")

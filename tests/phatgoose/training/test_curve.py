@@ -30,7 +30,7 @@ def test_a_loss_that_is_not_finite_is_refused_immediately(bad: float, split: str
         check_curve(curve([2.0, bad], "gates", split), VOCABULARY)
 
 
-def test_an_exploding_loss_is_refused_after_a_few_steps() -> None:
+def test_a_diverging_loss_is_refused_after_a_few_steps() -> None:
     assert first_refused([2.0] * 8 + [50.0] * 5) == 9  # two of five are enough if they are this bad
     assert first_refused([2.0] * 8 + [10.0] * 5) == 12
     with pytest.raises(

@@ -315,7 +315,7 @@ def test_ranks_share_a_batch(base: Base, ranks: int) -> None:
     assert max(lengths) <= 2  # rows of similar length together
 
 
-def test_a_step_reports_the_mean_over_the_batchs_target_tokens(base: Base) -> None:
+def test_a_step_reports_the_mean_over_the_target_tokens_of_its_batch(base: Base) -> None:
     job = job_of(base, batch_size=4, micro_batch_size=2)
     batch = [job.encode(example) for example in EXAMPLES[:4]]
     engine = rank_of(job, 0, 1)
