@@ -94,7 +94,7 @@ def test_equal_rows_are_written_with_equal_bytes(folder: Folder) -> None:
         ({"value": None}, "column value"),
     ],
 )
-def test_rows_that_do_not_fit_are_refused(
+def test_rows_that_do_not_match_the_schema_are_refused(
     folder: Folder, change: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(PhatgooseError, match=named):

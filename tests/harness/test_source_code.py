@@ -59,7 +59,7 @@ def scoring() -> str:
     return digest(code_of(SCORING))
 
 
-def test_a_changed_formula_makes_only_its_own_router_s_answers_stale(edit: Edit) -> None:
+def test_a_changed_formula_makes_only_answers_of_its_router_stale(edit: Edit) -> None:
     before, scored = routers_code(), scoring()
     edit("phatgoose/routers/phatgoose.py", "gate_ED,\n", "-gate_ED,\n")
     after = routers_code()
@@ -151,7 +151,7 @@ def test_changed_modules_are_named() -> None:
     assert changes(before, before) == []
 
 
-def test_a_plugin_s_code_is_its_module_and_its_imports_from_its_package(
+def test_the_code_of_a_plugin_is_its_module_and_its_imports_from_its_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = tmp_path / "plugin_of_a_user"
@@ -176,7 +176,7 @@ def test_a_plugin_s_code_is_its_module_and_its_imports_from_its_package(
     assert changes(before, router_code(Mine())) == ["plugin_of_a_user.helper"]
 
 
-def test_a_plugin_s_code_includes_the_classes_that_it_extends(
+def test_the_code_of_a_plugin_includes_the_classes_that_it_extends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "router_by_attribute.py").write_text(

@@ -209,7 +209,7 @@ def test_help_names_every_choice(capsys: pytest.CaptureFixture[str]) -> None:
     assert max(map(len, lines)) <= 100
 
 
-def test_an_error_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_gives_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pol=demo"]) == 2
     output = capsys.readouterr()
     assert output.out == ""
@@ -283,7 +283,7 @@ def test_invalid_routers_are_refused(arguments: list[str], expected: str) -> Non
         load(*arguments)
 
 
-def test_every_router_is_among_all() -> None:
+def test_all_includes_every_router() -> None:
     """Check that each router has a YAML file with the class's defaults, and a line in all.yaml."""
     config = load("router=[all]")
     assert {*config.router, "single", "all"} == set(group_choices()["router"])

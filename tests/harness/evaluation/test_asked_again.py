@@ -43,7 +43,7 @@ def test_a_second_run_asks_nothing_and_gives_the_same_results(
     assert {name: run.folder.read(name) for name in run.folder.names()} == files
 
 
-def test_asking_ahead_leaves_nothing_to_ask(run: Run, workers: LocalWorkers) -> None:
+def test_early_answers_leave_nothing_to_ask(run: Run, workers: LocalWorkers) -> None:
     wanted = routers("base", "phatgoose", "merged")
     evaluation = run.evaluation(workers)
     evaluation.ask(wanted)

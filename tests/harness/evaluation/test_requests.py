@@ -163,7 +163,7 @@ def test_two_suites_may_contain_the_same_task(tasks: Path) -> None:
     assert one.tasks["one/plain"].task.config.task == "one/plain"
 
 
-def test_a_definition_that_draws_without_a_seed_is_refused(tasks: Path) -> None:
+def test_a_definition_with_unseeded_randomness_is_refused(tasks: Path) -> None:
     utils = UTILS.replace("{SUFFIX}", "{DRAWN.random()}")
     (tasks / "utils.py").write_text(utils)
     with pytest.raises(PhatgooseError, match=r"mixed.*draws without a seed"):

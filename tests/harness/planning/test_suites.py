@@ -134,7 +134,7 @@ def test_the_room_for_generated_tokens_counts(llama: Base, tasks: list[TaskData]
         check(llama, REFUSE, tasks[1:])
 
 
-def test_more_to_generate_than_the_base_reads_is_refused(
+def test_generating_more_than_the_context_of_the_base_is_refused(
     llama: Base, tasks: list[TaskData]
 ) -> None:
     llama.model.config.max_position_embeddings = SUMS.max_new_tokens
@@ -168,7 +168,7 @@ def test_an_answer_longer_than_the_context_of_the_base_is_refused(
         ({"do_sample": True}, "generation_kwargs.do_sample=True"),
     ],
 )
-def test_options_of_lm_evals_tasks_are_refused_while_planning(
+def test_unsupported_options_of_lm_eval_tasks_are_refused_while_planning(
     llama: Base, llama_folder: Path, tmp_path: Path, own_task: Any, options: Any, line: str
 ) -> None:
     """Check that this holds even if the documents were prepared before."""

@@ -67,7 +67,7 @@ def test_damage_is_found_and_the_suggested_fix_works(registry: Registry, damage:
     assert verify(registry.folder, every_manifest=True) == Check(3)
 
 
-def test_only_all_manifests_need_the_objects_of_older_ones(registry: Registry) -> None:
+def test_objects_of_older_manifests_are_needed_only_when_checking_all(registry: Registry) -> None:
     gone = registry.remove("task-1")
     assert gone is not None
     registry.folder.delete(object_file(gone))
@@ -78,7 +78,7 @@ def test_only_all_manifests_need_the_objects_of_older_ones(registry: Registry) -
     assert check.problems[0].startswith(f"expert task-1 of manifest 1: {path} is missing")
 
 
-def test_small_files_that_cannot_be_read_are_named(registry: Registry) -> None:
+def test_unreadable_small_files_are_named(registry: Registry) -> None:
     job = make_expert(1).card.job
     registry.folder.write(f"jobs/{job}.json", b"{")
     registry.folder.write("manifests/2.json", b"[]")

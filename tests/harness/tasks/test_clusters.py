@@ -35,7 +35,7 @@ def test_documents_of_one_row_are_one_cluster() -> None:
     assert partition(rows) == [["a", "b"], ["x0"], ["x1"]]
 
 
-def test_all_of_one_row_are_one_cluster() -> None:
+def test_all_documents_of_one_row_are_one_cluster() -> None:
     """Check that the source decides, for any number of documents."""
     assert partition([row(d, f"text {d}", cluster="row 1") for d in "abc"]) == [["a", "b", "c"]]
 

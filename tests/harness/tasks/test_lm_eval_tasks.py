@@ -144,6 +144,6 @@ def test_split_and_limit_select_the_documents(archive: Archive) -> None:
     assert set(table["input"].to_pylist()) != set(inputs)
 
 
-def test_nothing_to_evaluate_on_is_an_error(tmp_path: Path) -> None:
+def test_an_empty_evaluation_split_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(PhatgooseError, match=r"task toy has no document.*split: all"):
         make_task(on_disk(tmp_path, "generation", []), "suite")

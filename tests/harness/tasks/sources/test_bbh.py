@@ -29,7 +29,7 @@ def records(folder: Path, **fields: Any) -> list[Record]:
     return sorted(found, key=lambda record: len(record.text))
 
 
-def test_the_paper_prompt_and_choices(tmp_path: Path) -> None:
+def test_the_style_of_the_paper_gives_prompts_with_choices(tmp_path: Path) -> None:
     write_release(tmp_path / "bbh", EXAMPLES)  # as in a clone of the release
     first, second, *_ = records(tmp_path, style="paper", load_opts=TRUTH)
     assert first.input == "not True is\nAnswer: "
@@ -37,7 +37,7 @@ def test_the_paper_prompt_and_choices(tmp_path: Path) -> None:
     assert (second.grades, second.text) == ([1.0, 0.0], "not not True is")
 
 
-def test_the_release_prompt_and_generation(tmp_path: Path) -> None:
+def test_the_style_of_the_release_gives_generation_prompts(tmp_path: Path) -> None:
     write_release(tmp_path, EXAMPLES)
     first, *_ = found = records(tmp_path)
     assert (first.input, first.choices) == ("Q: not True is\nA: ", [])

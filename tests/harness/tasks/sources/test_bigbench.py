@@ -117,7 +117,7 @@ def made(
     return list(make_records(TaskSpec(name, tuple(members), **fields), members))
 
 
-def test_targets_of_generation() -> None:
+def test_generation_targets_are_read() -> None:
     assert records_of({"input": "n", "target": ["three ", "3"]}).targets == ["three", "3"]
     assert records_of({"input": "n", "target": "3"}).targets == ["3"]
 
@@ -185,7 +185,7 @@ def test_choices_need_not_be_appended() -> None:
     assert prompt_of(definition, definition["examples"][0]) == "\nQ: x\nA: "
 
 
-def test_a_task_of_subtasks_only_is_refused() -> None:
+def test_a_task_with_only_subtasks_is_refused() -> None:
     with pytest.raises(PhatgooseError, match=r"arithmetic has no examples of its own.*subtasks"):
         parse_member("arithmetic", b'{"name": "arithmetic"}', Options())
     with pytest.raises(PhatgooseError, match="arithmetic is not JSON"):
@@ -219,7 +219,7 @@ def test_several_tasks_are_read_in_one_pass_and_returned_when_complete(archive: 
     assert list(found) == ["b", "a", "all"]
 
 
-def test_an_unknown_member_names_the_near_ones(archive: Archive) -> None:
+def test_an_unknown_member_is_answered_with_near_names(archive: Archive) -> None:
     path = archive({"linguistic_mappings/plural_json": ask("x"), "operators": ask("y")})
     with pytest.raises(PhatgooseError, match=r"no task operatos: did you mean operators\?"):
         read(path, "operatos")

@@ -110,7 +110,7 @@ def suite(folder: Path, *names: str, **keys: Any) -> dict[str, Any]:
     return {**group, "include_path": str(folder), **keys}
 
 
-def test_groups_become_their_tasks_with_lm_evals_documents(own_tasks: Path) -> None:
+def test_groups_expand_to_tasks_with_the_documents_of_lm_eval(own_tasks: Path) -> None:
     specs = task_specs(suite(own_tasks, "own"))
     assert [spec.name for spec in specs] == ["own_choice", "own_filters", "own_words"]
     choice, filters, words = prepare_all(specs)

@@ -39,7 +39,7 @@ def group(clone: Path, **keys: Any) -> dict[str, Any]:
     return {**pool, "folder": str(clone), **keys}
 
 
-def test_an_expert_per_category_or_per_task(clone: Path) -> None:
+def test_experts_are_made_per_category_or_per_task(clone: Path) -> None:
     specs = {spec.name: spec.members for spec in task_specs(group(clone))}
     assert specs == {
         "Word_Semantics": ("task001_opposites", "task002_likes"),
@@ -49,7 +49,7 @@ def test_an_expert_per_category_or_per_task(clone: Path) -> None:
     assert by_task == ["task001_opposites", "task002_likes", "task003_poems"]
 
 
-def test_prompts_and_answers(clone: Path) -> None:
+def test_prompts_and_answers_are_built(clone: Path) -> None:
     words, _ = prepare_all(task_specs(group(clone)))
     records = read_records(words.train) + read_records(words.evaluation)
     assert len(records) == 11
