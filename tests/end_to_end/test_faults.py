@@ -110,7 +110,7 @@ def test_a_damaged_expert_is_found_and_trained_again(
     check_whole(done, whole)
 
 
-def test_a_half_written_manifest_is_named(done: RunConfig, whole: RunConfig) -> None:
+def test_a_truncated_manifest_is_named(done: RunConfig, whole: RunConfig) -> None:
     manifests = Path(done.registry) / "manifests"
     newest = max(manifests.iterdir(), key=lambda path: int(path.stem))
     newest.write_bytes(newest.read_bytes()[:100])
