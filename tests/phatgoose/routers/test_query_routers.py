@@ -173,11 +173,11 @@ def test_ariadne_finds_the_clusters_of_an_expert(llama: Base, encoder: FakeEncod
     at_S, off_S = fake_embedding(TEXTS[1]), fake_embedding("something else")
     generator = torch.Generator().manual_seed(0)
 
-    def clump(centre_S: Tensor) -> Tensor:
-        return centre_S + 0.02 * torch.randn(20, len(centre_S), generator=generator)
+    def clustered(center_S: Tensor) -> Tensor:
+        return center_S + 0.02 * torch.randn(20, len(center_S), generator=generator)
 
     between_S = at_S + off_S  # nearer to the query than the mean of the first expert's clusters
-    examples = [torch.cat([clump(at_S), clump(-5 * off_S)]), clump(between_S)]
+    examples = [torch.cat([clustered(at_S), clustered(-5 * off_S)]), clustered(between_S)]
     profiles = [
         dataclasses.replace(p, embeddings_NS=rows)
         for p, rows in zip(make_profiles(experts), examples, strict=True)

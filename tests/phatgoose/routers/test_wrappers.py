@@ -38,7 +38,7 @@ def logits(base: Base) -> Tensor:
     return plain_logits(base, [5, 9, 11, 20, 33, 8], [12, 30, 7])
 
 
-def less_the_general(facts: list[Fact | None], general: int) -> list[Fact | None]:
+def minus_general(facts: list[Fact | None], general: int) -> list[Fact | None]:
     """Return each expert minus the general one, which itself cannot be chosen."""
     taken = facts[general]
     left: list[Fact | None] = []
@@ -73,7 +73,7 @@ def test_genknowsub_routes_among_experts_subtracted_by_hand(
 ) -> None:
     experts = make_uneven_experts(base)
     facts = {
-        linear: less_the_general(facts_of(experts, linear), int(general[1:]))
+        linear: minus_general(facts_of(experts, linear), int(general[1:]))
         for linear in base.linears
     }
     plain = base_with(base, lambda linear, x_D: RULES[router].added(x_D, facts[linear]))
