@@ -111,7 +111,7 @@ def test_an_expert_that_cannot_be_read_leaves_no_pack(registry: Registry) -> Non
     assert [path for path in packs.iterdir() if not path.name.endswith(".lock")] == []
 
 
-def _open_again_and_again(uri: str, number: int, failures: Any) -> None:
+def _open_repeatedly(uri: str, number: int, failures: Any) -> None:
     """Open a pack repeatedly; sometimes damage or delete it before."""
     try:
         registry = Registry(uri, BASE)
@@ -158,7 +158,7 @@ def _opener(uri: str, number: int, failures: Any) -> None:
             raise NotImplementedError("no locks here")
 
         pack.FileLock = refuse  # type: ignore[assignment]
-    _open_again_and_again(uri, number, failures)
+    _open_repeatedly(uri, number, failures)
 
 
 def _note_loads(uri: str, loads: Any) -> None:

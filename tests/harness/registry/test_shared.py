@@ -52,7 +52,7 @@ def _publish_each(barrier: Any, uri: str, first: int) -> None:
         registry.publish(make_expert(number))
 
 
-def _publish_then_enter(barrier: Any, uri: str, first: int) -> None:
+def _publish_then_register(barrier: Any, uri: str, first: int) -> None:
     registry = Registry(uri, BASE)
     experts = [make_expert(number) for number in range(first, first + EACH)]
     barrier.wait(120)
@@ -64,7 +64,7 @@ def _publish_then_enter(barrier: Any, uri: str, first: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["each", "together"])
 def test_processes_that_publish_concurrently_lose_nothing(uri: str, how: str) -> None:
-    target = {"each": _publish_each, "together": _publish_then_enter}[how]
+    target = {"each": _publish_each, "together": _publish_then_register}[how]
     _together(target, *[(uri, first) for first in (0, 100, 200)])
     registry = Registry(uri, BASE)
     numbers = [first + i for first in (0, 100, 200) for i in range(EACH)]
@@ -158,7 +158,7 @@ def test_two_drivers_with_different_bases_cannot_share_a_registry(uri: str) -> N
     assert verify(first.folder).problems == []
 
 
-def _enter_same(barrier: Any, uri: str, jobs: list[str]) -> None:
+def _register_same(barrier: Any, uri: str, jobs: list[str]) -> None:
     registry = Registry(uri, BASE)
     barrier.wait(120)
     assert len(registry.add_to_manifest(jobs)) == len(jobs)
@@ -172,6 +172,6 @@ def test_jobs_registered_by_several_drivers_make_one_manifest(uri: str) -> None:
     for expert in experts:
         registry.publish(expert, add_to_manifest=False)
     jobs = [expert.card.job for expert in experts]
-    _together(_enter_same, *[(uri, jobs)] * 3)
+    _together(_register_same, *[(uri, jobs)] * 3)
     [manifest] = _manifests(registry.folder)
     assert manifest.experts == {e.card.name: e.content_hash() for e in experts}

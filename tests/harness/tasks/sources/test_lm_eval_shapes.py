@@ -137,7 +137,7 @@ def evaluation(folder: Path, run: Path, base: Base, *names: str) -> Evaluation:
     return Evaluation(made, requests, members_of(experts))
 
 
-def lm_evals_own(folder: Path, base: Base, name: str) -> dict[str, Any]:
+def reference_values(folder: Path, base: Base, name: str) -> dict[str, Any]:
     model = HFLM(
         pretrained=base.model,
         tokenizer=base.tokenizer,
@@ -151,7 +151,7 @@ def lm_evals_own(folder: Path, base: Base, name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["few_shot", "mutual", "several", "repeated"])
 def test_values_match_lm_eval(folder: Path, tmp_path: Path, base: Base, name: str) -> None:
-    expected = lm_evals_own(folder, base, name)
+    expected = reference_values(folder, base, name)
     run = Folder(tmp_path / "run")
     # A preceding task must not change anything.
     rows = evaluation(folder, tmp_path / "run", base, "few_shot", name).run(
@@ -175,7 +175,7 @@ def test_repeated_responses_to_a_prompt_equal_the_greedy_one(
     folder: Path, tmp_path: Path, llama: Base
 ) -> None:
     """Check filters such as a vote, which get as many responses as `repeats` in the definition."""
-    expected = lm_evals_own(folder, llama, "written")
+    expected = reference_values(folder, llama, "written")
     found = evaluation(folder, tmp_path / "run", llama, "written")
     (*_, row) = [r for r in found.run("base", make_router("base")) if r["metric"] == "exact_match"]
     assert row["value"] == expected["exact_match,none"]
