@@ -113,7 +113,7 @@ def check_files(run_dir: Path, linears: int) -> None:
     assert len(list((run_dir / "registry" / "objects").iterdir())) == len(EXPERTS)
 
 
-def whole_run(config: RunConfig, linears: int, capsys: pytest.CaptureFixture[str]) -> None:
+def check_complete_run(config: RunConfig, linears: int, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = Path(config.run.dir)
     run(config)
     output = capsys.readouterr()
@@ -142,7 +142,7 @@ def test_a_complete_run_on_two_nodes(
     tmp_path: Path, llama_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = config_of(llama_folder, tmp_path)
-    whole_run(config, 2 * 7, capsys)
+    check_complete_run(config, 2 * 7, capsys)
     # Both nodes took part: there is one log per actor.
     logs = [path.name.partition("-")[0] for path in (tmp_path / "run" / "logs").iterdir()]
     assert sorted(logs) == ["evaluate", "evaluate", "train", "train"]
@@ -151,5 +151,5 @@ def test_a_complete_run_on_two_nodes(
 def test_a_complete_run_of_an_encoder_decoder(
     tmp_path: Path, t5_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole_run(config_of(t5_folder, tmp_path), 2 * 7 + 2 * 11, capsys)
+    check_complete_run(config_of(t5_folder, tmp_path), 2 * 7 + 2 * 11, capsys)
     assert not ray.is_initialized()
