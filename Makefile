@@ -1,4 +1,4 @@
-# The two commands of the README, and what they stand on.
+# The two commands of the README, and the targets they need.
 PYTHON ?= python3
 BIN := .venv/bin
 RUN_DIR ?= $(CURDIR)/runs/demo
@@ -8,10 +8,10 @@ WORKERS ?= 2
 
 .PHONY: demo routers test test-slow chaos mutants lint docs setup clean
 
-demo: setup  ## train the demo pool, evaluate every router, end with a table and two pictures
+demo: setup  ## train the demo pool, evaluate six routers, end with a table and two figures
 	$(BIN)/python -m harness.run pool=demo "run.dir='$(RUN_DIR)'"
 
-routers: setup  ## every router there is, on the pool of the demo (trained first if need be)
+routers: setup  ## evaluate every router on the demo's pool
 	$(BIN)/python -m harness.run pool=demo "run.dir='$(RUN_DIR)'" 'router=[all]' router.multitask.steps=48
 
 test: setup  ## the fast tests, two at a time

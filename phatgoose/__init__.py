@@ -1,7 +1,7 @@
 """The method: LoRA experts, their gates, and routers over pools of them (no Ray, no Hydra).
 
-What a user needs most stands here by name, and is imported when it is first asked for: a
-configuration is refused in a second, without waiting for transformers.
+The public names are listed here and imported on first use, so `import phatgoose` does not load
+transformers.
 """
 
 from importlib import import_module
@@ -32,12 +32,13 @@ _HOMES = {
     "expert": ("Expert", "read_checkpoint"),
     "inference.model": ("RoutedModel",),
     "inference.routed_linear": ("RoutingLog", "TokenLog"),
-    "inference.scoring": ("Question", "Score"),
+    "inference.scoring": ("Score",),
     "inference.token_view": ("to_html", "to_terminal", "token_routes"),
     "pool": ("Pool",),
     "profile": ("Profile", "ProfileConfig"),
     "profile_measurement": ("measure_profile",),
     "query": ("Query",),
+    "question": ("Question",),
     "routers": ("ROUTERS", "make_router"),
     "training.recipe": ("Recipe", "Stage"),
     "training.train": ("Example", "Hooks", "train_expert", "train_gates"),

@@ -288,7 +288,7 @@ def _download(name: str, revision: str | None) -> Path:
         if not list(folder.glob("*.safetensors")):
             patterns = ["pytorch_model*.bin", *_TOKENIZER_AND_CONFIG]
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    # The hub client raises errors of several libraries; each means that the base cannot be had.
+    # The hub client raises errors of several libraries; each means that the base is unavailable.
     except Exception as error:
         packaged = ", ".join(PACKAGED_MODELS)
         raise PhatgooseError(
@@ -312,7 +312,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     )
-    # The weights are plain now; transformers refuses to save a model that says it is quantised.
+    # The weights are plain now; transformers refuses to save a model that says it is quantized.
     model.__dict__.pop("hf_quantizer", None)
     model.config.__dict__.pop("quantization_config", None)
     model.save_pretrained(folder)

@@ -44,7 +44,7 @@ class Pool:
         base_fingerprint: the base they were trained on.
         experts: their names; an expert's index below is its place here.
         linears: stacked factors by the linear's name, for every linear that any expert adapts.
-        profiles: what some routers need to know of each expert; None if that is not at hand.
+        profiles: what some routers need to know of each expert; None if they were not measured.
     """
 
     base_fingerprint: str

@@ -44,7 +44,7 @@ def measure_profile(
         beat: called after every batch, as a sign of life.
 
     Raises:
-        PhatgooseError: there are no examples, or the sentence encoder cannot be had.
+        PhatgooseError: there are no examples, or the sentence encoder is unavailable.
     """
     if not examples:
         raise PhatgooseError(f"expert {expert.card.name}: a profile needs examples of its task")

@@ -181,7 +181,7 @@ def _download(name: str) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=_FILES))
-    # The hub client raises errors of several libraries; each means that it cannot be had.
+    # The hub client raises errors of several libraries; each means that it is unavailable.
     except Exception as error:
         packaged = ", ".join(PACKAGED_ENCODERS)
         raise PhatgooseError(

@@ -194,7 +194,7 @@ class Folder:
         except _REFUSALS as error:
             place = f"{self}/{name}".rstrip("/")
             raise PhatgooseError(
-                f"cannot {action} {place} ({reason_of(error, first_line=True)}): {_mend(error)}"
+                f"cannot {action} {place} ({reason_of(error, first_line=True)}): {_fix(error)}"
             ) from error
 
 
@@ -207,7 +207,7 @@ def _open(uri: str) -> tuple[Store, str]:
     return (LocalStore() if local else ArrowStore(filesystem)), root
 
 
-def _mend(error: BaseException) -> str:
+def _fix(error: BaseException) -> str:
     if isinstance(error, NotImplementedError):
         return "keep the registry in a local or network folder, on S3, GCS or Azure"
     kind = type(error).__name__

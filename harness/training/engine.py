@@ -27,7 +27,7 @@ from harness.training.whole_weights import WholeWeights
 from phatgoose.inference.scoring import Score
 from phatgoose.question import Question
 from phatgoose.training.engine import (
-    ADAM_MEMORY,
+    ADAM_STATE,
     TargetLoss,
     adam_state,
     copies,
@@ -144,7 +144,7 @@ class DeepSpeedEngine:
     def optimizer_state(self) -> list[dict[str, Tensor]]:
         """Return copies of AdamW's state of each weight."""
         return [
-            {name: self._remembered(p, name).cpu().clone() for name in ADAM_MEMORY}
+            {name: self._remembered(p, name).cpu().clone() for name in ADAM_STATE}
             for p in self._parameters
         ]
 
@@ -155,18 +155,18 @@ class DeepSpeedEngine:
         return whole.view(parameter.shape) if self._zero_stage < 3 else whole
 
     def resume(
-        self, weights: Sequence[Tensor], memory: Sequence[dict[str, Tensor]], step: int
+        self, weights: Sequence[Tensor], optimizer: Sequence[dict[str, Tensor]], step: int
     ) -> None:
         """Resume training after `step` steps."""
         self.put_weights(weights)
         if self._zero_stage == 0:
-            for parameter, remembered in zip(self._parameters, memory, strict=True):
+            for parameter, remembered in zip(self._parameters, optimizer, strict=True):
                 self._adam.state[parameter] = adam_state(parameter, step, remembered)
         else:
-            self._resume_partitions(memory, step)
+            self._resume_partitions(optimizer, step)
         set_step(self._adam, self._scheduler, self._stage, step)
 
-    def _resume_partitions(self, memory: Sequence[dict[str, Tensor]], step: int) -> None:
+    def _resume_partitions(self, optimizer: Sequence[dict[str, Tensor]], step: int) -> None:
         """Restore the part of the optimizer state that each rank holds."""
         zero = self._engine.optimizer
         if self._zero_stage == 3:
@@ -174,11 +174,11 @@ class DeepSpeedEngine:
         else:
             partitions = zero.single_partition_of_fp32_groups
         for flat in partitions:
-            nothing = {name: torch.zeros_like(flat) for name in ADAM_MEMORY}
+            nothing = {name: torch.zeros_like(flat) for name in ADAM_STATE}
             self._adam.state[flat] = adam_state(flat, step, nothing)
         if self._zero_stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
-        for parameter, remembered in zip(self._parameters, memory, strict=True):
+        for parameter, remembered in zip(self._parameters, optimizer, strict=True):
             for name, whole in remembered.items():
                 safe_set_full_optimizer_state(parameter, whole.to(parameter.device), name)
 

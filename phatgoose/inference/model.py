@@ -32,7 +32,7 @@ LogOrNone = TypeVar("LogOrNone", bound=RoutingLog | None)
 class RoutedModel:
     """A base with a pool attached; its router can be changed at any time.
 
-    Without a router, and with `base`, it says what the base says.
+    Without a router, and with `base`, its output is that of the base.
 
     Args:
         base: the base; its linears are wrapped in place, and `detach` restores them.
@@ -99,7 +99,7 @@ class RoutedModel:
         self.router, self._acting, self._acting_pool = router, acting, pool
 
     def _prepare(self, router: Router, pool: Pool, name: str) -> Callable[[], None]:
-        """All that one linear needs for a router, and the call that puts it there."""
+        """Return the call that installs a router on one linear."""
         linear, device = self._linears[name], self.base.device
         if isinstance(router, QueryRouter):
             factors = self._mixed(pool, name)
@@ -131,7 +131,7 @@ class RoutedModel:
     def generate(
         self, prompts: Sequence[Query | str], max_new_tokens: int, *, stops: Sequence[str] = ()
     ) -> list[str]:
-        """Greedy continuations of a batch of prompts; see `inference.generation.generate`.
+        """Generate greedy continuations of a batch of prompts; see `inference.generation.generate`.
 
         A prompt that is too long loses its beginning. Spaces at its end are not written again.
         """
@@ -159,7 +159,7 @@ class RoutedModel:
         stops: Sequence[str] = (),
         spaces: Sequence[int] = (),
     ) -> tuple[list[str], list[Score]]:
-        """`generate` and `score` over one pass; see `phatgoose.inference.generation.answer`."""
+        """Generate and score in one pass; see `phatgoose.inference.generation.answer`."""
         with self._decided([q.query for q in questions], [q.context for q in questions]):
             return answer(
                 self.base,
@@ -189,7 +189,7 @@ class RoutedModel:
     def listening(
         self, hear: Callable[[str, Tensor], None], linears: Sequence[str] | None = None
     ) -> Iterator[None]:
-        """Within the block, tell `hear` the name and the input of each adapted linear that runs.
+        """Call `hear` with the name and the input of each adapted linear that runs in the block.
 
         Only those named in `linears`, if it is given.
         """

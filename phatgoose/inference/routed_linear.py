@@ -92,7 +92,7 @@ class RoutedLinear(nn.Module):
         return self.base.weight
 
     def clear(self) -> None:
-        """Be the frozen linear again."""
+        """Remove the router from this linear."""
         self._factors: PoolLinear | None = None
         self._rule: TokenRule | None = None
         self._delta: list[Tensor] | None = None
@@ -108,7 +108,7 @@ class RoutedLinear(nn.Module):
         self.set_token_rule(factors, self._mixture, mixes_factors=False)
 
     def as_static(self, matrices: Sequence[Tensor]) -> list[Tensor]:
-        """One static expert, `(lora_A_RD, lora_B_OR)` or `(delta_OD,)`, ready for `set_static`.
+        """Return a static expert, `(lora_A_RD, lora_B_OR)` or `(delta_OD,)`, for `set_static`.
 
         Factors are multiplied out where the product is the smaller of the two; what results is
         rounded to the frozen linear's dtype.

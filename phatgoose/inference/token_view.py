@@ -24,7 +24,7 @@ from phatgoose.question import Question
 from phatgoose.tokenization import encode_context, max_length
 
 # Red, green and blue of each color: far apart, and light enough for black letters on them.
-COLOURS = (
+COLORS = (
     (255, 140, 46),  # orange
     (74, 144, 255),  # blue
     (47, 179, 68),  # green
@@ -35,7 +35,7 @@ COLOURS = (
     (255, 111, 216),  # pink
     (184, 236, 61),  # lime
     (181, 118, 63),  # brown
-    (143, 155, 171),  # grey
+    (143, 155, 171),  # gray
     (11, 148, 130),  # teal
 )
 
@@ -227,8 +227,8 @@ def _legend(routes: Sequence[TokenRoute], experts: Sequence[str]) -> list[tuple[
         mean = sum(route.weights[expert] for route in routes) / max(1, len(routes))
         if mean > 0:
             entries.append((expert, f"{name} {mean:.1%}"))
-    if len(experts) > len(COLOURS):
-        note = f"(there are {len(experts)} experts: colors repeat after {len(COLOURS)})"
+    if len(experts) > len(COLORS):
+        note = f"(there are {len(experts)} experts: colors repeat after {len(COLORS)})"
         entries.append((None, note))
     return entries
 
@@ -247,13 +247,13 @@ def _visible(text: str) -> str:
 
 def _paint(text: str, expert: int, weight: float) -> str:
     """Set black letters on the expert's color, mixed with white in proportion to its weight."""
-    mixed = [round(255 + (part - 255) * weight) for part in COLOURS[expert % len(COLOURS)]]
+    mixed = [round(255 + (part - 255) * weight) for part in COLORS[expert % len(COLORS)]]
     red, green, blue = mixed
     return f"\x1b[38;2;0;0;0;48;2;{red};{green};{blue}m{text}\x1b[0m"
 
 
 def _span(text: str, expert: int, weight: float, tooltip: str = "") -> str:
-    red, green, blue = COLOURS[expert % len(COLOURS)]
+    red, green, blue = COLORS[expert % len(COLORS)]
     hint = f' title="{html.escape(tooltip)}"' if tooltip else ""
     style = f"background: rgba({red}, {green}, {blue}, {weight:.2f})"
     return f'<span style="{style}"{hint}>{html.escape(text)}</span>'

@@ -10,7 +10,7 @@ from phatgoose.devices import off_mps
 
 
 def thin_svd(lora_A_ERD: Tensor, lora_B_EOR: Tensor) -> tuple[Tensor, Tensor]:
-    """Of every `B A = U S V^T`: the singular values, and the rows of `V^T`, the largest first.
+    """Return the singular values of every `B A = U S V^T`, and the rows of `V^T`, largest first.
 
     Two QR decompositions leave a matrix of R by R to decompose: `O(E R^2 (D + O))` operations.
 

@@ -34,7 +34,7 @@ class Ariadne(QueryRouter):
     needs: ClassVar[tuple[str, ...]] = ("embeddings",)
 
     def mixture(self, pool: Pool, queries: Sequence[Query], probe: Probe) -> tuple[Tensor, Tensor]:
-        """One expert each, with weight 1."""
+        """Choose one expert per query, with weight 1."""
         query_QS = embed(pool, [query.retrieval_text for query in queries])
         assert pool.profiles is not None  # `check` was called
         library = [_centroids(profile, self.centroids) for profile in pool.profiles]

@@ -26,7 +26,7 @@ class Glider(TokenRouter):
                    + gamma * cos(embed(evaluation task's description), embed(expert's description))
 
     It knows which evaluation task a query belongs to: task-level information that the other
-    routers do not have, so it is labelled. Li et al., "Glider: Global and Local Instruction-Driven
+    routers do not have, so it is labeled. Li et al., "Glider: Global and Local Instruction-Driven
     Expert Router", 2024 (arXiv 2410.07172), whose scripts set gamma per suite between 3 and 1000.
     """
 

@@ -1,4 +1,4 @@
-"""PHATGOOSE: post-hoc adaptive tokenwise gating over an ocean of specialised experts."""
+"""PHATGOOSE: post-hoc adaptive tokenwise gating over an ocean of specialized experts."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,13 +10,13 @@ from phatgoose.routers.interface import Scorer, TokenRouter
 
 @dataclass(frozen=True)
 class Phatgoose(TokenRouter):
-    """Each token goes to the experts whose standardised gates match its standardised input best.
+    """Each token goes to the experts whose standardized gates match its standardized input best.
 
         score_TE = standardise(x_TD) . standardise(gate_ED) / (temperature * sqrt(D))
 
     Muqeeth, Liu, Liu and Raffel, "Learning to Route Among Specialized Experts for Zero-Shot
     Generalization", ICML 2024 (arXiv 2402.05859), section 4. There top_k is 2, the temperature 1,
-    and both sides are standardised.
+    and both sides are standardized.
     """
 
     top_k: int = 2

@@ -12,7 +12,7 @@ from phatgoose.routers.interface import Router, Wrapper, generator_for
 
 @dataclass(frozen=True)
 class RandomExperts(Wrapper):
-    """Another router over experts that have learnt nothing.
+    """Another router over experts that have learned nothing.
 
     Every A and B is replaced by normal random numbers of the same Frobenius norm (the norm of
     their product changes); gates and profiles stay. What a router gains over this, it gains from

@@ -31,7 +31,7 @@ class Retrieval(QueryRouter):
     needs: ClassVar[tuple[str, ...]] = ("embeddings",)
 
     def mixture(self, pool: Pool, queries: Sequence[Query], probe: Probe) -> tuple[Tensor, Tensor]:
-        """One expert each, with weight 1."""
+        """Choose one expert per query, with weight 1."""
         query_QS = embed(pool, [query.retrieval_text for query in queries])
         indices_Q1 = nearest_example(query_QS, embeddings(pool)).unsqueeze(1)
         return torch.ones(indices_Q1.shape), indices_Q1

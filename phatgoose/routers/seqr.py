@@ -25,7 +25,7 @@ class Seqr(TokenRouter):
     needs: ClassVar[tuple[str, ...]] = ("activations",)
 
     def scorer(self, pool: Pool, linear: str) -> Scorer:
-        """Standardise the norms."""
+        """Standardize the norms."""
         norm, (mean_E, std_E) = norm_scorer(pool, linear), norms(pool, linear)
 
         def score(x_TD: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""One expert for everything: the building block of `oracle` and of the best individual expert."""
+"""Single: one expert for everything."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +13,7 @@ from phatgoose.routers.interface import Merge
 class Single(Merge):
     """One named expert, applied to every token at full strength, without its gate.
 
-    `oracle` (per evaluation task, the best of them) and `best_individual` (the best on average)
-    are read off from their scores, and so are not zero-shot.
+    A single expert that is chosen by its evaluation scores is not zero-shot.
     """
 
     expert: str

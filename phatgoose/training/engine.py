@@ -57,9 +57,9 @@ class Engine(Protocol):
         """Return copies of the optimizer state of each weight. Every rank must call it."""
 
     def resume(
-        self, weights: Sequence[Tensor], memory: Sequence[dict[str, Tensor]], step: int
+        self, weights: Sequence[Tensor], optimizer: Sequence[dict[str, Tensor]], step: int
     ) -> None:
-        """Go on after so many steps, from what `weights` and `memory` said; all ranks must."""
+        """Resume after `step` steps with these weights and states. Every rank must call it."""
 
     def close(self) -> None:
         """Free what the engine holds; what was trained is to be read before."""
@@ -166,25 +166,25 @@ class PlainEngine:
     def optimizer_state(self) -> list[dict[str, Tensor]]:
         """Return copies of AdamW's state of each weight."""
         return [
-            {name: self._optimizer.state[p][name].cpu().clone() for name in ADAM_MEMORY}
+            {name: self._optimizer.state[p][name].cpu().clone() for name in ADAM_STATE}
             for p in self._parameters
         ]
 
     def resume(
-        self, weights: Sequence[Tensor], memory: Sequence[dict[str, Tensor]], step: int
+        self, weights: Sequence[Tensor], optimizer: Sequence[dict[str, Tensor]], step: int
     ) -> None:
         """Go on after so many steps."""
         self.put_weights(weights)
-        for parameter, remembered in zip(self._parameters, memory, strict=True):
+        for parameter, remembered in zip(self._parameters, optimizer, strict=True):
             self._optimizer.state[parameter] = adam_state(parameter, step, remembered)
         set_step(self._optimizer, self._scheduler, self._stage, step)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing."""
 
 
 # AdamW's state of a weight, besides the number of steps.
-ADAM_MEMORY = ("exp_avg", "exp_avg_sq")
+ADAM_STATE = ("exp_avg", "exp_avg_sq")
 
 
 def copies(parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -22,7 +22,7 @@ class Stage:
     warmup: float = 0.06
 
     def __post_init__(self) -> None:
-        """Raise PhatgooseError if a value cannot be."""
+        """Raise PhatgooseError if a value is invalid."""
         if self.steps < 1 or self.lr <= 0 or not 0 <= self.warmup <= 1:
             raise PhatgooseError(
                 "a stage of training needs steps of at least 1, a positive lr and a warmup between "
@@ -79,7 +79,7 @@ class Recipe:
     retry_lr: float = 0.0
 
     def __post_init__(self) -> None:
-        """Raise PhatgooseError if a value cannot be."""
+        """Raise PhatgooseError if a value is invalid."""
         counts = ("rank", "batch_size", "micro_batch_size", "max_input_tokens", "max_target_tokens")
         for name in (*counts, "max_examples", "evaluation_examples"):
             if getattr(self, name) < 1:
@@ -126,7 +126,7 @@ class Recipe:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of all stages."""
+        """The number of optimizer steps of all stages."""
         return sum(stage.steps for stage in self.stages)
 
     @property

@@ -14,7 +14,7 @@ from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
 from phatgoose.inference.model import RoutedModel
 from phatgoose.inference.token_view import (
-    COLOURS,
+    COLORS,
     TokenRoute,
     _strings,
     to_html,
@@ -192,11 +192,11 @@ def test_the_terminal_shows_each_token_in_the_color_of_its_expert(
     painted = re.findall(r"\x1b\[38;2;0;0;0;48;2;(\d+);(\d+);(\d+)m(.*?)\x1b\[0m", shown)
     assert [text for *_, text in painted[:3]] == ["The", " <goose> &⏎", r"\x1b[2J\u202e"]
     colors = [tuple(map(int, parts)) for *parts, _ in painted]
-    assert colors[1] == COLOURS[1]
-    assert colors[0] == tuple(round(0.75 * c + 0.25 * 255) for c in COLOURS[0])
+    assert colors[1] == COLORS[1]
+    assert colors[0] == tuple(round(0.75 * c + 0.25 * 255) for c in COLORS[0])
     # The legend: the mean of 0.75, 0 and 0.25 and so on, each in its full color.
     assert [text for *_, text in painted[3:]] == [" e0 33.3% ", " e1 33.3% ", " e2 33.3% "]
-    assert colors[3:] == list(COLOURS[:3])
+    assert colors[3:] == list(COLORS[:3])
     plain = re.sub(r"\x1b\[[\d;]*m", "", shown)
     assert "\x1b" not in plain
     assert plain.startswith("The <goose> &⏎\n\\x1b")
@@ -243,7 +243,7 @@ def test_the_page_shows_the_tokens_and_is_self_contained() -> None:
         'e"1 1.00',
         "e2 0.75, <b>0 0.25",
     ]
-    red, green, blue = COLOURS[0]
+    red, green, blue = COLORS[0]
     assert parsed.spans[0][0]["style"] == f"background: rgba({red}, {green}, {blue}, 0.75)"
     assert [text for _, text in parsed.spans[3:]] == ["<b>0 33.3%", 'e"1 33.3%', "e2 33.3%"]
     assert "Experts &lt;at&gt; {linear}" in page
@@ -293,10 +293,10 @@ def _lab(color: tuple[int, int, int]) -> tuple[float, float, float]:
 
 
 def test_colors_are_distinct_and_text_on_them_is_readable() -> None:
-    for one, other in itertools.combinations(COLOURS, 2):
+    for one, other in itertools.combinations(COLORS, 2):
         distance = sum((a - b) ** 2 for a, b in zip(_lab(one), _lab(other), strict=True)) ** 0.5
         assert distance > 30, (one, other)
-    for color in COLOURS:
+    for color in COLORS:
         r, g, b = _linear_rgb(color)
         luminance = 0.2126 * r + 0.7152 * g + 0.0722 * b
         assert (luminance + 0.05) / 0.05 > 4.5  # WCAG's contrast with black
