@@ -11,6 +11,7 @@ from harness.config.schema import RunConfig
 from harness.planning.plan import Prepared, check_before_preparing, wants_profiles
 from harness.scheduling.cluster import Cluster
 from harness.tasks import TaskSpec, folder_of, prepare_all, prepare_here
+from harness.tasks.adapters import adapter_folder
 from harness.tasks.store import is_written
 from phatgoose.base import Base, bare_model, fingerprint, locate_base
 from phatgoose.cache import cache_dir
@@ -43,6 +44,9 @@ def prepare_run(
     model, linears = bare_model(name, location, trust_remote_code=trust)
     tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust)
     base = Base(name, fingerprint(location), model, tokenizer, linears)
+    for spec in pool:
+        if spec.adapter is not None:
+            adapter_folder(spec.adapter)  # so that planning finds it without a download
     data = iter(prepare_all([*pool, *itertools.chain(*suites.values())], make))
     return Prepared(
         base=base,

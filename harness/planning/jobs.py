@@ -12,6 +12,7 @@ from harness.registry import Registry
 from harness.registry.files import Record
 from harness.source_code import PROFILES, changes, code_of, digest
 from harness.tasks import TaskData
+from harness.tasks.adapters import adapter_folder
 from harness.training.job import TrainJob, data_fingerprint
 from phatgoose.base import Base
 from phatgoose.card import Card
@@ -207,7 +208,8 @@ def _adapter_job(recipe: Recipe, base: Base, data: TaskData) -> TrainJob:
     Without gates, its job is that of the import alone, and the same for every import.
     """
     assert data.spec.adapter is not None
-    imported = Expert.from_peft(data.spec.adapter, base=base, name=data.spec.name).card
+    folder = adapter_folder(data.spec.adapter)
+    imported = Expert.from_peft(folder, base=base, name=data.spec.name).card
     card = imported
     if data.spec.members and recipe.gates is not None:
         # The settings that made the factors are not those of this recipe.

@@ -23,7 +23,7 @@ class TaskSpec:
         members: what the task is made of, as its source names it: BIG-bench tasks, data sets,
             files.
         source: where the examples come from, one of `harness.tasks.sources.SOURCES`.
-        adapter: a folder with a LoRA adapter saved by PEFT, used as the task's expert. With
+        adapter: a LoRA adapter saved by PEFT, a folder or hub id, used as the task's expert. With
             members, its gates are trained on them. Without members, it has no gates and no
             profile.
         description: what the task is about, for the routers that read it. If empty, it is the

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from harness.tasks import TaskData, TaskSpec
+from harness.tasks.adapters import adapter_folder
 from harness.training.examples import job_examples
 from phatgoose.base import Base
 from phatgoose.card import Card
@@ -79,7 +80,7 @@ def _import(base: Base, job: TrainJob) -> Expert:
     """Import the job's adapter, and check that it is the plan's."""
     adapter = job.tasks[0].adapter
     assert adapter is not None
-    expert = Expert.from_peft(adapter, base=base, name=job.card.name)
+    expert = Expert.from_peft(adapter_folder(adapter), base=base, name=job.card.name)
     if expert.card.job != job.imported:
         raise PhatgooseError(
             f"expert {job.card.name}: the adapter {adapter} on this node is not the one that "

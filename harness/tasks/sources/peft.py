@@ -5,16 +5,12 @@ Adapters have no examples. To train an expert's gates, name members from another
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from harness.tasks.sources.source import TaskRecords
 from harness.tasks.spec import TaskSpec
-from phatgoose.errors import PhatgooseError, reason_of
-
-_FILES = ("adapter_config.json", "adapter_model.safetensors")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
+from phatgoose.errors import PhatgooseError
 
 
 def expand(group: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -37,7 +33,7 @@ def expand(group: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
                 "adapters={name: folder}."
             )
         adapters = named
-    return {name: {"adapter": _folder(str(where))} for name, where in adapters.items()}
+    return {name: {"adapter": str(where)} for name, where in adapters.items()}
 
 
 def check(spec: TaskSpec) -> None:
@@ -53,7 +49,7 @@ def identity(spec: TaskSpec) -> Any:
 
 
 def missing(spec: TaskSpec) -> str | None:
-    """Return None: adapters are downloaded when the pool is read."""
+    """Return None: adapters are found by `harness.tasks.adapters`."""
 
 
 def read(specs: Sequence[TaskSpec]) -> Iterator[TaskRecords]:
@@ -64,22 +60,3 @@ def read(specs: Sequence[TaskSpec]) -> Iterator[TaskRecords]:
 def _name(adapter: str) -> str:
     name = Path(adapter.partition("@")[0]).name
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", name).lstrip(".-") or "adapter"
-
-
-@lru_cache
-def _folder(where: str) -> str:
-    """Return the folder of an adapter; download it into the hub's cache if needed."""
-    if Path(where).expanduser().is_dir() or not _HUB_ID.fullmatch(where):
-        return where
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    name, _, revision = where.partition("@")
-    try:
-        return snapshot_download(name, revision=revision or None, allow_patterns=list(_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = reason_of(error, first_line=True)
-        raise PhatgooseError(
-            f"adapter {where} is not a local folder, and the hub does not provide it ({reason}). "
-            "Name a folder saved by PEFT, or check the id and the network."
-        ) from error
