@@ -32,7 +32,8 @@ lint: setup  ## formatting, lint, types, spelling, and which room may import whi
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/codespell
-	$(BIN)/codespell --builtin en-GB_to_en-US --ignore-words-list standardise *.md docs/*.md docs/*.py
+	$(BIN)/codespell --builtin en-GB_to_en-US --ignore-words-list standardise,dialogue,dialogues \
+		phatgoose harness results benchmarks clusters examples/*.py *.md docs/*.md docs/*.py
 	$(BIN)/lint-imports --no-logo
 
 docs: setup  ## the documentation as a site in docs/_build/html; warnings are errors

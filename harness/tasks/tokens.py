@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _SCHEMA = pa.schema([(name, pa.list_(pa.int32())) for name in ("context", "target")])
 
 
-class TokenisedExamples(Sequence[Question]):
+class TokenizedExamples(Sequence[Question]):
     """A sequence of tokenized examples, read from disk on access.
 
     Args:
@@ -46,24 +46,24 @@ class TokenisedExamples(Sequence[Question]):
     @overload
     def __getitem__(self, index: int) -> Question: ...
     @overload
-    def __getitem__(self, index: slice) -> "TokenisedExamples": ...
-    def __getitem__(self, index: int | slice) -> "Question | TokenisedExamples":
+    def __getitem__(self, index: slice) -> "TokenizedExamples": ...
+    def __getitem__(self, index: int | slice) -> "Question | TokenizedExamples":
         """Return one example, or a slice of them without a copy."""
         if isinstance(index, slice):
             start, stop, _ = index.indices(len(self))
-            return TokenisedExamples(self._table.slice(start, max(0, stop - start)))
+            return TokenizedExamples(self._table.slice(start, max(0, stop - start)))
         index = range(len(self))[index]  # negative ones count from the end
         context, target = (self._table[name][index].as_py() for name in ("context", "target"))
         return Question(context, [target])
 
 
-def tokenise(
+def tokenize(
     base: Base,
     data: "TaskData",
     split: Split,
     recipe: Recipe,
     beat: Callable[[], None] = lambda: None,
-) -> TokenisedExamples:
+) -> TokenizedExamples:
     """Return the examples of one split as token ids, truncated as the recipe says.
 
     They are created if they are not in the cache. Only the first target of an example is used. The
@@ -87,7 +87,7 @@ def tokenise(
             for batch in _encoded(base, data, split, *limits):
                 writer.write_batch(batch)
                 beat()
-    return TokenisedExamples(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
+    return TokenizedExamples(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
 
 
 def _encoded(

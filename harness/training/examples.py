@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from harness.tasks.records import Record
 from harness.tasks.store import read_records
-from harness.tasks.tokens import tokenise
+from harness.tasks.tokens import tokenize
 from phatgoose.base import Base
 from phatgoose.training.recipe import Recipe
 from phatgoose.training.train import Example, Examples
@@ -35,7 +35,7 @@ def job_examples(
         train = [read_records(d.train, share) for d in data]
         return _mixed(train, recipe.seed), _in_turn(evaluation)
     if steps * recipe.batch_size >= data[0].counts["train"]:
-        train_tokens = tokenise(base, data[0], "train", recipe, beat)
+        train_tokens = tokenize(base, data[0], "train", recipe, beat)
         return train_tokens, _in_turn(evaluation)
     records = read_records(data[0].train, recipe.max_examples)
     return list(map(to_example, records)), _in_turn(evaluation)

@@ -7,7 +7,7 @@ from tokenizers import normalizers
 from harness.tasks import TaskData, TaskSpec
 from harness.tasks.records import Record, Split, document_id
 from harness.tasks.store import read_records, read_task, write_task
-from harness.tasks.tokens import tokenise
+from harness.tasks.tokens import tokenize
 from phatgoose.base import Base, load_base
 from phatgoose.errors import PhatgooseError
 from phatgoose.question import Question
@@ -45,7 +45,7 @@ def test_token_examples_match_the_tokenization_of_training(
 ) -> None:
     base: Base = request.getfixturevalue(which)
     recipe = Recipe(max_input_tokens=6, max_target_tokens=2)
-    found = tokenise(base, data, "train", recipe)
+    found = tokenize(base, data, "train", recipe)
     expected = [
         Question.encode(base, r.input, r.targets[:1], 6, 2) for r in read_records(data.train)
     ]
@@ -65,14 +65,14 @@ def test_token_examples_are_made_once_per_tokenizer(llama: Base, t5: Base, data:
         folder = Path(os.environ["PHATGOOSE_CACHE"]) / "tokens"
         return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
-    tokenise(llama, data, "train", Recipe())
+    tokenize(llama, data, "train", Recipe())
     first = files()
-    tokenise(llama, data, "train", Recipe(seed=7))  # which does not change any token
+    tokenize(llama, data, "train", Recipe(seed=7))  # which does not change any token
     assert files() == first
     assert len(first) == 1
-    tokenise(llama, data, "evaluation", Recipe())
-    tokenise(llama, data, "train", Recipe(max_input_tokens=3))
-    tokenise(t5, data, "train", Recipe())
+    tokenize(llama, data, "evaluation", Recipe())
+    tokenize(llama, data, "train", Recipe(max_input_tokens=3))
+    tokenize(t5, data, "train", Recipe())
     assert len(files()) == 4
 
 
@@ -85,7 +85,7 @@ def test_an_expert_is_the_same_from_texts_and_from_tokens(
     hashes = []
     for train in (texts, None):
         base = load_base(str(llama_folder))
-        examples = train or tokenise(base, data, "train", recipe)
+        examples = train or tokenize(base, data, "train", recipe)
         expert = train_expert(base, make_card("toy", base), examples, evaluation, recipe)
         hashes.append(expert.content_hash())
     assert hashes[0] == hashes[1]
@@ -113,13 +113,13 @@ def test_a_target_without_tokens_is_refused_with_its_example(
     )
     line = f"task faulty, document {records[7].document}: target='~': .* makes no token of it"
     with pytest.raises(PhatgooseError, match=line):
-        tokenise(base, faulty, "train", Recipe())
+        tokenize(base, faulty, "train", Recipe())
 
 
 def test_examples_fit_the_base(llama: Base, data: TaskData) -> None:
-    whole = tokenise(llama, data, "train", Recipe())
+    whole = tokenize(llama, data, "train", Recipe())
     llama.model.config.max_position_embeddings = 9
-    found = tokenise(llama, data, "train", Recipe())
+    found = tokenize(llama, data, "train", Recipe())
     assert len(found) == len(whole)
     for cut, example in zip(found, whole, strict=True):
         assert cut.choices == example.choices
