@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from phatgoose.ops import mix, top_k_softmax
-from phatgoose.ops.route import gate_scorer
+from phatgoose.ops.routing import gate_scorer
 
 MIX: Any = sys.modules[mix.__module__]
 ROUNDS = 21

@@ -104,9 +104,8 @@ def run(config: RunConfig) -> None:
                 problems += driver.evaluate()
         except PhatgooseError as error:
             problems.append(str(error))  # after its causes, if any
-            with contextlib.suppress(
-                PhatgooseError
-            ):  # the disk may be full: report the first error
+            # The disk may be full: report the first error.
+            with contextlib.suppress(PhatgooseError):
                 _end(plan, record, problems, started)
             raise PhatgooseError("; ".join(problems)) from error
         finally:
@@ -147,9 +146,8 @@ def _record(config: RunConfig, plan: "Plan") -> dict[str, Any]:
 
     before = run_folder.read_run(plan.folder) if plan.folder.exists(run_folder.RUN_FILE) else {}
     configuration = asdict(config)
-    configuration["run"]["dir"] = str(
-        plan.folder
-    )  # a URI may contain a secret key; this form does not
+    # A URI may contain a secret key; this form does not.
+    configuration["run"]["dir"] = str(plan.folder)
     configuration["registry"] = str(Folder(config.registry))
     call = {
         "configuration": configuration,

@@ -97,9 +97,10 @@ def check_factors(where: str, factors: LoraFactors) -> None:
         shapes = ", ".join(f"{field} {list(tensor.shape)}" for field, tensor in factors.tensors())
         raise PhatgooseError(f"{where}: the shapes {shapes} do not fit [R, D], [O, R] and [D]")
     for field, tensor in factors.tensors():
-        if dtype_name(tensor) not in DTYPES:
+        if dtype_name(tensor.dtype) not in DTYPES:
             raise PhatgooseError(
-                f"{where}: {field} is {dtype_name(tensor)}: convert it to one of {list(DTYPES)}"
+                f"{where}: {field} is {dtype_name(tensor.dtype)}: convert it to one of "
+                f"{list(DTYPES)}"
             )
         if not torch.isfinite(tensor).all():
             raise PhatgooseError(
@@ -116,7 +117,7 @@ def content_hash(card: Card, linears: Mapping[str, LoraFactors]) -> str:
     for linear in sorted(linears):
         for field, tensor in linears[linear].tensors():
             # One line says how many bytes follow, so no two experts read the same.
-            head = [linear, field, dtype_name(tensor), list(tensor.shape)]
+            head = [linear, field, dtype_name(tensor.dtype), list(tensor.shape)]
             digest.update(json.dumps(head).encode() + b"\n")
             digest.update(raw_bytes(tensor))
     return digest.hexdigest()
@@ -132,9 +133,9 @@ def with_job(card: Card, linears: Mapping[str, LoraFactors]) -> Card:
     return dataclasses.replace(card, job=content_hash(anonymous, linears)[:32])
 
 
-def dtype_name(tensor: Tensor) -> str:
-    """Return the name of a tensor's dtype, such as `float32`."""
-    return str(tensor.dtype).removeprefix("torch.")
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype, such as `float32`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

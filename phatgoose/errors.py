@@ -51,6 +51,12 @@ def reason_of(error: BaseException, *, first_line: bool = False) -> str:
     return " ".join(text.split())[:300] or type(error).__name__
 
 
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """Return the first `most` names, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
 def near_names(wanted: str, names: Iterable[str], *, cutoff: float = 0.6) -> list[str]:
     """Return up to three of `names` that `wanted` may have meant, the nearest first.
 
@@ -65,6 +71,16 @@ def did_you_mean(wanted: str, names: Iterable[str], *, cutoff: float = 0.6) -> s
     """Return `did you mean a or b?` with the near names; empty if there are none."""
     near = near_names(wanted, names, cutoff=cutoff)
     return f"did you mean {' or '.join(near)}?" if near else ""
+
+
+def check_known(name: object, names: Iterable[str], problem: str) -> None:
+    """Raise PhatgooseError, with the problem and similar names, unless `name` is in `names`."""
+    names = list(names)
+    if name not in names:
+        available = f"available: {', '.join(names) or 'none'}"
+        raise PhatgooseError(
+            f"{problem}; {did_you_mean(str(name), names, cutoff=0.5) or available}"
+        )
 
 
 def refusal(error: OSError) -> str | None:

@@ -184,7 +184,11 @@ class _NewerFileError(PhatgooseError):
 def _to_arrow(tensor: Tensor | None) -> dict[str, Any] | None:
     if tensor is None:
         return None
-    return {"shape": list(tensor.shape), "dtype": dtype_name(tensor), "data": raw_bytes(tensor)}
+    return {
+        "shape": list(tensor.shape),
+        "dtype": dtype_name(tensor.dtype),
+        "data": raw_bytes(tensor),
+    }
 
 
 def _from_arrow(column: "pa.StructArray", row: int) -> Tensor:

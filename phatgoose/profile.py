@@ -11,11 +11,11 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
+from phatgoose.card import raw_bytes
 from phatgoose.errors import PhatgooseError, reason_of
 from phatgoose.files import safetensors_metadata
 
@@ -133,7 +133,7 @@ def _checksum(tensors: dict[str, Tensor], texts: dict[str, str]) -> str:
     sha256 = hashlib.sha256(json.dumps(texts, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        sha256.update(tensor.flatten().view(torch.uint8).numpy().data)
+        sha256.update(raw_bytes(tensor))
     return sha256.hexdigest()
 
 

@@ -1,19 +1,18 @@
 """Check a run's configuration without data: values, names, and consistency."""
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from harness.config.schema import OF_POOL, OF_POOL_TOO, STAGES, TOO_LONG, RunConfig
 from harness.extra_routers import MULTITASK, Multitask
-from phatgoose.errors import PhatgooseError, did_you_mean
+from phatgoose.errors import PhatgooseError, check_known
 from phatgoose.routers import all_needs
 
 
 def check_values(config: RunConfig) -> None:
     """Raise PhatgooseError for the first invalid value, with its fix."""
     for stage in config.stages:
-        known(stage, STAGES, f"stages: no stage {stage!r}")
+        check_known(stage, STAGES, f"stages: no stage {stage!r}")
     for key, folder in (("run.dir", config.run.dir), ("registry", config.registry)):
         if "://" not in folder and not Path(folder).is_absolute():
             raise PhatgooseError(
@@ -41,13 +40,13 @@ def check_values(config: RunConfig) -> None:
             raise PhatgooseError(f"pool.{key}: this is an evaluation option. Set it in a suite.")
     for suite in config.suites:
         too_long = str(suite.get("too_long", TOO_LONG[0]))
-        known(too_long, TOO_LONG, f"suite.too_long={too_long}: no such choice")
+        check_known(too_long, TOO_LONG, f"suite.too_long={too_long}: no such choice")
     names = [suite["name"] for suite in config.suites]
     if len({*names}) < len(names):
         raise PhatgooseError(f"suite=[{', '.join(names)}]: names repeat. Give each its own name.")
     for suite in config.suites:
         for key in suite if suite.get("of_pool") else ():
-            known(key, [*OF_POOL, *OF_POOL_TOO], f"suite.{key}: no such key of this suite")
+            check_known(key, [*OF_POOL, *OF_POOL_TOO], f"suite.{key}: no such key of this suite")
     experts = [task.name for task in config.pool_tasks()]
     for task in [task for suite in config.suites for task in config.suite_tasks(suite)]:
         if task.adapter or task.source == "registry":
@@ -70,7 +69,7 @@ def check_values(config: RunConfig) -> None:
             f"router.single.experts={singles}: not a list. Give one, such as [{singles}]."
         )
     for expert in singles:
-        known(expert, experts, f"router single:{expert}: the pool has no such expert")
+        check_known(expert, experts, f"router single:{expert}: the pool has no such expert")
 
 
 def _check_cluster(config: RunConfig) -> None:
@@ -109,10 +108,3 @@ def _check_ranks(config: RunConfig) -> None:
             f"cluster.gpus_per_actor={config.cluster.gpus_per_actor:g}: each of several ranks "
             f"takes one GPU or none. Set train.gpus_per_expert={ranks}."
         )
-
-
-def known(name: str, names: Sequence[str], problem: str) -> None:
-    """Raise PhatgooseError, with the problem and similar names, unless `name` is in `names`."""
-    if name not in names:
-        listed = f"available: {', '.join(names) or 'none'}"
-        raise PhatgooseError(f"{problem}; {did_you_mean(name, names, cutoff=0.5) or listed}")

@@ -13,11 +13,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness.config.check import check_values, known
+from harness.config.check import check_values
 from harness.config.schema import OverlapConfig, RanksConfig, RunConfig, RunSection
 from harness.extra_routers import DERIVED, MULTITASK
 from harness.scheduling.settings import BaseConfig, ClusterConfig
-from phatgoose.errors import PhatgooseError, reason_of
+from phatgoose.errors import PhatgooseError, check_known, reason_of
 from phatgoose.profile import ProfileConfig
 from phatgoose.routers import ROUTERS, Router
 from phatgoose.training.recipe import Recipe
@@ -120,13 +120,13 @@ def _check_overrides(overrides: Sequence[str]) -> None:
         if key not in choices:
             continue
         for choice in value if isinstance(value, list) else [value]:
-            known(str(choice), choices[key], f"{key}={choice}: no such {key}")
+            check_known(str(choice), choices[key], f"{key}={choice}: no such {key}")
     chosen = [str(override.input_line) for override in parsed if override.key_or_group in choices]
     keys = [*dict.fromkeys([*_keys(chosen), *GROUPS])]
     for override in parsed:
         key = override.key_or_group
         names = [*GROUPS, "registry", "stages", "run", "overlap"] if override.is_add() else keys
-        known(key.split(".")[0] if override.is_add() else key, names, f"{key}: no such key")
+        check_known(key.split(".")[0] if override.is_add() else key, names, f"{key}: no such key")
 
 
 def _keys(chosen: Sequence[str]) -> list[str]:
@@ -222,14 +222,14 @@ def _router(composed: DictConfig) -> dict[str, Any]:
             kinds = [router for router in ROUTERS if router != "single"]
             if kind in _OPTIONS:
                 raise PhatgooseError(f"router.{name}.kind={kind}: {kind} has no variants")
-            known(kind, kinds, f"router.{name}.kind={kind}: no such router")
+            check_known(kind, kinds, f"router.{name}.kind={kind}: no such router")
             _options(composed, name, ROUTERS[kind])
         elif name in _OPTIONS:
             for option in map(str, options):
-                known(option, _OPTIONS[name], f"router.{name}.{option}: no such option")
+                check_known(option, _OPTIONS[name], f"router.{name}.{option}: no such option")
         else:
             names = [*dict.fromkeys([*ROUTERS, *_OPTIONS])]
-            known(name, names, f"router.{name}: no such router (a variant needs `kind`)")
+            check_known(name, names, f"router.{name}: no such router (a variant needs `kind`)")
             _options(composed, name, ROUTERS[name])
     return _plain(composed, "router")
 

@@ -27,12 +27,11 @@ from harness.training.job import TrainJob
 from harness.training.job_table import JobTable
 from harness.training.ranks import TrainGroups
 from harness.training.stage import Training, measure_profiles
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, listed
 
 _LOG = logging.getLogger(__name__)
 # The number of waiting chunks that suffices to keep all actors busy.
 _AHEAD = 20_000
-_NAMED = 5  # names shown of those that failed for the same reason
 # How often lm-eval sums up the routers whose answers are complete.
 _SUM_UP_SECONDS = 30.0
 
@@ -336,7 +335,6 @@ def by_reason(what: str, failures: Mapping[str, str]) -> list[str]:
         names.setdefault(error, []).append(name)
     lines = []
     for error, failed in names.items():
-        more = f" and {len(failed) - _NAMED} more" if len(failed) > _NAMED else ""
         plural = "s" if len(failed) > 1 else ""
-        lines.append(f"{what}{plural} {', '.join(failed[:_NAMED])}{more}: {error}")
+        lines.append(f"{what}{plural} {listed(failed)}: {error}")
     return lines

@@ -14,6 +14,7 @@ from harness.scheduling.actor import Actor, log_to_run_folder
 from harness.scheduling.load_base import load_base_on_actor
 from harness.scheduling.settings import BaseConfig
 from harness.source_code import digest, router_code
+from phatgoose.card import dtype_name
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
 from phatgoose.inference.model import RoutedModel
@@ -48,8 +49,7 @@ class EvalActor(Actor):
         self._registry_actor = registry_actor
         self._registry = Registry(registry, conditions.base)
         self._base = load_base_on_actor(base, conditions.base, mps=conditions.device == "mps")
-        dtype = str(self._base.model.dtype).removeprefix("torch.")
-        conditions.check(dtype, self._base.device.type)
+        conditions.check(dtype_name(self._base.model.dtype), self._base.device.type)
         self._model: RoutedModel | None = None
         self._attached: tuple[Any, ...] | None = None  # the identity of the attached pool
 
@@ -113,10 +113,6 @@ class EvalActor(Actor):
         expert: Expert = ray.get(self._registry_actor.load.remote(content_hash))
         self._beat()
         return expert
-
-    def _beat(self) -> None:
-        """Record progress, because opening a large pool takes long."""
-        self._done += 1
 
     def _profile(self, content_hash: str, profile_id: str) -> Profile:
         """Return a profile, mapped if this node can read the registry's files."""

@@ -30,7 +30,7 @@ from harness.registry.packs import Members, pool_id
 from harness.scheduling.workers import TICK_SECONDS, Failure, Workers
 from harness.source_code import METRICS, Code, changes, code_of, digest, router_code
 from harness.storage import Folder
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, listed
 from phatgoose.pool import known_expert
 from phatgoose.routers import Router, all_needs
 from phatgoose.routers.interface import needs_profiles, side_information
@@ -41,7 +41,6 @@ _LOG = logging.getLogger(__name__)
 # Draws for the standard errors of metrics that are not means. lm-eval must not fork for them.
 _BOOTSTRAPS = 200
 os.environ.setdefault("DISABLE_MULTIPROC", "1")
-_NAMED = 5  # routers or modules in one line
 
 
 @dataclass(frozen=True)
@@ -188,7 +187,7 @@ class Evaluation:
                 again.setdefault(reason, {})[name] = lacking
         for reason, counts in again.items():
             if chunks := sum(counts.values()):
-                named = _listed(list(counts))
+                named = listed(list(counts))
                 _LOG.warning("%s changed: %d chunks of %s are asked again", reason, chunks, named)
         if noted != {**noted, **now}:
             run_folder.write_json(self._folder, file, {**noted, **now})
@@ -382,12 +381,7 @@ class Evaluation:
 def _what_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Return what differs between two records of `_determining`; empty if nothing does."""
     names = [name for name in now if name != "code" and before.get(name) != now[name]]
-    return _listed(names + changes(before["code"], now["code"]))
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+    return listed(names + changes(before["code"], now["code"]))
 
 
 def _options(router: Router) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from harness.tasks.adapters import adapter_folder
 from harness.training.job import TrainJob, data_fingerprint
 from phatgoose.base import Base
 from phatgoose.card import Card
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, listed
 from phatgoose.expert import Expert
 from phatgoose.routers import Router, all_needs
 from phatgoose.routers.interface import NEEDS
@@ -25,7 +25,6 @@ from phatgoose.training.recipe import Recipe
 # Part of the ids of jobs and profiles since version 0.1.0, so that registries of that version stay
 # usable. The code that makes experts and profiles is recorded beside them, see `check_code`.
 _FORMAT = 1
-_NAMED = 5
 _LOG = logging.getLogger(__name__)
 
 
@@ -134,8 +133,8 @@ def check_code(
     if what == "profile":
         again = f"delete their files in {registry.folder}/profiles"
     made = (
-        f"{len(others)} {what}s ({_few(named)}) were made by other source code: {_few(modules)} "
-        "changed since."
+        f"{len(others)} {what}s ({listed(named)}) were made by other source code: "
+        f"{listed(modules)} changed since."
     )
     if config.accept_code:
         _LOG.warning("%s train.accept_code=true uses them as they are.", made)
@@ -143,11 +142,6 @@ def check_code(
     raise PhatgooseError(
         f"{made} Set train.accept_code=true to use them as they are; to make them again: {again}."
     )
-
-
-def _few(names: Sequence[str]) -> str:
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def check_needs(

@@ -19,6 +19,7 @@ from harness.registry.files import manifest_numbers, object_file
 from harness.registry.gc import DAY, collect
 from harness.registry.verify import verify
 from harness.storage import Folder
+from phatgoose.card import dtype_name
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
 
@@ -154,7 +155,11 @@ def _show(args: argparse.Namespace) -> Output:
     card = asdict(expert.card)
     linears = {
         linear: {
-            field: {"dtype": _dtype(tensor), "shape": list(tensor.shape), "bytes": tensor.nbytes}
+            field: {
+                "dtype": dtype_name(tensor.dtype),
+                "shape": list(tensor.shape),
+                "bytes": tensor.nbytes,
+            }
             for field, tensor in factors.tensors()
         }
         for linear, factors in expert.linears.items()
@@ -182,7 +187,7 @@ def _tensors(expert: Expert) -> str:
     size: Counter[tuple[str, str, str]] = Counter()
     for factors in expert.linears.values():
         for field, tensor in factors.tensors():
-            kind = (field, _dtype(tensor), str(list(tensor.shape)))
+            kind = (field, dtype_name(tensor.dtype), str(list(tensor.shape)))
             kinds[kind] += 1
             size[kind] += tensor.nbytes
     rows = [[*kind, str(kinds[kind]), _size(size[kind])] for kind in sorted(kinds)]
@@ -314,10 +319,6 @@ def _remove(args: argparse.Namespace) -> Output:
         f"removed {args.name} ({content_hash[:_SHORT]}); a run whose pool has it trains it again; "
         "its object stays for older manifests",
     )
-
-
-def _dtype(tensor: Any) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _size(size: int) -> str:

@@ -17,9 +17,8 @@ def registry_actor(uri: str | Path, base_fingerprint: str) -> Any:
     Ray restarts it and repeats interrupted calls, which every method allows. It ends with the last
     of its handles. Raises what Registry raises.
     """
-    folder = Registry(
-        uri, base_fingerprint
-    ).folder  # so that an error is raised here, not in an actor
+    # Opened here, so that an error is raised here, not in an actor.
+    folder = Registry(uri, base_fingerprint).folder
     # A local folder belongs to this node: an actor elsewhere would write to another disk.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     place = {"scheduling_strategy": here} if folder.local("objects") else {}

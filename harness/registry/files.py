@@ -231,7 +231,7 @@ def _malformed(folder: Folder, file: str, error: Exception, fix: str) -> Phatgoo
 
 
 def _to_json(content: dict[str, Any]) -> bytes:
-    checked = {**content, "sha256": _checksum(content)}
+    checked = {**content, "sha256": content_checksum(content)}
     return json.dumps(checked, indent=1, sort_keys=True).encode()
 
 
@@ -239,10 +239,11 @@ def _from_json(data: bytes) -> tuple[dict[str, Any], bool]:
     """Return a file's content, and whether it has a checksum; raise ValueError if it differs."""
     content: dict[str, Any] = json.loads(data)
     checksum = content.pop("sha256", None)
-    if checksum is not None and checksum != _checksum(content):
+    if checksum is not None and checksum != content_checksum(content):
         raise ValueError("its checksum differs")
     return content, checksum is not None
 
 
-def _checksum(content: dict[str, Any]) -> str:
+def content_checksum(content: dict[str, Any]) -> str:
+    """Return the SHA-256, in hexadecimal, that a JSON file stores beside its content."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from harness.registry import Registry
+from harness.registry.files import content_checksum
 from harness.source_code import code_of, digest
 from phatgoose.cache import cache_dir
 from phatgoose.errors import PhatgooseError, reason_of
@@ -119,7 +120,7 @@ def _read_index(folder: Path, beat: Callable[[], None]) -> tuple[dict[str, str],
         if pool_id(experts) != folder.name:
             raise ValueError("its experts differ")
         is_of_0_1_0 = index.keys() == {"experts", "xxh3_128"}
-        if not is_of_0_1_0 and index.pop("sha256") != _checksum(index):
+        if not is_of_0_1_0 and index.pop("sha256") != content_checksum(index):
             raise ValueError(f"{INDEX_FILE} was altered")
         if _hash(folder / POOL_FILE, beat) != index["xxh3_128"]:
             raise ValueError(f"{POOL_FILE} was altered or truncated")
@@ -167,7 +168,7 @@ def _make(
             "code": _code(),
             "xxh3_128": _hash(new / POOL_FILE, beat),
         }
-        index["sha256"] = _checksum(index)
+        index["sha256"] = content_checksum(index)
         (new / INDEX_FILE).write_text(json.dumps(index))
         for path in (new, new / INDEX_FILE):
             path.chmod(0o755 if path.is_dir() else 0o644)  # others may map it too
@@ -177,10 +178,6 @@ def _make(
         _rename_unless_there(new, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _checksum(index: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
 
 
 @functools.cache

@@ -116,7 +116,7 @@ def plot_routing(
     routing = routing.filter(pc.equal(routing["router"], router))
     task = _choose("task", task, routing["task"].to_pylist())
     routing = routing.filter(pc.equal(routing["task"], task))
-    name = f"routing_{file_stem(router)}_{task.replace(':', '@')}.png"
+    name = f"routing_{file_stem(router)}_{file_stem(task)}.png"
     picture = _picture(folder, out, name)
     _draw_routing(routing, router, task, picture)
     return picture

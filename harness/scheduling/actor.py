@@ -64,6 +64,10 @@ class Actor:
         """Return the progress of this actor."""
         return Heartbeat(self._done, self._steps)
 
+    def _beat(self) -> None:
+        """Record progress, because long work must not look like a hang."""
+        self._done += 1
+
 
 def log_to_run_folder(run_dir: str, name: str) -> None:
     """Send the log messages of this actor's process to a file of its own in the run folder.

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from phatgoose.errors import PhatgooseError, did_you_mean
+from phatgoose.errors import PhatgooseError, check_known
 
 # bigbench: BIG-bench's own prompts. paper: the prompts of PHATGOOSE's authors, i.e. the same prompt
 # followed by "\nAnswer:", with the longest accepted answer as the target.
@@ -78,7 +78,4 @@ class TaskSpec:
 
 def one_of(value: object, allowed: Iterable[str], where: str) -> None:
     """Raise PhatgooseError, with similar names, unless a value is one of these."""
-    allowed = list(allowed)
-    if value not in allowed:
-        hint = did_you_mean(str(value), allowed) or f"available: {', '.join(allowed)}"
-        raise PhatgooseError(f"{where}: there is no {value!r}; {hint}")
+    check_known(value, allowed, f"{where}: there is no {value!r}")

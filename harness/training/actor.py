@@ -159,10 +159,6 @@ class TrainActor(Actor):
         """Measure the profile of an expert of the registry; return its bytes."""
         return self._measure(job, ray.get(registry_actor.load.remote(content_hash)))
 
-    def _beat(self) -> None:
-        """Record progress, because a long evaluation must not look like a hang."""
-        self._done += 1
-
     def _data(self, job: TrainJob) -> list[TaskData]:
         """Return the data of the job's tasks, after checking that it is the plan's."""
         data = prepare_all(job.tasks, functools.partial(prepare_here, beat=self._beat))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from phatgoose.errors import PhatgooseError
-from phatgoose.ops.route import gate_scorer
+from phatgoose.ops.routing import gate_scorer
 from phatgoose.pool import Pool
 from phatgoose.query import Query
 from phatgoose.routers.interface import Scorer, TokenRouter

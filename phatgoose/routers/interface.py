@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import PhatgooseError
-from phatgoose.ops.route import top_k_softmax
+from phatgoose.ops.routing import top_k_softmax
 from phatgoose.pool import Pool
 from phatgoose.query import Query
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from phatgoose.ops.route import gate_scorer
+from phatgoose.ops.routing import gate_scorer
 from phatgoose.pool import Pool
 from phatgoose.routers.interface import Scorer, TokenRouter
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from phatgoose.ops.route import gate_scorer
+from phatgoose.ops.routing import gate_scorer
 from phatgoose.pool import Pool
 from phatgoose.routers.interface import Scorer, TokenRouter, generator_for
 

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from phatgoose.card import raw_bytes
 from phatgoose.errors import PhatgooseError, reason_of
 from phatgoose.files import safetensors_metadata
 from phatgoose.training.curve import CurveRow
@@ -168,5 +169,5 @@ def _digest(text: str, tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+        digest.update(raw_bytes(tensor))
     return digest.hexdigest()

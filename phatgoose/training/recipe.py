@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from phatgoose.errors import PhatgooseError
 
@@ -133,9 +132,3 @@ class Recipe:
     def accumulation(self) -> int:
         """Forward passes per optimizer step."""
         return self.batch_size // self.micro_batch_size
-
-
-def recipe_from_dict(values: dict[str, Any]) -> Recipe:
-    """Build a Recipe from plain values, as configuration and cards hold them."""
-    stages = {name: Stage(**values[name]) for name in ("lora", "gates") if values[name]}
-    return Recipe(**{**values, **stages})

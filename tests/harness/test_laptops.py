@@ -17,7 +17,7 @@ from phatgoose import files
 from phatgoose.devices import off_mps
 from phatgoose.inference.routed_linear import RoutingLog
 from phatgoose.ops import mix, svd
-from phatgoose.ops.mix import _way, mix_reference
+from phatgoose.ops.mixing import _way, mix_reference
 
 ROOT = Path(__file__).parents[2]
 MPS = torch.device("mps")

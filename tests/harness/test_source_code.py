@@ -93,7 +93,7 @@ def test_a_shared_formula_makes_the_answers_of_its_users_stale(edit: Edit) -> No
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [
-        ("phatgoose/ops/mix.py", "weights_TK * scale", "weights_TK"),
+        ("phatgoose/ops/mixing.py", "weights_TK * scale", "weights_TK"),
         ("phatgoose/inference/scoring.py", "self.tokens + 1", "self.tokens"),
         ("phatgoose/inference/routed_linear.py", "return y + added", "return y - added"),
         ("phatgoose/routers/interface.py", "-torch.inf", "0.0"),

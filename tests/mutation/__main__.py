@@ -53,6 +53,7 @@ SOURCES = (
     "phatgoose/question.py",
     "phatgoose/rows.py",
     "phatgoose/tokenization.py",
+    "phatgoose/training/batches.py",
     "phatgoose/training/train.py",
     "phatgoose/training/trainer.py",
     "phatgoose/training/curve.py",
@@ -61,6 +62,8 @@ SOURCES = (
     "harness/evaluation/derived.py",
     "harness/metrics.py",
     "harness/reporting/summary.py",
+    "harness/tasks/clusters.py",
+    "harness/tasks/metrics.py",
 )
 # Tests without a cluster.
 TESTS = (

@@ -15,7 +15,7 @@ from phatgoose.base import Base, load_base
 from phatgoose.inference.model import RoutedModel
 from phatgoose.inference.routed_linear import RoutedLinear, RoutingLog
 from phatgoose.ops import mix, mix_factors, route
-from phatgoose.ops.mix import _way
+from phatgoose.ops.mixing import _way
 from phatgoose.pool import Pool
 from phatgoose.question import Question
 from phatgoose.routers import ROUTERS, Merge, TokenRouter, Wrapper, make_router

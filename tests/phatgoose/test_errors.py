@@ -7,7 +7,9 @@ from phatgoose.errors import (
     Diverged,
     OutOfMemory,
     PhatgooseError,
+    check_known,
     did_you_mean,
+    listed,
     near_names,
     reason_of,
 )
@@ -46,6 +48,42 @@ def test_at_most_three_near_names_are_suggested() -> None:
     assert len(near_names("task", names)) == len(near_names("ask", names)) == 3
     assert near_names("q", ["ab", "cd"]) == []
     assert len(near_names("q", ["ab", "cd"], cutoff=0.0)) == 2
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, ""),
+        (1, "a"),
+        (2, "a, b"),
+        (3, "a, b and 1 more"),
+        (5, "a, b and 3 more"),
+    ],
+)
+def test_the_first_names_are_listed(count: int, text: str) -> None:
+    assert listed("abcde"[:count], most=2) == text
+    assert listed("abcde"[:count]) == ", ".join("abcde"[:count])
+    assert listed("abcdef") == "a, b, c, d, e and 1 more"
+
+
+@pytest.mark.parametrize(
+    ("name", "names", "hint"),
+    [
+        ("operatos", ["operators", "x"], "did you mean operators?"),
+        ("sngle:plural", ["single"], "did you mean single?"),
+        ("z", ["ab", "cd"], "available: ab, cd"),
+        (3, ["3"], "did you mean 3?"),  # a number is not a name
+        (None, [], "available: none"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_similar_ones(
+    name: object, names: list[str], hint: str
+) -> None:
+    with pytest.raises(PhatgooseError) as refused:
+        check_known(name, iter(names), "x: no such thing")
+    assert str(refused.value) == f"x: no such thing; {hint}"
+    for known in names:
+        check_known(known, iter(names), "x: no such thing")
 
 
 def test_an_error_reason_is_short_and_on_one_line() -> None:

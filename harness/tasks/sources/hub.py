@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from harness.tasks.files import folder_digests
 from phatgoose.cache import cache_dir
 from phatgoose.errors import PhatgooseError, reason_of
+from phatgoose.files import replacing
 
 if TYPE_CHECKING:
     import datasets
@@ -179,7 +180,8 @@ def _revision(data: HubData) -> str:
     commit = snapshot.name if snapshot is not None else _newest(data.path, data.revision or _MAIN)
     note = _note(data)
     note.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps({"data_set": data.path, "revision": commit}))
+    with replacing(note) as file:
+        file.write_text(json.dumps({"data_set": data.path, "revision": commit}))
     return commit
 
 

@@ -2,7 +2,7 @@
 
 A suite names them, as in `lm_eval: [bbh, arc_easy]`; groups and tags are expanded to their tasks.
 lm-eval's own task object evaluates (its prompts, shots, filters and metrics). The records made here
-list its documents in its order, for the plan, the contamination check and the samples.
+list its documents in its order, for the plan, the overlap check and the samples.
 
 `overlay` replaces fields of packaged definitions, by task or pattern, for example to read local
 files: {bbh_*: {dataset_path: json, dataset_kwargs: {data_files: ...}, dataset_name: null}}.

@@ -19,6 +19,7 @@ from harness.tasks.sources.source import TaskRecords, options_of
 from harness.tasks.spec import TaskSpec, one_of
 from phatgoose.cache import cache_dir
 from phatgoose.errors import PhatgooseError
+from phatgoose.files import replacing
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,8 @@ def _index(tasks: Path) -> dict[str, dict[str, Any]]:
             known[key] = {"categories": task["Categories"], "languages": sorted(languages)}
         index[path.stem] = known[key]
     note.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(known))
+    with replacing(note) as file:
+        file.write_text(json.dumps(known))
     return index
 
 

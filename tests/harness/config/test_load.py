@@ -115,7 +115,7 @@ def test_stages_are_chosen() -> None:
         ("+unknown=1", "unknown: no such key; available: base, pool"),
         ("+train.stps=1", "Key 'stps' not in 'Recipe'"),
         ("+cluster.gpu=1", "Key 'gpu' not in 'ClusterConfig'"),
-        ("+pool.tasks.plural.membrs=[x]", "there is no 'membrs'; did you mean members?"),
+        ("+pool.tasks.plural.membrs=[x]", "there is no 'membrs'; did you mean members or metric?"),
         (
             "+router.phatgose.top_k=1",
             "router.phatgose: no such router (a variant needs `kind`); did you mean phatgoose",

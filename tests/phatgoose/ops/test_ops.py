@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from phatgoose.ops import mix, mix_reference, route, standardise, top_k_softmax
-from phatgoose.ops.mix import _product_grouped, _product_loop, _way, mix_factors
+from phatgoose.ops.mixing import _product_grouped, _product_loop, _way, mix_factors
 
 sizes = st.fixed_dictionaries(
     {

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phatgoose.errors import PhatgooseError
-from phatgoose.training.recipe import Recipe, Stage, recipe_from_dict
+from phatgoose.training.recipe import Recipe, Stage
+from tests.support.recipes import recipe_from_dict
 
 
 def test_the_defaults_match_the_paper() -> None:

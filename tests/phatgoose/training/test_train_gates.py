@@ -7,8 +7,9 @@ import torch
 
 from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
-from phatgoose.training.recipe import Recipe, Stage, recipe_from_dict
+from phatgoose.training.recipe import Recipe, Stage
 from phatgoose.training.train import CurveRow, Example, Hooks, train_expert, train_gates
+from tests.support.recipes import recipe_from_dict
 from tests.support.tiny import make_card, make_experts, state
 
 EXAMPLES = [

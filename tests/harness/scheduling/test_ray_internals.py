@@ -9,7 +9,7 @@ from ray._private import ray_constants
 
 from harness.scheduling import ray_internals
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_only_one_module_uses_ray_internals() -> None:
