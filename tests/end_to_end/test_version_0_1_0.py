@@ -37,11 +37,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def toy_run(folder: Path, run_dir: str, *stages: str) -> Any:
+def toy_run(folder: Path, *stages: str) -> Any:
     router: dict[str, Any] = {name: {} for name in ROUTERS} | {"phatgoose": {"top_k": 2}}
-    changes: dict[str, Any] = {"router": router, "registry": "run/registry"}
+    changes: dict[str, Any] = {"router": router, "registry": str(folder / "run" / "registry")}
     changes |= {"stages": list(stages), "cluster": ClusterConfig(max_actors=1)}
-    config = toy_config(Path("base"), Path(run_dir), **changes)
+    # The base is called as it was then. All else is absolute, wherever an actor may be.
+    config = toy_config(Path("base"), folder / "run", **changes)
     prepare_toys([*config.pool_tasks(), *config.suite_tasks(config.suites[0])], folder)
     return config
 
@@ -70,7 +71,7 @@ def test_the_registry_is_complete_and_its_experts_route(
 
 def test_the_run_folder_is_reported(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "run" / run_folder.SUMMARY_FILE).unlink()
-    run(toy_run(folder, "run", "report"))
+    run(toy_run(folder, "report"))
     shown = capsys.readouterr().out
     assert all(f"\n{name} " in shown for name in ROUTERS if name != "single")
     assert (folder / "run" / run_folder.SUMMARY_FILE).exists()
@@ -81,7 +82,7 @@ def test_the_run_folder_is_reported(folder: Path, capsys: pytest.CaptureFixture[
 def test_the_run_folder_is_resumed(folder: Path) -> None:
     """Check that nothing is trained, everything is asked again, and the scores are equal."""
     before, objects = values(folder / "run"), folder / "run" / "registry" / "objects"
-    run(toy_run(folder, "run", "train", "evaluate", "report"))
+    run(toy_run(folder, "train", "evaluate", "report"))
     again = values(folder / "run")
     assert before.keys() == again.keys()
     for key, value in before.items():
