@@ -74,6 +74,7 @@ TESTS = (
     "tests/harness/reporting/test_statistics.py",
     "tests/harness/reporting/test_summary.py",
     "tests/harness/tasks/test_clusters.py",
+    "tests/harness/tasks/test_metrics.py",
     "tests/harness/evaluation/test_what_routers_see.py",
 )
 

@@ -7,6 +7,7 @@ import pytest
 from harness.tasks.sources import hub
 from harness.tasks.sources.hub import HubData
 from phatgoose.errors import PhatgooseError
+from tests.support.half_written import half_written
 from tests.support.hub_copies import write_copy, write_parquet_branch, write_saved
 
 ROWS = [{"question": f"q{i}", "label": i} for i in range(5)]
@@ -122,3 +123,13 @@ def test_downloads_are_pinned_to_their_revision(tmp_path: Path, cache: Path) -> 
     assert len(hub.rows(data, "train", None)) == 5
     (note,) = (cache / "hub").iterdir()
     assert old in note.read_text()
+
+
+def test_a_pin_is_written_whole_or_not_at_all(tmp_path: Path, cache: Path) -> None:
+    commit = "a" * 40
+    write_copy(snapshot(tmp_path / "hub-cache", "owner/quiz", commit), "", {"train": ROWS})
+    data = HubData("owner/quiz")
+    with half_written(), pytest.raises(OSError, match="no space"):
+        hub.identity(data, None)
+    assert list((cache / "hub").iterdir()) == []
+    assert hub.identity(data, None)[-1] == commit

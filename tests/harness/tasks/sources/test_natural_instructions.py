@@ -7,6 +7,7 @@ import pytest
 from harness.tasks import prepare_all, task_specs
 from harness.tasks.store import read_records
 from phatgoose.errors import PhatgooseError
+from tests.support.half_written import half_written
 
 
 def write_task(clone: Path, name: str, **changes: Any) -> Path:
@@ -71,6 +72,13 @@ def test_the_clone_is_read_once(clone: Path, cache: Path) -> None:
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert task_specs(group(clone)) == first
     natural_instructions._index.cache_clear()
+
+
+def test_an_index_is_written_whole_or_not_at_all(clone: Path, cache: Path) -> None:
+    with half_written(), pytest.raises(OSError, match="no space"):
+        task_specs(group(clone))
+    assert list(cache.iterdir()) == []
+    assert len(task_specs(group(clone))) == 2
 
 
 @pytest.mark.parametrize(
