@@ -54,6 +54,8 @@ class RunLease:
         self._lost_to: dict[str, Any] | None = None
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
+        self._signal = signal.SIGINT  # interrupts the main thread
+        self._handler: Any = None  # the signal's handler before
         self._me = {
             "machine": MACHINE,
             "host": socket.gethostname(),
@@ -82,6 +84,10 @@ class RunLease:
         for older in self._numbers():
             if older < number:
                 self._folder.delete(_file(older), missing_ok=True)
+        if threading.current_thread() is threading.main_thread():
+            # A process that a script starts in the background ignores SIGINT.
+            self._signal = signal.SIGUSR1
+            self._handler = signal.signal(self._signal, _interrupt)
         self._thread = threading.Thread(target=self._keep, daemon=True)
         self._thread.start()
 
@@ -96,6 +102,8 @@ class RunLease:
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
+        if self._handler is not None:
+            signal.signal(self._signal, self._handler)
         if self._lost_to is not None:
             raise PhatgooseError(
                 f"run.dir={self._folder}: {_describe(self._lost_to)} took over, because this one "
@@ -119,7 +127,7 @@ class RunLease:
                     self._lost_to = holder
                     main = threading.main_thread().ident
                     if main is not None:  # like Ctrl-C, so that a wait ends, too
-                        signal.pthread_kill(main, signal.SIGINT)
+                        signal.pthread_kill(main, self._signal)
                     return
                 renewed += 1
                 self._folder.write(_file(self._number), self._content(renewed))
@@ -174,6 +182,10 @@ class RunLease:
         except (TypeError, ValueError):
             content = {"damaged": data.hex()}  # it is taken over if it does not change
         return content
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _file(number: int) -> str:

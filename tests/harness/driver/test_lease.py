@@ -169,8 +169,9 @@ def test_a_lease_is_renewed(tmp_path: Path) -> None:
     give_back(held)
 
 
-def test_a_driver_that_lost_its_lease_exits(tmp_path: Path) -> None:
-    """Check a driver that was suspended while another one took over."""
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_driver_that_lost_its_lease_exits(tmp_path: Path, handler: Any) -> None:
+    """Check a driver that was suspended while another one took over, also in the background."""
 
     def work() -> None:
         with RunLease(Folder(tmp_path), renew_seconds=0.05) as held:
@@ -178,10 +179,15 @@ def test_a_driver_that_lost_its_lease_exits(tmp_path: Path) -> None:
             forged(tmp_path, 2)
             threading.Event().wait(60)
 
+    before = signal.signal(signal.SIGINT, handler), signal.getsignal(signal.SIGUSR1)
     started = time.monotonic()
-    with pytest.raises(PhatgooseError, match=r"process 4 on node7, since noon.* took over"):
-        work()
+    try:
+        with pytest.raises(PhatgooseError, match=r"process 4 on node7, since noon.* took over"):
+            work()
+    finally:
+        signal.signal(signal.SIGINT, before[0])
     assert time.monotonic() - started < 30
+    assert signal.getsignal(signal.SIGUSR1) == before[1]
     assert files(tmp_path) == ["1.json", "2.json"]  # the other driver's lease stays
 
 
@@ -204,8 +210,10 @@ def test_a_driver_exits_even_if_its_successor_has_ended(tmp_path: Path, follower
                 forged(tmp_path, 1)
             threading.Event().wait(60)
 
+    started = time.monotonic()
     with pytest.raises(PhatgooseError, match="took over"):
         work()
+    assert time.monotonic() - started < 30
     assert files(tmp_path) == ([] if follower == "gone" else ["1.json"])
 
 

@@ -331,8 +331,6 @@ def test_adapters_become_one_expert_each(tmp_path: Path) -> None:
     first, second = task_specs({**pool, "adapters": folders, "tasks": tasks})
     assert (first.adapter, first.source, first.has_data) == (folders[0], "jsonl", True)
     assert not second.has_data
-    with pytest.raises(PhatgooseError, match="owner/name is not a local folder, and the hub"):
-        task_specs({**pool, "adapters": ["owner/name"]})
     with pytest.raises(PhatgooseError, match="two adapters have the same name"):
         task_specs({**pool, "adapters": [folders[0], str(tmp_path / "b" / ".." / "a")]})
 
