@@ -14,12 +14,15 @@ demo: setup  ## train the demo pool, evaluate six routers, end with a table and 
 routers: setup  ## evaluate every router on the demo's pool
 	$(BIN)/python -m harness.run pool=demo "run.dir='$(RUN_DIR)'" 'router=[all]' router.multitask.steps=48
 
-test: setup  ## the fast tests, two at a time
+test: setup  ## the fast tests, then single components on a cluster
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
+	$(BIN)/python -m pytest -m slow --ignore=tests/end_to_end --ignore=tests/chaos \
+		-n 3 --dist loadscope --no-loadscope-reorder
 
 # Three at a time on two cores: these wait for other processes for much of their time.
-test-slow: setup  ## the slow tests: whole runs, clusters, chaos
-	$(BIN)/python -m pytest -m slow -n 3 --dist loadscope --no-loadscope-reorder
+test-slow: setup  ## complete runs, launches, chaos
+	$(BIN)/python -m pytest -m slow tests/end_to_end tests/chaos \
+		-n 3 --dist loadscope --no-loadscope-reorder
 
 chaos: setup  ## runs whose processes are killed again and again end as one that is left alone
 	$(BIN)/python -m tests.chaos

@@ -145,7 +145,7 @@ def test_a_full_disk_loses_no_work(
     whole: RunConfig, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = moved(whole, small / "run")
-    assert "free some" in fails(config)  # noticed before any work
+    assert "Free some" in fails(config)  # noticed before any work
     monkeypatch.setattr(plan, "_SPARE_BYTES", 0)
     ballast = small / "ballast"
     # Enough for the first expert and the small files of a run, but not for the rest.
