@@ -24,10 +24,10 @@ test-slow: setup  ## complete runs, launches, chaos
 	$(BIN)/python -m pytest -m slow tests/end_to_end tests/chaos \
 		-n 3 --dist loadscope --no-loadscope-reorder
 
-chaos: setup  ## runs whose processes are killed again and again end as one that is left alone
+chaos: setup  ## kill the processes of runs again and again; the results must not change
 	$(BIN)/python -m tests.chaos
 
-mutants: setup  ## small changes of the code that computes numbers: at most 15 % may go unnoticed
+mutants: setup  ## change the code that computes numbers; at most 15 % of the changes may go unnoticed
 	$(BIN)/python -m tests.mutation --seed $(SEED) --count $(COUNT) --workers $(WORKERS)
 
 lint: setup  ## formatting, lint, types, spelling, and which room may import which
