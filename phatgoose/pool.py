@@ -1,6 +1,8 @@
 """A pool: the experts of one base, stacked per linear, as routed inference reads them.
 
 Shape suffixes: E experts, R LoRA rank (the largest of the pool), D input and O output features.
+
+Factors lie in memory as mixing reads them fastest, see `phatgoose.ops.packed`.
 """
 
 import json
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from phatgoose.errors import PhatgooseError, did_you_mean
 from phatgoose.expert import Expert
+from phatgoose.ops import packed
 from phatgoose.profile import Profile
 
 
@@ -100,8 +103,8 @@ class Pool:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {}
         for name, linear in self.linears.items():
-            tensors[f"{name}.lora_A"] = linear.lora_A_ERD
-            tensors[f"{name}.lora_B"] = linear.lora_B_EOR
+            tensors[f"{name}.lora_A_EDR"] = linear.lora_A_ERD.transpose(1, 2).contiguous()
+            tensors[f"{name}.lora_B_ERO"] = linear.lora_B_EOR.transpose(1, 2).contiguous()
             if linear.gate_ED is not None:
                 tensors[f"{name}.gate"] = linear.gate_ED
             if linear.absent_E is not None:
@@ -135,13 +138,17 @@ class Pool:
                 def read(key: str) -> Tensor | None:
                     return file.get_tensor(key) if key in keys else None
 
+                def factors(name: str) -> tuple[Tensor, Tensor]:
+                    if (
+                        f"{name}.lora_A" in keys
+                    ):  # as version 0.1.0 wrote them: [E, R, D], [E, O, R]
+                        return packed(*(file.get_tensor(f"{name}.lora_{f}") for f in "AB"))
+                    lora_A_EDR = file.get_tensor(f"{name}.lora_A_EDR")
+                    lora_B_ERO = file.get_tensor(f"{name}.lora_B_ERO")
+                    return lora_A_EDR.transpose(1, 2), lora_B_ERO.transpose(1, 2)
+
                 linears = {
-                    name: PoolLinear(
-                        lora_A_ERD=file.get_tensor(f"{name}.lora_A"),
-                        lora_B_EOR=file.get_tensor(f"{name}.lora_B"),
-                        gate_ED=read(f"{name}.gate"),
-                        absent_E=read(f"{name}.absent"),
-                    )
+                    name: PoolLinear(*factors(name), read(f"{name}.gate"), read(f"{name}.absent"))
                     for name in json.loads(metadata["linears"])
                 }
         except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
@@ -176,8 +183,8 @@ def _stack(linear: str, experts: Sequence[Expert]) -> PoolLinear:
     for factors in present.values():
         dtype = torch.promote_types(dtype, factors.lora_A_RD.dtype)
     # Zeros pad lower ranks and absent experts: they add nothing to `B A x`.
-    lora_A_ERD = torch.zeros(len(experts), rank, inputs, dtype=dtype)
-    lora_B_EOR = torch.zeros(len(experts), outputs, rank, dtype=dtype)
+    lora_A_ERD = torch.zeros(len(experts), inputs, rank, dtype=dtype).transpose(1, 2)
+    lora_B_EOR = torch.zeros(len(experts), rank, outputs, dtype=dtype).transpose(1, 2)
     gate_ED: Tensor | None = torch.zeros(len(experts), inputs, dtype=dtype)
     absent_E = torch.ones(len(experts), dtype=torch.bool)
     for i, factors in present.items():

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 from harness.source_code import SCORING, Code, code_of, digest
 from phatgoose.errors import PhatgooseError
+from phatgoose.ops.routed import way_on
 
 _LIBRARIES = ("torch", "transformers")
 
@@ -18,7 +19,8 @@ class Conditions:
         base: the base's fingerprint.
         dtype: the dtype of the base.
         device: the kind of device that answers: `cpu`, `cuda` or `mps`.
-        versions: the versions of the libraries that compute answers, as JSON.
+        versions: the versions of the libraries that compute answers, as JSON, and what routes and
+            mixes: the build of the compiled kernel, or PyTorch.
         code: a hash of the source code that scores and generates.
     """
 
@@ -31,7 +33,9 @@ class Conditions:
     @staticmethod
     def here(base: str, dtype: str, device: str) -> "Conditions":
         """Return the conditions with the libraries and the code of this process."""
-        return Conditions(base, dtype, device, library_versions(), digest(scoring_code()))
+        versions = {**json.loads(library_versions()), "mix": way_on(device)}
+        code = digest(scoring_code())
+        return Conditions(base, dtype, device, json.dumps(versions, sort_keys=True), code)
 
     def check(self, dtype: str, device: str) -> None:
         """Raise PhatgooseError if this process, an actor, would answer under other conditions."""
@@ -42,7 +46,7 @@ class Conditions:
                 raise PhatgooseError(
                     f"{name}={found}: the run was planned with {planned}, so this node's answers "
                     "could not be compared. Install the same versions on every node, and set "
-                    "cluster.gpus_per_actor."
+                    "cluster.gpus_per_actor. Where processors differ, set PHATGOOSE_MIX=torch."
                 )
 
 

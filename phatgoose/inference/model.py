@@ -18,6 +18,7 @@ from phatgoose.inference.forward_context import ForwardContext
 from phatgoose.inference.generation import answer, generate
 from phatgoose.inference.routed_linear import RoutedLinear, RoutingLog
 from phatgoose.inference.scoring import Score, score, score_parts
+from phatgoose.ops import RoutedExperts, packed
 from phatgoose.pool import Pool, PoolLinear
 from phatgoose.query import Query
 from phatgoose.question import Question
@@ -103,15 +104,21 @@ class RoutedModel:
         linear, device = self._linears[name], self.base.device
         if isinstance(router, QueryRouter):
             factors = self._mixed(pool, name)
-            return lambda: linear.set_query_mixture(factors)
+            experts = RoutedExperts(factors.lora_A_ERD, factors.lora_B_EOR)
+            return lambda: linear.set_experts(experts)
         if isinstance(router, TokenRouter | Merge):
             own = replace(pool, linears={name: _moved(pool.linears[name], device)})
             if isinstance(router, Merge):
                 static = linear.as_static(router.merge(own, name))
                 return lambda: linear.set_static(static)
-            factors, rule = self._mixed(pool, name), router.rule(own, name)
-            mixes_factors = router.mix == "factors"
-            return lambda: linear.set_token_rule(factors, rule, mixes_factors=mixes_factors)
+            factors = self._mixed(pool, name)
+            experts = RoutedExperts(
+                factors.lora_A_ERD,
+                factors.lora_B_EOR,
+                router.rule(own, name),
+                mixes_factors=router.mix == "factors",
+            )
+            return lambda: linear.set_experts(experts)
         return linear.clear
 
     def _mixed(self, pool: Pool, name: str) -> PoolLinear:
@@ -283,10 +290,11 @@ def _moved(factors: PoolLinear, device: torch.device) -> PoolLinear:
 def _rounded(factors: PoolLinear, weight: Tensor) -> PoolLinear:
     """Return factors in the dtype of a base's weight, for mixing, and gates in float32."""
     dtype, gate_ED = weight.dtype, factors.gate_ED
+    lora_A_ERD, lora_B_EOR = packed(factors.lora_A_ERD.to(dtype), factors.lora_B_EOR.to(dtype))
     return replace(
         factors,
-        lora_A_ERD=factors.lora_A_ERD.to(dtype),
-        lora_B_EOR=factors.lora_B_EOR.to(dtype),
+        lora_A_ERD=lora_A_ERD,
+        lora_B_EOR=lora_B_EOR,
         gate_ED=None if gate_ED is None else gate_ED.float(),
     )
 

@@ -14,9 +14,8 @@ from phatgoose.architecture import Linear
 from phatgoose.devices import off_mps
 from phatgoose.errors import PhatgooseError
 from phatgoose.inference.forward_context import ForwardContext
-from phatgoose.ops import mix, mix_factors
-from phatgoose.pool import PoolLinear
-from phatgoose.routers.interface import UNANNOUNCED, TokenRule
+from phatgoose.ops import RoutedExperts
+from phatgoose.routers.interface import UNANNOUNCED
 
 
 @dataclass
@@ -93,19 +92,16 @@ class RoutedLinear(nn.Module):
 
     def clear(self) -> None:
         """Remove the router from this linear."""
-        self._factors: PoolLinear | None = None
-        self._rule: TokenRule | None = None
+        self._experts: RoutedExperts | None = None
         self._delta: list[Tensor] | None = None
-        self._mixes_factors = False
 
-    def set_token_rule(self, factors: PoolLinear, rule: TokenRule, *, mixes_factors: bool) -> None:
-        """Route every token by `rule` among the experts of `factors`."""
+    def set_experts(self, experts: RoutedExperts) -> None:
+        """Route every token by the rule of `experts`.
+
+        Without a rule, give every token the mixture that was chosen for its query.
+        """
         self.clear()
-        self._factors, self._rule, self._mixes_factors = factors, rule, mixes_factors
-
-    def set_query_mixture(self, factors: PoolLinear) -> None:
-        """Give every token the mixture that was chosen for its query."""
-        self.set_token_rule(factors, self._mixture, mixes_factors=False)
+        self._experts = experts
 
     def as_static(self, matrices: Sequence[Tensor]) -> list[Tensor]:
         """Return a static expert, `(lora_A_RD, lora_B_OR)` or `(delta_OD,)`, for `set_static`.
@@ -135,27 +131,31 @@ class RoutedLinear(nn.Module):
             for matrix in self._delta:
                 added = F.linear(added, matrix)
             return y + added
-        if self._rule is None or self._factors is None:
+        experts = self._experts
+        if experts is None:
             return y
-        factors, x_TD = self._factors, x.reshape(-1, x.shape[-1])
-        weights_TK, indices_TK = self._rule(x_TD, self._bias(len(x_TD)))
+        x_TD, y_TO = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        if experts.rule is not None:
+            bias_TE = self._bias(len(x_TD)) if experts.rule.biased else None
+            y_TO, weights_TK, indices_TK = experts.route_and_add(y_TO, x_TD, bias_TE)
+        else:
+            weights_TK, indices_TK = self._mixture(len(x_TD))
+            y_TO = experts.add(y_TO, x_TD, weights_TK, indices_TK)
         if self.log is not None:
             if self.side not in self._forward.masks:
                 raise PhatgooseError(UNANNOUNCED)
             mask_T = self._forward.masks[self.side].flatten()
-            experts = len(factors.lora_A_ERD)
-            self.log.add(self.name, weights_TK, indices_TK, mask_T, experts)
-        apply = mix_factors if self._mixes_factors else mix
-        y_TO = apply(x_TD, factors.lora_A_ERD, factors.lora_B_EOR, indices_TK, weights_TK)
-        return y + y_TO.view_as(y)
+            self.log.add(self.name, weights_TK, indices_TK, mask_T, len(experts.lora_A_ERD))
+        return y_TO.view_as(y)
 
-    def _bias(self, tokens: int) -> Tensor | None:
-        bias_QE = self._forward.bias_QE
-        return None if bias_QE is None else bias_QE[self._forward.query_T(self.side, tokens)]
+    def _bias(self, tokens: int) -> Tensor:
+        if self._forward.bias_QE is None:
+            raise PhatgooseError(UNANNOUNCED)
+        return self._forward.bias_QE[self._forward.query_T(self.side, tokens)]
 
-    def _mixture(self, x_TD: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _mixture(self, tokens: int) -> tuple[Tensor, Tensor]:
         if self._forward.mixture is None:
             raise PhatgooseError(UNANNOUNCED)
         weights_QK, indices_QK = self._forward.mixture
-        query_T = self._forward.query_T(self.side, len(x_TD))
+        query_T = self._forward.query_T(self.side, tokens)
         return weights_QK[query_T], indices_QK[query_T]

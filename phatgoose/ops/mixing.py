@@ -7,6 +7,9 @@ token, R LoRA rank, N = T * K pairs of a token and an expert, sorted by expert.
                   |   gather rows                                   \\________/ one product each
                 x_ND  --A_e-->  h_NR  --* w-->  --B_e-->  y_NO  --scatter, sum over K-->  y_TO
 
+Factors may lie in memory in any way; those that are `packed` are read without a copy: a row of A
+for each input feature, and a row of B for each rank.
+
 Where a token's choice is a good part of the pool, sorting does not pay: all experts' A at once,
 then each expert's B, with a weight of zero for those that were not chosen.
 
@@ -14,17 +17,44 @@ In half precision the operands of a matrix product are rounded. Weights, and all
 are in float32.
 """
 
+import os
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from phatgoose.errors import PhatgooseError
+
+VARIABLE = "PHATGOOSE_MIX"
+TORCH_WAYS = ("dense", "grouped", "loop")
+WAYS = ("kernel", "torch", *TORCH_WAYS)
+
 # From each expert's run of rows and that expert's matrix to their products.
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-# The sizes of the groups are data: a compiled model runs these two as they are.
+def wanted_way() -> str | None:
+    """Return the way of mixing that the environment asks for, if any.
+
+    Raises:
+        PhatgooseError: there is no such way.
+    """
+    way = os.environ.get(VARIABLE) or None
+    if way not in (None, *WAYS):
+        raise PhatgooseError(f"{VARIABLE}={way}: it must be one of {', '.join(WAYS)}.")
+    return way
+
+
+def packed(lora_A_ERD: Tensor, lora_B_EOR: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the same factors as they are read fastest: [E, D, R] and [E, R, O] in memory."""
+    return (
+        lora_A_ERD.transpose(1, 2).contiguous().transpose(1, 2),
+        lora_B_EOR.transpose(1, 2).contiguous().transpose(1, 2),
+    )
+
+
+# The sizes of the groups are data: a compiled model runs this as it is.
 @torch.compiler.disable
 def mix(
     x_TD: Tensor,
@@ -47,18 +77,16 @@ def mix(
     Returns:
         `y_TO` in the dtype of `x_TD`: what is added to the frozen linear's output.
     """
-    top_k, way = indices_TK.shape[1], _way(lora_A_ERD, lora_B_EOR, indices_TK)
-    weights_TK = weights_TK.to(_sum_dtype(x_TD.dtype))
+    way = _way(lora_A_ERD, lora_B_EOR, indices_TK)
+    weights_TK = weights_TK.to(_sum_dtype(x_TD.dtype)) * scale
     if way == "dense":
-        weights_TE1 = _dense_weights(weights_TK * scale, indices_TK, len(lora_A_ERD))
-        h_TER = F.linear(x_TD, lora_A_ERD.flatten(0, 1)).unflatten(1, lora_A_ERD.shape[:2])
-        return _sum_experts(h_TER * weights_TE1, lora_B_EOR)
-    order_N, counts_E = _sort(indices_TK, len(lora_A_ERD))
-    product = _PRODUCTS[way]
-    weights_N = weights_TK.flatten()[order_N] * scale
-    h_NR = product(x_TD[order_N // top_k], lora_A_ERD, counts_E) * weights_N.unsqueeze(-1)
-    y_NO = product(h_NR.to(x_TD.dtype), lora_B_EOR, counts_E)
-    return _sum_pairs(y_NO, order_N, top_k)
+        weights_TE1 = _dense_weights(weights_TK, indices_TK, len(lora_A_ERD))
+        h_TER = _all_ranks(x_TD, lora_A_ERD) * weights_TE1
+        return _sum_experts(h_TER, lora_B_EOR)
+    pairs = _Pairs(indices_TK, len(lora_A_ERD), _PRODUCTS[way])
+    h_NR = pairs.product(x_TD[pairs.token_N], lora_A_ERD)
+    h_NR = h_NR * weights_TK.flatten()[pairs.order_N].unsqueeze(-1)
+    return pairs.sum(pairs.product(h_NR.to(x_TD.dtype), lora_B_EOR))
 
 
 @torch.compiler.disable
@@ -76,20 +104,17 @@ def mix_factors(
 
     Arguments and result are those of `mix`.
     """
-    top_k, way = indices_TK.shape[1], _way(lora_A_ERD, lora_B_EOR, indices_TK)
+    way = _way(lora_A_ERD, lora_B_EOR, indices_TK)
     weights_TK = weights_TK.to(_sum_dtype(x_TD.dtype))
     if way == "dense":
         weights_TE1 = _dense_weights(weights_TK, indices_TK, len(lora_A_ERD))
-        h_TER = F.linear(x_TD, lora_A_ERD.flatten(0, 1)).unflatten(1, lora_A_ERD.shape[:2])
-        h_TR = (h_TER * weights_TE1).sum(dim=1)
+        h_TR = (_all_ranks(x_TD, lora_A_ERD) * weights_TE1).sum(dim=1)
         return _sum_experts(h_TR.unsqueeze(1) * (weights_TE1 * scale), lora_B_EOR)
-    order_N, counts_E = _sort(indices_TK, len(lora_A_ERD))
-    product = _PRODUCTS[way]
-    weights_N1 = weights_TK.flatten()[order_N].unsqueeze(-1)
-    h_NR = product(x_TD[order_N // top_k], lora_A_ERD, counts_E) * weights_N1
-    h_TR = _sum_pairs(h_NR, order_N, top_k)
-    h_NR = (h_TR[order_N // top_k] * (weights_N1 * scale)).to(x_TD.dtype)
-    return _sum_pairs(product(h_NR, lora_B_EOR, counts_E), order_N, top_k)
+    pairs = _Pairs(indices_TK, len(lora_A_ERD), _PRODUCTS[way])
+    weights_N1 = weights_TK.flatten()[pairs.order_N].unsqueeze(-1)
+    h_TR = pairs.sum(pairs.product(x_TD[pairs.token_N], lora_A_ERD) * weights_N1)
+    h_NR = (h_TR[pairs.token_N] * (weights_N1 * scale)).to(x_TD.dtype)
+    return pairs.sum(pairs.product(h_NR, lora_B_EOR))
 
 
 def mix_reference(
@@ -108,17 +133,21 @@ def mix_reference(
 
 
 def _way(lora_A_ERD: Tensor, lora_B_EOR: Tensor, indices_TK: Tensor) -> str:
-    """Return the fastest of the methods that support these shapes: `dense`, `grouped` or `loop`.
+    """Return the way that is wanted, or the fastest of those that support these shapes.
 
     The borders were measured (benchmarks/mix.py).
     """
+    wanted = wanted_way()
+    if wanted in TORCH_WAYS:
+        return wanted
     experts, rank, inputs = lora_A_ERD.shape
-    # Up to four experts for one that is chosen, sorting takes longer than evaluating them all.
-    if experts <= 4 * indices_TK.shape[1]:
+    tokens, top_k = indices_TK.shape
+    # With few tokens, or few experts that are not chosen, sorting takes longer than evaluating all.
+    if experts <= 2 * top_k or (experts <= 4 * top_k and tokens <= 16):
         return "dense"
     # The grouped product looks at every expert, chosen or not: with few pairs in a large pool the
-    # loop over those that were chosen wins, from a fifth as many pairs as experts on it loses.
-    if indices_TK.numel() * 5 < experts:
+    # loop over those that were chosen wins. With many pairs for each, its products are faster.
+    if tokens * top_k * 5 < experts or tokens * top_k > 64 * experts:
         return "loop"
     # `grouped_mm` has no kernel for Apple's `mps`, and wants rows on 16-byte boundaries.
     if lora_A_ERD.device.type == "mps":
@@ -138,31 +167,48 @@ def _dense_weights(weights_TK: Tensor, indices_TK: Tensor, experts: int) -> Tens
     return weights_TE.scatter_add_(1, indices_TK, weights_TK).unsqueeze(-1)
 
 
+def _all_ranks(x_TD: Tensor, lora_A_ERD: Tensor) -> Tensor:
+    """Return A_e x for every expert and token, [T, E, R]."""
+    if len(lora_A_ERD) == 1:
+        return F.linear(x_TD, lora_A_ERD[0]).unsqueeze(1)
+    return torch.matmul(x_TD, lora_A_ERD.transpose(1, 2)).transpose(0, 1)
+
+
 def _sum_experts(h_TER: Tensor, lora_B_EOR: Tensor) -> Tensor:
-    """Return sum_e B_e h_e for every token, in the dtype of the B's."""
-    if h_TER.dtype != lora_B_EOR.dtype:
-        # One product over experts and ranks: adding expert by expert would round each sum.
-        lora_B_ON = lora_B_EOR.transpose(0, 1).flatten(1)
-        return F.linear(h_TER.flatten(1).to(lora_B_EOR.dtype), lora_B_ON)
-    y_TO = h_TER.new_zeros(len(h_TER), lora_B_EOR.shape[1])  # no copy of the B's
-    for h_TR, lora_B_OR in zip(h_TER.unbind(1), lora_B_EOR, strict=True):
-        y_TO.addmm_(h_TR, lora_B_OR.T)
-    return y_TO
+    """Return sum_e B_e h_e for every token, in the dtype of the B's.
 
-
-def _sort(indices_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Return the order of the pairs sorted by expert, and how many pairs each expert has."""
-    experts_N, order_N = indices_TK.flatten().sort(stable=True)
-    return order_N, torch.bincount(experts_N, minlength=experts)
-
-
-def _sum_pairs(y_NO: Tensor, order_N: Tensor, top_k: int) -> Tensor:
-    """Put the pairs back in their tokens' order, and sum over each token's experts.
-
-    Sums of half precision are rounded once: `torch.sum` takes them in float32.
+    One product over experts and ranks: adding expert by expert would round each sum.
     """
-    y_TKO = torch.empty_like(y_NO).index_copy_(0, order_N, y_NO).unflatten(0, (-1, top_k))
-    return y_TKO.sum(dim=1)
+    lora_B_NO = lora_B_EOR.transpose(1, 2).flatten(0, 1)  # no copy of factors that are packed
+    return h_TER.flatten(1).to(lora_B_EOR.dtype) @ lora_B_NO
+
+
+class _Pairs:
+    """The pairs of a token and an expert, sorted by expert.
+
+    Attributes:
+        order_N: which pair is at each place.
+        token_N: whose token it is.
+    """
+
+    def __init__(self, indices_TK: Tensor, experts: int, product: Product) -> None:
+        self._shape = indices_TK.shape
+        experts_N, self.order_N = indices_TK.flatten().sort(stable=True)
+        self.token_N = self.order_N // indices_TK.shape[1]
+        self._counts_E = torch.bincount(experts_N, minlength=experts)
+        self._product = product
+
+    def product(self, x_ND: Tensor, weight_EOD: Tensor) -> Tensor:
+        """Multiply each expert's rows by that expert's matrix."""
+        return self._product(x_ND, weight_EOD, self._counts_E)
+
+    def sum(self, y_NO: Tensor) -> Tensor:
+        """Put the pairs back in their tokens' order, and sum over each token's experts.
+
+        Sums of half precision are rounded once: `torch.sum` takes them in float32.
+        """
+        y_TKO = torch.empty_like(y_NO).index_copy_(0, self.order_N, y_NO)
+        return y_TKO.view(*self._shape, y_NO.shape[1]).sum(dim=1)
 
 
 def _product_grouped(x_ND: Tensor, weight_EOD: Tensor, counts_E: Tensor) -> Tensor:

@@ -5,12 +5,17 @@ Shape suffixes: T tokens, D input features of a linear, E experts, K experts kep
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 STANDARDISE_EPS = 1e-5
 RENORMALISE_EPS = 1e-6
+
+# From the inputs of a linear, `x_TD` in float32, to each expert's score, `scores_TE` in float32.
+Scorer = Callable[[Tensor], Tensor]
 
 
 def standardise(x_ND: Tensor) -> Tensor:
@@ -53,10 +58,34 @@ def route(x_TD: Tensor, gates_ED: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return top_k_softmax(gate_scorer(gates_ED)(x_TD), top_k)
 
 
+@dataclass(frozen=True)
+class GateScorer:
+    """Score tokens by the product of their inputs and one vector per expert, in float32.
+
+    Kernels read the attributes and compute the same.
+
+    Attributes:
+        gates_ED: the vectors, float32, contiguous, with all divisors folded in. If inputs are
+            standardized, each has a mean of zero, so that the mean of an input drops out.
+        standardises: whether inputs are standardized.
+        absolute: whether a score is the absolute value of the product.
+    """
+
+    gates_ED: Tensor
+    standardises: bool = False
+    absolute: bool = False
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        """Return `scores_TE`."""
+        x_TD = x_TD.float()
+        scores_TE = (standardise(x_TD) if self.standardises else x_TD) @ self.gates_ED.T
+        return scores_TE.abs() if self.absolute else scores_TE
+
+
 def gate_scorer(
     gates_ED: Tensor, temperature: float = 1.0, *, of_input: bool = True, of_gates: bool = True
-) -> Callable[[Tensor], Tensor]:
-    """Return what scores tokens against gates in float32, from `x_TD` to `scores_TE`.
+) -> GateScorer:
+    """Return what scores tokens against gates: the product, over sqrt(D) and `temperature`.
 
     Args:
         gates_ED: one gate vector per expert.
@@ -65,10 +94,43 @@ def gate_scorer(
         of_gates: whether to standardise the gates, which is done once.
     """
     gates_ED = standardise(gates_ED.float()) if of_gates else gates_ED.float()
-    divisor = math.sqrt(gates_ED.shape[1]) * temperature
+    if of_input:
+        gates_ED = gates_ED - gates_ED.mean(dim=1, keepdim=True)
+    gates_ED = gates_ED / (math.sqrt(gates_ED.shape[1]) * temperature)
+    return GateScorer(gates_ED.contiguous(), standardises=of_input)
 
-    def score(x_TD: Tensor) -> Tensor:
-        x_TD = x_TD.float()
-        return (standardise(x_TD) if of_input else x_TD) @ gates_ED.T / divisor
 
-    return score
+@dataclass(frozen=True)
+class TokenRule:
+    """Send each token to the experts with the best scores.
+
+    Attributes:
+        score: how one linear scores experts.
+        top_k: experts kept per token; a smaller pool keeps them all.
+        equal: whether those that are kept weigh the same, instead of the softmax of their scores.
+        biased: whether something is to be added to the scores.
+        absent_E: True for experts that do not adapt the linear: they weigh nothing.
+    """
+
+    score: Scorer
+    top_k: int
+    equal: bool = False
+    biased: bool = False
+    absent_E: Tensor | None = None
+
+    def __call__(self, x_TD: Tensor, bias_TE: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return `weights_TK` (float32) and `indices_TK` (int64, best first)."""
+        scores_TE = self.score(x_TD.float())
+        if bias_TE is not None:
+            scores_TE = scores_TE + bias_TE
+        if self.absent_E is not None:
+            scores_TE = scores_TE.masked_fill(self.absent_E, -torch.inf)
+        weights_TK, indices_TK = top_k_softmax(scores_TE, self.top_k)
+        if self.equal:
+            # Not `weights_TK > 0`: a large gap between scores makes a small weight 0.
+            kept_TK = (scores_TE.gather(1, indices_TK) > -torch.inf).to(weights_TK)
+            weights_TK = kept_TK / kept_TK.sum(dim=-1, keepdim=True)
+        if self.absent_E is not None:
+            # Where every expert is absent the softmax is over nothing, and is not a number.
+            weights_TK = weights_TK.masked_fill(self.absent_E[indices_TK], 0.0)
+        return weights_TK, indices_TK

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from phatgoose.ops.routing import GateScorer
 from phatgoose.ops.svd import thin_svd
 from phatgoose.pool import Pool
 from phatgoose.routers.interface import Scorer, TokenRouter
@@ -31,14 +32,10 @@ class Arrow(TokenRouter):
         """Take the strongest direction of each expert."""
         factors = pool.linears[linear]
         _, v_ERD = thin_svd(factors.lora_A_ERD, factors.lora_B_EOR)
-        return arrow_scorer(v_ERD[:, 0].clone(), self.temperature, self.divide_by_sqrt_d)
+        return arrow_scorer(v_ERD[:, 0], self.temperature, self.divide_by_sqrt_d)
 
 
-def arrow_scorer(prototype_ED: Tensor, temperature: float, divide_by_sqrt_d: bool) -> Scorer:
+def arrow_scorer(prototype_ED: Tensor, temperature: float, divide_by_sqrt_d: bool) -> GateScorer:
     """Return a scorer of tokens against unit-length prototypes, up to sign."""
     divisor = temperature * (math.sqrt(prototype_ED.shape[1]) if divide_by_sqrt_d else 1.0)
-
-    def score(x_TD: Tensor) -> Tensor:
-        return (x_TD @ prototype_ED.T).abs() / divisor
-
-    return score
+    return GateScorer((prototype_ED.float() / divisor).contiguous(), absolute=True)

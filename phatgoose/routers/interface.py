@@ -21,14 +21,9 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import PhatgooseError
-from phatgoose.ops.routing import top_k_softmax
+from phatgoose.ops.routing import Scorer, TokenRule
 from phatgoose.pool import Pool
 from phatgoose.query import Query
-
-# From the inputs of a linear, `x_TD` in float32, to each expert's score, `scores_TE` in float32.
-Scorer = Callable[[Tensor], Tensor]
-# From them, and what is added to the scores (`bias_TE`), to `weights_TK` and `indices_TK`.
-TokenRule = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 # What a router may need besides the experts' factors, and how to get it.
 NEEDS = {
@@ -163,27 +158,13 @@ class TokenRouter(Router, ABC):
 
     def rule(self, pool: Pool, linear: str) -> TokenRule:
         """Return the rule that picks experts on one linear: the best scores among its experts."""
-        score, absent_E = self.scorer(pool, linear), pool.linears[linear].absent_E
-
-        def rule(x_TD: Tensor, bias_TE: Tensor | None) -> tuple[Tensor, Tensor]:
-            scores_TE = score(x_TD.float())
-            if self.biased:
-                if bias_TE is None:
-                    raise PhatgooseError(UNANNOUNCED)
-                scores_TE = scores_TE + bias_TE
-            if absent_E is not None:
-                scores_TE = scores_TE.masked_fill(absent_E, -torch.inf)
-            weights_TK, indices_TK = top_k_softmax(scores_TE, self.top_k)
-            if self.weights == "equal":
-                # Not `weights_TK > 0`: a large gap between scores makes a small weight 0.
-                kept_TK = (scores_TE.gather(1, indices_TK) > -torch.inf).to(weights_TK)
-                weights_TK = kept_TK / kept_TK.sum(dim=-1, keepdim=True)
-            if absent_E is not None:
-                # Where every expert is absent the softmax is over nothing, and is not a number.
-                weights_TK = weights_TK.masked_fill(absent_E[indices_TK], 0.0)
-            return weights_TK, indices_TK
-
-        return rule
+        return TokenRule(
+            score=self.scorer(pool, linear),
+            top_k=self.top_k,
+            equal=self.weights == "equal",
+            biased=self.biased,
+            absent_E=pool.linears[linear].absent_E,
+        )
 
 
 @dataclass(frozen=True)

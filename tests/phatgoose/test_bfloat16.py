@@ -60,6 +60,16 @@ def surely(rule: Rule, x_D: Tensor, facts: Facts) -> bool:
     return last - next_ > 2e-5 * max(1.0, abs(last))
 
 
+def routed_at(
+    module: RoutedLinear, x_TD: Tensor, bias_TE: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the weights and the experts of tokens, as a pass through this linear chooses them."""
+    assert module._experts is not None
+    y_TO = module.base(x_TD)
+    _, weights_TK, indices_TK = module._experts.route_and_add(y_TO, x_TD, bias_TE)
+    return weights_TK, indices_TK
+
+
 def test_every_token_router_is_among_the_cases() -> None:
     routers = {name for name, router in ROUTERS.items() if issubclass(router, TokenRouter)}
     # Glider's scores are PHATGOOSE's plus a bias; uniform has no scores.
@@ -93,8 +103,7 @@ def test_tokens_are_routed_as_in_float64(
                     fact.gate_D = gate_D
         module = half.model.get_submodule(linear)
         assert isinstance(module, RoutedLinear)
-        assert module._rule is not None
-        weights_TK, indices_TK = module._rule(x_TD, None)
+        weights_TK, indices_TK = routed_at(module, x_TD)
         assert weights_TK.dtype == torch.float32
         for x_D, weights_K, indices_K in zip(x_TD.double(), weights_TK, indices_TK, strict=True):
             if not surely(rule, x_D, facts):
@@ -118,9 +127,8 @@ def test_glider_adds_its_bias_to_unrounded_scores(llama: Base) -> None:
     routed = RoutedModel(half, pool_of(experts), "glider")
     module = half.model.get_submodule(linear)
     assert isinstance(module, RoutedLinear)
-    assert module._rule is not None
     assert routed.router == make_router("glider")
-    weights_TK, indices_TK = module._rule(x_TD, bias_TE)
+    weights_TK, indices_TK = routed_at(module, x_TD, bias_TE)
     rule, facts = RULES["glider"], facts_of(experts, linear)
     for x_D, bias_E, weights_K, indices_K in zip(
         x_TD.double(), bias_TE.double(), weights_TK, indices_TK, strict=True
@@ -239,14 +247,14 @@ def test_factors_changed_by_a_wrapper_are_rounded_afterwards(base: Base) -> None
     for name in base.linears:
         module = half.model.get_submodule(name)
         assert isinstance(module, RoutedLinear)
-        assert module._factors is not None
-        assert module._rule is not None
+        assert module._experts is not None
+        assert module._experts.rule is not None
         linear = changed.linears[name]
-        assert torch.equal(module._factors.lora_A_ERD, linear.lora_A_ERD.bfloat16())
-        assert torch.equal(module._factors.lora_B_EOR, linear.lora_B_EOR.bfloat16())
+        assert torch.equal(module._experts.lora_A_ERD, linear.lora_A_ERD.bfloat16())
+        assert torch.equal(module._experts.lora_B_EOR, linear.lora_B_EOR.bfloat16())
         inputs = linear.lora_A_ERD.shape[2]
         x_TD = torch.randn(9, inputs, generator=torch.Generator().manual_seed(0)).bfloat16()
-        weights_TK, indices_TK = module._rule(x_TD, None)
+        weights_TK, indices_TK = module._experts.rule(x_TD)
         expected_TK, kept_TK = router.inner.rule(changed, name)(x_TD.float(), None)  # type: ignore[attr-defined]
         assert torch.equal(indices_TK, kept_TK)
         assert torch.equal(weights_TK, expected_TK)

@@ -82,7 +82,10 @@ def test_both_products_agree_where_experts_have_no_rows(
         (8, 9, 3, "loop"),
         (1, 40, 4, "loop"),
         (200, 12, 16, "grouped"),
-        (200, 8, 3, "dense"),
+        (16, 8, 3, "dense"),
+        (17, 8, 3, "loop"),
+        (200, 4, 3, "dense"),
+        (257, 8, 4, "loop"),
         (1, 1, 4, "dense"),
     ],
 )

@@ -1,0 +1,216 @@
+"""Load the compiled kernel for CPUs, `cpu_kernels.cpp`, and call it.
+
+Shape suffixes: T tokens, D input features, O output features, E experts, K experts per token,
+R LoRA rank.
+
+`setup.py` compiles the kernel when the package is installed, once for each instruction set, and
+leaves it out where there is no compiler. Nothing is compiled at run time.
+"""
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from phatgoose.errors import PhatgooseError
+from phatgoose.ops.routing import RENORMALISE_EPS, STANDARDISE_EPS, GateScorer, TokenRule
+
+# The modules that `setup.py` builds, by PyTorch's name for the instruction set of the processor.
+_MODULES = {"AVX512": "phatgoose_cpu_avx512", "AVX2": "phatgoose_cpu_avx2"}
+_ANY = "phatgoose_cpu_any"
+_SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+# For up to so many tokens, the kernel computes the scores too: a matrix product takes longer to
+# start.
+_FEW_TOKENS = 8
+# A call keeps `top_k * rank` numbers per token. More numbers than these take several calls.
+_MOST_NUMBERS = 2**26
+
+
+class _Experts(ctypes.Structure):
+    """`Experts` of cpu_kernels.cpp, where its fields are explained."""
+
+    _fields_ = (
+        *[(name, ctypes.c_int64) for name in ("inputs", "outputs", "experts", "rank", "top_k")],
+        *[
+            (name, ctypes.c_int32)
+            for name in ("bfloat16", "factorwise", "standardise", "absolute", "equal")
+        ],
+        *[(name, ctypes.c_float) for name in ("std_epsilon", "sum_epsilon")],
+        *[(n, ctypes.c_void_p) for n in ("lora_A_EDR", "lora_B_ERO", "gates_ED", "absent_E")],
+    )
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The compiled kernel that fits this processor.
+
+    Attributes:
+        run: its one function, which returns 0 if all indices are those of experts.
+        build: the instruction set, and what was compiled by what.
+    """
+
+    run: Callable[..., int]
+    build: str
+
+
+@functools.cache
+def find_kernel() -> Kernel | str:
+    """Return the kernel, or the reason why there is none."""
+    name = _MODULES.get(torch.backends.cpu.get_cpu_capability(), _ANY)
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        return "it was not compiled when phatgoose was installed"
+    try:
+        library = ctypes.CDLL(spec.origin)
+        run, build = library.phatgoose_run, library.phatgoose_build
+    except (OSError, AttributeError) as error:
+        return f"{spec.origin} cannot be loaded ({error})"
+    build.restype = ctypes.c_char_p
+    built: str = build().decode()
+    # The package may be another one than that which was installed: a job's working directory.
+    if built.split()[0] != hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:12]:
+        return f"{spec.origin} was compiled from another version of {_SOURCE.name}"
+    run.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 4, *[ctypes.c_void_p] * 6]
+    return Kernel(run, f"{name.removeprefix('phatgoose_cpu_')} {built}")
+
+
+def supports(lora_A_ERD: Tensor, lora_B_EOR: Tensor) -> bool:
+    """Return whether the kernel computes with these factors, provided that there is one."""
+    factors = lora_A_ERD, lora_B_EOR
+    return all(f.device.type == "cpu" for f in factors) and (
+        lora_A_ERD.dtype == lora_B_EOR.dtype in (torch.float32, torch.bfloat16)
+    )
+
+
+class CompiledExperts:
+    """The operands of one linear for the compiled kernel.
+
+    Args:
+        lora_A_ERD, lora_B_EOR: every expert's factors, which the kernel `supports`. They are copied
+            unless they are `packed`.
+        rule: how tokens are routed, for `route_and_add`.
+        mixes_factors: whether factors are mixed, and not outputs.
+
+    Raises:
+        PhatgooseError: there is no compiled kernel.
+    """
+
+    def __init__(
+        self,
+        lora_A_ERD: Tensor,
+        lora_B_EOR: Tensor,
+        rule: TokenRule | None = None,
+        *,
+        mixes_factors: bool = False,
+    ) -> None:
+        kernel = find_kernel()
+        if isinstance(kernel, str):
+            raise PhatgooseError(f"there is no compiled kernel: {kernel}.")
+        self._kernel, self._rule = kernel, rule
+        experts, rank, inputs = lora_A_ERD.shape
+        self._gates = rule.score if rule and isinstance(rule.score, GateScorer) else None
+        absent_E = rule.absent_E if rule else None
+        # What the kernel reads must live as long as this object.
+        self._kept = [
+            lora_A_ERD.transpose(1, 2).contiguous(),
+            lora_B_EOR.transpose(1, 2).contiguous(),
+            None if self._gates is None else self._gates.gates_ED.contiguous(),
+            None if absent_E is None else absent_E.contiguous(),
+        ]
+        self._operands = _Experts(
+            inputs,
+            lora_B_EOR.shape[1],
+            experts,
+            rank,
+            min(rule.top_k, experts) if rule else 0,
+            lora_A_ERD.dtype == torch.bfloat16,
+            mixes_factors,
+            self._gates is not None and self._gates.standardises,
+            self._gates is not None and self._gates.absolute,
+            rule is not None and rule.equal,
+            STANDARDISE_EPS,
+            RENORMALISE_EPS,
+            *map(_address, self._kept),
+        )
+        self._pointer = ctypes.addressof(self._operands)
+
+    def route_and_add(
+        self, y_TO: Tensor, x_TD: Tensor, bias_TE: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Add what the chosen experts say to `y_TO`, in place.
+
+        Returns:
+            `weights_TK` and `indices_TK`.
+        """
+        assert self._rule is not None
+        tokens = len(x_TD)
+        x_TD = x_TD.float()
+        if self._gates is None:
+            scores_TE = self._rule.score(x_TD).float()
+        elif tokens > _FEW_TOKENS:
+            scores_TE = x_TD @ self._gates.gates_ED.T
+        else:
+            scores_TE = None
+        weights_TK = x_TD.new_empty(tokens, self._operands.top_k)
+        indices_TK = weights_TK.new_empty(weights_TK.shape, dtype=torch.int64)
+        if bias_TE is not None:
+            bias_TE = bias_TE.float().contiguous()
+        self._run(y_TO, x_TD, weights_TK, indices_TK, scores_TE, bias_TE)
+        return weights_TK, indices_TK
+
+    def add(self, y_TO: Tensor, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> None:
+        """Add what the experts say that were chosen elsewhere to `y_TO`, in place.
+
+        Raises:
+            IndexError: an index is not that of an expert.
+        """
+        assert self._rule is None
+        self._operands.top_k = indices_TK.shape[1]
+        self._run(y_TO, x_TD.float(), weights_TK.float().contiguous(), indices_TK.contiguous())
+
+    def _run(
+        self,
+        y_TO: Tensor,
+        x_TD: Tensor,
+        weights_TK: Tensor,
+        indices_TK: Tensor,
+        scores_TE: Tensor | None = None,
+        bias_TE: Tensor | None = None,
+    ) -> None:
+        """Call the kernel. Results go to `y_TO` and, if tokens are routed, the next two."""
+        if x_TD.stride(1) != 1:
+            x_TD = x_TD.contiguous()
+        assert y_TO.stride(1) == 1
+        tokens = len(x_TD)
+        most = max(1, _MOST_NUMBERS // max(1, self._operands.top_k * self._operands.rank))
+        if tokens > most:
+            for start in range(0, tokens, most):
+                part = slice(start, start + most)
+                others = (t if t is None else t[part] for t in (scores_TE, bias_TE))
+                self._run(y_TO[part], x_TD[part], weights_TK[part], indices_TK[part], *others)
+            return
+        unknown = self._kernel.run(
+            self._pointer,
+            tokens,
+            torch.get_num_threads(),
+            x_TD.stride(0),
+            y_TO.stride(0),
+            x_TD.data_ptr(),
+            y_TO.data_ptr(),
+            _address(scores_TE),
+            _address(bias_TE),
+            weights_TK.data_ptr(),
+            indices_TK.data_ptr(),
+        )
+        if unknown:
+            raise IndexError(f"an index is not one of {self._operands.experts} experts")
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
