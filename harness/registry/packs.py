@@ -6,6 +6,9 @@
 
 A pack can be made again from the registry's objects at any time. A pack that is truncated, altered,
 or made by other code is not used but made again.
+
+A machine reads a whole pack once to verify it, and notes in the cache which file that was. The
+processes that open the same file afterwards only map it.
 """
 
 import contextlib
@@ -29,7 +32,7 @@ from harness.source_code import code_of, digest
 from phatgoose.cache import cache_dir
 from phatgoose.errors import PhatgooseError, reason_of
 from phatgoose.expert import Expert
-from phatgoose.files import temporary_name
+from phatgoose.files import MACHINE, replacing, temporary_name
 from phatgoose.pool import Pool
 
 POOL_FILE, INDEX_FILE = "pool.safetensors", "pack.json"
@@ -109,10 +112,12 @@ def read_index(folder: Path, beat: Callable[[], None] = lambda: None) -> dict[st
 
     Raises PhatgooseError, naming the file, if the pack is damaged.
     """
-    return _read_index(folder, beat)[0]
+    return _read_index(folder, lambda file: _hash(file, beat))[0]
 
 
-def _read_index(folder: Path, beat: Callable[[], None]) -> tuple[dict[str, str], str | None]:
+def _read_index(
+    folder: Path, content_of: Callable[[Path], str]
+) -> tuple[dict[str, str], str | None]:
     """Return the experts of an intact pack, and a digest of the code that stacked them."""
     try:
         index = json.loads((folder / INDEX_FILE).read_bytes())
@@ -122,7 +127,7 @@ def _read_index(folder: Path, beat: Callable[[], None]) -> tuple[dict[str, str],
         is_of_0_1_0 = index.keys() == {"experts", "xxh3_128"}
         if not is_of_0_1_0 and index.pop("sha256") != content_checksum(index):
             raise ValueError(f"{INDEX_FILE} was altered")
-        if _hash(folder / POOL_FILE, beat) != index["xxh3_128"]:
+        if content_of(folder / POOL_FILE) != index["xxh3_128"]:
             raise ValueError(f"{POOL_FILE} was altered or truncated")
     except (OSError, LookupError, TypeError, ValueError) as error:
         raise PhatgooseError(
@@ -142,7 +147,7 @@ def pack_folders(registry: Path) -> list[Path]:
 def _open_whole(folder: Path, beat: Callable[[], None]) -> Pool | None:
     """Return the pack if it exists and is intact."""
     try:
-        experts, code = _read_index(folder, beat)
+        experts, code = _read_index(folder, lambda file: _hash_once(file, beat))
         if code != _code():
             return None
         pool = Pool.open(folder)
@@ -209,6 +214,35 @@ def _alone(lock: Path, beat: Callable[[], None]) -> Iterator[None]:
             except (OSError, NotImplementedError):
                 break
         yield
+
+
+def _hash_once(path: Path, beat: Callable[[], None]) -> str:
+    """Return the hash of a file, from the cache if this machine has read the same file before.
+
+    A file is the same if nothing was written to it or put in its place since, which the times and
+    the number that the filesystem keeps for it tell.
+    """
+    found = path.stat()
+    file = [
+        MACHINE,
+        found.st_dev,
+        found.st_ino,
+        found.st_size,
+        found.st_mtime_ns,
+        found.st_ctime_ns,
+    ]
+    name = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:32]
+    note = cache_dir() / "verified" / f"{name}.json"
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        noted = json.loads(note.read_bytes())
+        if noted["file"] == file:
+            return str(noted["xxh3_128"])
+    content = _hash(path, beat)
+    with contextlib.suppress(OSError):  # the next process reads the file again
+        note.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(note) as temporary:
+            temporary.write_text(json.dumps({"file": file, "xxh3_128": content}))
+    return content
 
 
 def _hash(path: Path, beat: Callable[[], None]) -> str:

@@ -24,11 +24,16 @@ class RoutingLog:
 
     Attributes:
         weights: per linear, the summed routing weight of each expert, float64 [E].
-        tokens: per linear, how many tokens were routed.
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
-    tokens: dict[str, int] = field(default_factory=dict)
+    # On the device until they are asked for, so that counting does not wait for it.
+    _tokens: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Per linear, how many tokens were routed."""
+        return {linear: int(count) for linear, count in self._tokens.items()}
 
     def add(
         self, linear: str, weights_TK: Tensor, indices_TK: Tensor, mask_T: Tensor, experts: int
@@ -38,7 +43,8 @@ class RoutingLog:
         kept_TK = weights_TK.double() * mask_T.unsqueeze(-1)
         total_E = self.weights.setdefault(linear, kept_TK.new_zeros(experts))
         total_E.index_add_(0, indices_TK.flatten(), kept_TK.flatten())
-        self.tokens[linear] = self.tokens.get(linear, 0) + int(mask_T.sum())
+        count = mask_T.sum()
+        self._tokens[linear] = self._tokens[linear] + count if linear in self._tokens else count
 
 
 @dataclass

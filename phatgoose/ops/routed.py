@@ -23,25 +23,33 @@ from phatgoose.ops.routing import GateScorer, TokenRule
 _log = logging.getLogger(__name__)
 
 
-@functools.cache
 def uses_kernel() -> bool:
-    """Return whether the compiled kernel is used where it can be, and say so once.
+    """Return whether the compiled kernel is used where it can be.
 
     Raises:
         PhatgooseError: the environment asks for the kernel, and there is none.
     """
     wanted, kernel = wanted_way(), find_kernel()
     if wanted in ("torch", *TORCH_WAYS):
-        _log.info("experts are mixed by PyTorch's operators, as %s=%s asks", VARIABLE, wanted)
+        _say(logging.INFO, f"experts are mixed by PyTorch's operators, as {VARIABLE}={wanted} asks")
         return False
     if isinstance(kernel, str):
         fix = "Install phatgoose again where a C++ compiler is."
         if wanted:
             raise PhatgooseError(f"{VARIABLE}={wanted}: there is no kernel, as {kernel}. {fix}")
-        _log.warning("no kernel for the CPU, as %s: routing takes longer. %s", kernel, fix)
+        _say(
+            logging.WARNING,
+            f"no kernel for the CPU, as {kernel}: routing takes longer. {fix}",
+        )
         return False
-    _log.info("experts are mixed by the compiled kernel: %s", kernel.build)
+    _say(logging.INFO, f"experts are mixed by the compiled kernel: {kernel.build}")
     return True
+
+
+@functools.cache
+def _say(level: int, message: str) -> None:
+    """Log a message once in a process."""
+    _log.log(level, message)
 
 
 def way_on(device: str) -> str:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from harness.registry import Registry
+from harness.registry import Registry, packs
 from harness.registry.packs import INDEX_FILE, POOL_FILE, open_pool, pool_id, read_index
+from phatgoose.cache import cache_dir
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
 from tests.support import processes
@@ -18,7 +19,8 @@ from tests.support.small_disk import small_disk
 
 
 @pytest.fixture
-def registry(tmp_path: Path) -> Registry:
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
+    monkeypatch.setenv("PHATGOOSE_CACHE", str(tmp_path / "cache"))
     registry = Registry(tmp_path / "pool", BASE)
     for number in range(4):
         registry.publish(make_expert(number, value=number + 1.0))
@@ -100,6 +102,65 @@ def test_a_pack_made_by_other_code_is_made_again(registry: Registry, code: str |
     check(open_pool(registry, experts, load))
     assert loaded == list(experts.values())
     assert json.loads(index.read_bytes())["code"] == before["code"]
+
+
+def test_a_pack_is_read_once_per_machine(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = registry.manifest().experts
+    read: list[Path] = []
+
+    def hash_file(path: Path, beat: Any) -> str:
+        read.append(path)
+        return whole(path, beat)
+
+    whole = packs._hash
+    monkeypatch.setattr(packs, "_hash", hash_file)
+    open_pool(registry, experts, registry.load)
+    file = folder_of(registry) / POOL_FILE
+    made = len(read)
+    for _ in range(3):
+        check(open_pool(registry, experts, registry.load))
+    assert len(read) == made
+    monkeypatch.setattr(packs, "MACHINE", "another")
+    check(open_pool(registry, experts, registry.load))
+    assert read[made:] == [file]
+    read_index(folder_of(registry))  # as `verify` does
+    assert read[made:] == [file, file]
+
+
+@pytest.mark.parametrize("change", ["in place", "another file"])
+def test_a_verified_pack_that_was_changed_is_made_again(registry: Registry, change: str) -> None:
+    """Check that neither the size nor the time of the last change hides it."""
+    experts = registry.manifest().experts
+    check(open_pool(registry, experts, registry.load))
+    file = folder_of(registry) / POOL_FILE
+    before, data = file.stat(), bytearray(file.read_bytes())
+    data[-1] ^= 1
+    if change == "in place":
+        file.write_bytes(data)
+    else:
+        other = file.with_name("other")
+        other.write_bytes(data)
+        other.replace(file)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    loaded: list[str] = []
+
+    def load(content: str) -> Expert:
+        loaded.append(content)
+        return registry.load(content)
+
+    check(open_pool(registry, experts, load))
+    assert loaded == list(experts.values())
+
+
+@pytest.mark.parametrize("note", [b"", b"[]", b'{"file": []}'])
+def test_a_damaged_note_of_a_verified_pack_does_no_harm(registry: Registry, note: bytes) -> None:
+    experts = registry.manifest().experts
+    check(open_pool(registry, experts, registry.load))
+    (path,) = (cache_dir() / "verified").iterdir()
+    path.write_bytes(note)
+    check(open_pool(registry, experts, registry.load))
 
 
 def test_an_expert_that_cannot_be_read_leaves_no_pack(registry: Registry) -> None:

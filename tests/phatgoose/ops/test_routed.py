@@ -147,7 +147,6 @@ def check(case: Case, way: str, dtype: torch.dtype = torch.float32, threads: int
     on = operands_of(case, dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PHATGOOSE_MIX", way)
-        routed.uses_kernel.cache_clear()
         experts = RoutedExperts(
             on.lora_A_ERD, on.lora_B_EOR, on.rule, mixes_factors=case.mixes_factors
         )
@@ -158,7 +157,6 @@ def check(case: Case, way: str, dtype: torch.dtype = torch.float32, threads: int
             y_TO, weights_TK, kept_TK = experts.route_and_add(on.y_TO.clone(), on.x_TD, on.bias_TE)
         finally:
             torch.set_num_threads(before)
-    routed.uses_kernel.cache_clear()
     kept = min(case.top_k, case.experts)
     assert weights_TK.shape == kept_TK.shape == (case.tokens, kept)
     assert (weights_TK.dtype, kept_TK.dtype, y_TO.dtype) == (torch.float32, torch.int64, dtype)
@@ -202,11 +200,10 @@ def test_torch_computes_the_formula(case: Case, dtype: torch.dtype) -> None:
 @pytest.fixture
 def forget(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Let a test change what decides about the kernel, and forget what was decided."""
-    routed.uses_kernel.cache_clear()
+    routed._say.cache_clear()
     compiled.find_kernel.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
-    routed.uses_kernel.cache_clear()
     compiled.find_kernel.cache_clear()
 
 

@@ -1,0 +1,230 @@
+"""Measure what routing adds to a whole model: prefill, decode, query routers, bfloat16.
+
+    python -m benchmarks.routing [--threads 2] [--rounds 5] [--only prefill]
+
+The base, loaded once more without experts, and the routed model run in turn in one process. Experts
+and gates are random, so that routing is about uniform; that of trained gates concentrates and is
+cheaper. A floor is the ratio of the operations (prefill) or of the bytes of weights that have to be
+read (decode).
+"""
+
+import argparse
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.figures import Figure, print_table
+from benchmarks.pools import RANK, random_pool
+from benchmarks.timing import Times, median_ratio, paired
+from phatgoose.architecture import find_linear, linear_sizes
+from phatgoose.base import Base, load_base
+from phatgoose.inference.model import RoutedModel
+from phatgoose.ops.mixing import VARIABLE
+from phatgoose.pool import Pool
+from phatgoose.query import Query
+from phatgoose.routers import Router
+from phatgoose.routers.interface import Probe, QueryRouter
+
+BASE = "smollm2-135m"
+TOKENS, ROWS = 1024, 4
+PROMPT, STEPS = 64, 12  # of decode: positions in the cache, and tokens written per round
+TARGETS = {32: 1.35, 166: 1.6}
+TORCH_TARGETS = {32: 2.1, 166: 2.3}
+DECODE_TARGETS = {1: 1.35, 4: 1.45, 8: 1.5}
+
+
+class RandomMixture(QueryRouter):
+    """Give every query `kept` random experts of equal weight."""
+
+    def __init__(self, kept: int) -> None:
+        self.kept = kept
+
+    def mixture(self, pool: Pool, queries: Sequence[Query], probe: Probe) -> tuple[Tensor, Tensor]:
+        """Draw the experts of each query."""
+        scores_QE = torch.rand(len(queries), len(pool.experts))
+        indices_QK = scores_QE.topk(self.kept, dim=1).indices
+        return torch.full(indices_QK.shape, 1 / self.kept), indices_QK
+
+
+@contextmanager
+def way_of_mixing(way: str) -> Iterator[None]:
+    """Within it, routers that are set mix in this way."""
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = way
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[VARIABLE]
+        else:
+            os.environ[VARIABLE] = before
+
+
+class Pair:
+    """A base without experts, and the same base with a pool."""
+
+    def __init__(self, experts: int, dtype: str = "float32") -> None:
+        self.base = load_base(BASE, dtype=dtype)
+        self.routed = load_base(BASE, dtype=dtype)
+        self.pool = random_pool(self.routed, experts)
+        self.model = RoutedModel(self.routed, self.pool)
+        self.experts = experts
+
+    def set_router(self, router: Router | str, way: str = "kernel") -> None:
+        """Route by `router` from now on, and mix in this way."""
+        with way_of_mixing(way):
+            self.model.set_router(router)
+
+    def announce(self, rows: int, length: int) -> None:
+        """Tell the routed linears what the next pass reads."""
+        mask_BL = torch.ones(rows, length, dtype=torch.bool)
+        self.model.forward_context.announce("decoder", mask_BL)
+
+    def ways(self, base: Any, routed: Any, router: Router | str, ways: Sequence[str]) -> Any:
+        """Return the arguments of `paired`: the base, and the routed model in several ways."""
+        calls = {"base": base, **dict.fromkeys(ways, routed)}
+        return calls, {way: partial(self.set_router, router, way) for way in ways}
+
+
+def prefill(
+    pair: Pair, rounds: int, ways: Sequence[str] = ("kernel", "torch"), rows: int = ROWS
+) -> Times:
+    """Time one pass through 1,024 tokens, with logits at the last position of each row."""
+    ids_BL = torch.randint(1000, 40000, (rows, TOKENS // rows))
+    pair.announce(*ids_BL.shape)
+
+    def read(base: Base) -> None:
+        base.model(input_ids=ids_BL, use_cache=False, logits_to_keep=1)
+
+    calls = pair.ways(partial(read, pair.base), partial(read, pair.routed), "phatgoose", ways)
+    return paired(calls[0], rounds, calls[1])
+
+
+def decode(pair: Pair, rows: int, rounds: int) -> Times:
+    """Time greedy steps behind a cache, per step."""
+    ids_BL = torch.randint(1000, 40000, (rows, PROMPT))
+    pair.set_router("phatgoose")
+    caches: dict[str, Any] = {}
+
+    def read_prompt(name: str, base: Base) -> None:
+        pair.announce(rows, PROMPT)
+        output = base.model(input_ids=ids_BL, use_cache=True, logits_to_keep=1)
+        caches[name] = output.past_key_values
+        pair.announce(rows, 1)
+
+    def write(name: str, base: Base) -> None:
+        next_B1 = ids_BL[:, :1]
+        for _ in range(STEPS):
+            logits = base.model(
+                input_ids=next_B1, past_key_values=caches[name], use_cache=True
+            ).logits
+            next_B1 = logits[:, -1:].argmax(dim=-1)
+
+    bases = {"base": pair.base, "kernel": pair.routed}
+    return paired(
+        {name: lambda name=name, base=base: write(name, base) for name, base in bases.items()},
+        rounds,
+        {
+            name: lambda name=name, base=base: read_prompt(name, base)
+            for name, base in bases.items()
+        },
+    )
+
+
+def by_query(pair: Pair, rows: int, kept: int, rounds: int) -> Times:
+    """Time one pass through 1,024 tokens of so many queries, each with its own mixture."""
+    ids_BL = torch.randint(1000, 40000, (rows, TOKENS // rows))
+    pair.announce(*ids_BL.shape)
+    router = RandomMixture(kept)
+    mixture = router.mixture(pair.pool, [Query("")] * rows, Probe("", lambda: ids_BL))
+    pair.model.forward_context.mixture = mixture
+
+    def read(base: Base) -> None:
+        base.model(input_ids=ids_BL, use_cache=False, logits_to_keep=1)
+
+    calls = pair.ways(partial(read, pair.base), partial(read, pair.routed), router, ("kernel",))
+    return paired(calls[0], rounds, calls[1])
+
+
+def floor_of(pair: Pair, *, per_token: float, top_k: int) -> float:
+    """Return the least ratio of multiplications with weights, or of weights read.
+
+    Args:
+        pair: the model.
+        per_token: how many of a linear's experts score a token: all, or none.
+        top_k: how many of them it goes to.
+    """
+    base = routed = 0.0
+    for name in pair.pool.linears:
+        inputs, outputs = linear_sizes(find_linear(pair.base.model, name))
+        base += inputs * outputs
+        routed += per_token * inputs + top_k * RANK * (inputs + outputs)
+    return 1 + routed / base
+
+
+def figure(name: str, times: Times, way: str, target: float | None, floor: float | None) -> Figure:
+    """Return one comparison with the base."""
+    return Figure(
+        name=name,
+        ours=statistics.median(times[way]),
+        baseline=statistics.median(times["base"]),
+        ratio=median_ratio(times[way], times["base"]),
+        target=target,
+        floor=floor,
+        better="lower",
+        note=f"seconds; {torch.get_num_threads()} threads",
+    )
+
+
+@torch.inference_mode()
+def measure(rounds: int = 5, only: str | None = None) -> list[Figure]:
+    """Measure all of it, or what is named `only`."""
+    found: list[Figure] = []
+    for experts in (32, 166):
+        pair = Pair(experts)
+        floor = floor_of(pair, per_token=experts, top_k=2)
+        if only in (None, "prefill"):
+            times = prefill(pair, rounds)
+            for way, targets in (("kernel", TARGETS), ("torch", TORCH_TARGETS)):
+                name = f"prefill, {experts} experts, {way}"
+                found.append(figure(name, times, way, targets[experts], floor))
+        if experts == 32:
+            continue
+        for rows, target in DECODE_TARGETS.items() if only in (None, "decode") else ():
+            times = decode(pair, rows, rounds)
+            floor_here = floor_of(pair, per_token=experts, top_k=2 * rows) if rows == 1 else None
+            name = f"decode, {experts} experts, batch {rows}"
+            found.append(figure(name, times, "kernel", target, floor_here))
+        for rows in (1, 4) if only in (None, "query") else ():
+            times = by_query(pair, rows, 20, rounds)
+            floor_here = floor_of(pair, per_token=0, top_k=20)
+            name = f"prefill, a mixture of 20 for each of {rows} queries"
+            found.append(figure(name, times, "kernel", 1.5, floor_here))
+        if only in (None, "bfloat16"):
+            half = Pair(experts, "bfloat16")
+            times = prefill(half, rounds, ("kernel",))
+            found.append(
+                figure(f"prefill, {experts} experts, bfloat16", times, "kernel", 1.6, floor)
+            )
+    return found
+
+
+def main() -> None:
+    """Measure, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", choices=["prefill", "decode", "query", "bfloat16"])
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print_table(measure(arguments.rounds, arguments.only))
+
+
+if __name__ == "__main__":
+    main()
