@@ -44,11 +44,11 @@ docs: setup  ## the documentation as a site in docs/_build/html; warnings are er
 
 setup: .venv/.ready
 
-.venv/.ready: pyproject.toml constraints.txt
+.venv/.ready: pyproject.toml constraints.txt setup.py phatgoose/ops/cpu_kernels.cpp phatgoose/ops/cpu_vectors.h
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; call: make PYTHON=python3.11 ...")'
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
 clean:  ## remove the environment and the runs, keep the cache
-	rm -rf .venv runs
+	rm -rf .venv runs build phatgoose_cpu_*.so

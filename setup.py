@@ -10,7 +10,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-SOURCE = "phatgoose/ops/cpu_kernels.cpp"
+SOURCE, HEADER = "phatgoose/ops/cpu_kernels.cpp", "phatgoose/ops/cpu_vectors.h"
 AVX2 = ["-mavx2", "-mfma"]
 # PyTorch tells at run time which of them the processor understands (phatgoose/ops/compiled.py).
 INSTRUCTION_SETS = {"any": []}
@@ -27,10 +27,12 @@ def extension(name: str, options: list[str]) -> Extension:
     OpenMP is asked for when compiling and not when linking: at run time, the library takes the
     symbols of the OpenMP that PyTorch has loaded.
     """
-    digest = hashlib.sha256(Path(SOURCE).read_bytes()).hexdigest()[:12]
+    source = b"".join(Path(file).read_bytes() for file in (SOURCE, HEADER))
+    digest = hashlib.sha256(source).hexdigest()[:12]
     return Extension(
         f"phatgoose_cpu_{name}",
         [SOURCE],
+        depends=[HEADER],
         language="c++",
         define_macros=[("PHATGOOSE_SOURCE", f'"{digest}"')],
         extra_compile_args=["-std=c++17", "-O3", "-g0", *OPENMP, *options],

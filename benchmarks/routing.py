@@ -128,12 +128,9 @@ def decode(pair: Pair, rows: int, rounds: int) -> Times:
 
     bases = {"base": pair.base, "kernel": pair.routed}
     return paired(
-        {name: lambda name=name, base=base: write(name, base) for name, base in bases.items()},
+        {name: partial(write, name, base) for name, base in bases.items()},
         rounds,
-        {
-            name: lambda name=name, base=base: read_prompt(name, base)
-            for name, base in bases.items()
-        },
+        {name: partial(read_prompt, name, base) for name, base in bases.items()},
     )
 
 

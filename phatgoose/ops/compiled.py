@@ -24,7 +24,7 @@ from phatgoose.ops.routing import RENORMALISE_EPS, STANDARDISE_EPS, GateScorer, 
 # The modules that `setup.py` builds, by PyTorch's name for the instruction set of the processor.
 _MODULES = {"AVX512": "phatgoose_cpu_avx512", "AVX2": "phatgoose_cpu_avx2"}
 _ANY = "phatgoose_cpu_any"
-_SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+_SOURCES = [Path(__file__).with_name(name) for name in ("cpu_kernels.cpp", "cpu_vectors.h")]
 # For up to so many tokens, the kernel computes the scores too: a matrix product takes longer to
 # start.
 _FEW_TOKENS = 8
@@ -74,8 +74,9 @@ def find_kernel() -> Kernel | str:
     build.restype = ctypes.c_char_p
     built: str = build().decode()
     # The package may be another one than that which was installed: a job's working directory.
-    if built.split()[0] != hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:12]:
-        return f"{spec.origin} was compiled from another version of {_SOURCE.name}"
+    source = b"".join(file.read_bytes() for file in _SOURCES)
+    if built.split()[0] != hashlib.sha256(source).hexdigest()[:12]:
+        return f"{spec.origin} was compiled from another version of {_SOURCES[0].name}"
     run.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 4, *[ctypes.c_void_p] * 6]
     return Kernel(run, f"{name.removeprefix('phatgoose_cpu_')} {built}")
 

@@ -4,30 +4,28 @@
 // R LoRA rank, N = T * K pairs of a token and an expert, sorted by expert.
 //
 //     route   tokens are split among threads: 1 / std(x), scores, top-k, softmax
-//     sort    one thread sorts the pairs by expert, so that a matrix is read once for all its tokens
+//     sort    one thread sorts the pairs by expert: a matrix is read once for all its tokens
 //     shrink  pairs are split among threads: h_NR = weight_N * (x A_e)
 //     expand  outputs are split among threads: y_TO += h_NR B_e, in place, without collisions
 //
-// This is a plain shared library without a Python interface; phatgoose/ops/cpu.py loads it with
-// ctypes. It is compiled once for each instruction set (setup.py). Vectors are those of GCC and
-// Clang (`vector_size`). The OpenMP runtime is the one that PyTorch has loaded: a second one in the
-// same process would fight with it for the cores.
+// This is a plain shared library without a Python interface; phatgoose/ops/compiled.py loads it
+// with ctypes. It is compiled once for each instruction set (setup.py). The OpenMP runtime is the
+// one that PyTorch has loaded: a second one in the same process would fight it for the cores.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <memory>
 #include <vector>
+
+#include "cpu_vectors.h"
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
 namespace {
-
-using Bfloat16 = uint16_t;  // the upper half of a float32
 
 // What does not change from call to call: one linear, its experts, and the rule of its router.
 struct Experts {
@@ -57,125 +55,28 @@ struct Call {
 
 enum Status : int32_t { kDone = 0, kNoSuchExpert = 1 };
 
-// ---- Vectors of W floats ------------------------------------------------------------------------
-
-#if defined(__AVX512F__)
-constexpr int kWidth = 16, kShrinkRows = 8, kShrinkVectors = 2, kExpandRows = 4, kExpandVectors = 4;
-#elif defined(__AVX2__)
-constexpr int kWidth = 8, kShrinkRows = 4, kShrinkVectors = 2, kExpandRows = 4, kExpandVectors = 2;
-#else
-constexpr int kWidth = 4, kShrinkRows = 4, kShrinkVectors = 2, kExpandRows = 4, kExpandVectors = 2;
-#endif
-
-template <int W>
-struct Lanes {
-  typedef float Float __attribute__((vector_size(4 * W)));
-  typedef int32_t Int __attribute__((vector_size(4 * W)));
-  typedef float Unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));
-  typedef uint16_t Half __attribute__((vector_size(2 * W), aligned(2), may_alias));
-};
-template <int W>
-using Vector = typename Lanes<W>::Float;
-
-template <int W>
-inline Vector<W> load(const float* from) {
-  return *reinterpret_cast<const typename Lanes<W>::Unaligned*>(from);
-}
-
-template <int W>
-inline Vector<W> load(const Bfloat16* from) {
-  auto half = *reinterpret_cast<const typename Lanes<W>::Half*>(from);
-  auto bits = __builtin_convertvector(half, typename Lanes<W>::Int) << 16;
-  return (Vector<W>)bits;  // the same bits
-}
-
-template <int W>
-inline void store(float* to, Vector<W> value) {
-  *reinterpret_cast<typename Lanes<W>::Unaligned*>(to) = value;
-}
-
-inline float to_float(Bfloat16 value) {
-  uint32_t bits = uint32_t(value) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof result);
-  return result;
-}
-
-inline Bfloat16 to_bfloat16(float value) {  // to the nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  if (value != value) return 0x7fc0;
-  return Bfloat16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-template <int W>
-inline float sum(Vector<W> value) {
-  float total = 0;
-  for (int lane = 0; lane < W; ++lane) total += value[lane];
-  return total;
-}
-
-// exp(x) for x <= 0, within 2 units in the last place; 0 below -87, and for minus infinity.
-template <int W>
-inline Vector<W> exp_of_negative(Vector<W> x) {
-  using Int = typename Lanes<W>::Int;
-  Int tiny = x < -87.0f;
-  x = tiny ? Vector<W>{} - 87.0f : x;
-  Int whole = __builtin_convertvector(x * 1.44269504f - 0.5f, Int);  // rounds to the nearest
-  Vector<W> n = __builtin_convertvector(whole, Vector<W>);
-  Vector<W> r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  Vector<W> p = ((((r * (1 / 720.f) + 1 / 120.f) * r + 1 / 24.f) * r + 1 / 6.f) * r + 0.5f);
-  p = (p * r + 1.0f) * r + 1.0f;
-  Int bits = (whole + 127) << 23;
-  p *= (Vector<W>)bits;
-  return tiny ? Vector<W>{} : p;
-}
-
 // ---- Route --------------------------------------------------------------------------------------
 
 float inverse_std(const float* x_D, int64_t D, float epsilon) {
-  constexpr int W = kWidth;
-  Vector<W> totals = {};
-  int64_t whole = D / W * W;
-  for (int64_t d = 0; d < whole; d += W) totals += load<W>(x_D + d);
-  float total = sum<W>(totals);
-  for (int64_t d = whole; d < D; ++d) total += x_D[d];
-  float mean = total / float(D);
-  Vector<W> squares = {};
-  for (int64_t d = 0; d < whole; d += W) {
-    Vector<W> centred = load<W>(x_D + d) - mean;
-    squares += centred * centred;
-  }
-  float square = sum<W>(squares);
-  for (int64_t d = whole; d < D; ++d) square += (x_D[d] - mean) * (x_D[d] - mean);
-  return 1.0f / std::sqrt(square / float(D) + epsilon);
+  const float mean = total_over(D, [&](int64_t d, auto w) { return load<w()>(x_D + d); }) / D;
+  const float square = total_over(D, [&](int64_t d, auto w) {
+    auto centred = load<w()>(x_D + d) - mean;
+    return centred * centred;
+  });
+  return 1.0f / std::sqrt(square / D + epsilon);
 }
 
 // scores_E = gates_ED @ x_D for few tokens, where a matrix product would cost more to start.
 void score(const float* x_D, const float* gates_ED, int64_t E, int64_t D, float* scores_E) {
-  constexpr int W = kWidth, kRows = 4;
-  int64_t whole = D / W * W;
-  for (int64_t e = 0; e < E; e += kRows) {
-    int rows = int(std::min<int64_t>(kRows, E - e));
-    const float* gate[kRows];
-    for (int i = 0; i < kRows; ++i) gate[i] = gates_ED + (e + std::min(i, rows - 1)) * D;
-    Vector<W> totals[kRows] = {};
-    for (int64_t d = 0; d < whole; d += W) {
-      Vector<W> x = load<W>(x_D + d);
-      for (int i = 0; i < kRows; ++i) totals[i] += x * load<W>(gate[i] + d);
-    }
-    for (int i = 0; i < rows; ++i) {
-      float total = sum<W>(totals[i]);
-      for (int64_t d = whole; d < D; ++d) total += x_D[d] * gate[i][d];
-      scores_E[e + i] = total;
-    }
-  }
+  for (int64_t e = 0; e < E; ++e)
+    scores_E[e] = total_over(D, [&](int64_t d, auto w) {
+      return load<w()>(x_D + d) * load<w()>(gates_ED + e * D + d);
+    });
 }
 
 // The `top_k` best of one token's scores, best first, and their weights.
 void select(const Experts& on, const float* raw_E, float scale, const float* bias_E,
             float* scores_E, float* weights_K, int64_t* indices_K) {
-  constexpr int W = kWidth;
   const float nothing = -std::numeric_limits<float>::infinity();
   const int64_t E = on.experts, K = on.top_k;
   for (int64_t e = 0; e < E; ++e) {
@@ -212,17 +113,19 @@ void select(const Experts& on, const float* raw_E, float scale, const float* bia
     for (int64_t k = 0; k < K; ++k) weights_K[k] = best_K[k] != nothing ? 1 / present : 0;
     return;
   }
-  Vector<W> totals = {};
-  int64_t whole = E / W * W;
-  for (int64_t e = 0; e < whole; e += W) totals += exp_of_negative<W>(load<W>(scores_E + e) - largest);
-  float total = sum<W>(totals);
-  for (int64_t e = whole; e < E; ++e) total += std::exp(scores_E[e] - largest);
+  const float total = total_over(E, [&](int64_t e, auto w) {
+    return exp_of_negative<w()>(load<w()>(scores_E + e) - largest);
+  });
   float share = 0;
   for (int64_t k = 0; k < K; ++k) share += weights_K[k] = std::exp(best_K[k] - largest) / total;
   for (int64_t k = 0; k < K; ++k) weights_K[k] /= share + on.sum_epsilon;
 }
 
 // ---- Shrink and expand --------------------------------------------------------------------------
+
+// Rows and vectors of a tile: as many sums as there are registers for.
+constexpr int kShrinkRows = kWidth == 16 ? 8 : 4, kShrinkVectors = 2;
+constexpr int kExpandRows = 4, kExpandVectors = kWidth == 16 ? 4 : 2;
 
 template <class F>
 inline void prefetch(const F* from) {
@@ -404,7 +307,8 @@ void expand(const Experts& on, const Pairs& pairs, float* y_TO, int64_t y_stride
           h[t] = &pairs.h_NR[(first + row + t) * R];
           y[t] = y_TO + pairs.token_N[first + row + t] * y_stride;
         }
-        expand_rows<kWidth, T>(h, b_ERO + run.expert * R * O, row ? nullptr : next, R, O, y, begin, end);
+        expand_rows<kWidth, T>(h, b_ERO + run.expert * R * O, row ? nullptr : next, R, O, y, begin,
+                               end);
       });
       first = last;
     }

@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = ("phatgoose", "harness", "pyproject.toml", "README.md", "LICENSE")
+SHIPPED = ("phatgoose", "harness", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 
 
 def call(*command: str | Path, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -76,7 +76,11 @@ def python(tmp_path: Path, wheel: Path) -> Path:
 
 def test_every_file_of_the_packages_is_in_the_wheel(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        shipped = {name for name in archive.namelist() if ".dist-info/" not in name}
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    kernels = {name for name in names if name.startswith("phatgoose_cpu_")}
+    if shutil.which("g++"):
+        assert {name.split(".")[0] for name in kernels} >= {"phatgoose_cpu_any"}
+    shipped = names - kernels
     there = {
         str(path.relative_to(ROOT))
         for package in ("phatgoose", "harness")
@@ -93,6 +97,12 @@ def test_an_installed_wheel_runs_without_the_checkout(
     elsewhere.mkdir()
     where = call(python, "-c", "import harness; print(harness.__file__)", cwd=elsewhere).stdout
     assert str(tmp_path / "environment") in where
+    # The kernel is found where the package is installed, also behind a checkout without it.
+    shutil.copytree(ROOT / "phatgoose", tmp_path / "job" / "phatgoose")
+    ask = "import torch, phatgoose; from phatgoose.ops.routed import way_on; print(way_on('cpu'))"
+    for folder in (elsewhere, tmp_path / "job"):
+        way = call(python, "-c", ask, cwd=folder).stdout
+        assert way.startswith("kernel " if shutil.which("g++") else "torch")
     listed = call(python, "-m", "harness.tasks", "list", cwd=elsewhere).stdout
     for name in ("flan", "bigbench", "t0_heldout", "bbh", "demo"):
         assert name in listed

@@ -267,7 +267,7 @@ def test_a_kernel_compiled_from_other_source_is_not_used(
 ) -> None:
     other = tmp_path / "cpu_kernels.cpp"
     other.write_text("// changed since")
-    forget.setattr(compiled, "_SOURCE", other)
+    forget.setattr(compiled, "_SOURCES", [other])
     reason = compiled.find_kernel()
     assert isinstance(reason, str)
     assert reason.endswith("was compiled from another version of cpu_kernels.cpp")
