@@ -34,7 +34,7 @@ class RoutingLog:
     def add(
         self, linear: str, weights_TK: Tensor, indices_TK: Tensor, mask_T: Tensor, experts: int
     ) -> None:
-        """Count one call of a linear; `mask_T` is True for tokens and False for padding."""
+        """Count one call of a linear, each token `mask_T` times: 0 or False for padding."""
         weights_TK, indices_TK, mask_T = off_mps(weights_TK, indices_TK, mask_T)
         kept_TK = weights_TK.double() * mask_T.unsqueeze(-1)
         total_E = self.weights.setdefault(linear, kept_TK.new_zeros(experts))
@@ -63,7 +63,7 @@ class TokenLog(RoutingLog):
             weights_TK, indices_TK, mask_T = off_mps(weights_TK, indices_TK, mask_T)
             weights_TE = weights_TK.new_zeros(len(weights_TK), experts).double()
             weights_TE.scatter_add_(1, indices_TK, weights_TK.double())
-            self.routed.append(weights_TE[mask_T])
+            self.routed.append(weights_TE[mask_T.bool()])
 
 
 class RoutedLinear(nn.Module):
@@ -138,7 +138,7 @@ class RoutedLinear(nn.Module):
         if self._rule is None or self._factors is None:
             return y
         factors, x_TD = self._factors, x.reshape(-1, x.shape[-1])
-        weights_TK, indices_TK = self._rule(x_TD, self._bias(len(x_TD)))
+        weights_TK, indices_TK = self._rule(x_TD, self._bias())
         if self.log is not None:
             if self.side not in self._forward.masks:
                 raise PhatgooseError(UNANNOUNCED)
@@ -149,13 +149,13 @@ class RoutedLinear(nn.Module):
         y_TO = apply(x_TD, factors.lora_A_ERD, factors.lora_B_EOR, indices_TK, weights_TK)
         return y + y_TO.view_as(y)
 
-    def _bias(self, tokens: int) -> Tensor | None:
+    def _bias(self) -> Tensor | None:
         bias_QE = self._forward.bias_QE
-        return None if bias_QE is None else bias_QE[self._forward.query_T(self.side, tokens)]
+        return None if bias_QE is None else bias_QE[self._forward.query_T(self.side)]
 
     def _mixture(self, x_TD: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
         if self._forward.mixture is None:
             raise PhatgooseError(UNANNOUNCED)
         weights_QK, indices_QK = self._forward.mixture
-        query_T = self._forward.query_T(self.side, len(x_TD))
+        query_T = self._forward.query_T(self.side)
         return weights_QK[query_T], indices_QK[query_T]
