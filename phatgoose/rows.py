@@ -82,7 +82,8 @@ def shared_rows(
         tree, last = _Tree(), list[int]()
         for place in members:
             context, choices = questions[place]
-            tree.read(_common(context, last) if across else 0, context, place)
+            kept = _common(context, last) if across else 0
+            tree.read(kept, context[kept:], place)
             tree.count(0)
             columns: list[list[int]] = [[] for _ in choices]
             for index, kept in _branches(choices):
