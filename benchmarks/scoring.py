@@ -6,8 +6,8 @@ Both sides get the same requests of lm-eval in one process, and both tokenize. O
 evaluation actor does, with the routing recorded. HFLM runs the base alone, at the batch size that
 was the fastest on the first documents of three tasks. Its `auto` searches for the largest batch
 that fits, and ends at 64 on a machine with enough memory: it is measured as 64, without the search.
-Each round runs all sides of a task, one after the other. The pool has 166 random experts with random gates,
-so the routing is about uniform.
+Each round runs all sides of a task, one after the other. The pool has 166 random experts with
+random gates, so the routing is about uniform.
 """
 
 import argparse

@@ -33,9 +33,9 @@ from phatgoose.errors import reason_of
 
 # Relative differences of logits up to this may be rounding in float32.
 _ROUNDING = 5e-5
-# Attention to so many positions takes as long as the linears of a layer (measured on a CPU, for a
+# Attention to so many positions takes as long as the rest of the model (measured on a CPU, for a
 # width of 576; the wider a model, the more it is).
-_POSITIONS = 2000
+_POSITIONS = 3000
 # So many capacities of rows are compared.
 _CAPACITIES = 64
 # A context, and its choices, which end with end-of-sequence.
