@@ -113,8 +113,8 @@ def measure(threads: int = 2, rounds: int = 3, characters: int = 2000) -> list[F
     ]
 
 
-def random_pool(base: Base, experts: int, *, seed: int = 0) -> Pool:
-    """Return a pool of random experts and random gates; they change the base's outputs little."""
+def random_pool(base: Base, experts: int, *, scale: float = 0.01, seed: int = 0) -> Pool:
+    """Return a pool of random experts, whose factors have this scale, and random gates."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
@@ -124,8 +124,8 @@ def random_pool(base: Base, experts: int, *, seed: int = 0) -> Pool:
     for name in base.linears:
         inputs, outputs = linear_sizes(find_linear(base.model, name))
         linears[name] = PoolLinear(
-            lora_A_ERD=random(experts, RANK, inputs).mul_(0.01),
-            lora_B_EOR=random(experts, outputs, RANK).mul_(0.01),
+            lora_A_ERD=random(experts, RANK, inputs).mul_(scale),
+            lora_B_EOR=random(experts, outputs, RANK).mul_(scale),
             gate_ED=random(experts, inputs),
         )
     return Pool(base.fingerprint, tuple(f"e{i}" for i in range(experts)), linears)

@@ -210,6 +210,8 @@ def _remaining(
         states_BLD = inputs["encoder_outputs"].last_hidden_state[places_B]
         rest["input_ids"] = inputs["input_ids"][places_B]
         rest["encoder_outputs"] = BaseModelOutput(last_hidden_state=states_BLD)
+        # Without this mask, `generate` would take all of them for new tokens.
+        rest["decoder_attention_mask"] = torch.ones_like(sequences_BN)
         return {**rest, "decoder_input_ids": sequences_BN}
     before = rest["attention_mask"]
     after = before.new_ones(len(places), sequences_BN.shape[1] - before.shape[1])

@@ -52,9 +52,20 @@ def test_choices_score_the_same_together_and_alone(folders: Folders, name: str) 
     assert_answers_plainly(base, 4)
 
 
+@pytest.mark.parametrize("name", DECODERS)
+def test_generation_continues_in_several_calls(
+    folders: Folders, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check bases whose rows may leave a batch, with a call for each token, and the others."""
+    monkeypatch.setattr("phatgoose.inference.stopping._STEPS", 0)
+    assert_answers_plainly(folders.load(*DECODERS[name]), 5)
+
+
 @pytest.mark.parametrize("name", WINDOWED)
 @pytest.mark.parametrize("window", [2, 3, 6])
-def test_a_sliding_window_is_masked(folders: Folders, name: str, window: int) -> None:
+def test_a_sliding_window_is_masked(
+    folders: Folders, name: str, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Check windows shorter than prompts, choices and outputs, with and without experts."""
     kind, changes = WINDOWED[name]
     base = folders.load(kind, {**changes, "sliding_window": window})
@@ -67,6 +78,9 @@ def test_a_sliding_window_is_masked(folders: Folders, name: str, window: int) ->
     assert not torch.allclose(narrow_says, wide_says, atol=1e-2)  # the window matters
     assert_plain(base, score(base, QUESTIONS))
     assert_answers_plainly(base, 7)
+    with monkeypatch.context() as patch:
+        patch.setattr("phatgoose.inference.stopping._STEPS", 0)  # a call for each token
+        assert_answers_plainly(base, 7)
     RoutedModel(base, Pool.from_experts(make_experts(base)), "phatgoose")
     assert_plain(base, score(base, QUESTIONS))
     assert_answers_plainly(base, 7)
