@@ -86,6 +86,7 @@ def _listen(
     questions = [Question.encode(model.base, e.input, [e.target], *limits) for e in examples]
     questions.sort(key=lambda question: question.length)
     statistics = _Statistics(model.forward_context, model.base.architecture, expert)
+    model.forward_context.apart = True  # a token that examples share would have one mean only
     with model.listening(statistics.hear):
         for start in range(0, len(questions), config.batch_size):
             model.score(questions[start : start + config.batch_size])
@@ -113,8 +114,8 @@ class _Statistics:
     def hear(self, linear: str, x: Tensor) -> None:
         """Count the tokens of one call of a linear, whose input is [B, L, D] or [B * L, D]."""
         side = self._architecture.side_of(linear)
-        mask_BL, queries_B = self._forward.masks[side], self._forward.queries[side]
-        query_T = queries_B.unsqueeze(1).expand_as(mask_BL)[mask_BL]
+        mask_BL, queries_BL = self._forward.masks[side].bool(), self._forward.queries[side]
+        query_T = queries_BL[mask_BL]
         x_TD = x.reshape(*mask_BL.shape, -1)[mask_BL].float()
         questions = int(self._forward.queries[side].max()) + 1
         sum_QD = self._sums.setdefault(linear, x_TD.new_zeros(questions, x_TD.shape[1]))

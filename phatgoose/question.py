@@ -36,12 +36,26 @@ class Question:
         Lengths are those of `encode_pair`; without them nothing is cut here, and scoring cuts what
         is too long for the base.
         """
-        pairs = [(context, choice) for choice in choices]
-        encoded = encode_pairs(base, pairs, max_context, max_target)
-        # The longest choice leaves the least room for the context.
-        shortest = min((ids for ids, _ in encoded), key=len)
         query = query or Query(context, tuple(choices) if len(choices) > 1 else ())
-        return Question(shortest, [target for _, target in encoded], query)
+        return Question.encode_all(base, [(context, choices, query)], max_context, max_target)[0]
+
+    @staticmethod
+    def encode_all(
+        base: Base,
+        asked: Sequence[tuple[str, Sequence[str], Query]],
+        max_context: int | None = None,
+        max_target: int | None = None,
+    ) -> list["Question"]:
+        """Return `encode` of many contexts, choices and queries at once."""
+        pairs = [(context, choice) for context, choices, _ in asked for choice in choices]
+        encoded = iter(encode_pairs(base, pairs, max_context, max_target))
+        questions = []
+        for _, choices, query in asked:
+            own = [next(encoded) for _ in choices]
+            # The longest choice leaves the least room for the context.
+            shortest = min((ids for ids, _ in own), key=len)
+            questions.append(Question(shortest, [target for _, target in own], query))
+        return questions
 
     @property
     def length(self) -> int:

@@ -2,11 +2,16 @@
 
 Shape suffixes: B rows, L positions, P places of target tokens, V vocabulary, D features.
 
-Where a base can share a context, one row holds it with all its choices. Each choice sees the
-context and itself, at the positions it would have alone, so the numbers are those of separate rows:
+Where a base can share a context, a row is a tree: tokens that begin several sequences alike are
+read once. A token sees those that lead to it, at the positions they would have alone, so the
+numbers are those of separate rows. A tree is written in depth-first order, so what a token leads to
+ends at one column: column j is seen from j up to there.
 
-    row        c0 c1 c2 | a0 a1 | b0 b1 b2          positions  0 1 2 | 3 4 | 3 4 5
-    a0 is predicted at c2, a1 at a0, ...            b0 is predicted at c2 too
+    questions  c0 c1 c2 with the choices a and b, and c0 c1 d2 d3 with the choice e
+    row        c0 c1 | c2 | a0 a1 | b0 b1 | d2 d3 | e0
+    positions   0  1    2    3  4    3  4    2  3    4
+    ends       10 10    7    5  5    7  7   10 10   10
+    a0 is predicted at c2, a1 at a0, ...; b0 is predicted at c2 too
 
 A sliding window of 3 hides from b1, at position 4, what is before position 2. Any other base reads
 a row for each choice, under its own masks.
@@ -15,7 +20,8 @@ a row for each choice, under its own masks.
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,6 +33,11 @@ from phatgoose.errors import reason_of
 
 # Relative differences of logits up to this may be rounding in float32.
 _ROUNDING = 5e-5
+# Attention to so many positions takes as long as the rest of the model (measured on a CPU, for a
+# width of 576; the wider a model, the more it is).
+_POSITIONS = 3000
+# So many capacities of rows are compared.
+_CAPACITIES = 64
 # A context, and its choices, which end with end-of-sequence.
 Ids = tuple[list[int], list[list[int]]]
 
@@ -37,61 +48,160 @@ class Rows:
 
     Attributes:
         inputs: arguments of the model.
-        counted_BL: True for tokens that no other row counts, bool [B, L].
-        queries_B: which question each row belongs to, int64 [B].
+        counted_BL: for how many questions or choices each token is read, int64 [B, L]: 0 for
+            padding, and for tokens that another row counts.
+        queries_BL: a question that each token belongs to, int64 [B, L].
         places: the row and column where each target token is predicted, by question, choice and
             token.
     """
 
     inputs: dict[str, Any]
     counted_BL: Tensor
-    queries_B: Tensor
+    queries_BL: Tensor
     places: list[tuple[int, int]]
 
 
-def shared_rows(model: PreTrainedModel, pad: int, questions: Sequence[Ids]) -> Rows:
-    """Return one row for each question."""
-    shape = (len(questions), max(map(_shared_length, questions)))
-    ids_BL = torch.full(shape, pad)
-    positions_BL = torch.zeros(shape, dtype=torch.long)
-    sees_BLL = torch.zeros(*shape, shape[1], dtype=torch.bool)
-    tokens_BL = torch.zeros(shape, dtype=torch.bool)
-    places: list[tuple[int, int]] = []
-    for row, (context_ids, choices) in enumerate(questions):
-        context = len(context_ids)
-        ids_BL[row, :context] = torch.tensor(context_ids)
-        positions_BL[row, :context] = torch.arange(context)
-        sees_BLL[row, :context, :context] = torch.ones(context, context).tril().bool()
-        start = context
-        for choice in choices:
-            inputs = len(choice) - 1
-            end = start + inputs
-            ids_BL[row, start:end] = torch.tensor(choice[:-1], dtype=torch.long)
-            positions_BL[row, start:end] = context + torch.arange(inputs)
-            sees_BLL[row, start:end, :context] = True
-            sees_BLL[row, start:end, start:end] = torch.ones(inputs, inputs).tril().bool()
-            places += [(row, context - 1), *((row, column) for column in range(start, end))]
-            start = end
-        tokens_BL[row, :start] = True
-    device = model.device
-    record = architecture_of(model.config)
-    masks = _masks(model, record.windows(model.config), sees_BLL, positions_BL)
+def shared_rows(
+    model: PreTrainedModel, pad: int, questions: Sequence[Ids], *, across: bool = True
+) -> Rows:
+    """Return rows in which the choices of a question share its context.
+
+    Args:
+        model: the model that reads them.
+        pad: the padding token.
+        questions: the batch.
+        across: whether questions share the beginnings of their contexts as well. If not, each
+            token belongs to one question.
+    """
+    order = list(range(len(questions)))
+    if across:
+        order.sort(key=lambda place: questions[place][0])
+    trees: list[_Tree] = []
+    places: list[list[tuple[int, int]]] = [[] for _ in questions]
+    for members in _split(questions, order, across=across):
+        tree, last = _Tree(), list[int]()
+        for place in members:
+            context, choices = questions[place]
+            kept = _common(context, last) if across else 0
+            tree.read(kept, context[kept:], place)
+            tree.count(0)
+            columns: list[list[int]] = [[] for _ in choices]
+            for index, kept in _branches(choices):
+                tree.read(len(context) + kept, choices[index][kept:-1], place)
+                tree.count(len(context))
+                columns[index] = tree.path[len(context) - 1 :]
+            places[place] = [(len(trees), column) for found in columns for column in found]
+            last = context
+        tree.read(0, [], 0)
+        trees.append(tree)
+    length = max(len(tree.ids) for tree in trees)
+    # Padding sees itself: a token that sees nothing is not a number in some implementations.
+    ids_BL = _filled([tree.ids for tree in trees], length, pad)
+    ends_BL = _filled([tree.ends for tree in trees], length, length)
+    positions_BL = _filled([tree.positions for tree in trees], length, 0)
+    counted_BL = _filled([tree.counted for tree in trees], length, 0)
+    queries_BL = _filled([tree.queries for tree in trees], length, 0)
+    device, record = model.device, architecture_of(model.config)
+    masks = _masks(model, record.windows(model.config), ends_BL, positions_BL)
     return Rows(
         inputs={
             "input_ids": ids_BL.to(device),
             "attention_mask": masks if record.window == "layer_types" else masks.popitem()[1],
             "position_ids": positions_BL.to(device),
         },
-        counted_BL=tokens_BL.to(device),
-        queries_B=torch.arange(len(questions), device=device),
-        places=places,
+        counted_BL=counted_BL.to(device),
+        queries_BL=queries_BL.to(device),
+        places=[place for found in places for place in found],
     )
 
 
-def separate_rows(model: PreTrainedModel, pad: int, questions: Sequence[Ids]) -> list[Rows]:
-    """Return passes with one row for each choice, none of more tokens than `shared_rows` has.
+@dataclass
+class _Tree:
+    """A row that is being written.
 
-    A context is counted in the row of its first choice only.
+    Attributes:
+        ids, positions, ends, counted, queries: of each column.
+        path: the columns of the tokens that lead to the last one, and its own.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+    counted: list[int] = field(default_factory=list)
+    queries: list[int] = field(default_factory=list)
+    path: list[int] = field(default_factory=list)
+
+    def read(self, depth: int, ids: Sequence[int], query: int) -> None:
+        """Write tokens behind the first `depth` tokens of the path."""
+        for column in self.path[depth:]:
+            self.ends[column] = len(self.ids)
+        first, count = len(self.ids), len(ids)
+        self.path[depth:] = range(first, first + count)
+        self.ids += ids
+        self.positions += range(depth, depth + count)
+        self.ends += [0] * count
+        self.counted += [0] * count
+        self.queries += [query] * count
+
+    def count(self, depth: int) -> None:
+        """Count the tokens of the path once more, from this depth on."""
+        for column in self.path[depth:]:
+            self.counted[column] += 1
+
+
+def _split(questions: Sequence[Ids], order: Sequence[int], *, across: bool) -> list[list[int]]:
+    """Distribute questions over rows, so that reading them takes the least time.
+
+    Short rows leave more padding and share less, long rows need more attention.
+    """
+    sizes = {
+        place: len(context) + sum(len(choices[i]) - 1 - kept for i, kept in _branches(choices))
+        for place, (context, choices) in enumerate(questions)
+    }
+    shared = dict.fromkeys(order, 0)
+    if across:
+        for before, place in pairwise(order):
+            shared[place] = _common(questions[before][0], questions[place][0])
+
+    def fill(capacity: int) -> tuple[float, list[list[int]]]:
+        rows, lengths = list[list[int]](), list[int]()
+        for place in order:
+            if rows and lengths[-1] + sizes[place] - shared[place] <= capacity:
+                rows[-1].append(place)
+                lengths[-1] += sizes[place] - shared[place]
+            else:
+                rows.append([place])
+                lengths.append(sizes[place])
+        return len(rows) * max(lengths) * (1 + max(lengths) / _POSITIONS), rows
+
+    shortest, longest = max(sizes.values()), sum(sizes.values()) - sum(shared.values())
+    capacities = range(shortest, longest, max(1, (longest - shortest) // _CAPACITIES))
+    return min(map(fill, [*capacities, longest]))[1]
+
+
+def _branches(choices: Sequence[list[int]]) -> list[tuple[int, int]]:
+    """Return the index of each choice in the order of a tree, and how many tokens it shares."""
+    order = sorted(range(len(choices)), key=lambda index: choices[index][:-1])
+    shared = [_common(choices[a][:-1], choices[b][:-1]) for a, b in pairwise(order)]
+    return list(zip(order, [0, *shared], strict=True))
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return how many tokens two sequences begin with alike."""
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
+
+
+def _filled(rows: Sequence[Sequence[int]], length: int, value: int) -> Tensor:
+    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])
+
+
+def separate_rows(model: PreTrainedModel, pad: int, questions: Sequence[Ids]) -> list[Rows]:
+    """Return passes with one row for each choice.
+
+    None has more tokens than one row for each question, with all its choices, would have. A context
+    is counted in the row of its first choice only.
     """
     rows = [
         (query, index, context, choice)
@@ -110,18 +220,20 @@ def _separate_pass(
     model: PreTrainedModel, pad: int, rows: Sequence[tuple[int, int, list[int], list[int]]]
 ) -> Rows:
     ids_BL, mask_BL = pad_rows([context + choice[:-1] for _, _, context, choice in rows], pad)
-    counted_BL = mask_BL.bool()
+    counted_BL = mask_BL.clone()
     places: list[tuple[int, int]] = []
     for row, (_, index, context, choice) in enumerate(rows):
         if index > 0:
-            counted_BL[row, : len(context)] = False
+            counted_BL[row, : len(context)] = 0
         first = len(context) - 1
         places += [(row, column) for column in range(first, first + len(choice))]
     device = model.device
     return Rows(
         inputs={"input_ids": ids_BL.to(device), "attention_mask": mask_BL.to(device)},
         counted_BL=counted_BL.to(device),
-        queries_B=torch.tensor([query for query, *_ in rows], device=device),
+        queries_BL=torch.tensor([query for query, *_ in rows], device=device)
+        .unsqueeze(1)
+        .expand(ids_BL.shape),
         places=places,
     )
 
@@ -191,13 +303,14 @@ def _shared_length(question: Ids) -> int:
 
 
 def _masks(
-    model: PreTrainedModel,
-    windows: dict[str, int | None],
-    sees_BLL: Tensor,
-    positions_BL: Tensor,
+    model: PreTrainedModel, windows: dict[str, int | None], ends_BL: Tensor, positions_BL: Tensor
 ) -> dict[str, Tensor]:
     """Return the mask of each kind of layer, [B, 1, L, L]; equal ones are one tensor."""
-    longest = int(positions_BL.max())
+    longest, device = int(positions_BL.max()), model.device
+    ends_BL, positions_BL = ends_BL.to(device), positions_BL.to(device)
+    columns_L = torch.arange(ends_BL.shape[1], device=device)
+    rows_L1 = columns_L.unsqueeze(1)
+    sees_BLL = (columns_L <= rows_L1) & (rows_L1 < ends_BL.unsqueeze(1))
     made: dict[int | None, Tensor] = {}
     masks = {}
     for kind, window in windows.items():
@@ -206,7 +319,7 @@ def _masks(
         if window not in made:
             near_BLL = sees_BLL
             if window is not None:
-                distances_BLL = positions_BL.int().unsqueeze(2) - positions_BL.int().unsqueeze(1)
+                distances_BLL = positions_BL.unsqueeze(2) - positions_BL.unsqueeze(1)
                 near_BLL = sees_BLL & (distances_BLL < window)
             made[window] = _bias(near_BLL, model)
         masks[kind] = made[window]
@@ -216,7 +329,7 @@ def _masks(
 def _bias(sees_BLL: Tensor, model: PreTrainedModel) -> Tensor:
     """Return what is added to the attention's scores, [B, 1, L, L]."""
     bias_BLL = torch.zeros(sees_BLL.shape, dtype=model.dtype, device=model.device)
-    bias_BLL.masked_fill_(~sees_BLL.to(model.device), torch.finfo(model.dtype).min)
+    bias_BLL.masked_fill_(~sees_BLL, torch.finfo(model.dtype).min)
     return bias_BLL.unsqueeze(1)
 
 

@@ -71,8 +71,14 @@ def encode_context(base: Base, context: str, max_tokens: int | None = None) -> l
     Spaces at its end are left out, see rule 6. An encoder's input ends with the end-of-sequence
     token, as T5 was trained. `max_tokens` cuts it as in training, see rule 5.
     """
-    (ids,) = _encode_all(base, [context.rstrip(" ")])
-    return _training_cut(base, _complete(base, ids), max_tokens)
+    (ids,) = encode_contexts(base, [context])
+    return _training_cut(base, ids, max_tokens)
+
+
+def encode_contexts(base: Base, contexts: Sequence[str]) -> list[list[int]]:
+    """Return `encode_context` of many contexts at once, which tokenizers do in parallel."""
+    found = _encode_all(base, [context.rstrip(" ") for context in contexts])
+    return [_complete(base, ids) for ids in found]
 
 
 def encode_pair(
@@ -116,7 +122,9 @@ def encode_pairs(
         for (context, target), bare in zip(pairs, stripped, strict=True)
     ]
     # 2. Read the target behind its prompt, or on its own.
-    contexts = _encode_all(base, stripped)
+    distinct = list(dict.fromkeys(stripped))  # the choices of a question follow one context
+    ids_of = dict(zip(distinct, _encode_all(base, distinct), strict=True))
+    contexts = [ids_of[text] for text in stripped]
     found: list[list[int]] = [[] for _ in pairs]
     if not base.is_encoder_decoder:
         texts = [bare + target for bare, target in zip(stripped, targets, strict=True)]

@@ -11,7 +11,7 @@ from phatgoose.inference.model import RoutedModel
 from phatgoose.inference.routed_linear import RoutingLog
 from phatgoose.query import Query
 from phatgoose.question import Question
-from phatgoose.tokenization import encode_context, prompt_room, spaces_moved
+from phatgoose.tokenization import encode_contexts, prompt_room, spaces_moved
 
 
 def answer_chunk(base: Base, model: RoutedModel, chunk: Chunk, description: str) -> Answer:
@@ -21,10 +21,9 @@ def answer_chunk(base: Base, model: RoutedModel, chunk: Chunk, description: str)
 
 
 def _score(base: Base, model: RoutedModel, chunk: Chunk, description: str) -> Answer:
-    questions = [
-        Question.encode(base, r.context, r.choices, query=_query(r, description))
-        for r in chunk.requests
-    ]
+    questions = Question.encode_all(
+        base, [(r.context, r.choices, _query(r, description)) for r in chunk.requests]
+    )
     with model.recording(RoutingLog()) as log:
         scores = model.score(questions)
     return Answer(
@@ -64,13 +63,15 @@ def _generate_alike(
     requests = [chunk.requests[place] for place in places]
     limit, stops = requests[0].max_new_tokens, requests[0].until
     queries = [_query(request, description) for request in requests]
-    prompts = [encode_context(base, request.context) for request in requests]
+    prompts = encode_contexts(base, [request.context for request in requests])
     room = prompt_room(base, limit)
-    questions = {
-        place: Question.encode(base, request.context, request.choices, query=query)
+    scored = [
+        (place, (request.context, request.choices, query))
         for place, request, query in zip(places, requests, queries, strict=True)
         if request.choices
-    }
+    ]
+    encoded = Question.encode_all(base, [asked for _, asked in scored])
+    questions = {place: question for (place, _), question in zip(scored, encoded, strict=True)}
     # White space at the end of a prompt belongs to a scored answer. A generation keeps it in the
     # prompt, except spaces. So the two prompts differ after a line break, for example.
     together = [question.context for question in questions.values()] == prompts and all(

@@ -3,6 +3,9 @@
 Shape suffixes: B rows, L positions of the prompt, N positions after it, P places where target
 tokens are predicted, V vocabulary.
 
+Rows that have ended leave the batch: where enough of them have, the call of transformers'
+`generate` ends, and another one continues with the rows that are left and their part of the cache.
+
 `answer` also scores a target behind each prompt, over the same pass through the prompts:
 
     prompt ──► cache ──► greedy tokens, one after the other
@@ -12,6 +15,7 @@ A cache that has lost or mixed tokens, under a sliding window or in a recurrent 
 back. Such a base reads the prompt twice.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,13 +23,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutput
 
 from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
 from phatgoose.inference.forward_context import ForwardContext
 from phatgoose.inference.scoring import Score, logits_at, score, to_scores
+from phatgoose.inference.stopping import Ending, Stopping
 from phatgoose.question import Question
 from phatgoose.rows import pad_rows
 from phatgoose.tokenization import cut_context, prompt_room
@@ -58,7 +63,7 @@ def generate(
     """
     room = prompt_room(base, max_new_tokens)
     contexts = [cut_context(base, ids, room) for ids in contexts]
-    ending = _Ending(base, stops, spaces or [0] * len(contexts))
+    ending = Ending(base, stops, spaces or [0] * len(contexts))
     return _write(
         base, contexts, max_new_tokens, ending, forward or ForwardContext(), counted="all"
     ).texts
@@ -90,7 +95,7 @@ def answer(
         raise PhatgooseError("a question is too long for the base. Generate and score it apart.")
     forward = forward or ForwardContext()
     contexts = [question.context for question in questions]
-    ending = _Ending(base, stops, spaces or [0] * len(contexts))
+    ending = Ending(base, stops, spaces or [0] * len(contexts))
     targets = [question.choices[0] for question in questions]
     first_choices = [Question(q.context, q.choices[:1]) for q in questions]
     if not _can_cut_back(base, contexts, targets, max_new_tokens):
@@ -121,7 +126,7 @@ class _Written:
 
     texts: list[str]
     first_BV: Tensor  # logits of the first token after the prompt
-    cache: Any
+    cache: Any  # of all rows
     mask_BL: Tensor
     encoded: BaseModelOutput | None
 
@@ -130,7 +135,7 @@ def _write(
     base: Base,
     contexts: Sequence[list[int]],
     max_new_tokens: int,
-    ending: "_Ending",
+    ending: Ending,
     forward: ForwardContext,
     *,
     counted: Literal["all", "prompt", "nothing"],
@@ -140,12 +145,12 @@ def _write(
     ids_BL, mask_BL = pad_rows(contexts, pad, left=not base.is_encoder_decoder)
     ids_BL, mask_BL = ids_BL.to(device), mask_BL.to(device)
     counted_BL = mask_BL.bool() & (counted != "nothing")
-    prompt: dict[str, Any] = {"input_ids": ids_BL, "attention_mask": mask_BL}
-    encoded, start = None, ids_BL.shape[1]
+    inputs: dict[str, Any] = {"input_ids": ids_BL, "attention_mask": mask_BL}
+    encoded = None
     if base.is_encoder_decoder:
         forward.announce("encoder", counted_BL)
-        encoded = base.model.get_encoder()(**prompt)
-        prompt["encoder_outputs"], start = encoded, 1
+        encoded = base.model.get_encoder()(**inputs)
+        inputs["encoder_outputs"] = encoded
         forward.announce("decoder", torch.ones_like(mask_BL[:, :1], dtype=torch.bool))
     else:
         forward.announce("decoder", counted_BL)
@@ -155,23 +160,62 @@ def _write(
         if not first:
             first.append(output.logits[:, -1])
 
-    stopping = _Stopping(ending, start, forward, counted=counted == "all")
+    stopping = Stopping(
+        ending,
+        forward,
+        rows=len(contexts),
+        most=max_new_tokens,
+        counts=counted == "all",
+        # Other caches hold states whose rows transformers cannot pick.
+        compacts=base.shares_context,
+    )
+    cache = None
     handle = base.model.register_forward_hook(keep_first)
     try:
-        with _greedy(base, ending.tokens, max_new_tokens):
-            written = base.model.generate(  # type: ignore[operator]  # a mixin hides its type
-                **prompt, stopping_criteria=StoppingCriteriaList([stopping])
-            )
+        while stopping.left:
+            with _greedy(base, ending.tokens, stopping.left):
+                written = base.model.generate(  # type: ignore[operator]  # a mixin hides its type
+                    **inputs, stopping_criteria=StoppingCriteriaList([stopping])
+                )
+            # What is scored after the prompts reads the cache of all rows.
+            cache = written.past_key_values if cache is None else cache
+            inputs = _remaining(base, inputs, written, stopping, keep=counted == "prompt")
     finally:
         handle.remove()
-    rows = written.sequences[:, start:].tolist()
     return _Written(
-        texts=[ending.text(row, ids[: stopping.length(row)]) for row, ids in enumerate(rows)],
+        texts=[ending.text(row, ids) for row, ids in enumerate(stopping.written)],
         first_BV=first[0],
-        cache=written.past_key_values,
+        cache=cache,
         mask_BL=mask_BL,
         encoded=encoded,
     )
+
+
+def _remaining(
+    base: Base, inputs: dict[str, Any], written: Any, stopping: Stopping, *, keep: bool
+) -> dict[str, Any]:
+    """Return what `generate` continues with: the rows that have not ended.
+
+    `keep` leaves the cache as it is, for others.
+    """
+    places = stopping.compact(base.device)
+    if not places:
+        return {}
+    places_B = torch.tensor(places, device=base.device)
+    cache = copy.deepcopy(written.past_key_values) if keep else written.past_key_values
+    cache.batch_select_indices(places_B)
+    rest = {"past_key_values": cache, "attention_mask": inputs["attention_mask"][places_B]}
+    sequences_BN = written.sequences[places_B]
+    if base.is_encoder_decoder:
+        states_BLD = inputs["encoder_outputs"].last_hidden_state[places_B]
+        rest["input_ids"] = inputs["input_ids"][places_B]
+        rest["encoder_outputs"] = BaseModelOutput(last_hidden_state=states_BLD)
+        # Without this mask, `generate` would take all of them for new tokens.
+        rest["decoder_attention_mask"] = torch.ones_like(sequences_BN)
+        return {**rest, "decoder_input_ids": sequences_BN}
+    before = rest["attention_mask"]
+    after = before.new_ones(len(places), sequences_BN.shape[1] - before.shape[1])
+    return {**rest, "input_ids": sequences_BN, "attention_mask": torch.cat([before, after], dim=1)}
 
 
 @contextmanager
@@ -246,90 +290,3 @@ def _after_the_prompt(
         logits = base.model(**inputs, past_key_values=written.cache, use_cache=True).logits
     rest_PV: Tensor = logits[0]
     return rest_PV
-
-
-class _Ending:
-    """Where generated rows end, and the text of what was written before.
-
-    Args:
-        base: its end tokens are the one that experts are trained with, and its other ones.
-        stops: as for `generate`.
-        spaces: of each row, as for `generate`.
-    """
-
-    def __init__(self, base: Base, stops: Sequence[str], spaces: Sequence[int]) -> None:
-        self._tokenizer, self._spaces = base.tokenizer, spaces
-        self.stops = [stop for stop in stops if stop]
-        # More than `all_special_tokens`, which are those that have a role.
-        added = base.tokenizer.added_tokens_decoder.values()
-        special = {token.content for token in added if token.special}
-        self._special = [stop for stop in self.stops if any(name in stop for name in special)]
-        own = base.model.generation_config.eos_token_id
-        others = own if isinstance(own, list) else [own]
-        self.tokens = sorted({base.tokenizer.eos_token_id, *others} - {None})
-
-    def is_reached(self, row: int, ids: list[int]) -> bool:
-        """Return whether the text of a row contains a stop string."""
-        text = self._own(row, self._decode(ids))
-        return any(stop in text for stop in self.stops)
-
-    def text(self, row: int, ids: list[int]) -> str:
-        """Return what a row wrote before its first stop string, without special tokens."""
-        ids = ids[:-1] if ids and ids[-1] in self.tokens else ids
-        rest = ""
-        for stop in self._special:  # these are not in the text any more
-            raw = self._decode(ids)
-            at = raw.find(stop, len(raw) - len(self._own(row, raw)))
-            if at >= 0:
-                while len(self._decode(ids)) > at:
-                    ids = ids[:-1]
-                rest = raw[len(self._decode(ids)) : at]  # the beginning of a token
-        text = self._own(row, self._decode(ids, special=False) + rest)
-        # As lm-evaluation-harness, one after the other; the end may be written in letters.
-        for stop in [*self.stops, self._tokenizer.eos_token]:
-            text = text.split(stop)[0]
-        return text
-
-    def _decode(self, ids: list[int], *, special: bool = True) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=not special))
-
-    def _own(self, row: int, text: str) -> str:
-        """Return a text without the spaces that its prompt ends with."""
-        written = len(text) - len(text.lstrip(" "))
-        return text[min(written, self._spaces[row]) :]
-
-
-class _Stopping(StoppingCriteria):
-    """Ends a row at an end token or a stop string; announces which rows continue.
-
-    Where what is written is not to be counted, it is announced as padding.
-    """
-
-    def __init__(
-        self, ending: _Ending, start: int, forward: ForwardContext, *, counted: bool
-    ) -> None:
-        self._ending, self._start, self._forward = ending, start, forward
-        self._counted = counted
-        self._done_B: Tensor | None = None
-        self._lengths: dict[int, int] = {}
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        """Return which rows have ended, bool [B], after each new token."""
-        ends = torch.tensor(self._ending.tokens, device=input_ids.device)
-        done_B = torch.isin(input_ids[:, -1], ends)
-        if self._done_B is not None:
-            done_B |= self._done_B
-        if self._ending.stops:
-            for row in (~done_B).nonzero().flatten().tolist():
-                ids = input_ids[row, self._start :].tolist()
-                done_B[row] = self._ending.is_reached(row, ids)
-        for row in done_B.nonzero().flatten().tolist():
-            self._lengths.setdefault(row, input_ids.shape[1] - self._start)
-        self._done_B = done_B
-        counts_B = ~done_B if self._counted else torch.zeros_like(done_B)
-        self._forward.announce("decoder", counts_B.unsqueeze(-1))
-        return done_B
-
-    def length(self, row: int) -> int | None:
-        """Return how many tokens a row has written until its end; None if it has not ended."""
-        return self._lengths.get(row)

@@ -38,7 +38,7 @@ class RoutingLog:
     def add(
         self, linear: str, weights_TK: Tensor, indices_TK: Tensor, mask_T: Tensor, experts: int
     ) -> None:
-        """Count one call of a linear; `mask_T` is True for tokens and False for padding."""
+        """Count one call of a linear, each token `mask_T` times: 0 or False for padding."""
         weights_TK, indices_TK, mask_T = off_mps(weights_TK, indices_TK, mask_T)
         kept_TK = weights_TK.double() * mask_T.unsqueeze(-1)
         total_E = self.weights.setdefault(linear, kept_TK.new_zeros(experts))
@@ -68,7 +68,7 @@ class TokenLog(RoutingLog):
             weights_TK, indices_TK, mask_T = off_mps(weights_TK, indices_TK, mask_T)
             weights_TE = weights_TK.new_zeros(len(weights_TK), experts).double()
             weights_TE.scatter_add_(1, indices_TK, weights_TK.double())
-            self.routed.append(weights_TE[mask_T])
+            self.routed.append(weights_TE[mask_T.bool()])
 
 
 class RoutedLinear(nn.Module):
@@ -142,10 +142,10 @@ class RoutedLinear(nn.Module):
             return y
         x_TD, y_TO = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         if experts.rule is not None:
-            bias_TE = self._bias(len(x_TD)) if experts.rule.biased else None
+            bias_TE = self._bias() if experts.rule.biased else None
             y_TO, weights_TK, indices_TK = experts.route_and_add(y_TO, x_TD, bias_TE)
         else:
-            weights_TK, indices_TK = self._mixture(len(x_TD))
+            weights_TK, indices_TK = self._mixture()
             y_TO = experts.add(y_TO, x_TD, weights_TK, indices_TK)
         if self.log is not None:
             if self.side not in self._forward.masks:
@@ -154,14 +154,14 @@ class RoutedLinear(nn.Module):
             self.log.add(self.name, weights_TK, indices_TK, mask_T, len(experts.lora_A_ERD))
         return y_TO.view_as(y)
 
-    def _bias(self, tokens: int) -> Tensor:
+    def _bias(self) -> Tensor:
         if self._forward.bias_QE is None:
             raise PhatgooseError(UNANNOUNCED)
-        return self._forward.bias_QE[self._forward.query_T(self.side, tokens)]
+        return self._forward.bias_QE[self._forward.query_T(self.side)]
 
-    def _mixture(self, tokens: int) -> tuple[Tensor, Tensor]:
+    def _mixture(self) -> tuple[Tensor, Tensor]:
         if self._forward.mixture is None:
             raise PhatgooseError(UNANNOUNCED)
         weights_QK, indices_QK = self._forward.mixture
-        query_T = self._forward.query_T(self.side, tokens)
+        query_T = self._forward.query_T(self.side)
         return weights_QK[query_T], indices_QK[query_T]

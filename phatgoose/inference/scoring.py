@@ -162,13 +162,13 @@ def _score_decoder(
     """Return logits [P, V], and each target's place and token by question, choice and token."""
     pad, ids = base.tokenizer.pad_token_id, [(q.context, q.choices) for q in questions]
     if base.shares_context:
-        passes = [shared_rows(base.model, pad, ids)]
+        passes = [shared_rows(base.model, pad, ids, across=forward.shares_tokens)]
     else:
         passes = separate_rows(base.model, pad, ids)
     parts: list[Tensor] = []
     places: list[int] = []
     for rows in passes:
-        forward.announce("decoder", rows.counted_BL, rows.queries_B)
+        forward.announce("decoder", rows.counted_BL, rows.queries_BL)
         # The choices of a question share the place that predicts their first token: project it
         # once.
         unique = list(dict.fromkeys(rows.places))
@@ -201,7 +201,7 @@ def _score_encoder_decoder(
         [i for i, question in enumerate(questions) for _ in question.choices], device=device
     )
     ids_CL, mask_CL = (t.to(device) for t in pad_rows([c[:-1] for c in choices], pad))
-    forward.announce("decoder", mask_CL.bool(), question_C)
+    forward.announce("decoder", mask_CL.bool(), question_C.unsqueeze(1).expand(mask_CL.shape))
     cache = first.past_key_values
     cache.batch_select_indices(question_C)
     encoded.last_hidden_state = encoded.last_hidden_state[question_C]

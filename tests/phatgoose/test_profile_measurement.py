@@ -22,9 +22,9 @@ from tests.support.tiny_encoder import make_encoder
 EXAMPLES = [
     Example("Is the lake deep?", " yes", (" yes", " no")),
     Example("Question: which bird flies in the flock?\nAnswer:", " the goose"),
-    Example("two and three is", " five"),
+    Example("Is the lake dry?", " no", (" yes", " no")),  # begins like the first
     Example("The grey goose flies over", " the lake, and the swan swims."),
-    Example("Is the lake dry?", " no", (" yes", " no")),
+    Example("two and three is", " five"),
 ]
 
 
@@ -92,7 +92,7 @@ def test_embeddings_use_the_first_examples_in_the_format_of_the_paper(
     texts = [
         "Answer Choices: yes, no, Instance: Is the lake deep?",
         "Answer Choices: None, Instance: Question: which bird flies in the flock?\nAnswer:",
-        "Answer Choices: None, Instance: two and three is",
+        "Answer Choices: yes, no, Instance: Is the lake dry?",
         "Answer Choices: None, Instance: The grey goose flies over",
     ]
     torch.testing.assert_close(profile.embeddings_NS, encoder.encode(texts))

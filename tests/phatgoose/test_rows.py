@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
@@ -30,7 +32,7 @@ from tests.support.architectures import (
     assert_plain,
     assert_same,
 )
-from tests.support.plain import plain_logits
+from tests.support.plain import plain_logits, plain_score
 from tests.support.pools import FakeEncoder, make_pool
 from tests.support.tiny import (
     make_experts,
@@ -50,9 +52,20 @@ def test_choices_score_the_same_together_and_alone(folders: Folders, name: str) 
     assert_answers_plainly(base, 4)
 
 
+@pytest.mark.parametrize("name", DECODERS)
+def test_generation_continues_in_several_calls(
+    folders: Folders, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check bases whose rows may leave a batch, with a call for each token, and the others."""
+    monkeypatch.setattr("phatgoose.inference.stopping._STEPS", 0)
+    assert_answers_plainly(folders.load(*DECODERS[name]), 5)
+
+
 @pytest.mark.parametrize("name", WINDOWED)
 @pytest.mark.parametrize("window", [2, 3, 6])
-def test_a_sliding_window_is_masked(folders: Folders, name: str, window: int) -> None:
+def test_a_sliding_window_is_masked(
+    folders: Folders, name: str, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Check windows shorter than prompts, choices and outputs, with and without experts."""
     kind, changes = WINDOWED[name]
     base = folders.load(kind, {**changes, "sliding_window": window})
@@ -65,6 +78,9 @@ def test_a_sliding_window_is_masked(folders: Folders, name: str, window: int) ->
     assert not torch.allclose(narrow_says, wide_says, atol=1e-2)  # the window matters
     assert_plain(base, score(base, QUESTIONS))
     assert_answers_plainly(base, 7)
+    with monkeypatch.context() as patch:
+        patch.setattr("phatgoose.inference.stopping._STEPS", 0)  # a call for each token
+        assert_answers_plainly(base, 7)
     RoutedModel(base, Pool.from_experts(make_experts(base)), "phatgoose")
     assert_plain(base, score(base, QUESTIONS))
     assert_answers_plainly(base, 7)
@@ -168,9 +184,9 @@ def test_separate_rows_give_the_results_of_shared_rows(
 
 
 def test_separate_rows_do_not_need_more_memory(llama: Base) -> None:
-    """Check that no pass has more tokens, padding included, than the shared rows of the batch."""
+    """Check that no pass has more tokens than a row for each question would, padding included."""
     many = [
-        Question([5] * 30, [[7] * n + [0] for n in range(12)]),
+        Question([5] * 30, [[7 + n] * n + [0] for n in range(12)]),
         Question([6] * 3, [[8, 0], [9, 0]]),
     ]
     sizes: list[int] = []
@@ -180,11 +196,103 @@ def test_separate_rows_do_not_need_more_memory(llama: Base) -> None:
     found = score(dataclasses.replace(llama, shares_context=False), many)
     handle.remove()
     shared, *separate = sizes
+    longest = 30 + sum(range(12))
     assert len(separate) > 1
-    assert max(separate) <= shared
+    assert max(separate) <= longest * len(many)
+    assert shared <= longest * len(many)
     for one, other in zip(expected, found, strict=True):
         for a, b in zip(one, other, strict=True):
             assert_same(a, b)
+
+
+TOKENS = st.integers(5, 6)  # so few that sequences often begin alike
+CONTEXTS = st.lists(TOKENS, min_size=1, max_size=6)
+CHOICES = st.lists(st.lists(TOKENS, max_size=3), min_size=1, max_size=4)
+
+
+@settings(
+    deadline=None,
+    max_examples=25,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    asked=st.lists(st.tuples(CONTEXTS, CHOICES), min_size=1, max_size=5),
+    positions=st.sampled_from([1, 8, 2000]),  # the fewer, the more rows
+    router=st.sampled_from(["base", "phatgoose"]),
+)
+def test_sequences_that_begin_alike_score_and_count_as_alone(
+    llama: Base, asked: list[tuple[list[int], list[list[int]]]], positions: int, router: str
+) -> None:
+    questions = [Question(context, [[*c, 0] for c in choices]) for context, choices in asked]
+    routed = RoutedModel(llama, Pool.from_experts(make_experts(llama, 4)), router)
+
+    def routing(question: Question, choice: list[int]) -> RoutingLog:
+        with routed.recording(RoutingLog()) as log:
+            routed.score([Question(question.context, [choice])])
+        return log
+
+    try:
+        with pytest.MonkeyPatch.context() as patch, routed.recording(RoutingLog()) as log:
+            patch.setattr("phatgoose.rows._POSITIONS", positions)
+            found = routed.score(questions)
+        for question, scores in zip(questions, found, strict=True):
+            for choice, actual in zip(question.choices, scores, strict=True):
+                assert_same(actual, plain_score(llama, question.context, choice))
+        contexts = [routing(question, [0]) for question in questions]
+        for name, weights_E in log.weights.items():
+            # A context counts once for all choices of its question.
+            expected_E, tokens = torch.zeros_like(weights_E), 0
+            for question, context in zip(questions, contexts, strict=True):
+                expected_E += context.weights[name]
+                tokens += context.tokens[name]
+                for choice in question.choices:
+                    whole = routing(question, choice)
+                    expected_E += whole.weights[name] - context.weights[name]
+                    tokens += whole.tokens[name] - context.tokens[name]
+            assert log.tokens[name] == tokens
+            torch.testing.assert_close(weights_E, expected_E, rtol=1e-4, atol=1e-4)
+        assert bool(log.weights) == (router == "phatgoose")
+    finally:
+        routed.detach()
+
+
+def test_what_questions_begin_with_is_read_once(llama: Base) -> None:
+    """Check that a pass has a column for each distinct beginning, and nothing else."""
+    shots = list(range(10, 40))
+    questions = [
+        Question([*shots, 50 + n], [[60, 61, 0], [60, 62, 63, 0], [64, 0]]) for n in range(3)
+    ]
+    questions.append(Question([*shots, 50, 70], [[71, 0]]))
+    sizes: list[int] = []
+    embeddings = llama.model.get_input_embeddings()
+    handle = embeddings.register_forward_pre_hook(lambda _, args: sizes.append(args[0].numel()))
+    scores = score(llama, questions)
+    handle.remove()
+    assert sizes == [30 + 3 * (1 + 5) + 2]
+    for question, found in zip(questions, scores, strict=True):
+        for choice, actual in zip(question.choices, found, strict=True):
+            assert_same(actual, plain_score(llama, question.context, choice))
+
+
+@pytest.mark.parametrize("positions", [1, 2000])
+@pytest.mark.parametrize("router", ["retrieval", "glider"])
+def test_queries_that_differ_share_no_tokens(
+    llama: Base, monkeypatch: pytest.MonkeyPatch, router: str, positions: int
+) -> None:
+    """Check equal contexts, in one row and in several, under what depends on the query."""
+    monkeypatch.setattr("phatgoose.sentence_encoder.load_encoder", lambda _: FakeEncoder())
+    monkeypatch.setattr("phatgoose.routers.stacked_profiles._embedded", {})
+    monkeypatch.setattr("phatgoose.rows._POSITIONS", positions)
+    routed = RoutedModel(llama, make_pool(llama), router)
+    choices = [[12, 30, 7, 0], [12, 0]]
+    questions = [
+        Question([5, 9, 11, 20], choices, Query(f"query {n}", task=f"task {n}")) for n in range(6)
+    ]
+    together = routed.score(questions)
+    for question, found in zip(questions, together, strict=True):
+        for actual, expected in zip(found, routed.score([question])[0], strict=True):
+            assert_same(actual, expected)
+    assert len({scores[0].loglikelihood for scores in together}) > 2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

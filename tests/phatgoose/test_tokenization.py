@@ -10,9 +10,12 @@ from lm_eval.models.utils import resolve_max_length
 
 from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
+from phatgoose.query import Query
+from phatgoose.question import Question
 from phatgoose.tokenization import (
     cut_context,
     encode_context,
+    encode_contexts,
     encode_pair,
     max_length,
     spaces_moved,
@@ -134,6 +137,45 @@ def test_an_empty_context_without_a_start_token_becomes_the_end_token(
 def test_a_context_alone_is_encoded_like_that_of_a_pair(base: Base) -> None:
     for context in ("Is the lake deep?", "Is the lake deep? ", "the goose  "):
         assert encode_context(base, context) == encode_pair(base, context, "yes")[0]
+
+
+class _Listening:
+    """A tokenizer that notes the texts it reads."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.texts: list[str] = []
+
+    def __call__(self, texts: str | list[str], **options: Any) -> Any:
+        self.texts += [texts] if isinstance(texts, str) else texts
+        return self._tokenizer(texts, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
+def test_a_context_is_tokenized_once_for_all_its_choices(base: Base) -> None:
+    tokenizer: Any = _Listening(base.tokenizer)
+    context, choices = "Is the lake deep? ", (" yes", " no", "the swan")
+    question = Question.encode(dataclasses.replace(base, tokenizer=tokenizer), context, choices)
+    assert tokenizer.texts.count("Is the lake deep?") == 1
+    pairs = [encode_pair(base, context, choice) for choice in choices]
+    assert question.choices == [target for _, target in pairs]
+    assert {tuple(ids) for ids, _ in pairs} == {tuple(question.context)}
+
+
+def test_many_questions_are_encoded_as_one_by_one(base: Base) -> None:
+    asked = [
+        ("Is the lake deep?", (" yes", " no"), Query("a")),
+        ("two and three is", (" five",), Query("b")),
+        ("Is the lake deep? ", ("yes", "no", "the goose"), Query("c")),
+        ("", ("the goose",), Query("d")),
+    ]
+    assert Question.encode_all(base, asked) == [
+        Question.encode(base, context, choices, query=query) for context, choices, query in asked
+    ]
+    contexts = [context for context, _, _ in asked]
+    assert encode_contexts(base, contexts) == [encode_context(base, text) for text in contexts]
 
 
 def test_long_contexts_are_truncated_right_in_encoders_and_left_in_decoders(

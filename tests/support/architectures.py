@@ -53,6 +53,8 @@ QUESTIONS = [
     Question(
         [9, 9, 9, 31, 17], [[61, 62, 63, 64, 65, 66, 67, 0], [14, 0], [77, 78, 0]], Query("c")
     ),
+    # Its context begins like the first one's, and its choices like each other.
+    Question([5, 9, 11, 20, 8], [[12, 30, 9, 0], [12, 0], [12, 30, 7, 0]], Query("d")),
 ]
 
 

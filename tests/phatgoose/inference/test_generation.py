@@ -4,17 +4,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lm_eval.models.utils import postprocess_generated_text
 
 from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
+from phatgoose.inference import stopping
 from phatgoose.inference.generation import answer, fits, generate
 from phatgoose.inference.model import RoutedModel
+from phatgoose.inference.routed_linear import RoutingLog
+from phatgoose.inference.stopping import Ending
 from phatgoose.pool import Pool
+from phatgoose.query import Query
 from phatgoose.question import Question
 from phatgoose.tokenization import encode_context
+from tests.support.pools import FakeEncoder, make_pool
 from tests.support.scripted import writing
 from tests.support.tiny import make_experts
 
@@ -117,6 +123,99 @@ def test_each_row_ends_independently(llama: Base) -> None:
     with writing(llama, *rows) as steps:
         assert generate(llama, contexts, 30, stops=["\n"]) == ["a", "bcd", "efgh"]
     assert len(steps) == len(rows[2])
+
+
+def test_rows_that_have_ended_leave_the_batch(llama: Base) -> None:
+    rows = [[*ids_of(llama, "abcd"[:n]), llama.tokenizer.eos_token_id] for n in (1, 1, 1, 4)]
+    long = ids_of(llama, "the goose flies over the lake and the swan swims, and so on and so on")
+    contexts = [ids_of(llama, "the")] * 5
+    with writing(llama, *rows, long) as steps:
+        texts = generate(llama, contexts, len(long))
+    assert texts == ["a", "a", "a", "abcd", llama.tokenizer.decode(long)]
+    assert len(long) - 5 >= 8  # the fourth row can save half a batch of two so often
+    assert steps[:2] == [5, 5]
+    assert steps[2:5] == [2, 2, 2]
+    assert steps[5:] == [1] * (len(long) - 5)
+
+
+@pytest.mark.parametrize("steps", [0, 0.01, 4])  # 0: a call of `generate` for each token
+@pytest.mark.parametrize("router", ["base", "phatgoose", "retrieval", "glider"])
+def test_leaving_rows_change_nothing(
+    base: Base, router: str, steps: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check texts, scores and what is counted, where stop strings end rows at different steps."""
+    monkeypatch.setattr("phatgoose.sentence_encoder.load_encoder", lambda _: FakeEncoder())
+    monkeypatch.setattr("phatgoose.routers.stacked_profiles._embedded", {})
+    prompts = [*PROMPTS, "two and three is", "The grey goose flies over the lake, and"]
+    queries = [Query(prompt, task=f"task {n}") for n, prompt in enumerate(prompts)]
+    asked = [(query.text, (" yes, the swan",), query) for query in queries]
+    questions = Question.encode_all(base, asked)
+    routed = RoutedModel(base, make_pool(base), router)
+    monkeypatch.setattr(stopping, "_STEPS", 10**9)
+    whole = routed.generate(queries, 12)
+    stops = [text[3 * n + 1] for n, text in enumerate(whole[:2])]  # at different places
+
+    def everything() -> tuple[Any, ...]:
+        with routed.recording(RoutingLog()) as of_texts:
+            texts = routed.generate(queries, 12, stops=stops)
+        with routed.recording(RoutingLog()) as of_answers:
+            answers, scores = routed.answer(questions, 12, stops=stops)
+        return texts, answers, scores, of_texts, of_answers
+
+    expected = everything()
+    monkeypatch.setattr(stopping, "_STEPS", steps)
+    found = everything()
+    assert len({len(text) for text in expected[0]}) > 1
+    assert found[:2] == expected[:2]
+    for one, other in zip(found[2], expected[2], strict=True):
+        assert one.loglikelihood == pytest.approx(other.loglikelihood, abs=1e-4)
+        assert one.eos_loglikelihood == pytest.approx(other.eos_loglikelihood, abs=1e-4)
+    for log, other in zip(found[3:], expected[3:], strict=True):
+        assert log.tokens == other.tokens
+        for name, weights_E in other.weights.items():
+            torch.testing.assert_close(log.weights[name], weights_E, rtol=1e-3, atol=1e-3)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), stops=st.lists(st.text("abe é☃\n>", max_size=3), min_size=1, max_size=3))
+def test_a_row_ends_at_the_first_token_whose_text_holds_a_stop_string(
+    base: Base, data: st.DataObject, stops: list[str]
+) -> None:
+    """Compare with the complete text after each token; tokens may be parts of characters."""
+    vocabulary = range(len(base.tokenizer))
+    likely = [t for text in ("a b é ☃ \n", "e<s>a") for t in ids_of(base, text)]
+    token = st.one_of(st.sampled_from(vocabulary), st.sampled_from(likely))
+    ids = data.draw(st.lists(token, min_size=1, max_size=12))
+    spaces = data.draw(st.integers(0, 2))
+    ending = Ending(base, stops, [spaces])
+
+    def holds(count: int) -> bool:
+        text = str(base.tokenizer.decode(ids[:count]))
+        text = text[min(spaces, len(text) - len(text.lstrip(" "))) :]
+        return any(stop and stop in text for stop in stops)
+
+    for count in range(1, len(ids) + 1):
+        assert ending.is_reached(0, ids[:count]) == holds(count)
+        if holds(count):
+            break
+
+
+def test_tokens_that_cannot_complete_a_stop_string_are_not_decoded_again(
+    llama: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[int] = []
+    decode = type(llama.tokenizer).decode
+
+    def count(self: Any, ids: list[int], **options: Any) -> Any:
+        decoded.append(len(ids))
+        return decode(self, ids, **options)
+
+    monkeypatch.setattr(type(llama.tokenizer), "decode", count)
+    text = ids_of(llama, "the goose flies over the lake\n")
+    ending = Ending(llama, ["\n"], [0])
+    reached = [ending.is_reached(0, text[:n]) for n in range(1, len(text) + 1)]
+    assert reached == [False] * (len(text) - 1) + [True]
+    assert [size for size in decoded if size > 3] == [len(text)]
 
 
 def test_padding_after_the_end_of_a_row_is_not_text(
