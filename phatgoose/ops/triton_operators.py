@@ -90,8 +90,8 @@ def _score_parts(x_TD: Tensor, gates_ED: Tensor, parts: int, block_E: int) -> Te
     span = triton.cdiv(triton.cdiv(features, parts), block_D) * block_D
     parts = triton.cdiv(features, span)
     scores_PTE = gates_ED.new_empty(parts, tokens, experts)
-    # As for `mix_`, blocks in float32 are smaller.
-    block_T = _power_of_two(tokens, 16, 128 // x_TD.element_size())
+    # As for `mix_`, blocks in float32 are smaller; so are those of float16, in three passes.
+    block_T = _power_of_two(tokens, 16, 64 if x_TD.dtype == torch.bfloat16 else 32)
     if tokens:
         with torch.cuda.device_of(x_TD):
             scores_program[triton.cdiv(experts, block_E), triton.cdiv(tokens, block_T), parts](
@@ -192,11 +192,12 @@ def _decode_(
     parts = triton.cdiv(200, triton.cdiv(experts, block_E))
     scores_PTE = _score_parts(x_TD, gates_ED, parts, block_E)
     weights_TK, indices_TK = _empty_choice(scores_PTE[0], top_k)
-    block_O = _power_of_two(triton.cdiv(outputs * max(tokens, 1), 200), 128, 2048)
-    block_O = min(block_O, _power_of_two(outputs, 16, 2048))
+    block_R = triton.next_power_of_2(rank)
+    block_O = _power_of_two(outputs, 16, 4096 // block_R)
+    span = triton.cdiv(triton.cdiv(outputs * tokens, 200), block_O) * block_O
     if tokens:
         with torch.cuda.device_of(x_TD):
-            decode_program[tokens, triton.cdiv(outputs, block_O)](
+            decode_program[tokens, triton.cdiv(outputs, span)](
                 y_TO,
                 x_TD,
                 scores_PTE,
@@ -221,11 +222,12 @@ def _decode_(
                 ABSOLUTE=absolute,
                 RANK=rank,
                 PARTS=len(scores_PTE),
-                BLOCK_D=_power_of_two(features, 16, 512),
+                SPAN=span,
+                BLOCK_D=_power_of_two(features, 16, 8192 // block_R),
                 BLOCK_O=block_O,
                 BLOCK_E=_power_of_two(experts, 16, 2**20),
                 BLOCK_K=triton.next_power_of_2(weights_TK.shape[1]),
-                BLOCK_R=triton.next_power_of_2(rank),
+                BLOCK_R=block_R,
                 num_warps=8,
             )
     return weights_TK, indices_TK
@@ -331,7 +333,7 @@ def _mix_groups(
     # Full blocks where pairs spread evenly; a product has at least 16 rows and columns, and in
     # float32 no tensor core, whose registers the sums of a larger block exceed.
     block_N = _power_of_two(triton.cdiv(tokens, groups), 16, 128 // x_TD.element_size())
-    block_C = _power_of_two(columns, 16, 64)
+    block_C = _power_of_two(columns, 16, 128 // x_TD.element_size())
     h_NC = weights.new_empty(tokens * top_k, columns, dtype=torch.float32)
     parts_NO = y_TO.new_empty(tokens * (top_k - 1), outputs)
     common = {

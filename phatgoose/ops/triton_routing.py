@@ -236,13 +236,14 @@ def decode_program(
     ABSOLUTE: tl.constexpr,
     RANK: tl.constexpr,
     PARTS: tl.constexpr,
+    SPAN: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ) -> None:
-    """Choose one token's experts, and add to a block of its outputs what they say."""
+    """Choose one token's experts, and add to `SPAN` of its outputs what they say."""
     token = tl.program_id(0).to(tl.int64)
     x_ptr += token * x_stride_t
     e_E = tl.arange(0, BLOCK_E)
@@ -263,12 +264,9 @@ def decode_program(
         tl.store(indices_ptr + token * TOP_K + k_K, index_K.to(tl.int64), mask=k_K < TOP_K)
 
     r_R = tl.arange(0, BLOCK_R)
-    o_O = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    y_ptr_O = y_ptr + token * y_stride_t + o_O * y_stride_o
-    y_O = tl.load(y_ptr_O, mask=o_O < outputs, other=0).to(tl.float32)
+    h_KR = tl.zeros([BLOCK_K, BLOCK_R], tl.float32)
     for k in tl.static_range(TOP_K):
         expert = tl.sum(tl.where(k_K == k, index_K, 0), axis=0).to(tl.int64)
-        weight = tl.sum(tl.where(k_K == k, weight_K, 0.0), axis=0)
         a_ptr_1R = lora_A_ptr + expert * RANK * features + r_R[None, :]
         product_DR = tl.zeros([BLOCK_D, BLOCK_R], tl.float32)
         for start in range(0, features, BLOCK_D):
@@ -277,9 +275,19 @@ def decode_program(
             mask_DR = (d_D < features)[:, None] & (r_R < RANK)[None, :]
             a_DR = tl.load(a_ptr_1R + d_D[:, None] * RANK, mask=mask_DR, other=0)
             product_DR += x_D[:, None] * a_DR.to(tl.float32)
-        h_R = tl.sum(product_DR, axis=0) * weight
-        b_ptr_RO = lora_B_ptr + expert * RANK * outputs + r_R[:, None] * outputs + o_O[None, :]
-        mask_RO = (r_R < RANK)[:, None] & (o_O < outputs)[None, :]
-        b_RO = tl.load(b_ptr_RO, mask=mask_RO, other=0).to(tl.float32)
-        y_O += tl.sum(h_R[:, None] * b_RO, axis=0)
-    tl.store(y_ptr_O, y_O.to(y_ptr.dtype.element_ty), mask=o_O < outputs)
+        h_KR = tl.where(k_K[:, None] == k, tl.sum(product_DR, axis=0)[None, :], h_KR)
+    h_KR *= weight_K[:, None]
+
+    first = tl.program_id(1) * SPAN
+    for start in range(first, tl.minimum(first + SPAN, outputs), BLOCK_O):
+        o_O = start + tl.arange(0, BLOCK_O)
+        y_ptr_O = y_ptr + token * y_stride_t + o_O * y_stride_o
+        y_O = tl.load(y_ptr_O, mask=o_O < outputs, other=0).to(tl.float32)
+        for k in tl.static_range(TOP_K):
+            expert = tl.sum(tl.where(k_K == k, index_K, 0), axis=0).to(tl.int64)
+            h_R = tl.sum(tl.where(k_K[:, None] == k, h_KR, 0.0), axis=0)
+            b_ptr_RO = lora_B_ptr + expert * RANK * outputs + r_R[:, None] * outputs + o_O[None, :]
+            mask_RO = (r_R < RANK)[:, None] & (o_O < outputs)[None, :]
+            b_RO = tl.load(b_ptr_RO, mask=mask_RO, other=0).to(tl.float32)
+            y_O += tl.sum(h_R[:, None] * b_RO, axis=0)
+        tl.store(y_ptr_O, y_O.to(y_ptr.dtype.element_ty), mask=o_O < outputs)
