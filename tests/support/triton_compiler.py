@@ -24,8 +24,9 @@ from triton.runtime.jit import JITFunction
 
 from phatgoose.ops import triton_kernels
 
+Case = tuple[int, int, int, int, int, int, torch.dtype]
 # Tokens, experts, top_k, rank, inputs, outputs, dtype.
-CASES = [
+CASES: list[Case] = [
     (8192, 166, 2, 16, 4096, 4096, torch.bfloat16),
     (8192, 1000, 1, 16, 4096, 11008, torch.bfloat16),
     (1, 166, 2, 16, 4096, 4096, torch.bfloat16),
@@ -60,12 +61,11 @@ def main() -> None:
     JITFunction.__getitem__ = _compile
     for case in CASES:
         with torch.no_grad():
-            _call(*case)
+            _call(case)
 
 
-def _call(
-    tokens: int, experts: int, top_k: int, rank: int, inputs: int, outputs: int, dtype: torch.dtype
-) -> None:
+def _call(case: Case) -> None:
+    tokens, experts, top_k, rank, inputs, outputs, dtype = case
     y_TO, x_TD = _empty(tokens, outputs, dtype=dtype), _empty(tokens, inputs, dtype=dtype)
     factors = (
         _empty(experts, inputs, rank, dtype=dtype),
@@ -79,10 +79,8 @@ def _call(
             y_TO, x_TD, gates_ED, *factors, top_k, False, True, bias_TE, absent_E, True
         )
         return
-    inverse_T, scores_TE = (
-        triton_kernels.inverse_std(x_TD),
-        triton_kernels.scores(x_TD, gates_ED),
-    )
+    inverse_T = triton_kernels.inverse_std(x_TD)
+    scores_TE = triton_kernels.scores(x_TD, gates_ED)
     triton_kernels.select(scores_TE, top_k, None, bias_TE, absent_E, True, True)
     weights_TK, indices_TK = triton_kernels.select(scores_TE, top_k, inverse_T)
     triton_kernels.mix_(y_TO, x_TD, *factors, indices_TK, weights_TK)
@@ -103,9 +101,9 @@ def _compile(program: JITFunction, grid: tuple[int, ...]) -> Any:
             file.write(compiled.asm["cubin"])
             file.flush()
             tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-            command = [tool, "--dump-resource-usage", file.name]
+            command = [str(tool), "--dump-resource-usage", file.name]
             usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+        registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0]
         ptx = compiled.asm["ptx"]
         line = {
             "program": program.__name__,

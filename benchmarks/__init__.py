@@ -1,0 +1,1 @@
+"""Measurements of cost: one module each, run with `python -m benchmarks.<name>`."""
