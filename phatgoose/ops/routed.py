@@ -2,15 +2,20 @@
 
 Shape suffixes: T tokens, D input features, O output features, E experts, K experts per token.
 
-    kernel   the compiled kernel: float32 and bfloat16 on the CPU, where no gradient is needed
+    kernel   on the CPU: the compiled kernel, for float32 and bfloat16
+             on CUDA: Triton's, for at most eight experts per token
+             where no gradient is needed
     torch    PyTorch's operators, everywhere: the fastest of `dense`, `grouped` and `loop`
 
-`PHATGOOSE_MIX` names the way to take: `kernel`, `torch`, or one of its three. Without it, the
-kernel is taken wherever there is one.
+`PHATGOOSE_MIX` names the way to take: `kernel`, `torch`, or one of its three. Without it, a kernel
+is taken wherever there is one.
 """
 
 import functools
+import importlib.metadata
+import importlib.util
 import logging
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,44 +25,59 @@ from phatgoose.ops.compiled import CompiledExperts, find_kernel, supports
 from phatgoose.ops.mixing import TORCH_WAYS, VARIABLE, mix, mix_factors, packed, wanted_way
 from phatgoose.ops.routing import GateScorer, TokenRule
 
+if TYPE_CHECKING:
+    from phatgoose.ops.triton_experts import TritonExperts
+
 _log = logging.getLogger(__name__)
 
 
-def uses_kernel() -> bool:
-    """Return whether the compiled kernel is used where it can be.
+def uses_kernel(device: str = "cpu") -> bool:
+    """Return whether a kernel is used on a kind of device, where it can be.
 
     Raises:
         PhatgooseError: the environment asks for the kernel, and there is none.
     """
-    wanted, kernel = wanted_way(), find_kernel()
+    wanted, kernel = wanted_way(), _kernel_on(device)
     if wanted in ("torch", *TORCH_WAYS):
         _say(logging.INFO, f"experts are mixed by PyTorch's operators, as {VARIABLE}={wanted} asks")
         return False
-    if isinstance(kernel, str):
-        fix = "Install phatgoose again where a C++ compiler is."
+    if isinstance(kernel, PhatgooseError):
         if wanted:
-            raise PhatgooseError(f"{VARIABLE}={wanted}: there is no kernel, as {kernel}. {fix}")
-        _say(
-            logging.WARNING,
-            f"no kernel for the CPU, as {kernel}: routing takes longer. {fix}",
-        )
+            raise PhatgooseError(f"{VARIABLE}={wanted}: {kernel}")
+        _say(logging.WARNING, f"routing takes longer: {kernel}")
         return False
-    _say(logging.INFO, f"experts are mixed by the compiled kernel: {kernel.build}")
+    _say(logging.INFO, f"experts are mixed by the kernel {kernel}")
     return True
+
+
+def way_on(device: str) -> str:
+    """Return what routes and mixes on a kind of device; part of what identifies an answer."""
+    wanted = wanted_way()
+    if uses_kernel(device):
+        return f"kernel {_kernel_on(device)}"
+    return wanted if wanted in TORCH_WAYS else "torch"
+
+
+def _kernel_on(device: str) -> str | PhatgooseError:
+    """Return the name and the build of the kernel for a kind of device, or why there is none."""
+    if device == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return PhatgooseError("there is no Triton. Install a PyTorch that brings it.")
+        return f"triton {importlib.metadata.version('triton')}"
+    if device != "cpu":
+        return PhatgooseError(f"there is no kernel for {device}. Use PyTorch's operators.")
+    kernel = find_kernel()
+    if isinstance(kernel, str):
+        return PhatgooseError(
+            f"no kernel for the CPU, as {kernel}. Install phatgoose again where a C++ compiler is."
+        )
+    return kernel.build
 
 
 @functools.cache
 def _say(level: int, message: str) -> None:
     """Log a message once in a process."""
     _log.log(level, message)
-
-
-def way_on(device: str) -> str:
-    """Return what routes and mixes on a kind of device; part of what identifies an answer."""
-    wanted, kernel = wanted_way(), find_kernel()
-    if device == "cpu" and not isinstance(kernel, str) and uses_kernel():
-        return f"kernel {kernel.build}"
-    return wanted if wanted in TORCH_WAYS else "torch"
 
 
 class RoutedExperts:
@@ -79,18 +99,24 @@ class RoutedExperts:
     ) -> None:
         self.lora_A_ERD, self.lora_B_EOR = packed(lora_A_ERD, lora_B_EOR)
         self.rule, self.mixes_factors = rule, mixes_factors
+        self._kernel: CompiledExperts | TritonExperts | None = None
+        gates = rule.score if rule is not None else None
         learned = [lora_A_ERD, lora_B_EOR]
-        if rule is not None and isinstance(rule.score, GateScorer):
-            learned.append(rule.score.gates_ED)
-        self._compiled: CompiledExperts | None = None
-        if (
-            supports(lora_A_ERD, lora_B_EOR)
-            and not any(tensor.requires_grad for tensor in learned)
-            and uses_kernel()
-        ):
-            self._compiled = CompiledExperts(
-                self.lora_A_ERD, self.lora_B_EOR, rule, mixes_factors=mixes_factors
-            )
+        if isinstance(gates, GateScorer):
+            learned.append(gates.gates_ED)
+        if not any(tensor.requires_grad for tensor in learned):
+            self._kernel = self._find_kernel()
+
+    def _find_kernel(self) -> "CompiledExperts | TritonExperts | None":
+        factors, device = (self.lora_A_ERD, self.lora_B_EOR), self.lora_A_ERD.device.type
+        if device == "cpu" and supports(*factors) and uses_kernel():
+            return CompiledExperts(*factors, self.rule, mixes_factors=self.mixes_factors)
+        if device == "cuda" and uses_kernel(device):
+            from phatgoose.ops import triton_experts as triton  # there is none without a GPU
+
+            if triton.supports(*factors, self.rule):
+                return triton.TritonExperts(*factors, self.rule, mixes_factors=self.mixes_factors)
+        return None
 
     def route_and_add(
         self, y_TO: Tensor, x_TD: Tensor, bias_TE: Tensor | None = None
@@ -106,15 +132,15 @@ class RoutedExperts:
             the sum, `weights_TK` (float32) and `indices_TK` (int64).
         """
         assert self.rule is not None
-        if self._compiled is not None and _is_plain(y_TO, x_TD):
-            return (y_TO, *self._compiled.route_and_add(y_TO, x_TD, bias_TE))
+        if self._kernel is not None and _is_plain(y_TO, x_TD):
+            return (y_TO, *self._kernel.route_and_add(y_TO, x_TD, bias_TE))
         weights_TK, indices_TK = self.rule(x_TD, bias_TE)
         return self._added(y_TO, x_TD, weights_TK, indices_TK), weights_TK, indices_TK
 
     def add(self, y_TO: Tensor, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
         """Add what the experts say that were chosen elsewhere; `y_TO` may be changed in place."""
-        if self._compiled is not None and _is_plain(y_TO, x_TD):
-            self._compiled.add(y_TO, x_TD, weights_TK, indices_TK)
+        if self._kernel is not None and _is_plain(y_TO, x_TD):
+            self._kernel.add(y_TO, x_TD, weights_TK, indices_TK)
             return y_TO
         return self._added(y_TO, x_TD, weights_TK, indices_TK)
 

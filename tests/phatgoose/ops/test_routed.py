@@ -3,6 +3,7 @@
 Shape suffixes: T tokens, D input features, O output features, E experts, K experts kept, R rank.
 """
 
+import importlib.util
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,6 +18,9 @@ from torch import Tensor
 from phatgoose.errors import PhatgooseError
 from phatgoose.ops import RoutedExperts, TokenRule, compiled, mixing, routed
 from phatgoose.ops.routing import GateScorer, gate_scorer
+
+if importlib.util.find_spec("triton"):
+    from phatgoose.ops import triton_experts
 
 KERNEL = compiled.find_kernel()
 needs_kernel = pytest.mark.skipif(isinstance(KERNEL, str), reason=f"no kernel, as {KERNEL}")
@@ -145,18 +149,34 @@ def expected_sum(case: Case, on: Operands, weights_TK: Tensor, kept_TK: Tensor) 
 def check(case: Case, way: str, dtype: torch.dtype = torch.float32, threads: int = 1) -> None:
     """Route and mix one case in one way, and compare."""
     on = operands_of(case, dtype)
+    if way == "triton":
+        triton = triton_experts.TritonExperts(
+            *mixing.packed(on.lora_A_ERD, on.lora_B_EOR),
+            on.rule,
+            mixes_factors=case.mixes_factors,
+        )
+        y_TO = on.y_TO.clone()
+        compare(case, on, way, (y_TO, *triton.route_and_add(y_TO, on.x_TD, on.bias_TE)))
+        return
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PHATGOOSE_MIX", way)
         experts = RoutedExperts(
             on.lora_A_ERD, on.lora_B_EOR, on.rule, mixes_factors=case.mixes_factors
         )
-        assert (experts._compiled is not None) == (way == "kernel")
+        assert (experts._kernel is not None) == (way == "kernel")
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            y_TO, weights_TK, kept_TK = experts.route_and_add(on.y_TO.clone(), on.x_TD, on.bias_TE)
+            found = experts.route_and_add(on.y_TO.clone(), on.x_TD, on.bias_TE)
         finally:
             torch.set_num_threads(before)
+    compare(case, on, way, found)
+
+
+def compare(case: Case, on: Operands, way: str, found: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Compare the sum, the weights and the experts of one call with the formula."""
+    y_TO, weights_TK, kept_TK = found
+    dtype = on.x_TD.dtype
     kept = min(case.top_k, case.experts)
     assert weights_TK.shape == kept_TK.shape == (case.tokens, kept)
     assert (weights_TK.dtype, kept_TK.dtype, y_TO.dtype) == (torch.float32, torch.int64, dtype)
@@ -195,6 +215,16 @@ def test_the_kernel_computes_the_formula(case: Case, threads: int, dtype: torch.
 @given(cases, st.sampled_from([torch.float32, torch.bfloat16]))
 def test_torch_computes_the_formula(case: Case, dtype: torch.dtype) -> None:
     check(case, "torch", dtype)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the tests of the GPU do this")
+@settings(deadline=None, max_examples=10)
+@given(cases)
+@example(Case(tokens=70, experts=9, rank=5, inputs=20, outputs=18))  # more than are decoded at once
+def test_the_kernels_for_cuda_compute_the_formula(case: Case) -> None:
+    """Check in Triton's interpreter; a pass of no tokens starts no kernel."""
+    check(replace(case, tokens=max(1, case.tokens)), "triton")
 
 
 @pytest.fixture
@@ -247,22 +277,24 @@ def test_without_a_kernel_torch_computes_and_it_is_said_once(
     forget.setattr(compiled, "_ANY", "phatgoose_cpu_of_nobody")
     if wanted:
         forget.setenv("PHATGOOSE_MIX", wanted)
-        with pytest.raises(PhatgooseError, match=r"no kernel, as it was not compiled .*compiler"):
+        with pytest.raises(
+            PhatgooseError, match=r"MIX=kernel: no kernel for the CPU, as .*compiler"
+        ):
             check_default()
         return
     forget.delenv("PHATGOOSE_MIX", raising=False)
     with caplog.at_level(logging.WARNING, logger="phatgoose"):
-        assert check_default()._compiled is None
-        assert check_default()._compiled is None
+        assert check_default()._kernel is None
+        assert check_default()._kernel is None
     assert [record.message for record in caplog.records] == [
-        "no kernel for the CPU, as it was not compiled when phatgoose was installed: routing takes "
-        "longer. Install phatgoose again where a C++ compiler is."
+        "routing takes longer: no kernel for the CPU, as it was not compiled when phatgoose was "
+        "installed. Install phatgoose again where a C++ compiler is."
     ]
     assert routed.way_on("cpu") == "torch"
 
 
 @needs_kernel
-def test_a_kernel_compiled_from_other_source_is_not_used(
+def test_a_kernel_kernel_from_other_source_is_not_used(
     forget: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     other = tmp_path / "cpu_kernels.cpp"

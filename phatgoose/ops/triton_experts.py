@@ -1,0 +1,90 @@
+"""One linear's experts for the Triton kernels, with the methods of `CompiledExperts`.
+
+Shape suffixes: T tokens, D input features, O output features, E experts, K experts per token.
+"""
+
+import torch
+from torch import Tensor
+
+from phatgoose.ops import triton_kernels as kernels
+from phatgoose.ops.routing import GateScorer, TokenRule
+
+# For up to so many tokens, `decode_` does it all in two launches.
+_FEW_TOKENS = 64
+# What `select` keeps in registers.
+MOST_KEPT = 8
+
+
+class TritonExperts:
+    """The operands of one linear for the Triton kernels.
+
+    Args:
+        lora_A_ERD, lora_B_EOR: every expert's factors on a GPU; copied unless they are `packed`.
+        rule: how tokens are routed, for `route_and_add`; it keeps at most `MOST_KEPT` experts.
+        mixes_factors: whether factors are mixed, and not outputs.
+    """
+
+    def __init__(
+        self,
+        lora_A_ERD: Tensor,
+        lora_B_EOR: Tensor,
+        rule: TokenRule | None = None,
+        *,
+        mixes_factors: bool = False,
+    ) -> None:
+        self._factors = (
+            lora_A_ERD.transpose(1, 2).contiguous(),
+            lora_B_EOR.transpose(1, 2).contiguous(),
+        )
+        self._rule = rule
+        self._gates = rule.score if rule and isinstance(rule.score, GateScorer) else None
+        self._top_k = min(rule.top_k, len(lora_A_ERD)) if rule else 0
+        self._mixes_factors = mixes_factors
+        self._mix = kernels.mix_factors_ if mixes_factors else kernels.mix_
+
+    def route_and_add(
+        self, y_TO: Tensor, x_TD: Tensor, bias_TE: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Add what the chosen experts say to `y_TO`, in place.
+
+        Returns:
+            `weights_TK` and `indices_TK`.
+        """
+        rule, gates = self._rule, self._gates
+        assert rule is not None
+        if gates is not None and len(x_TD) <= _FEW_TOKENS and not self._mixes_factors:
+            return kernels.decode_(
+                y_TO,
+                x_TD,
+                gates.gates_ED,
+                *self._factors,
+                self._top_k,
+                gates.standardises,
+                gates.absolute,
+                bias_TE,
+                rule.absent_E,
+                rule.equal,
+            )
+        scores_TE = kernels.scores(x_TD, gates.gates_ED) if gates else rule.score(x_TD.float())
+        weights_TK, indices_TK = kernels.select(
+            scores_TE,
+            self._top_k,
+            kernels.inverse_std(x_TD) if gates and gates.standardises else None,
+            bias_TE,
+            rule.absent_E,
+            rule.equal,
+            gates is not None and gates.absolute,
+        )
+        self.add(y_TO, x_TD, weights_TK, indices_TK)
+        return weights_TK, indices_TK
+
+    def add(self, y_TO: Tensor, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> None:
+        """Add what the experts say that were chosen elsewhere to `y_TO`, in place."""
+        self._mix(y_TO, x_TD, *self._factors, indices_TK, weights_TK.float())
+
+
+def supports(lora_A_ERD: Tensor, lora_B_EOR: Tensor, rule: TokenRule | None) -> bool:
+    """Return whether the kernels compute with these factors and this rule."""
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    kept = min(rule.top_k, len(lora_A_ERD)) if rule else 0
+    return lora_A_ERD.dtype == lora_B_EOR.dtype and lora_A_ERD.dtype in floats and kept <= MOST_KEPT
