@@ -6,7 +6,7 @@ SEED ?= 1
 COUNT ?= 600
 WORKERS ?= 2
 
-.PHONY: demo routers test test-slow chaos mutants lint docs setup clean
+.PHONY: demo routers test test-slow chaos mutants bench lint docs setup clean
 
 demo: setup  ## train the demo pool, evaluate six routers, end with a table and two figures
 	$(BIN)/python -m harness.run pool=demo "run.dir='$(RUN_DIR)'"
@@ -29,6 +29,9 @@ chaos: setup  ## kill the processes of runs again and again; the results must no
 
 mutants: setup  ## change the code that computes numbers; at most 15 % of the changes may go unnoticed
 	$(BIN)/python -m tests.mutation --seed $(SEED) --count $(COUNT) --workers $(WORKERS)
+
+bench: setup  ## the speed of routing, scoring, generation and training against their baselines
+	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks
 
 lint: setup  ## formatting, lint, types, spelling, and which room may import which
 	$(BIN)/ruff format --check .

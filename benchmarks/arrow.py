@@ -57,8 +57,9 @@ def write_adapters(pool: Pool, folder: Path) -> list[str]:
 
 
 @torch.inference_mode()
-def measure(rounds: int = 2, experts: int = 64) -> list[Figure]:
+def measure(threads: int = 2, rounds: int = 2, experts: int = 64) -> list[Figure]:
     """Return how many times as fast as PEFT's Arrow a pass of the routed model is."""
+    torch.set_num_threads(threads)
     routed, theirs = load_base(BASE), load_base(BASE)
     pool = random_pool(routed, experts)
     model = RoutedModel(routed, pool, Arrow(top_k=TOP_K, mix="outputs"))
@@ -101,13 +102,11 @@ def measure(rounds: int = 2, experts: int = 64) -> list[Figure]:
 
 def main() -> None:
     """Measure, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    print_table(measure(arguments.rounds, arguments.experts))
+    print_table(measure(**vars(parser.parse_args())))
 
 
 if __name__ == "__main__":

@@ -180,8 +180,9 @@ def figure(name: str, times: Times, way: str, target: float | None, floor: float
 
 
 @torch.inference_mode()
-def measure(rounds: int = 5, only: str | None = None) -> list[Figure]:
+def measure(threads: int = 2, rounds: int = 5, only: str | None = None) -> list[Figure]:
     """Measure all of it, or what is named `only`."""
+    torch.set_num_threads(threads)
     found: list[Figure] = []
     for experts in (32, 166):
         pair = Pair(experts)
@@ -214,13 +215,11 @@ def measure(rounds: int = 5, only: str | None = None) -> list[Figure]:
 
 def main() -> None:
     """Measure, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=["prefill", "decode", "query", "bfloat16"])
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    print_table(measure(arguments.rounds, arguments.only))
+    print_table(measure(**vars(parser.parse_args())))
 
 
 if __name__ == "__main__":

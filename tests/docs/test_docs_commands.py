@@ -20,7 +20,7 @@ PARSED = (
     "harness.status",
     "harness.tasks",
     "harness.registry",
-    "benchmarks.mix",
+    "benchmarks.linear",
     "benchmarks.scheduler",
     "tests.chaos",
     "tests.mutation",
