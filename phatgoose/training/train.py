@@ -19,6 +19,7 @@ from phatgoose.base import Base
 from phatgoose.card import Card
 from phatgoose.errors import OutOfMemory, PhatgooseError, reason_of
 from phatgoose.expert import Expert
+from phatgoose.ops.frozen_linear import fast_linears
 from phatgoose.training.curve import CurveRow
 from phatgoose.training.gated_lora import (
     attach_expert,
@@ -75,7 +76,7 @@ def train_expert(
         seed=recipe.seed,
     )
     try:
-        with _memory_errors(recipe):
+        with _memory_errors(recipe), fast_linears(base.model):
             job = TrainingJob(base, layers, train, evaluation, recipe, hooks)
             if job.resume() == "gates":
                 assert recipe.gates is not None
@@ -125,7 +126,7 @@ def train_gates(
         recipe = dataclasses.replace(recipe, validate_every=0)
     layers = attach_expert(base.model, expert)
     try:
-        with _memory_errors(recipe):
+        with _memory_errors(recipe), fast_linears(base.model):
             job = TrainingJob(base, layers, train, evaluation, recipe, hooks)
             job.resume()
             metrics = card.metrics | job.train_gates(card.name, stage)
