@@ -175,7 +175,7 @@ def _will_have_gates(job: TrainJob, registry: Registry, recipe: Recipe) -> bool:
 
 def _card(recipe: Recipe, base: Base, name: str, data: str) -> Card:
     """Return the card of an expert to train."""
-    values = asdict(recipe)
+    values = recipe.identity()
     determines = {
         "version": _FORMAT,
         "name": name,
@@ -207,7 +207,7 @@ def _adapter_job(recipe: Recipe, base: Base, data: TaskData) -> TrainJob:
     card = imported
     if data.spec.members and recipe.gates is not None:
         # The settings that made the factors are not those of this recipe.
-        ours = asdict(recipe)
+        ours = recipe.identity()
         for other in ("rank", "scale", "init_std", "lora"):
             del ours[other]
         determines = {"adapter": imported.job, "data": data.fingerprint, "recipe": ours}

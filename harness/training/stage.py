@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -108,7 +108,7 @@ class Training(Watch):
         if recipe is None:
             return None
         # The card must say how the expert was really trained.
-        ours = {k: v for k, v in asdict(recipe).items() if k in job.card.recipe}
+        ours = {k: v for k, v in recipe.identity().items() if k in job.card.recipe}
         card = replace(job.card, recipe={**job.card.recipe, **ours})
         self._jobs[key] = replace(job, card=card, recipe=recipe)
         return (self._jobs[key],)

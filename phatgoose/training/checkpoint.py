@@ -128,7 +128,7 @@ def owner_of(job: str, recipe: Recipe) -> str:
 
     The micro-batch size is left out: losses depend on it by rounding only.
     """
-    values = dataclasses.asdict(recipe)
+    values = recipe.identity()
     del values["micro_batch_size"]
     return f"{job} {hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()}"
 

@@ -15,10 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phatgoose.base import Base
+from phatgoose.inference.forward_context import ForwardContext
 from phatgoose.inference.scoring import Score, logits_at, score_as_is
 from phatgoose.question import Question
 from phatgoose.rows import pad_rows
+from phatgoose.training.gated_lora import GatedLora
 from phatgoose.training.recipe import Recipe, Stage
+from phatgoose.training.token_rows import TokenRows
 
 
 class Engine(Protocol):
@@ -76,22 +79,35 @@ class TargetLoss(nn.Module):
         self.base = base
         self.model = base.model
         self.autocast = dtype == "bfloat16"
+        self.rows = TokenRows()
+        for name, module in base.model.named_modules():
+            if isinstance(module, GatedLora):
+                module.rows, module.side = self.rows, base.architecture.side_of(name)
 
     def forward(self, questions: Sequence[Question], scores: bool = False) -> Any:
         """Return the summed cross-entropy of the questions' first choices (scalar, float32).
 
         With `scores`, a list of their Scores instead.
         """
-        if scores:
-            with torch.no_grad():
-                return [choices[0] for choices in score_as_is(self.base, questions)]
-        with torch.autocast(self.base.device.type, torch.bfloat16, enabled=self.autocast):
-            logits_NV, targets_N = target_logits(self.base, questions)
-        return F.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
+        try:
+            if scores:
+                with torch.no_grad():
+                    found = score_as_is(self.base, questions, self.rows)
+                return [choices[0] for choices in found]
+            with torch.autocast(self.base.device.type, torch.bfloat16, enabled=self.autocast):
+                logits_NV, targets_N = target_logits(self.base, questions, self.rows)
+            return F.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
+        finally:
+            self.rows.release()
 
 
-def target_logits(base: Base, questions: Sequence[Question]) -> tuple[Tensor, Tensor]:
-    """Logits [N, V] where each question's first choice is predicted, and its tokens [N]."""
+def target_logits(
+    base: Base, questions: Sequence[Question], rows: ForwardContext
+) -> tuple[Tensor, Tensor]:
+    """Return logits [N, V] where each question's first choice is predicted, and its tokens [N].
+
+    `rows` is where the pass announces what it reads.
+    """
     pad, device = base.tokenizer.pad_token_id, base.device
     choices = [question.choices[0] for question in questions]
     inputs: dict[str, Tensor] = {}
@@ -100,10 +116,13 @@ def target_logits(base: Base, questions: Sequence[Question]) -> tuple[Tensor, Te
         ids_BL, mask_BL = pad_rows([question.context for question in questions], pad)
         decoder_BL, decoder_mask_BL = pad_rows([[start, *choice[:-1]] for choice in choices], pad)
         inputs = {"decoder_input_ids": decoder_BL, "decoder_attention_mask": decoder_mask_BL}
+        rows.announce("encoder", mask_BL.to(device).bool())
+        rows.announce("decoder", decoder_mask_BL.to(device).bool())
         first = [0] * len(choices)
     else:
-        rows = [[*q.context, *choice[:-1]] for q, choice in zip(questions, choices, strict=True)]
-        ids_BL, mask_BL = pad_rows(rows, pad)
+        whole = [[*q.context, *choice[:-1]] for q, choice in zip(questions, choices, strict=True)]
+        ids_BL, mask_BL = pad_rows(whole, pad)
+        rows.announce("decoder", mask_BL.to(device).bool())
         first = [len(question.context) - 1 for question in questions]
     inputs |= {"input_ids": ids_BL, "attention_mask": mask_BL}
     places = [(b, first[b] + i) for b, choice in enumerate(choices) for i in range(len(choice))]

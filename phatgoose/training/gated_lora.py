@@ -1,6 +1,7 @@
 """The trainable layer: a frozen linear, a LoRA expert on it, and later a gate for that expert.
 
-Shape suffixes: ... any leading dimensions, D input features, O output features, R LoRA rank.
+Shape suffixes: ... any leading dimensions, T tokens, D input features, O output features, R LoRA
+rank.
 
     stage "lora"    y = W x + scale * B A x                    A and B are trained
     stage "gates"   y = W x + sigmoid(v . x) * scale * B A x   only v is trained
@@ -9,15 +10,18 @@ Shape suffixes: ... any leading dimensions, D input features, O output features,
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from phatgoose.architecture import Linear, find_linear, linear_sizes, replace_module
 from phatgoose.card import LoraFactors
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
+from phatgoose.ops.frozen_linear import product
+from phatgoose.training.token_rows import TokenRows
 
 
 class GatedLora(nn.Module):
@@ -37,6 +41,9 @@ class GatedLora(nn.Module):
         self.lora_A_RD = nn.Parameter(lora_A_RD.to(device, torch.float32, copy=True))
         self.lora_B_OR = nn.Parameter(lora_B_OR.to(device, torch.float32, copy=True))
         self.gate_D: nn.Parameter | None = None
+        # Where the tokens of its input are; None to compute with the padding, too.
+        self.rows: TokenRows | None = None
+        self.side = "decoder"
 
     @property
     def weight(self) -> Tensor:
@@ -51,12 +58,81 @@ class GatedLora(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` [..., D] to [..., O]."""
+        if self.rows is None or (x_TD := self.rows.gather(self.side, x)) is x:
+            return self._adapted(x)
+        return self.rows.scatter(self.side, self._adapted(x_TD))
+
+    def _adapted(self, x: Tensor) -> Tensor:
         y = self.base(x)
-        x = x.to(self.lora_A_RD.dtype)
-        h = F.linear(x, self.lora_A_RD) * self.scale
-        if self.gate_D is not None:
-            h = torch.sigmoid(F.linear(x, self.gate_D.unsqueeze(0))) * h
-        return y + F.linear(h, self.lora_B_OR).to(y.dtype)
+        x_TD, y_TO = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        added_TO: Tensor = _AddLora.apply(
+            x_TD, y_TO, self.lora_A_RD, self.lora_B_OR, self.gate_D, self.scale
+        )
+        return added_TO.view_as(y)
+
+
+class _AddLora(torch.autograd.Function):
+    """Add an expert to the outputs of a frozen linear.
+
+    It stores what the backward pass needs and no more: the inputs in the dtype of the computation,
+    and products of rank R. In the stage "gates" it computes nothing for the frozen factors.
+    """
+
+    @staticmethod
+    def forward(  # noqa: PLR0913  # autograd tracks tensors that are arguments of their own
+        ctx: Any,
+        x_TD: Tensor,
+        y_TO: Tensor,
+        lora_A_RD: Tensor,
+        lora_B_OR: Tensor,
+        gate_D: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        # Under autocast, products are in its dtype, and so are all operands here.
+        device, dtype = x_TD.device.type, lora_A_RD.dtype
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        ctx.scale, ctx.dtype = scale, x_TD.dtype
+        x_TD, A_RD, B_OR = x_TD.to(dtype), lora_A_RD.to(dtype), lora_B_OR.to(dtype)
+        h_TR = product(x_TD, A_RD).mul_(scale)
+        if gate_D is None:
+            ctx.save_for_backward(x_TD, A_RD, B_OR, h_TR)
+        else:
+            gate_D = gate_D.to(dtype)
+            gate_T1 = torch.sigmoid(product(x_TD, gate_D.unsqueeze(0)))
+            ctx.save_for_backward(x_TD, A_RD, B_OR, h_TR, gate_D, gate_T1)
+            h_TR = gate_T1 * h_TR
+        if y_TO.dtype == dtype:
+            return torch.addmm(y_TO, h_TR, B_OR.t())
+        return y_TO + product(h_TR, B_OR).to(y_TO.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, A_RD, B_OR, h_TR, *gate = ctx.saved_tensors
+        needs_x, _, needs_A, needs_B, needs_gate, _ = ctx.needs_input_grad
+        dx_TD = dA_RD = dB_OR = dgate_D = None
+        own_TO = dy_TO.to(x_TD.dtype)
+        dh_TR = product(own_TO, B_OR.t())
+        if gate:
+            gate_D, gate_T1 = gate
+            ds_T1 = (dh_TR * h_TR).sum(-1, keepdim=True) * (gate_T1 * (1 - gate_T1))
+            if needs_gate:
+                dgate_D = (ds_T1.t() @ x_TD).squeeze(0).to(gate_D.dtype)
+            if needs_B:
+                dB_OR = own_TO.t() @ (gate_T1 * h_TR)
+            dh_TR = dh_TR * gate_T1
+        elif needs_B:
+            dB_OR = own_TO.t() @ h_TR
+        dh_TR = dh_TR.mul_(ctx.scale)
+        if needs_A:
+            dA_RD = dh_TR.t() @ x_TD
+        if needs_x:
+            dx_TD = product(dh_TR, A_RD.t())
+            if gate:
+                dx_TD = torch.addmm(dx_TD, ds_T1, gate_D.unsqueeze(0))
+            dx_TD = dx_TD.to(ctx.dtype)
+        return dx_TD, dy_TO, dA_RD, dB_OR, dgate_D, None
 
 
 def attach_lora(

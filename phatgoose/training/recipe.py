@@ -1,7 +1,8 @@
 """How an expert is trained: the numbers of the two stages."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from phatgoose.errors import PhatgooseError
 
@@ -57,6 +58,10 @@ class Recipe:
         seed: of A's start and of the order of the examples.
         retry_lr: what both rates are multiplied by for the one more try of a loss that diverged;
             0: there is none.
+        gradient_checkpointing: compute each layer again in the backward pass instead of keeping
+            what it computed. This saves memory and changes no result.
+        sort_window: batches whose examples are sorted by length together, so that examples of
+            similar length share a batch; 1: the batches are random.
     """
 
     rank: int = 16
@@ -76,11 +81,13 @@ class Recipe:
     dtype: str = "bfloat16"
     seed: int = 42
     retry_lr: float = 0.0
+    gradient_checkpointing: bool = False
+    sort_window: int = 1
 
     def __post_init__(self) -> None:
         """Raise PhatgooseError if a value is invalid."""
         counts = ("rank", "batch_size", "micro_batch_size", "max_input_tokens", "max_target_tokens")
-        for name in (*counts, "max_examples", "evaluation_examples"):
+        for name in (*counts, "max_examples", "evaluation_examples", "sort_window"):
             if getattr(self, name) < 1:
                 raise PhatgooseError(
                     f"recipe.{name} is {getattr(self, name)}: it must be at least 1"
@@ -101,6 +108,18 @@ class Recipe:
             )
         if self.dtype not in ("float32", "bfloat16"):
             raise PhatgooseError(f"recipe.dtype is {self.dtype!r}: float32 or bfloat16")
+
+    def identity(self) -> dict[str, Any]:
+        """Return the values that identify what is trained with this recipe.
+
+        Memory is not part of it. A field that version 0.1.0 did not have is, unless it has its
+        default, so that the experts of that version stay valid.
+        """
+        values = asdict(self)
+        del values["gradient_checkpointing"]
+        if self.sort_window == 1:
+            del values["sort_window"]
+        return values
 
     def at_lower_rate(self) -> "Recipe":
         """Return the recipe for the one retry."""

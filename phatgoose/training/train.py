@@ -19,6 +19,7 @@ from phatgoose.base import Base
 from phatgoose.card import Card
 from phatgoose.errors import OutOfMemory, PhatgooseError, reason_of
 from phatgoose.expert import Expert
+from phatgoose.ops.frozen_linear import fast_linears
 from phatgoose.training.curve import CurveRow
 from phatgoose.training.gated_lora import (
     attach_expert,
@@ -26,6 +27,7 @@ from phatgoose.training.gated_lora import (
     detach_lora,
     read_factors,
 )
+from phatgoose.training.gradient_checkpointing import gradient_checkpointing
 from phatgoose.training.recipe import Recipe
 from phatgoose.training.trainer import Example, Examples, Hooks, TrainingJob
 
@@ -75,7 +77,7 @@ def train_expert(
         seed=recipe.seed,
     )
     try:
-        with _memory_errors(recipe):
+        with _memory_errors(recipe), _prepared(base, recipe):
             job = TrainingJob(base, layers, train, evaluation, recipe, hooks)
             if job.resume() == "gates":
                 assert recipe.gates is not None
@@ -125,7 +127,7 @@ def train_gates(
         recipe = dataclasses.replace(recipe, validate_every=0)
     layers = attach_expert(base.model, expert)
     try:
-        with _memory_errors(recipe):
+        with _memory_errors(recipe), _prepared(base, recipe):
             job = TrainingJob(base, layers, train, evaluation, recipe, hooks)
             job.resume()
             metrics = card.metrics | job.train_gates(card.name, stage)
@@ -145,6 +147,13 @@ def _check(base: Base, card: Card, train: Examples, evaluation: Examples, recipe
         raise PhatgooseError(
             f"the base is {base.model.dtype}, the recipe trains over {recipe.dtype}: load it so"
         )
+
+
+@contextmanager
+def _prepared(base: Base, recipe: Recipe) -> Iterator[None]:
+    """Prepare a frozen base for training, and restore it at the end."""
+    with fast_linears(base.model), gradient_checkpointing(base, recipe.gradient_checkpointing):
+        yield
 
 
 @contextmanager
@@ -168,5 +177,6 @@ def _memory_errors(recipe: Recipe) -> Iterator[None]:
         torch.mps.empty_cache()
     raise OutOfMemory(
         f"memory ran out with micro-batches of {recipe.micro_batch_size} ({reason}): lower "
-        "the recipe's micro_batch_size or max_input_tokens, or use more ranks with ZeRO"
+        "the recipe's micro_batch_size or max_input_tokens, set gradient_checkpointing, or use "
+        "more ranks with ZeRO"
     )

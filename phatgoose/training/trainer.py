@@ -1,7 +1,8 @@
 """Train one expert: its two stages, step by step, resumed from its checkpoint."""
 
+import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from phatgoose.base import Base
 from phatgoose.errors import Diverged, PhatgooseError
 from phatgoose.question import Question
-from phatgoose.training.batches import batches
+from phatgoose.training.batches import batches, batches_by_length
 from phatgoose.training.checkpoint import (
     Checkpoints,
     NoCheckpoints,
@@ -174,7 +175,7 @@ class TrainingJob:
     def take_steps(self, engine: Engine, stage: Stage) -> None:
         """Take the remaining steps of a stage."""
         state, recipe = self.state, self.recipe
-        order = batches(len(self.train), recipe.batch_size, recipe.seed, skip=state.step)
+        order = self.order(state.step)
         for step in range(state.step, stage.steps):
             batch = [self.encode(self.train[index]) for index in next(order)]
             loss, due = self.take_step(engine, batch)
@@ -189,6 +190,18 @@ class TrainingJob:
                 state.weights, state.optimizer = engine.weights(), engine.optimizer_state()
                 self.save()
                 state.weights, state.optimizer = [], []
+
+    def order(self, skip: int) -> Iterator[list[int]]:
+        """Return the batches from that number on, as indices of training examples."""
+        recipe = self.recipe
+        random = functools.partial(batches, len(self.train), recipe.batch_size, recipe.seed)
+        if recipe.sort_window == 1:
+            return random(skip)
+
+        def length(index: int) -> int:
+            return self.encode(self.train[index]).length
+
+        return batches_by_length(random, length, recipe.sort_window, recipe.seed, skip)
 
     def take_step(self, engine: Engine, batch: list[Question]) -> tuple[float, bool]:
         """Take an optimizer step; return the mean token loss, and whether a checkpoint is due."""

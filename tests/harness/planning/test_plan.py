@@ -109,10 +109,24 @@ def test_job_ids_are_stable(config: RunConfig, tmp_path: Path) -> None:
 
 def test_job_ids_change_with_the_recipe(config: RunConfig) -> None:
     first = job_ids(make_plan(config))
-    for changes in ({"seed": 1}, {"lora": Stage(steps=5, lr=1e-2)}, {"rank": 3}):
+    for changes in (
+        {"seed": 1},
+        {"lora": Stage(steps=5, lr=1e-2)},
+        {"rank": 3},
+        {"sort_window": 2},
+    ):
         recipe = dataclasses.replace(config.train, **changes)
         other = job_ids(make_plan(dataclasses.replace(config, train=recipe)))
         assert set(other).isdisjoint(first)
+
+
+def test_job_ids_do_not_change_with_gradient_checkpointing(config: RunConfig) -> None:
+    first = make_plan(config)
+    recipe = dataclasses.replace(config.train, gradient_checkpointing=True)
+    plan = make_plan(dataclasses.replace(config, train=recipe))
+    assert job_ids(plan) == job_ids(first)
+    assert all(job.recipe.gradient_checkpointing for job in plan.jobs)
+    assert all("gradient_checkpointing" not in job.card.recipe for job in plan.jobs)
 
 
 def test_job_ids_change_with_the_data(

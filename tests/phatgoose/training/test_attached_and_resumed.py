@@ -75,7 +75,8 @@ def test_an_out_of_memory_error_quotes_the_allocator(
         train_expert(llama, card, EXAMPLES, EXAMPLES, RECIPE, Hooks(engine=Full))
     assert str(caught.value) == (
         f"memory ran out with micro-batches of 2 ({reason}): lower the recipe's "
-        "micro_batch_size or max_input_tokens, or use more ranks with ZeRO"
+        "micro_batch_size or max_input_tokens, set gradient_checkpointing, or use more ranks with "
+        "ZeRO"
     )
 
 

@@ -2,6 +2,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from phatgoose.base import Base
@@ -100,3 +101,81 @@ def test_an_unsupported_module_is_named_and_nothing_is_replaced(llama: Base) -> 
     attach_lora(llama.model, llama.linears, seed=0, **OPTIONS)
     with pytest.raises(PhatgooseError, match=r"GatedLora, not a plain linear.*adapted already"):
         attach_lora(llama.model, llama.linears, seed=0, **OPTIONS)
+
+
+def plain_output(layer: GatedLora, x: torch.Tensor) -> torch.Tensor:
+    """Compute a layer's output from PyTorch's own operators."""
+    h = F.linear(x, layer.lora_A_RD) * layer.scale
+    if layer.gate_D is not None:
+        h = torch.sigmoid(x @ layer.gate_D).unsqueeze(-1) * h
+    return layer.base(x) + F.linear(h, layer.lora_B_OR)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["lora", "gates"])
+@pytest.mark.parametrize("trained", ["own", "all"])
+def test_gradients_are_those_of_plain_operators(gated: bool, trained: str) -> None:
+    torch.manual_seed(0)
+    layer = make_layer().double()
+    layer.lora_A_RD.data.normal_()
+    layer.lora_B_OR.data.normal_()
+    if gated:
+        layer.add_gate()
+        assert layer.gate_D is not None
+        layer.gate_D.data.normal_()
+    if trained == "all":
+        layer.requires_grad_(True)
+        layer.base.requires_grad_(False)
+    x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    weights = [p for p in layer.parameters() if p.requires_grad]
+    y, expected_y = layer(x), plain_output(layer, x)
+    torch.testing.assert_close(y, expected_y)
+    grad = torch.randn_like(y)
+    found = torch.autograd.grad(y, [x, *weights], grad)
+    expected = torch.autograd.grad(expected_y, [x, *weights], grad)
+    assert len(found) == (3 if not gated else 2 if trained == "own" else 4)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_autocast_keeps_no_float32_copy_of_an_input() -> None:
+    layer = make_layer(torch.bfloat16)
+    layer.add_gate()
+    x = torch.randn(2, 7, 8, dtype=torch.bfloat16, requires_grad=True)
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert kept
+    assert all(t.dtype == torch.bfloat16 for t in kept if t.numel() >= x.numel())
+    y.sum().backward()
+    assert layer.gate_D is not None
+    assert layer.gate_D.grad is not None
+    assert layer.gate_D.grad.dtype == torch.float32
+    assert x.grad is not None
+    assert x.grad.dtype == torch.bfloat16
+
+
+def test_the_gates_stage_computes_no_gradient_of_frozen_factors() -> None:
+    """Count the products of the backward pass: those of x, and one for the gate."""
+    layer = make_layer()
+    layer.add_gate()
+    x = torch.randn(4, 8, requires_grad=True)
+    shapes = []
+    y = layer(x)
+    with torch.autograd.profiler.profile(record_shapes=True) as profile:
+        y.sum().backward()
+    for event in profile.function_events:
+        if event.name == "aten::mm":
+            shapes.append(event.input_shapes[:2])
+    rank, inputs, outputs, tokens = 3, 8, 5, 4
+    assert [[rank, tokens], [tokens, inputs]] not in shapes  # of A
+    assert [[outputs, tokens], [tokens, rank]] not in shapes  # of B
+    assert [[1, tokens], [tokens, inputs]] in shapes  # of the gate

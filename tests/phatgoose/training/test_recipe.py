@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 from typing import Any
 
@@ -47,6 +48,7 @@ def test_any_warmup_reaches_the_full_learning_rate(steps: int, warmup: float) ->
         ("max_target_tokens", -1),
         ("micro_batch_size", 7),
         ("dtype", "float16"),
+        ("sort_window", 0),
     ],
 )
 def test_invalid_values_are_named(field: str, value: Any) -> None:
@@ -57,3 +59,17 @@ def test_invalid_values_are_named(field: str, value: Any) -> None:
 def test_a_recipe_survives_storing_in_a_card() -> None:
     recipe = Recipe(rank=4, lora=Stage(steps=7, lr=1e-3), dtype="float32")
     assert recipe_from_dict(json.loads(json.dumps(dataclasses.asdict(recipe)))) == recipe
+
+
+def test_the_identity_of_a_recipe_is_that_of_version_0_1_0() -> None:
+    """Compare with a digest that version 0.1.0 made of its default recipe."""
+    text = json.dumps(Recipe().identity(), sort_keys=True)
+    digest = "a88b6c56f2e9d1fd925dcea4877059292123795197a424db24e1002767ca1b70"
+    assert hashlib.sha256(text.encode()).hexdigest() == digest
+
+
+def test_only_what_changes_an_expert_changes_the_identity() -> None:
+    plain = Recipe().identity()
+    assert Recipe(gradient_checkpointing=True).identity() == plain
+    assert Recipe(sort_window=2).identity() == {**plain, "sort_window": 2}
+    assert recipe_from_dict(plain) == Recipe()

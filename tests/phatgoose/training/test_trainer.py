@@ -114,7 +114,10 @@ def same(ours: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
 def test_each_stage_ends_with_the_state_of_its_lowest_validation_loss(
     base: Base, engines: list[Watched]
 ) -> None:
-    """Check with learning rates so high that the last state is not the best."""
+    """Check with learning rates so high that the last state may not be the best.
+
+    Which one is depends on rounding, see `test_the_first_of_equal_states_is_the_best` for each.
+    """
     rate = 1.0 if base.is_encoder_decoder else 0.3
     expert, rows = train(base, lora=Stage(steps=6, lr=rate, warmup=0.0))
     for engine, stage, names in (
@@ -125,8 +128,6 @@ def test_each_stage_ends_with_the_state_of_its_lowest_validation_loss(
         assert list(losses) == [2, 4, 6]
         assert len(engine.after) == 6
         best = min(losses, key=losses.__getitem__)
-        if stage == "lora":
-            assert best < 6
         assert same(own(expert, *names), engine.after[best - 1])
 
 
@@ -198,7 +199,7 @@ class Scripted(Watched):
      ((2.0, 1.0, 1.0), 4), ((0.0, 1.0, 0.0), 2)],
 )  # fmt: skip
 def test_the_first_of_equal_states_is_the_best(
-    llama: Base,
+    base: Base,
     engines: list[Watched],
     monkeypatch: pytest.MonkeyPatch,
     losses: tuple[float, ...],
@@ -206,10 +207,10 @@ def test_the_first_of_equal_states_is_the_best(
 ) -> None:
     monkeypatch.setattr(Scripted, "losses", losses)
     recipe = dataclasses.replace(RECIPE, gates=None)
-    card = make_card("task", llama, scale=recipe.scale)
+    card = make_card("task", base, scale=recipe.scale)
     rows: list[CurveRow] = []
     expert = train_expert(
-        llama, card, EXAMPLES, EVALUATION, recipe, Hooks(engine=Scripted, report=rows.append)
+        base, card, EXAMPLES, EVALUATION, recipe, Hooks(engine=Scripted, report=rows.append)
     )
     assert [*validations(rows, "lora").values()] == pytest.approx(losses)
     assert same(own(expert, "lora_A_RD", "lora_B_OR"), engines[0].after[best - 1])
