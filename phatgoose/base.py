@@ -36,6 +36,7 @@ from phatgoose.architecture import (
 from phatgoose.cache import Wheel, cache_dir, unpack_once
 from phatgoose.errors import PhatgooseError, reason_of
 from phatgoose.files import replacing
+from phatgoose.ops.frozen_linear import use_fast_products
 from phatgoose.rows import why_not_shared
 
 _LOG = logging.getLogger(__name__)
@@ -140,6 +141,7 @@ def load_base(
         tokenizer.pad_token = tokenizer.eos_token
     model.to(torch.device(device))  # type: ignore[arg-type]  # its decorator hides the signature
     model.requires_grad_(False).eval()
+    use_fast_products(model)
     linears = _named(name, adapted_linears, model)
     warn_of_unadapted(name, model, linears)
     return Base(

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 from harness.source_code import SCORING, Code, code_of, digest
 from phatgoose.errors import PhatgooseError
+from phatgoose.ops.frozen_linear import library
 from phatgoose.ops.routed import way_on
 
 _LIBRARIES = ("torch", "transformers")
@@ -19,8 +20,8 @@ class Conditions:
         base: the base's fingerprint.
         dtype: the dtype of the base.
         device: the kind of device that answers: `cpu`, `cuda` or `mps`.
-        versions: the versions of the libraries that compute answers, as JSON, and what routes and
-            mixes: the build of the compiled kernel, or PyTorch.
+        versions: the versions of the libraries that compute answers, as JSON; what routes and
+            mixes, a kernel's build or PyTorch; and what multiplies by frozen weights.
         code: a hash of the source code that scores and generates.
     """
 
@@ -33,7 +34,7 @@ class Conditions:
     @staticmethod
     def here(base: str, dtype: str, device: str) -> "Conditions":
         """Return the conditions with the libraries and the code of this process."""
-        versions = {**json.loads(library_versions()), "mix": way_on(device)}
+        versions = {**json.loads(library_versions()), "mix": way_on(device), "linear": library()}
         code = digest(scoring_code())
         return Conditions(base, dtype, device, json.dumps(versions, sort_keys=True), code)
 
@@ -46,7 +47,8 @@ class Conditions:
                 raise PhatgooseError(
                     f"{name}={found}: the run was planned with {planned}, so this node's answers "
                     "could not be compared. Install the same versions on every node, and set "
-                    "cluster.gpus_per_actor. Where processors differ, set PHATGOOSE_MIX=torch."
+                    "cluster.gpus_per_actor. Where processors differ, set PHATGOOSE_MIX=torch "
+                    "and PHATGOOSE_LINEAR=torch."
                 )
 
 

@@ -36,6 +36,7 @@ _LOCAL_OBJECT_STORE = 512 * 2**20  # experts pass through it one at a time
 _PASSED_ON = (
     "PHATGOOSE_CACHE",
     "PHATGOOSE_MIX",
+    "PHATGOOSE_LINEAR",
     "HF_HOME",
     "HF_HUB_CACHE",
     "HF_HUB_OFFLINE",

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import PhatgooseError
+from phatgoose.ops.frozen_linear import product
 from phatgoose.ops.routing import RENORMALISE_EPS, STANDARDISE_EPS, GateScorer, TokenRule
 
 # The modules that `setup.py` builds, by PyTorch's name for the instruction set of the processor.
@@ -155,7 +156,7 @@ class CompiledExperts:
         if self._gates is None:
             scores_TE = self._rule.score(x_TD).float()
         elif tokens > _FEW_TOKENS:
-            scores_TE = x_TD @ self._gates.gates_ED.T
+            scores_TE = product(x_TD, self._gates.gates_ED)
         else:
             scores_TE = None
         weights_TK = x_TD.new_empty(tokens, self._operands.top_k)

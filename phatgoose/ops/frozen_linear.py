@@ -8,8 +8,6 @@ changes. The library depends on the processor alone, so a process repeats its re
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -73,7 +71,7 @@ def _is_for_onednn(x: Tensor, weight_OD: Tensor) -> bool:
 
 
 class FrozenLinear(nn.Linear):
-    """A linear whose weight is not trained; see `fast_linears`."""
+    """A linear whose weight is not trained; see `use_fast_products`."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Map `input` [..., D] to [..., O]."""
@@ -98,14 +96,16 @@ class _Product(torch.autograd.Function):
         return product(dy, weight_OD.t()), None, None
 
 
-@contextmanager
-def fast_linears(model: nn.Module) -> Iterator[None]:
-    """Let the linears of a frozen model use the faster library; undo it at the end."""
-    linears = [m for m in model.modules() if type(m) is nn.Linear] if library() != "torch" else []
-    try:
-        for linear in linears:
-            linear.__class__ = FrozenLinear
-        yield
-    finally:
-        for linear in linears:
-            linear.__class__ = nn.Linear
+def use_fast_products(model: nn.Module) -> None:
+    """Let the linears of a frozen model use the faster library from now on."""
+    if library() == "onednn":
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = FrozenLinear
+
+
+def use_plain_products(model: nn.Module) -> None:
+    """Undo `use_fast_products`: the model computes as transformers loaded it."""
+    for module in model.modules():
+        if isinstance(module, FrozenLinear):
+            module.__class__ = nn.Linear  # type: ignore[assignment]  # its own base class

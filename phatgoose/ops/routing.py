@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from phatgoose.ops.frozen_linear import product
+
 STANDARDISE_EPS = 1e-5
 RENORMALISE_EPS = 1e-6
 
@@ -78,7 +80,10 @@ class GateScorer:
     def __call__(self, x_TD: Tensor) -> Tensor:
         """Return `scores_TE`."""
         x_TD = x_TD.float()
-        scores_TE = (standardise(x_TD) if self.standardises else x_TD) @ self.gates_ED.T
+        x_TD = standardise(x_TD) if self.standardises else x_TD
+        needs_gradient = x_TD.requires_grad or self.gates_ED.requires_grad
+        multiply = F.linear if needs_gradient else product
+        scores_TE = multiply(x_TD, self.gates_ED)
         return scores_TE.abs() if self.absolute else scores_TE
 
 

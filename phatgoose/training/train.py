@@ -19,7 +19,6 @@ from phatgoose.base import Base
 from phatgoose.card import Card
 from phatgoose.errors import OutOfMemory, PhatgooseError, reason_of
 from phatgoose.expert import Expert
-from phatgoose.ops.frozen_linear import fast_linears
 from phatgoose.training.curve import CurveRow
 from phatgoose.training.gated_lora import (
     attach_expert,
@@ -152,7 +151,7 @@ def _check(base: Base, card: Card, train: Examples, evaluation: Examples, recipe
 @contextmanager
 def _prepared(base: Base, recipe: Recipe) -> Iterator[None]:
     """Prepare a frozen base for training, and restore it at the end."""
-    with fast_linears(base.model), gradient_checkpointing(base, recipe.gradient_checkpointing):
+    with gradient_checkpointing(base, recipe.gradient_checkpointing):
         yield
 
 

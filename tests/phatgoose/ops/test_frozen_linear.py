@@ -10,9 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from phatgoose.base import load_base
 from phatgoose.errors import PhatgooseError
 from phatgoose.ops import frozen_linear
-from phatgoose.ops.frozen_linear import FrozenLinear, fast_linears, library, product
+from phatgoose.ops.frozen_linear import (
+    FrozenLinear,
+    library,
+    product,
+    use_fast_products,
+    use_plain_products,
+)
 
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="PyTorch has no oneDNN here"
@@ -117,11 +124,11 @@ def test_the_gradient_is_that_of_a_plain_linear(onednn: None, bias: bool) -> Non
     grad = torch.randn(2, 5, 7)
     expected_y = plain(x)
     (expected,) = torch.autograd.grad(expected_y, x, grad)
-    with fast_linears(plain):
-        assert type(plain) is FrozenLinear
-        y = plain(x)
-        assert "_Product" in type(y.grad_fn).__name__
-        (found,) = torch.autograd.grad(y, x, grad)
+    use_fast_products(plain)
+    assert type(plain) is FrozenLinear
+    y = plain(x)
+    assert "_Product" in type(y.grad_fn).__name__
+    (found,) = torch.autograd.grad(y, x, grad)
     torch.testing.assert_close(y, expected_y)
     torch.testing.assert_close(found, expected)
 
@@ -129,8 +136,8 @@ def test_the_gradient_is_that_of_a_plain_linear(onednn: None, bias: bool) -> Non
 @needs_onednn
 def test_a_weight_that_is_trained_keeps_its_gradient(onednn: None) -> None:
     linear = nn.Linear(12, 7)
-    with fast_linears(linear):
-        linear(torch.randn(3, 12)).sum().backward()
+    use_fast_products(linear)
+    linear(torch.randn(3, 12)).sum().backward()
     assert linear.weight.grad is not None
     assert linear.weight.grad.any()
 
@@ -139,24 +146,32 @@ def test_a_weight_that_is_trained_keeps_its_gradient(onednn: None) -> None:
 def test_other_dtypes_and_autocast_stay_with_pytorch(onednn: None) -> None:
     plain = nn.Linear(12, 7).requires_grad_(False)
     x = torch.randn(3, 12)
-    with fast_linears(plain):
-        with torch.autocast("cpu", torch.bfloat16):
-            assert plain(x).dtype == torch.bfloat16
-        plain.to(torch.bfloat16)
-        assert torch.equal(plain(x.bfloat16()), F.linear(x.bfloat16(), plain.weight, plain.bias))
+    use_fast_products(plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert plain(x).dtype == torch.bfloat16
+    plain.to(torch.bfloat16)
+    assert torch.equal(plain(x.bfloat16()), F.linear(x.bfloat16(), plain.weight, plain.bias))
 
 
 @needs_onednn
-def test_linears_are_plain_again_after_an_error(onednn: None) -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3), nn.ReLU()))
+def test_all_linears_of_a_base_use_it_and_can_be_plain_again(
+    onednn: None, llama_folder: Path
+) -> None:
+    """Check that outputs stay the same, and kinds that are no plain linear as they are."""
+    model = load_base(str(llama_folder)).model
     kinds = [type(module) for module in model.modules()]
-    with pytest.raises(RuntimeError, match="cannot be multiplied"), fast_linears(model):
-        model(torch.randn(2, 4))
-    assert [type(module) for module in model.modules()] == kinds
+    ids_BL = torch.arange(12).view(2, 6)
+    fast = model(input_ids=ids_BL).logits
+    assert kinds.count(FrozenLinear) == 2 * 7 + 1  # of both layers, and the vocabulary's
+    use_plain_products(model)
+    assert [nn.Linear if kind is FrozenLinear else kind for kind in kinds] == [
+        type(module) for module in model.modules()
+    ]
+    torch.testing.assert_close(model(input_ids=ids_BL).logits, fast)
 
 
 def test_pytorch_alone_changes_no_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PHATGOOSE_LINEAR", "torch")
     linear = nn.Linear(3, 3)
-    with fast_linears(linear):
-        assert type(linear) is nn.Linear
+    use_fast_products(linear)
+    assert type(linear) is nn.Linear

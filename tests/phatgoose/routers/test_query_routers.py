@@ -221,7 +221,7 @@ def last_input(base: Base, context: list[int]) -> Tensor:
     """Return the input [D] of the last block's query projection at the last context token."""
     heard: list[Tensor] = []
     linear = base.model.get_submodule(PROBED[base.model.config.model_type])
-    assert type(linear) is nn.Linear  # no expert is attached
+    assert isinstance(linear, nn.Linear)  # no expert is attached
     handle = linear.register_forward_pre_hook(lambda _, args: heard.append(args[0]))
     plain_logits(base, context, [])
     handle.remove()

@@ -368,7 +368,7 @@ def assert_is_bare(base: Base, before: dict[str, Tensor]) -> None:
     after = base.model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    assert all(type(base.model.get_submodule(name)) is nn.Linear for name in base.linears)
+    assert all(isinstance(base.model.get_submodule(name), nn.Linear) for name in base.linears)
 
 
 def test_the_base_is_restored_after_an_error(base: Base, spies: list[Spy]) -> None:
