@@ -28,9 +28,9 @@ class TokenRows(ForwardContext):
         self._places: dict[str, Tensor] = {}
         self._gathered: tuple[Tensor, Tensor] | None = None
 
-    def announce(self, side: str, mask_BL: Tensor, queries_B: Tensor | None = None) -> None:
+    def announce(self, side: str, mask_BL: Tensor, queries_BL: Tensor | None = None) -> None:
         """Set what the next pass of one side reads."""
-        super().announce(side, mask_BL, queries_B)
+        super().announce(side, mask_BL, queries_BL)
         self._places[side] = mask_BL.flatten().nonzero().squeeze(1)
 
     def release(self) -> None:
