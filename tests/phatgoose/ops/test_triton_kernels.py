@@ -341,6 +341,13 @@ def test_the_inverse_std_keeps_its_digits_at_any_mean(
     torch.testing.assert_close(inverse_T.double(), expected_T, rtol=2e-6, atol=0)
 
 
+def test_the_rounding_of_a_mean_does_not_reach_the_inverse_std() -> None:
+    # Neighbors in float32, whose mean is not a float32.
+    x_TD = torch.tensor([[1e6, 1e6 + 0.0625]], device=DEVICE)
+    expected = 1 / math.sqrt(0.03125**2 + 1e-5)
+    assert float(triton_kernels.inverse_std(x_TD)) == pytest.approx(expected, rel=1e-5)
+
+
 @few
 @given(
     tokens=st.integers(1, 70),
@@ -514,5 +521,7 @@ def test_what_the_kernels_would_misread_is_refused() -> None:
         triton_kernels.mix_(y_TO, x_TD, turned_EDR, B_ERO, *choice)
     with pytest.raises(PhatgooseError, match="bfloat16"):
         triton_kernels.mix_(y_TO, x_TD.bfloat16(), A_EDR, B_ERO, *choice)
+    with pytest.raises(PhatgooseError, match="no kernels"):
+        triton_kernels.scores(x_TD.double(), torch.randn(4, 8, device=DEVICE))
     with pytest.raises(PhatgooseError, match="gates"):
         triton_kernels.scores(x_TD, torch.randn(8, 4, device=DEVICE).T)
