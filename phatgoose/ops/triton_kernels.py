@@ -46,6 +46,7 @@ def scores(x_TD: Tensor, gates_ED: Tensor) -> Tensor:
         x_TD: inputs of the linear.
         gates_ED: prepared gates, float32 and contiguous.
     """
+    _check_dtype(x_TD)
     _check_gates(gates_ED)
     return OPERATORS.scores(x_TD, gates_ED)
 
@@ -185,11 +186,17 @@ def _check(y_TO: Tensor, x_TD: Tensor, lora_A_EDR: Tensor, lora_B_ERO: Tensor, w
         )
     if not (lora_A_EDR.is_contiguous() and lora_B_ERO.is_contiguous()):
         raise PhatgooseError("mix=triton: the factors are not contiguous. Pack them again.")
+    _check_dtype(x_TD)
     if not (x_TD.dtype == lora_A_EDR.dtype == lora_B_ERO.dtype):
         raise PhatgooseError(
             f"mix=triton: inputs are {x_TD.dtype} and factors {lora_A_EDR.dtype}. Load the pool "
             "in the dtype of the base."
         )
+
+
+def _check_dtype(x_TD: Tensor) -> None:
+    if x_TD.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise PhatgooseError(f"mix=triton: there are no kernels for {x_TD.dtype}. Use mix=torch.")
 
 
 def _check_gates(gates_ED: Tensor) -> None:

@@ -313,13 +313,29 @@ def test_absent_experts_have_no_weight_even_where_all_are() -> None:
         assert indices_TK.tolist() == [[0, 1]]
 
 
-def test_one_bias_may_be_shared_by_all_tokens() -> None:
+def test_a_bias_may_lie_anywhere() -> None:
     scores_TE = torch.randn(3, 6, generator=generator_of(0)).to(DEVICE)
-    bias_E = torch.randn(6, generator=generator_of(1)).to(DEVICE)
-    weights_TK, indices_TK = triton_kernels.select(scores_TE, 2, None, bias_E.expand(3, 6))
-    expected_TK, chosen_TK = triton_kernels.select(scores_TE + bias_E, 2)
-    assert torch.equal(indices_TK, chosen_TK)
-    torch.testing.assert_close(weights_TK, expected_TK)
+    spread_TE = torch.randn(3, 12, generator=generator_of(1)).to(DEVICE)[:, ::2]
+    for bias_TE in (spread_TE, spread_TE[:1].expand(3, 6)):
+        weights_TK, indices_TK = triton_kernels.select(scores_TE, 2, None, bias_TE)
+        expected_TK, chosen_TK = triton_kernels.select(scores_TE + bias_TE, 2)
+        assert torch.equal(indices_TK, chosen_TK)
+        torch.testing.assert_close(weights_TK, expected_TK)
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_decoding_writes_every_block_of_outputs(tokens: int) -> None:
+    """Check 1,000 outputs at a rank of 64: one block of 64 a program, or two for more tokens."""
+    y_TO, x_TD, A_EDR, B_ERO, *_ = make_case(
+        tokens=tokens, experts=3, top_k=2, rank=64, inputs=8, outputs=1000
+    )
+    gates_ED = torch.randn(3, 8, generator=generator_of(0)).to(DEVICE)
+    result_TO = y_TO.clone()
+    weights_TK, indices_TK = triton_kernels.decode_(
+        result_TO, x_TD, gates_ED, A_EDR, B_ERO, 2, False
+    )
+    case = y_TO, x_TD, A_EDR, B_ERO, indices_TK, weights_TK
+    assert_close(result_TO, expected_mix(*case), *case)
 
 
 @few
@@ -339,6 +355,13 @@ def test_the_inverse_std_keeps_its_digits_at_any_mean(
     inverse_T = triton_kernels.inverse_std(x_TD.to(DEVICE)).cpu()
     assert inverse_T.dtype == torch.float32
     torch.testing.assert_close(inverse_T.double(), expected_T, rtol=2e-6, atol=0)
+
+
+def test_the_rounding_of_a_mean_does_not_reach_the_inverse_std() -> None:
+    # Neighbors in float32, whose mean is not a float32.
+    x_TD = torch.tensor([[1e6, 1e6 + 0.0625]], device=DEVICE)
+    expected = 1 / math.sqrt(0.03125**2 + 1e-5)
+    assert float(triton_kernels.inverse_std(x_TD)) == pytest.approx(expected, rel=1e-5)
 
 
 @few
@@ -514,5 +537,7 @@ def test_what_the_kernels_would_misread_is_refused() -> None:
         triton_kernels.mix_(y_TO, x_TD, turned_EDR, B_ERO, *choice)
     with pytest.raises(PhatgooseError, match="bfloat16"):
         triton_kernels.mix_(y_TO, x_TD.bfloat16(), A_EDR, B_ERO, *choice)
+    with pytest.raises(PhatgooseError, match="no kernels"):
+        triton_kernels.scores(x_TD.double(), torch.randn(4, 8, device=DEVICE))
     with pytest.raises(PhatgooseError, match="gates"):
         triton_kernels.scores(x_TD, torch.randn(8, 4, device=DEVICE).T)
