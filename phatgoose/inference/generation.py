@@ -3,6 +3,11 @@
 Shape suffixes: B rows, L positions of the prompt, N positions after it, P places where target
 tokens are predicted, V vocabulary.
 
+What all prompts begin with is read once, where a token may be read for several queries:
+
+    prompts    p p a b c     row 0   p p | - a b c        `-` is padding
+               p p d e f g   row 1   p p | d e f g        one pass reads p p, another one the rest
+
 Rows that have ended leave the batch: where enough of them have, the call of transformers'
 `generate` ends, and another one continues with the rows that are left and their part of the cache.
 
@@ -34,6 +39,9 @@ from phatgoose.inference.stopping import Ending, Stopping
 from phatgoose.question import Question
 from phatgoose.rows import pad_rows
 from phatgoose.tokenization import cut_context, prompt_room
+
+# A pass more is worth so many tokens that need not be read.
+_WORTH = 64
 
 
 @torch.inference_mode()
@@ -141,12 +149,24 @@ def _write(
     counted: Literal["all", "prompt", "nothing"],
 ) -> _Written:
     pad, device = base.tokenizer.pad_token_id, base.device
+    shared = _shared_beginning(base, contexts, max_new_tokens, forward)
     # A decoder continues where its row ends, so its rows are filled up on the left.
-    ids_BL, mask_BL = pad_rows(contexts, pad, left=not base.is_encoder_decoder)
+    ids_BL, mask_BL = pad_rows(
+        [ids[shared:] for ids in contexts], pad, left=not base.is_encoder_decoder
+    )
     ids_BL, mask_BL = ids_BL.to(device), mask_BL.to(device)
     counted_BL = mask_BL.bool() & (counted != "nothing")
     inputs: dict[str, Any] = {"input_ids": ids_BL, "attention_mask": mask_BL}
     encoded = None
+    if shared:
+        ids_1L = torch.tensor([contexts[0][:shared]], device=device)
+        times = 0 if counted == "nothing" else len(contexts)
+        forward.announce("decoder", torch.full_like(ids_1L, times))
+        read = base.model.base_model(input_ids=ids_1L, use_cache=True).past_key_values
+        read.batch_repeat_interleave(len(contexts))
+        ids_BL = torch.cat([ids_1L.expand(len(contexts), -1), ids_BL], dim=1)
+        mask_BL = torch.cat([torch.ones_like(ids_BL[:, :shared]), mask_BL], dim=1)
+        inputs = {"input_ids": ids_BL, "attention_mask": mask_BL, "past_key_values": read}
     if base.is_encoder_decoder:
         forward.announce("encoder", counted_BL)
         encoded = base.model.get_encoder()(**inputs)
@@ -189,6 +209,22 @@ def _write(
         mask_BL=mask_BL,
         encoded=encoded,
     )
+
+
+def _shared_beginning(
+    base: Base, contexts: Sequence[list[int]], max_new_tokens: int, forward: ForwardContext
+) -> int:
+    """Return how many tokens all prompts begin with alike, if they are to be read once; else 0."""
+    first, last = min(contexts), max(contexts)
+    # Every row reads at least one token of its own.
+    most = min(map(len, contexts)) - 1
+    shared = next((i for i in range(most) if first[i] != last[i]), most)
+    # A window counts columns, and padding behind what is shared would use them up.
+    window = getattr(base.model.config, "sliding_window", None)
+    fits_window = window is None or max(map(len, contexts)) + max_new_tokens < window
+    allowed = base.shares_context and not base.is_encoder_decoder and forward.shares_tokens
+    worth = shared * (len(contexts) - 1) >= _WORTH
+    return shared if allowed and fits_window and worth else 0
 
 
 def _remaining(

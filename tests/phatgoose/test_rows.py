@@ -61,6 +61,22 @@ def test_generation_continues_in_several_calls(
     assert_answers_plainly(folders.load(*DECODERS[name]), 5)
 
 
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("window", [None, 11, 50])
+def test_what_prompts_begin_with_may_be_read_once(
+    folders: Folders, name: str, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check prompts of several lengths, one of which the others begin with."""
+    monkeypatch.setattr("phatgoose.inference.generation._WORTH", 1)
+    kind, changes = DECODERS[name]
+    base = folders.load(kind, changes if window is None else {**changes, "sliding_window": window})
+    shots = [5, 9, 11, 20]
+    questions = [
+        Question([*shots, *rest], [[30, 7, 0]]) for rest in ([], [33], [8, 64, 12], [33, 40])
+    ]
+    assert_answers_plainly(base, 5, questions)
+
+
 @pytest.mark.parametrize("name", WINDOWED)
 @pytest.mark.parametrize("window", [2, 3, 6])
 def test_a_sliding_window_is_masked(

@@ -1,6 +1,7 @@
 """Check where a generated text ends, and that decoding is always greedy."""
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from lm_eval.models.utils import postprocess_generated_text
 
 from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
-from phatgoose.inference import stopping
+from phatgoose.inference import generation, stopping
 from phatgoose.inference.generation import answer, fits, generate
 from phatgoose.inference.model import RoutedModel
 from phatgoose.inference.routed_linear import RoutingLog
@@ -170,6 +171,51 @@ def test_leaving_rows_change_nothing(
     for one, other in zip(found[2], expected[2], strict=True):
         assert one.loglikelihood == pytest.approx(other.loglikelihood, abs=1e-4)
         assert one.eos_loglikelihood == pytest.approx(other.eos_loglikelihood, abs=1e-4)
+    for log, other in zip(found[3:], expected[3:], strict=True):
+        assert log.tokens == other.tokens
+        for name, weights_E in other.weights.items():
+            torch.testing.assert_close(log.weights[name], weights_E, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("router", ["base", "phatgoose", "retrieval", "glider"])
+def test_reading_a_common_beginning_once_changes_nothing(
+    base: Base, router: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check texts, scores and counts; routers that look at queries share no tokens."""
+    monkeypatch.setattr("phatgoose.sentence_encoder.load_encoder", lambda _: FakeEncoder())
+    monkeypatch.setattr("phatgoose.routers.stacked_profiles._embedded", {})
+    queries = [
+        Query(f"Is the lake dry? no. Is the {end}", task=f"task {n}")
+        for n, end in enumerate(["lake deep?", "goose", "swan grey? five and", "goose"])
+    ]
+    asked = [(query.text, (" yes, the swan",), query) for query in queries]
+    questions = Question.encode_all(base, asked)
+    routed = RoutedModel(base, make_pool(base), router)
+    sizes: list[int] = []
+    handle = base.model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, args: sizes.append(args[0].numel())
+    )
+
+    def everything() -> tuple[Any, ...]:
+        with routed.recording(RoutingLog()) as of_texts:
+            texts = routed.generate(queries, 9)
+        with routed.recording(RoutingLog()) as of_answers:
+            answers, scores = routed.answer(questions, 9)
+        return texts, answers, scores, of_texts, of_answers
+
+    expected, read_alone = everything(), sum(sizes)
+    monkeypatch.setattr(generation, "_WORTH", 1)
+    sizes.clear()
+    found, read_together = everything(), sum(sizes)
+    handle.remove()
+    columns = zip(*(question.context for question in questions), strict=False)
+    common = len(list(takewhile(lambda column: len({*column}) == 1, columns)))
+    shares = not base.is_encoder_decoder and router in ("base", "phatgoose")
+    assert common > 5
+    assert read_alone - read_together == (2 * 3 * common if shares else 0)
+    assert found[:2] == expected[:2]
+    for one, other in zip(found[2], expected[2], strict=True):
+        assert one.loglikelihood == pytest.approx(other.loglikelihood, abs=1e-4)
     for log, other in zip(found[3:], expected[3:], strict=True):
         assert log.tokens == other.tokens
         for name, weights_E in other.weights.items():
