@@ -238,7 +238,12 @@ def set_step(
 
 def make_optimizer(parameters: list[nn.Parameter], stage: Stage) -> torch.optim.Optimizer:
     """Return AdamW with the paper's settings: eps 1e-8, no weight decay."""
-    return torch.optim.AdamW(parameters, lr=stage.lr, eps=1e-8, weight_decay=0.0)
+    # Hundreds of small weights: on a CPU, one kernel per weight takes a third of the time. On other
+    # devices PyTorch's default is fast.
+    fused = all(parameter.device.type == "cpu" for parameter in parameters)
+    return torch.optim.AdamW(
+        parameters, lr=stage.lr, eps=1e-8, weight_decay=0.0, fused=fused or None
+    )
 
 
 def make_scheduler(

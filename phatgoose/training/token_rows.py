@@ -8,6 +8,7 @@ Attention keeps its rows. Whatever a model computes at the padding is never read
 numbers at the tokens are those of padded rows up to rounding.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,28 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from phatgoose.inference.forward_context import ForwardContext
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where the tokens of rows are.
+
+    Attributes:
+        tokens_T: the place of each token in the flattened rows.
+        sources: for each place its token's number, and 0 for padding.
+        padding: the places of padding.
+    """
+
+    tokens_T: Tensor
+    sources: Tensor
+    padding: Tensor
+
+    @classmethod
+    def of(cls, mask_BL: Tensor) -> "_Places":
+        """Return the places of the tokens of a mask."""
+        is_token = mask_BL.flatten()
+        sources = (is_token.cumsum(0) - 1).masked_fill(~is_token, 0)
+        return cls(is_token.nonzero().squeeze(1), sources, (~is_token).nonzero().squeeze(1))
 
 
 class TokenRows(ForwardContext):
@@ -25,13 +48,13 @@ class TokenRows(ForwardContext):
 
     def __init__(self) -> None:
         super().__init__()
-        self._places: dict[str, Tensor] = {}
+        self._places: dict[str, _Places] = {}
         self._gathered: tuple[Tensor, Tensor] | None = None
 
     def announce(self, side: str, mask_BL: Tensor, queries_BL: Tensor | None = None) -> None:
         """Set what the next pass of one side reads."""
         super().announce(side, mask_BL, queries_BL)
-        self._places[side] = mask_BL.flatten().nonzero().squeeze(1)
+        self._places[side] = _Places.of(mask_BL)
 
     def release(self) -> None:
         """Free what was gathered. The backward pass may still need the places."""
@@ -46,7 +69,7 @@ class TokenRows(ForwardContext):
         mask_BL = self.masks.get(side)
         if mask_BL is None or x.shape[:-1] != mask_BL.shape:
             return x
-        if len(self._places[side]) == mask_BL.numel():
+        if not len(self._places[side].padding):
             return x
         if self._gathered is None or self._gathered[0] is not x:
             self._gathered = x, _Gather.apply(x, self._places[side])
@@ -54,42 +77,39 @@ class TokenRows(ForwardContext):
 
     def scatter(self, side: str, y_TO: Tensor) -> Tensor:
         """Return what linears made of gathered tokens as rows [B, L, O]."""
-        shape = self.masks[side].shape
         # The view is made here, because a model may change it in place.
-        y: Tensor = _Scatter.apply(y_TO, self._places[side], shape.numel()).view(*shape, -1)
+        y: Tensor = _Scatter.apply(y_TO, self._places[side]).view(*self.masks[side].shape, -1)
         return y
 
 
-def _rows_of(y_TO: Tensor, places_T: Tensor, places: int) -> Tensor:
-    return y_TO.new_zeros(places, y_TO.shape[1]).index_copy_(0, places_T, y_TO)
+def _rows_of(y_TO: Tensor, places: _Places) -> Tensor:
+    # Twice as fast as index_copy_ into zeros.
+    return y_TO.index_select(0, places.sources).index_fill_(0, places.padding, 0)
 
 
-def _tokens_of(x: Tensor, places_T: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).index_select(0, places_T)
+def _tokens_of(x: Tensor, places: _Places) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).index_select(0, places.tokens_T)
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, places_T: Tensor) -> Tensor:
-        ctx.save_for_backward(places_T)
-        ctx.shape = x.shape[:-1]
-        return _tokens_of(x, places_T)
+    def forward(ctx: Any, x: Tensor, places: _Places) -> Tensor:
+        ctx.places, ctx.shape = places, x.shape
+        return _tokens_of(x, places)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx_TD: Tensor) -> tuple[Tensor, None]:
-        (places_T,) = ctx.saved_tensors
-        return _rows_of(dx_TD, places_T, ctx.shape.numel()).view(*ctx.shape, -1), None
+        return _rows_of(dx_TD, ctx.places).view(ctx.shape), None
 
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y_TO: Tensor, places_T: Tensor, places: int) -> Tensor:
-        ctx.save_for_backward(places_T)
-        return _rows_of(y_TO, places_T, places)
+    def forward(ctx: Any, y_TO: Tensor, places: _Places) -> Tensor:
+        ctx.places = places
+        return _rows_of(y_TO, places)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        (places_T,) = ctx.saved_tensors
-        return _tokens_of(dy, places_T), None, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return _tokens_of(dy, ctx.places), None
