@@ -17,8 +17,7 @@ from peft import ArrowConfig, create_arrow_model
 from peft.tuners.lora.arrow import ArrowLoraLinearLayer
 
 from benchmarks.figures import Figure, print_table
-from benchmarks.pools import RANK, random_pool
-from benchmarks.routing import BASE
+from benchmarks.pools import BASE, RANK, plain_base, random_pool
 from benchmarks.timing import median_ratio, paired
 from phatgoose.base import load_base
 from phatgoose.card import Card, LoraFactors
@@ -60,7 +59,7 @@ def write_adapters(pool: Pool, folder: Path) -> list[str]:
 def measure(threads: int = 2, rounds: int = 2, experts: int = 64) -> list[Figure]:
     """Return how many times as fast as PEFT's Arrow a pass of the routed model is."""
     torch.set_num_threads(threads)
-    routed, theirs = load_base(BASE), load_base(BASE)
+    routed, theirs = load_base(BASE), plain_base()
     pool = random_pool(routed, experts)
     model = RoutedModel(routed, pool, Arrow(top_k=TOP_K, mix="outputs"))
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False):

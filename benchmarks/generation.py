@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.figures import Figure, print_table
-from benchmarks.scoring import BASE, random_pool
+from benchmarks.pools import BASE, plain_base, random_pool
 from harness.tasks import prepare_all, task_specs
 from harness.tasks.lm_eval_tasks import evaluation_table
 from phatgoose.base import Base, load_base
@@ -36,7 +36,7 @@ def measure(threads: int = 2, rounds: int = 3, limit: int = 26) -> list[Figure]:
     """
     torch.set_num_threads(threads)
     prompts = _prompts()
-    base, theirs = load_base(BASE), load_base(BASE)
+    base, theirs = load_base(BASE), plain_base()
     model = RoutedModel(base, random_pool(base, EXPERTS, scale=1e-4))
 
     def ours() -> list[str]:

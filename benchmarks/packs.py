@@ -13,13 +13,11 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.figures import Figure, print_table
-from benchmarks.pools import random_pool
+from benchmarks.pools import BASE, random_pool
 from benchmarks.timing import median_ratio, paired
 from harness.registry import packs
 from phatgoose.base import load_base
 from phatgoose.pool import Pool
-
-BASE = "smollm2-135m"
 
 
 def _open(folder: Path, *, verified: bool) -> Pool:

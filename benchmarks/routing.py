@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.figures import Figure, print_table
-from benchmarks.pools import RANK, random_pool
+from benchmarks.pools import BASE, RANK, random_pool
 from benchmarks.timing import Times, median_ratio, paired
 from phatgoose.architecture import find_linear, linear_sizes
 from phatgoose.base import Base, load_base
@@ -31,7 +31,6 @@ from phatgoose.query import Query
 from phatgoose.routers import Router
 from phatgoose.routers.interface import Probe, QueryRouter
 
-BASE = "smollm2-135m"
 TOKENS, ROWS = 1024, 4
 PROMPT, STEPS = 64, 12  # of decode: positions in the cache, and tokens written per round
 TARGETS = {32: 1.35, 166: 1.6}

@@ -22,17 +22,15 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from benchmarks.figures import Figure, print_table
+from benchmarks.pools import BASE, plain_base, random_pool
 from harness.evaluation.answering import answer_chunk
 from harness.evaluation.chunks import Answer, Chunk
 from harness.evaluation.lm import ShardedLM, quiet
 from harness.evaluation.requests import SuiteRequests
 from harness.tasks import prepare_all, task_specs
-from phatgoose.architecture import find_linear, linear_sizes
 from phatgoose.base import Base, load_base
 from phatgoose.inference.model import RoutedModel
-from phatgoose.pool import Pool, PoolLinear
 
-BASE = "smollm2-135m"
 # Two to ten choices of one to eight tokens, after prompts of about 38, 77, 182, 228, 149 tokens.
 TASKS = (
     "sports_understanding",
@@ -56,7 +54,7 @@ def measure(threads: int = 2, rounds: int = 3, characters: int = 2000) -> list[F
     torch.set_num_threads(threads)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     requests = {name: _first(found, characters) for name, found in _requests().items()}
-    base, theirs = load_base(BASE), load_base(BASE)
+    base, theirs = load_base(BASE), plain_base()
     model = RoutedModel(base, random_pool(base, EXPERTS))
     size = _best_batch_size(theirs, [_first(found, 1) for found in list(requests.values())[:3]])
     hflm = _hflm(theirs, BATCH_SIZES[size])
@@ -111,24 +109,6 @@ def measure(threads: int = 2, rounds: int = 3, characters: int = 2000) -> list[F
         figure(f"choices/s, phatgoose {EXPERTS} / HFLM", "phatgoose", TASKS, 2.5, note),
         *(figure(f"  {s}, {t}", s, [t]) for s in ("base", "phatgoose") for t in TASKS),
     ]
-
-
-def random_pool(base: Base, experts: int, *, scale: float = 0.01, seed: int = 0) -> Pool:
-    """Return a pool of random experts, whose factors have this scale, and random gates."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
-
-    linears = {}
-    for name in base.linears:
-        inputs, outputs = linear_sizes(find_linear(base.model, name))
-        linears[name] = PoolLinear(
-            lora_A_ERD=random(experts, RANK, inputs).mul_(scale),
-            lora_B_EOR=random(experts, outputs, RANK).mul_(scale),
-            gate_ED=random(experts, inputs),
-        )
-    return Pool(base.fingerprint, tuple(f"e{i}" for i in range(experts)), linears)
 
 
 def _requests() -> dict[str, list[Instance]]:

@@ -15,8 +15,7 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import peft
@@ -26,13 +25,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from benchmarks.figures import Figure, print_table
+from benchmarks.pools import BASE
 from harness.config.load import load_config
 from harness.tasks import prepare_all, prepare_here
 from harness.training.examples import job_examples
 from phatgoose.architecture import linear_sizes
 from phatgoose.base import Base, load_base, locate_base
 from phatgoose.inference.scoring import logits_at
-from phatgoose.ops.frozen_linear import fast_linears, library
+from phatgoose.ops.frozen_linear import library
 from phatgoose.question import Question
 from phatgoose.rows import pad_rows
 from phatgoose.training.engine import PlainEngine, TargetLoss
@@ -40,7 +40,6 @@ from phatgoose.training.gated_lora import attach_lora
 from phatgoose.training.recipe import Recipe
 from phatgoose.training.trainer import Hooks, TrainingJob
 
-_BASE = "smollm2-135m"
 Step = Callable[[list[Question]], float]
 
 
@@ -59,13 +58,12 @@ def measure(*, threads: int = 1, rounds: int = 4) -> list[Figure]:
     torch.set_num_threads(threads)
     try:
         recipe, base, batches = _batches()
-        with ExitStack() as stack:
-            steps = {
-                "lora": stack.enter_context(_our_steps(load_base(_BASE), recipe, gates=False)),
-                "gates": stack.enter_context(_our_steps(load_base(_BASE), recipe, gates=True)),
-                **_peft_steps(base, recipe, batches[0]),
-            }
-            seconds = _in_turn(steps, batches, rounds)
+        steps = {
+            "lora": _our_steps(load_base(BASE), recipe, gates=False),
+            "gates": _our_steps(load_base(BASE), recipe, gates=True),
+            **_peft_steps(base, recipe, batches[0]),
+        }
+        seconds = _in_turn(steps, batches, rounds)
     finally:
         torch.set_num_threads(before)
     floors = _floors(base, recipe, batches)
@@ -93,7 +91,7 @@ def measure(*, threads: int = 1, rounds: int = 4) -> list[Figure]:
 def _batches() -> tuple[Recipe, Base, list[list[Question]]]:
     """Return the demo's recipe, the base, and one batch of each task of the demo."""
     config = load_config(["pool=demo", "run.dir=/"])
-    base, batches = load_base(_BASE), []
+    base, batches = load_base(BASE), []
     for data in prepare_all(tuple(config.pool_tasks()), prepare_here):
         train, evaluation = job_examples(base, [data], config.train, config.train.steps)
         job = TrainingJob(base, {}, train, evaluation[:1], config.train, Hooks())
@@ -120,8 +118,7 @@ def _in_turn(
     return seconds
 
 
-@contextmanager
-def _our_steps(base: Base, recipe: Recipe, *, gates: bool) -> Iterator[Step]:
+def _our_steps(base: Base, recipe: Recipe, *, gates: bool) -> Step:
     layers = attach_lora(
         base.model,
         base.linears,
@@ -138,21 +135,20 @@ def _our_steps(base: Base, recipe: Recipe, *, gates: bool) -> Iterator[Step]:
         for layer in layers.values():
             layer.add_gate()
         parameters = [layer.gate_D for layer in layers.values() if layer.gate_D is not None]
-    with fast_linears(base.model):
-        engine = PlainEngine(TargetLoss(base, recipe.dtype), parameters, stage, recipe)
+    engine = PlainEngine(TargetLoss(base, recipe.dtype), parameters, stage, recipe)
 
-        def step(batch: list[Question]) -> float:
-            loss = engine.loss(batch)
-            engine.backward(loss / _targets(batch))
-            engine.step()
-            return float(loss.detach()) / _targets(batch)
+    def step(batch: list[Question]) -> float:
+        loss = engine.loss(batch)
+        engine.backward(loss / _targets(batch))
+        engine.step()
+        return float(loss.detach()) / _targets(batch)
 
-        yield step
+    return step
 
 
 def _peft_steps(base: Base, recipe: Recipe, example: list[Question]) -> dict[str, Step]:
     """Return the loops of PEFT, which train one model: over all logits, and at targets only."""
-    plain = AutoModelForCausalLM.from_pretrained(locate_base(_BASE), dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(locate_base(BASE), dtype=torch.float32)
     options = peft.LoraConfig(
         r=recipe.rank,
         lora_alpha=round(recipe.scale * recipe.rank),
