@@ -38,6 +38,12 @@ class Conditions:
         code = digest(scoring_code())
         return Conditions(base, dtype, device, json.dumps(versions, sort_keys=True), code)
 
+    def describe(self) -> str:
+        """Return what routes, mixes, and multiplies by frozen weights, in words."""
+        versions = json.loads(self.versions)
+        way = " ".join(versions["mix"].split()[:2])  # without the digest of its source
+        return f"experts by {way}, frozen weights by {versions['linear']}"
+
     def check(self, dtype: str, device: str) -> None:
         """Raise PhatgooseError if this process, an actor, would answer under other conditions."""
         here = Conditions.here(self.base, dtype, device)

@@ -113,6 +113,7 @@ class Plan:
                 for name, tasks in self.suites.items()
             ),
             f"routers   {', '.join(config.router)}",
+            f"computed  {self.conditions.describe()}",
             f"run.dir   {self.folder}",
         ]
         if "train" in config.stages:

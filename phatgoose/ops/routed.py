@@ -53,19 +53,17 @@ def uses_kernel(device: str = "cpu") -> bool:
 def way_on(device: str) -> str:
     """Return what routes and mixes on a kind of device; part of what identifies an answer."""
     wanted = wanted_way()
-    if uses_kernel(device):
+    if device in ("cpu", "cuda") and uses_kernel(device):
         return f"kernel {_kernel_on(device)}"
     return wanted if wanted in TORCH_WAYS else "torch"
 
 
 def _kernel_on(device: str) -> str | PhatgooseError:
-    """Return the name and the build of the kernel for a kind of device, or why there is none."""
+    """Return the name and the build of the kernel for `cpu` or `cuda`, or why there is none."""
     if device == "cuda":
         if importlib.util.find_spec("triton") is None:
             return PhatgooseError("there is no Triton. Install a PyTorch that brings it.")
         return f"triton {importlib.metadata.version('triton')}"
-    if device != "cpu":
-        return PhatgooseError(f"there is no kernel for {device}. Use PyTorch's operators.")
     kernel = find_kernel()
     if isinstance(kernel, str):
         return PhatgooseError(
