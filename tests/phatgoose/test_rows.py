@@ -62,7 +62,7 @@ def test_generation_continues_in_several_calls(
 
 
 @pytest.mark.parametrize("name", DECODERS)
-@pytest.mark.parametrize("window", [None, 11, 50])
+@pytest.mark.parametrize("window", [None, 6, 50])
 def test_what_prompts_begin_with_may_be_read_once(
     folders: Folders, name: str, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,12 +279,13 @@ def test_what_questions_begin_with_is_read_once(llama: Base) -> None:
         Question([*shots, 50 + n], [[60, 61, 0], [60, 62, 63, 0], [64, 0]]) for n in range(3)
     ]
     questions.append(Question([*shots, 50, 70], [[71, 0]]))
+    questions += [Question([*shots, 80, 81, end], [[71, 0]]) for end in (82, 83)]
     sizes: list[int] = []
     embeddings = llama.model.get_input_embeddings()
     handle = embeddings.register_forward_pre_hook(lambda _, args: sizes.append(args[0].numel()))
     scores = score(llama, questions)
     handle.remove()
-    assert sizes == [30 + 3 * (1 + 5) + 2]
+    assert sizes == [30 + 3 * (1 + 5) + 2 + 2 + 2 * 2]
     for question, found in zip(questions, scores, strict=True):
         for choice, actual in zip(question.choices, found, strict=True):
             assert_same(actual, plain_score(llama, question.context, choice))
