@@ -61,14 +61,16 @@ def test_generation_continues_in_several_calls(
     assert_answers_plainly(folders.load(*DECODERS[name]), 5)
 
 
-@pytest.mark.parametrize("name", DECODERS)
-@pytest.mark.parametrize("window", [None, 6, 50])
+@pytest.mark.parametrize(
+    ("name", "window"),
+    [*((name, None) for name in DECODERS), *((name, w) for name in WINDOWED for w in (6, 50))],
+)
 def test_what_prompts_begin_with_may_be_read_once(
     folders: Folders, name: str, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Check prompts of several lengths, one of which the others begin with."""
     monkeypatch.setattr("phatgoose.inference.generation._WORTH", 1)
-    kind, changes = DECODERS[name]
+    kind, changes = DECODERS[name] if window is None else WINDOWED[name]
     base = folders.load(kind, changes if window is None else {**changes, "sliding_window": window})
     shots = [5, 9, 11, 20]
     questions = [
