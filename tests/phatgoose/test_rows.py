@@ -61,14 +61,16 @@ def test_generation_continues_in_several_calls(
     assert_answers_plainly(folders.load(*DECODERS[name]), 5)
 
 
-@pytest.mark.parametrize("name", DECODERS)
-@pytest.mark.parametrize("window", [None, 11, 50])
+@pytest.mark.parametrize(
+    ("name", "window"),
+    [*((name, None) for name in DECODERS), *((name, w) for name in WINDOWED for w in (6, 50))],
+)
 def test_what_prompts_begin_with_may_be_read_once(
     folders: Folders, name: str, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Check prompts of several lengths, one of which the others begin with."""
     monkeypatch.setattr("phatgoose.inference.generation._WORTH", 1)
-    kind, changes = DECODERS[name]
+    kind, changes = DECODERS[name] if window is None else WINDOWED[name]
     base = folders.load(kind, changes if window is None else {**changes, "sliding_window": window})
     shots = [5, 9, 11, 20]
     questions = [
@@ -279,12 +281,13 @@ def test_what_questions_begin_with_is_read_once(llama: Base) -> None:
         Question([*shots, 50 + n], [[60, 61, 0], [60, 62, 63, 0], [64, 0]]) for n in range(3)
     ]
     questions.append(Question([*shots, 50, 70], [[71, 0]]))
+    questions += [Question([*shots, 80, 81, end], [[71, 0]]) for end in (82, 83)]
     sizes: list[int] = []
     embeddings = llama.model.get_input_embeddings()
     handle = embeddings.register_forward_pre_hook(lambda _, args: sizes.append(args[0].numel()))
     scores = score(llama, questions)
     handle.remove()
-    assert sizes == [30 + 3 * (1 + 5) + 2]
+    assert sizes == [30 + 3 * (1 + 5) + 2 + 2 + 2 * 2]
     for question, found in zip(questions, scores, strict=True):
         for choice, actual in zip(question.choices, found, strict=True):
             assert_same(actual, plain_score(llama, question.context, choice))

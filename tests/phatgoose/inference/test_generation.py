@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from lm_eval.models.utils import postprocess_generated_text
 
@@ -223,16 +223,23 @@ def test_reading_a_common_beginning_once_changes_nothing(
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data(), stops=st.lists(st.text("abe é☃\n>", max_size=3), min_size=1, max_size=3))
+@given(
+    data=st.data(),
+    stops=st.lists(st.text("abe é☃\n>", min_size=1, max_size=3), min_size=1, max_size=3),
+    spaces=st.integers(0, 2),
+)
 def test_a_row_ends_at_the_first_token_whose_text_holds_a_stop_string(
-    base: Base, data: st.DataObject, stops: list[str]
+    base: Base, data: st.DataObject, stops: list[str], spaces: int
 ) -> None:
     """Compare with the complete text after each token; tokens may be parts of characters."""
-    vocabulary = range(len(base.tokenizer))
-    likely = [t for text in ("a b é ☃ \n", "e<s>a") for t in ids_of(base, text)]
-    token = st.one_of(st.sampled_from(vocabulary), st.sampled_from(likely))
-    ids = data.draw(st.lists(token, min_size=1, max_size=12))
-    spaces = data.draw(st.integers(0, 2))
+    pieces = [ids_of(base, text) for text in (*"abeé☃>", " ", "\n", "<s>", " goose", "ab")]
+    random = st.sampled_from(range(len(base.tokenizer))).map(lambda token: [token])
+    piece = st.one_of(st.sampled_from(pieces), random)
+    # Stop strings themselves as well, token by token of each character.
+    whole = st.sampled_from(stops).map(lambda stop: [t for c in stop for t in ids_of(base, c)])
+    parts = data.draw(st.lists(st.one_of(piece, whole), min_size=1, max_size=6))
+    ids = [token for part in parts for token in part]
+    assume(ids)
     ending = Ending(base, stops, [spaces])
 
     def holds(count: int) -> bool:
