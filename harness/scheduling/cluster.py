@@ -33,7 +33,14 @@ from phatgoose.errors import PhatgooseError, reason_of
 _MOST_REQUESTED = 1000  # actors per request to the autoscaler
 _LOCAL_OBJECT_STORE = 512 * 2**20  # experts pass through it one at a time
 # The driver's values of these apply on every node. Tokens and keys are not passed on.
-_PASSED_ON = ("PHATGOOSE_CACHE", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT")
+_PASSED_ON = (
+    "PHATGOOSE_CACHE",
+    "PHATGOOSE_LINEAR",
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "HF_HUB_OFFLINE",
+    "HF_ENDPOINT",
+)
 
 
 class Cluster:
