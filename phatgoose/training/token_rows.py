@@ -17,6 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from phatgoose.inference.forward_context import ForwardContext
 
+# To gather and scatter tokens takes as long as to multiply this share of padding.
+_CHEAP = 0.1
+
 
 @dataclass(frozen=True)
 class _Places:
@@ -63,13 +66,13 @@ class TokenRows(ForwardContext):
     def gather(self, side: str, x: Tensor) -> Tensor:
         """Return the tokens [T, D] of an input [B, L, D], or the input if there is nothing to do.
 
-        That is if it has no padding, or if it does not have the shape of the announced rows, such
-        as the input of an expert in a mixture of experts.
+        That is if it has little padding, or if it does not have the shape of the announced rows,
+        such as the input of an expert in a mixture of experts.
         """
         mask_BL = self.masks.get(side)
         if mask_BL is None or x.shape[:-1] != mask_BL.shape:
             return x
-        if not len(self._places[side].padding):
+        if len(self._places[side].padding) < _CHEAP * mask_BL.numel():
             return x
         if self._gathered is None or self._gathered[0] is not x:
             self._gathered = x, _Gather.apply(x, self._places[side])

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,25 @@ def test_an_interrupted_job_gives_identical_weights(
     expert, resumed, _ = interrupted.train_interrupted(base, at, engine=deepspeed)
     assert interrupted.timeless(resumed) == interrupted.timeless(rows)
     assert expert.content_hash() == expected.content_hash()
+
+
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_gradient_checkpointing_gives_identical_weights(
+    base: Base, deepspeed: Any, zero_stage: int
+) -> None:
+    engine = functools.partial(deepspeed, zero_stage=zero_stage)
+    expected, rows = train(base, engine=engine)
+    recipe = dataclasses.replace(RECIPE, gradient_checkpointing=True)
+    expert, checkpointed = train(base, recipe, engine=engine)
+    assert [row.loss for row in checkpointed] == [row.loss for row in rows]
+    assert expert.content_hash() == expected.content_hash()
+
+
+def test_a_single_rank_sums_no_gradients(llama: Base, deepspeed: Any) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deepspeed.DeepSpeedEngine.allreduce_gradients", _refuse)
+        expert, _ = train(llama, engine=deepspeed)
+    assert expert.card.metrics == pytest.approx(train(llama)[0].card.metrics, rel=1e-4)
 
 
 def test_nothing_is_compiled(deepspeed: Any, compiled: Path) -> None:

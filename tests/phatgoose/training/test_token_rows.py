@@ -111,7 +111,7 @@ def test_tokens_are_gathered_and_scattered(lengths: list[int], width: int, seed:
     rows = TokenRows()
     rows.announce("decoder", mask_BL)
     x_TD = rows.gather("decoder", x)
-    if mask_BL.all():
+    if int((~mask_BL).sum()) < mask_BL.numel() / 10:  # too little to be worth it
         assert x_TD is x
         return
     assert torch.equal(x_TD, x[mask_BL])
