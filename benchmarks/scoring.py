@@ -1,6 +1,6 @@
 """Measure choices scored per second against lm-eval's HFLM, on five tasks of BIG-bench.
 
-    python -m benchmarks.scoring [--threads 2] [--rounds 3] [--characters 2000]
+    python -m benchmarks.scoring [--threads 2] [--rounds 3] [--characters 1500]
 
 Both sides get the same requests of lm-eval in one process, and both tokenize. Ours answers as an
 evaluation actor does, with the routing recorded. HFLM runs the base alone, at the batch size that
@@ -43,7 +43,7 @@ BATCH_SIZES = {"1": 1, "8": 8, "16": 16, "auto": 64}
 EXPERTS, RANK = 166, 16
 
 
-def measure(threads: int = 2, rounds: int = 3, characters: int = 2000) -> list[Figure]:
+def measure(threads: int = 2, rounds: int = 3, characters: int = 1500) -> list[Figure]:
     """Return the figures of the base alone and of 166 experts, and of each task for the base.
 
     Args:
@@ -172,7 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--characters", type=int, default=2000, help="text of each task")
+    parser.add_argument("--characters", type=int, default=1500, help="text of each task")
     print_table(measure(**vars(parser.parse_args())))
 
 

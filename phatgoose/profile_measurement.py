@@ -83,7 +83,8 @@ def _listen(
 ) -> "_Statistics":
     """Run the examples through the model, and listen to the input of each adapted linear."""
     limits = config.max_input_tokens, config.max_target_tokens
-    questions = [Question.encode(model.base, e.input, [e.target], *limits) for e in examples]
+    asked = [(example.input, [example.target], Query(example.input)) for example in examples]
+    questions = Question.encode_all(model.base, asked, *limits)
     questions.sort(key=lambda question: question.length)
     statistics = _Statistics(model.forward_context, model.base.architecture, expert)
     model.forward_context.apart = True  # a token that examples share would have one mean only

@@ -50,7 +50,8 @@ class Rows:
         inputs: arguments of the model.
         counted_BL: for how many questions or choices each token is read, int64 [B, L]: 0 for
             padding, and for tokens that another row counts.
-        queries_BL: a question that each token belongs to, int64 [B, L].
+        queries_BL: a question that each token belongs to, int64 [B, L]. Where questions share no
+            tokens they ascend, row after row and padding included.
         places: the row and column where each target token is predicted, by question, choice and
             token.
     """
@@ -100,7 +101,9 @@ def shared_rows(
     ends_BL = _filled([tree.ends for tree in trees], length, length)
     positions_BL = _filled([tree.positions for tree in trees], length, 0)
     counted_BL = _filled([tree.counted for tree in trees], length, 0)
-    queries_BL = _filled([tree.queries for tree in trees], length, 0)
+    queries_BL = torch.tensor(
+        [[*t.queries, *t.queries[-1:] * (length - len(t.ids))] for t in trees]
+    )
     device, record = model.device, architecture_of(model.config)
     masks = _masks(model, record.windows(model.config), ends_BL, positions_BL)
     return Rows(

@@ -18,7 +18,8 @@ class ForwardContext:
     Attributes:
         masks: which positions are tokens and not padding, by side, [B, L]: bool, or int64 where
             a token that is read once counts several times.
-        queries: which query each position belongs to, by side, int64 [B, L].
+        queries: which query each position belongs to, by side, int64 [B, L]. They ascend, row after
+            row, wherever a mixture or a bias depends on them.
         mixture: a query router's choice for each query: `weights_QK` and `indices_QK`.
         bias_QE: added to every score of a query's tokens; None for no bias.
         bare: True while the experts are left out.

@@ -22,6 +22,7 @@ from phatgoose.inference.scoring import score
 from phatgoose.pool import Pool
 from phatgoose.query import Query
 from phatgoose.question import Question
+from phatgoose.rows import shared_rows
 from tests.support.architectures import (
     APART,
     DECODERS,
@@ -307,6 +308,9 @@ def test_queries_that_differ_share_no_tokens(
     questions = [
         Question([5, 9, 11, 20], choices, Query(f"query {n}", task=f"task {n}")) for n in range(6)
     ]
+    rows = shared_rows(llama.model, 0, [(q.context, q.choices) for q in questions], across=False)
+    assert rows.queries_BL.flatten().diff().min() >= 0  # tokens of a query are neighbors
+    assert rows.counted_BL.sum() == sum(len(q.context) + 4 for q in questions)
     together = routed.score(questions)
     for question, found in zip(questions, together, strict=True):
         for actual, expected in zip(found, routed.score([question])[0], strict=True):
