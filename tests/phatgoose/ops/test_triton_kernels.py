@@ -192,9 +192,21 @@ def test_every_pair_is_in_one_block_of_its_expert(
     chances_E = (torch.rand(groups, generator=generator) * skew).softmax(dim=0)
     choices = chances_E.multinomial(tokens * top_k, replacement=True, generator=generator)
     indices_TK = choices.view(tokens, top_k).to(DEVICE)
+    assert_grouped(indices_TK, groups)
+
+
+def test_pairs_are_sorted_over_several_reads() -> None:
+    """Check 10,000 pairs of 5,000 tokens: programs read 4,096 at once."""
+    indices_TK = torch.randint(3, (5000, 2), generator=generator_of(0)).to(DEVICE)
+    assert_grouped(indices_TK, 3)
+    assert_grouped(indices_TK[:, 1:], 3)
+
+
+def assert_grouped(indices_TK: Tensor, groups: int) -> None:
+    top_k = indices_TK.shape[1]
     order_N, blocks_3, others = triton_operators._group(indices_TK, groups, 16)
     order, flat = order_N.tolist(), indices_TK.flatten().tolist()
-    assert sorted(order) == list(range(tokens * top_k))
+    assert sorted(order) == list(range(len(flat)))
     seen = []
     for block, (expert, begin, end) in enumerate(blocks_3.T.tolist()):
         if expert < 0:
