@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -24,7 +24,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Half of a unit in the last place, or all of it where the interpreter cuts.
 UNIT = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
-few = settings(deadline=None, max_examples=20)
+# Examples are small, and smaller ones would take the interpreter minutes to find.
+UNSHRUNK = [Phase.explicit, Phase.reuse, Phase.generate]
+few = settings(deadline=None, max_examples=20, phases=UNSHRUNK)
 sizes = st.fixed_dictionaries(
     {
         "tokens": st.integers(1, 12),
@@ -175,7 +177,7 @@ def test_inputs_and_outputs_may_lie_anywhere(dtype: torch.dtype) -> None:
     assert (frame_TO == 7.0).all()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(few, max_examples=40)
 @given(
     tokens=st.integers(1, 90),
     groups=st.integers(1, 9),
@@ -190,9 +192,21 @@ def test_every_pair_is_in_one_block_of_its_expert(
     chances_E = (torch.rand(groups, generator=generator) * skew).softmax(dim=0)
     choices = chances_E.multinomial(tokens * top_k, replacement=True, generator=generator)
     indices_TK = choices.view(tokens, top_k).to(DEVICE)
+    assert_grouped(indices_TK, groups)
+
+
+def test_pairs_are_sorted_over_several_reads() -> None:
+    """Check 10,000 pairs of 5,000 tokens: programs read 4,096 at once."""
+    indices_TK = torch.randint(3, (5000, 2), generator=generator_of(0)).to(DEVICE)
+    assert_grouped(indices_TK, 3)
+    assert_grouped(indices_TK[:, 1:], 3)
+
+
+def assert_grouped(indices_TK: Tensor, groups: int) -> None:
+    top_k = indices_TK.shape[1]
     order_N, blocks_3, others = triton_operators._group(indices_TK, groups, 16)
     order, flat = order_N.tolist(), indices_TK.flatten().tolist()
-    assert sorted(order) == list(range(tokens * top_k))
+    assert sorted(order) == list(range(len(flat)))
     seen = []
     for block, (expert, begin, end) in enumerate(blocks_3.T.tolist()):
         if expert < 0:
@@ -233,7 +247,7 @@ def expected_choice(scores_TE: Tensor, top_k: int, **options: Any) -> tuple[Tens
     return torch.stack(weights), torch.stack(indices)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(few, max_examples=60)
 @given(
     tokens=st.integers(1, 5),
     experts=st.integers(1, 70),
