@@ -7,7 +7,9 @@ the loop that its documentation shows: padded batches, and a loss over the logit
 A second loop gives PEFT what this project does about logits, which it computes only where there is
 a target. All loops take turns on the same batches in one process. A figure is the median of the
 ratios of such pairs. The floor is the ratio of operations: of the frozen linears in the forward
-pass and for the gradients of their inputs, of LoRA, and of the vocabulary projection.
+pass and for the gradients of their inputs, of LoRA, and of the vocabulary projection. Where frozen
+linears use oneDNN (see `phatgoose.ops.frozen_linear`) a ratio may be beyond it, because PEFT's use
+MKL: compare with PHATGOOSE_LINEAR=torch.
 """
 
 import argparse

@@ -33,7 +33,10 @@ def library() -> str:
         PhatgooseError: the environment asks for a library that there is not.
     """
     chosen = os.environ.get(CHOICE, "")
-    available = torch.backends.mkldnn.is_available()
+    # The operator is PyTorch's own, and another version may not have it.
+    available = torch.backends.mkldnn.is_available() and hasattr(
+        torch.ops.mkldnn, "_linear_pointwise"
+    )
     if chosen:
         if chosen not in _LIBRARIES or (chosen == "onednn" and not available):
             raise PhatgooseError(

@@ -52,7 +52,7 @@ class TokenRows(ForwardContext):
     def __init__(self) -> None:
         super().__init__()
         self._places: dict[str, _Places] = {}
-        self._gathered: tuple[Tensor, Tensor] | None = None
+        self._gathered: tuple[Tensor, int, Tensor] | None = None
 
     def announce(self, side: str, mask_BL: Tensor, queries_BL: Tensor | None = None) -> None:
         """Set what the next pass of one side reads."""
@@ -74,9 +74,13 @@ class TokenRows(ForwardContext):
             return x
         if len(self._places[side].padding) < _CHEAP * mask_BL.numel():
             return x
-        if self._gathered is None or self._gathered[0] is not x:
-            self._gathered = x, _Gather.apply(x, self._places[side])
-        return self._gathered[1]
+        if self._gathered is not None:
+            read, version, x_TD = self._gathered
+            if read is x and version == x._version:  # and it was not changed in place
+                return x_TD
+        x_TD = _Gather.apply(x, self._places[side])
+        self._gathered = x, x._version, x_TD
+        return x_TD
 
     def scatter(self, side: str, y_TO: Tensor) -> Tensor:
         """Return what linears made of gathered tokens as rows [B, L, O]."""

@@ -11,6 +11,7 @@ from harness.config.load import GROUPS, group_choices, load_config
 from harness.config.schema import RanksConfig, RunConfig
 from harness.run import main
 from phatgoose.errors import PhatgooseError
+from phatgoose.ops.frozen_linear import library
 from phatgoose.routers import ROUTERS, Phatgoose, Single, make_router
 
 RUN = "run.dir=/data/run"
@@ -346,8 +347,31 @@ def test_ranks_are_not_part_of_the_recipe() -> None:
         (["train.gpus_per_expert=-1"], "train.gpus_per_expert=-1"),
         (["train.zero_stag=1"], "did you mean train.zero_stage"),
         (["train.retry_lr=1.5"], "train.retry_lr is 1.5"),
+        (["train.sort_window=0"], "train.sort_window is 0"),
+        (
+            ["train.gradient_checkpointing=often"],
+            "configuration: train: gradient_checkpointing: Value 'often' is not a valid bool",
+        ),
     ],
 )
 def test_invalid_ranks_are_refused(arguments: list[str], problem: str) -> None:
     with pytest.raises(PhatgooseError, match=problem.replace(".", r"\.")):
         load_config(arguments)
+
+
+def test_an_unknown_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PHATGOOSE_LINEAR", "blas")
+    library.cache_clear()
+    try:
+        assert refused().startswith("PHATGOOSE_LINEAR=blas: ")
+    finally:
+        library.cache_clear()
+
+
+@pytest.mark.parametrize("choice", ["demo", "paper"])
+def test_presets_keep_random_batches_and_all_activations(choice: str) -> None:
+    recipe = load(f"train={choice}").train
+    assert recipe.sort_window == 1
+    assert not recipe.gradient_checkpointing
+    changed = load(f"train={choice}", "train.sort_window=8", "train.gradient_checkpointing=true")
+    assert (changed.train.sort_window, changed.train.gradient_checkpointing) == (8, True)

@@ -134,6 +134,15 @@ def test_inputs_of_another_shape_stay_whole() -> None:
     assert rows.gather("encoder", x) is x
 
 
+def test_an_input_that_changes_in_place_is_gathered_again() -> None:
+    rows = TokenRows()
+    rows.announce("decoder", torch.tensor([[True, False], [True, True]]))
+    x = torch.randn(2, 2, 4)
+    before = rows.gather("decoder", x).clone()
+    x += 1
+    torch.testing.assert_close(rows.gather("decoder", x), before + 1)
+
+
 def test_nothing_that_was_gathered_is_kept(llama: Base) -> None:
     with attached(llama):
         module = TargetLoss(llama, "float32")
