@@ -15,7 +15,6 @@ from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
 from phatgoose.inference.forward_context import ForwardContext
 from phatgoose.inference.model import RoutedModel
-from phatgoose.ops.frozen_linear import fast_linears
 from phatgoose.ops.svd import output_projection
 from phatgoose.pool import Pool
 from phatgoose.profile import Profile, ProfileConfig
@@ -56,10 +55,7 @@ def measure_profile(
     ]
     model = RoutedModel(base, Pool.from_experts([expert]), Single(expert.card.name))
     try:
-        with fast_linears(base.model):
-            statistics = _listen(
-                model, expert, examples[: config.activation_examples], config, beat
-            )
+        statistics = _listen(model, expert, examples[: config.activation_examples], config, beat)
     finally:
         model.detach()
     return Profile(

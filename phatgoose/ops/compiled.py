@@ -133,7 +133,7 @@ class CompiledExperts:
             min(rule.top_k, experts) if rule else 0,
             lora_A_ERD.dtype == torch.bfloat16,
             mixes_factors,
-            self._gates is not None and self._gates.standardises,
+            self._gates is not None and self._gates.standardise,
             self._gates is not None and self._gates.absolute,
             rule is not None and rule.equal,
             STANDARDISE_EPS,

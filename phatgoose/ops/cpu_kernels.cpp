@@ -60,8 +60,8 @@ enum Status : int32_t { kDone = 0, kNoSuchExpert = 1 };
 float inverse_std(const float* x_D, int64_t D, float epsilon) {
   const float mean = total_over(D, [&](int64_t d, auto w) { return load<w()>(x_D + d); }) / D;
   const float square = total_over(D, [&](int64_t d, auto w) {
-    auto centred = load<w()>(x_D + d) - mean;
-    return centred * centred;
+    auto centered = load<w()>(x_D + d) - mean;
+    return centered * centered;
   });
   return 1.0f / std::sqrt(square / D + epsilon);
 }

@@ -69,18 +69,18 @@ class GateScorer:
     Attributes:
         gates_ED: the vectors, float32, contiguous, with all divisors folded in. If inputs are
             standardized, each has a mean of zero, so that the mean of an input drops out.
-        standardises: whether inputs are standardized.
+        standardise: whether inputs are standardized.
         absolute: whether a score is the absolute value of the product.
     """
 
     gates_ED: Tensor
-    standardises: bool = False
+    standardise: bool = False
     absolute: bool = False
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         """Return `scores_TE`."""
         x_TD = x_TD.float()
-        x_TD = standardise(x_TD) if self.standardises else x_TD
+        x_TD = standardise(x_TD) if self.standardise else x_TD
         needs_gradient = x_TD.requires_grad or self.gates_ED.requires_grad
         multiply = F.linear if needs_gradient else product
         scores_TE = multiply(x_TD, self.gates_ED)
@@ -102,7 +102,7 @@ def gate_scorer(
     if of_input:
         gates_ED = gates_ED - gates_ED.mean(dim=1, keepdim=True)
     gates_ED = gates_ED / (math.sqrt(gates_ED.shape[1]) * temperature)
-    return GateScorer(gates_ED.contiguous(), standardises=of_input)
+    return GateScorer(gates_ED.contiguous(), standardise=of_input)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class TritonExperts:
                 gates.gates_ED,
                 *self._factors,
                 self._top_k,
-                gates.standardises,
+                gates.standardise,
                 gates.absolute,
                 bias_TE,
                 rule.absent_E,
@@ -69,7 +69,7 @@ class TritonExperts:
         weights_TK, indices_TK = kernels.select(
             scores_TE,
             self._top_k,
-            kernels.inverse_std(x_TD) if gates and gates.standardises else None,
+            kernels.inverse_std(x_TD) if gates and gates.standardise else None,
             bias_TE,
             rule.absent_E,
             rule.equal,

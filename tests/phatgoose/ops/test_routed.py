@@ -37,7 +37,7 @@ class Case:
     inputs: int = 16
     outputs: int = 8
     seed: int = 0
-    standardises: bool = True
+    standardise: bool = True
     absolute: bool = False
     equal: bool = False
     mixes_factors: bool = False
@@ -55,7 +55,7 @@ cases = st.builds(
     inputs=st.integers(2, 90),
     outputs=st.integers(1, 150),
     seed=st.integers(0, 10**6),
-    standardises=st.booleans(),
+    standardise=st.booleans(),
     absolute=st.booleans(),
     equal=st.booleans(),
     mixes_factors=st.booleans(),
@@ -89,7 +89,7 @@ def operands_of(case: Case, dtype: torch.dtype = torch.float32) -> Operands:
         bias_TE = torch.zeros(case.tokens, case.experts)
         bias_TE[:, case.seed % case.experts] = 50.0
     absent_E = torch.rand(case.experts, generator=generator) < case.absent
-    score = replace(gate_scorer(gates_ED, of_input=case.standardises), absolute=case.absolute)
+    score = replace(gate_scorer(gates_ED, of_input=case.standardise), absolute=case.absolute)
     return Operands(
         x_TD=(random(case.tokens, case.inputs) + random(case.tokens, 1)).to(dtype),
         y_TO=random(case.tokens, case.outputs).to(dtype),
@@ -110,7 +110,7 @@ def expected_scores(case: Case, on: Operands) -> Tensor:
     """Return the scores in float64, by the formula."""
     assert isinstance(on.rule.score, GateScorer)
     x_TD = on.x_TD.double()
-    if case.standardises:
+    if case.standardise:
         centred_TD = x_TD - x_TD.mean(1, keepdim=True)
         x_TD = centred_TD / ((centred_TD**2).mean(1, keepdim=True) + 1e-5).sqrt()
     scores_TE = x_TD @ on.rule.score.gates_ED.double().T
@@ -425,7 +425,7 @@ def test_gradients_flow_through_inputs_factors_and_gates() -> None:
     leaves = [on.x_TD, on.lora_A_ERD, on.lora_B_EOR, on.rule.score.gates_ED]
 
     def loss(x_TD: Tensor, A_ERD: Tensor, B_EOR: Tensor, gates_ED: Tensor) -> Tensor:
-        rule = replace(on.rule, score=GateScorer(gates_ED, standardises=True))
+        rule = replace(on.rule, score=GateScorer(gates_ED, standardise=True))
         y_TO, _, _ = RoutedExperts(A_ERD, B_EOR, rule).route_and_add(on.y_TO.clone(), x_TD)
         return y_TO.square().sum()
 
