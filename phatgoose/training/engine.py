@@ -92,7 +92,8 @@ class TargetLoss(nn.Module):
         try:
             if scores:
                 with torch.no_grad():
-                    found = score_as_is(self.base, questions, self.rows)
+                    self.rows.clear()  # its rows have little padding, and their masks are counts
+                    found = score_as_is(self.base, questions)
                 return [choices[0] for choices in found]
             with torch.autocast(self.base.device.type, torch.bfloat16, enabled=self.autocast):
                 logits_NV, targets_N = target_logits(self.base, questions, self.rows)

@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from harness.config.load import CONF, load_config
 from phatgoose.base import Base
 from phatgoose.inference.model import RoutedModel
-from phatgoose.ops import mix
 from phatgoose.routers import ROUTERS, QueryRouter, Wrapper, make_router
 from phatgoose.routers.lorauter import Lorauter
 from phatgoose.training.recipe import Recipe, Stage
@@ -107,8 +106,10 @@ def test_write_updates_the_page(
 def test_the_cost_per_token_matches_the_table(
     tables: ModuleType, base: Base, name: str, experts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As in a large pool. In a small one every expert is evaluated, because that is faster.
-    monkeypatch.setattr(sys.modules[mix.__module__], "_way", lambda *_: "loop")
+    # As in a large pool: in a small one every expert is evaluated, because that is faster. And with
+    # operators that are counted.
+    monkeypatch.setenv("PHATGOOSE_MIX", "loop")
+    monkeypatch.setattr("phatgoose.ops.frozen_linear.library", lambda: "torch")
     rank, tokens = 3, 7
     pool = pool_of(make_experts(base, experts, rank=rank))
     router = make_router(name, **GIVEN.get(name, {}))

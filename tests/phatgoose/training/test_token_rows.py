@@ -1,5 +1,6 @@
 """Check that padding is left out of products, and that numbers at tokens stay the same."""
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -88,10 +89,18 @@ def test_no_linear_multiplies_padding(base: Base) -> None:
     assert set(read) == set(base.linears)
 
 
-def test_scores_are_those_of_padded_rows(base: Base) -> None:
+@pytest.mark.parametrize("shares_context", [True, False])
+def test_scores_are_those_of_padded_rows(base: Base, shares_context: bool) -> None:
+    """Check several choices: where rows are separate, their contexts are counted only once."""
+    base = dataclasses.replace(base, shares_context=shares_context and base.shares_context)
     with attached(base, gates=True) as layers:
-        module, asked = TargetLoss(base, "float32"), questions(base)
-        found = module(asked, scores=True)
+        module = TargetLoss(base, "float32")
+        asked = [
+            dataclasses.replace(q, choices=[q.choices[0], q.choices[0][-1:]])
+            for q in questions(base)
+        ]
+        module(asked)  # what a training step announces must not stay
+        found = module(asked[::-1], scores=True)[::-1]
         for layer in layers.values():
             layer.rows = None
         expected = module(asked, scores=True)
