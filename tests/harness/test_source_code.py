@@ -93,10 +93,13 @@ def test_a_shared_formula_makes_the_answers_of_its_users_stale(edit: Edit) -> No
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [
-        ("phatgoose/ops/mixing.py", "weights_TK * scale", "weights_TK"),
+        ("phatgoose/ops/mixing.py", "experts <= 2 * top_k", "experts <= 3 * top_k"),
+        ("phatgoose/ops/compiled.py", "tokens > _FEW_TOKENS", "True"),
+        ("phatgoose/ops/triton_mixing.py", "tl.sum(", "tl.max("),
         ("phatgoose/inference/scoring.py", "self.tokens + 1", "self.tokens"),
         ("phatgoose/inference/routed_linear.py", "return y + added", "return y - added"),
-        ("phatgoose/routers/interface.py", "-torch.inf", "0.0"),
+        ("phatgoose/ops/routing.py", "-torch.inf", "0.0"),
+        ("phatgoose/routers/interface.py", "top_k=self.top_k", "top_k=1"),
         ("phatgoose/inference/generation.py", "do_sample=False", "do_sample=True"),
         ("harness/evaluation/answering.py", "request.choices_shown", "True"),
     ],
