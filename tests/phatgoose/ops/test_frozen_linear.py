@@ -28,8 +28,11 @@ needs_onednn = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def _chosen_again() -> Iterator[None]:
+    """Choose the library anew, and for products of any size."""
     library.cache_clear()
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frozen_linear, "_LARGE", 1)
+        yield
     library.cache_clear()
 
 
@@ -168,6 +171,16 @@ def test_all_linears_of_a_base_use_it_and_can_be_plain_again(
         type(module) for module in model.modules()
     ]
     torch.testing.assert_close(model(input_ids=ids_BL).logits, fast)
+
+
+@needs_onednn
+def test_small_products_stay_with_pytorch(onednn: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen_linear, "_LARGE", 12 * 7)
+    for inputs, fast in ((12, True), (11, False)):
+        linear = nn.Linear(inputs, 7).requires_grad_(False)
+        use_fast_products(linear)
+        y = linear(torch.randn(3, inputs, requires_grad=True))
+        assert ("_Product" in type(y.grad_fn).__name__) == fast
 
 
 def test_pytorch_alone_changes_no_module(monkeypatch: pytest.MonkeyPatch) -> None:
