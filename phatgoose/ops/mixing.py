@@ -135,7 +135,7 @@ def mix_reference(
 def _way(lora_A_ERD: Tensor, lora_B_EOR: Tensor, indices_TK: Tensor) -> str:
     """Return the way that is wanted, or the fastest of those that support these shapes.
 
-    The borders were measured (benchmarks/mix.py).
+    The borders were measured (benchmarks/linear.py).
     """
     wanted = wanted_way()
     if wanted in TORCH_WAYS:

@@ -130,14 +130,16 @@ class RoutedExperts:
             the sum, `weights_TK` (float32) and `indices_TK` (int64).
         """
         assert self.rule is not None
-        if self._kernel is not None and _is_plain(y_TO, x_TD):
+        # A scorer of another kind may hold what is learned.
+        is_known = isinstance(self.rule.score, GateScorer) or not torch.is_grad_enabled()
+        if self._kernel is not None and is_known and _is_plain(y_TO, x_TD, bias_TE):
             return (y_TO, *self._kernel.route_and_add(y_TO, x_TD, bias_TE))
         weights_TK, indices_TK = self.rule(x_TD, bias_TE)
         return self._added(y_TO, x_TD, weights_TK, indices_TK), weights_TK, indices_TK
 
     def add(self, y_TO: Tensor, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
         """Add what the experts say that were chosen elsewhere; `y_TO` may be changed in place."""
-        if self._kernel is not None and _is_plain(y_TO, x_TD):
+        if self._kernel is not None and _is_plain(y_TO, x_TD, weights_TK):
             self._kernel.add(y_TO, x_TD, weights_TK, indices_TK)
             return y_TO
         return self._added(y_TO, x_TD, weights_TK, indices_TK)
@@ -147,7 +149,10 @@ class RoutedExperts:
         return y_TO + apply(x_TD, self.lora_A_ERD, self.lora_B_EOR, indices_TK, weights_TK)
 
 
-def _is_plain(y_TO: Tensor, x_TD: Tensor) -> bool:
-    """Return whether the kernel may change `y_TO` in place."""
-    needs_gradient = torch.is_grad_enabled() and (y_TO.requires_grad or x_TD.requires_grad)
-    return not needs_gradient and y_TO.dtype == x_TD.dtype
+def _is_plain(y_TO: Tensor, x_TD: Tensor, other: Tensor | None) -> bool:
+    """Return whether a kernel may change `y_TO` in place: no gradient is needed."""
+    if torch.is_grad_enabled():
+        operands = (y_TO, x_TD) if other is None else (y_TO, x_TD, other)
+        if any(tensor.requires_grad for tensor in operands):
+            return False
+    return y_TO.dtype == x_TD.dtype

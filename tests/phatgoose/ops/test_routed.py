@@ -443,6 +443,22 @@ def test_gradients_flow_through_inputs_factors_and_gates() -> None:
         )
 
 
+def test_gradients_flow_through_any_scorer_bias_and_weights() -> None:
+    on = operands_of(Case(biased=True))
+    assert on.bias_TE is not None
+    learned_DE = torch.randn(16, 6, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    bias_TE, weights_TK = on.bias_TE.requires_grad_(), torch.ones(5, 2, requires_grad=True)
+    own = replace(on.rule, score=lambda x_TD: x_TD @ learned_DE)
+    factors = on.lora_A_ERD, on.lora_B_EOR
+    by_scorer = RoutedExperts(*factors, own).route_and_add(on.y_TO.clone(), on.x_TD)[0]
+    by_bias = RoutedExperts(*factors, on.rule).route_and_add(on.y_TO.clone(), on.x_TD, bias_TE)[0]
+    chosen_TK = torch.tensor([[0, 1]]).repeat(5, 1)
+    by_weights = RoutedExperts(*factors).add(on.y_TO.clone(), on.x_TD, weights_TK, chosen_TK)
+    for y_TO, leaf in ((by_scorer, learned_DE), (by_bias, bias_TE), (by_weights, weights_TK)):
+        (gradient,) = torch.autograd.grad(y_TO.square().sum(), leaf)
+        assert gradient.abs().sum() > 0
+
+
 @needs_kernel
 def test_the_frozen_output_is_changed_in_place_only_without_gradients() -> None:
     on = operands_of(Case())
