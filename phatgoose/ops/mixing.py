@@ -17,8 +17,10 @@ In half precision the operands of a matrix product are rounded. Weights, and all
 are in float32.
 """
 
+import functools
 import os
 from collections.abc import Callable
+from typing import ParamSpec
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,7 @@ VARIABLE = "PHATGOOSE_MIX"
 TORCH_WAYS = ("dense", "grouped", "loop")
 WAYS = ("kernel", "torch", *TORCH_WAYS)
 
+_Arguments = ParamSpec("_Arguments")
 # From each expert's run of rows and that expert's matrix to their products.
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -46,6 +49,22 @@ def wanted_way() -> str | None:
     return way
 
 
+def _uncompiled(function: Callable[_Arguments, Tensor]) -> Callable[_Arguments, Tensor]:
+    """Let compiled models run a function as it is: the sizes of its groups are data.
+
+    `torch.compiler.disable` as a decorator would load the compiler into every process, in a second.
+    """
+
+    @functools.wraps(function)
+    def run(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Tensor:
+        if torch.compiler.is_compiling():
+            as_it_is: Callable[_Arguments, Tensor] = torch.compiler.disable(function)
+            return as_it_is(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return run
+
+
 def packed(lora_A_ERD: Tensor, lora_B_EOR: Tensor) -> tuple[Tensor, Tensor]:
     """Return the same factors as they are read fastest: [E, D, R] and [E, R, O] in memory."""
     return (
@@ -54,8 +73,7 @@ def packed(lora_A_ERD: Tensor, lora_B_EOR: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-# The sizes of the groups are data: a compiled model runs this as it is.
-@torch.compiler.disable
+@_uncompiled
 def mix(
     x_TD: Tensor,
     lora_A_ERD: Tensor,
@@ -89,7 +107,7 @@ def mix(
     return pairs.sum(pairs.product(h_NR.to(x_TD.dtype), lora_B_EOR))
 
 
-@torch.compiler.disable
+@_uncompiled
 def mix_factors(
     x_TD: Tensor,
     lora_A_ERD: Tensor,
