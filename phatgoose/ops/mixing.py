@@ -102,7 +102,7 @@ def mix(
         h_TER = _all_ranks(x_TD, lora_A_ERD) * weights_TE1
         return _sum_experts(h_TER, lora_B_EOR)
     pairs = _Pairs(indices_TK, len(lora_A_ERD), _PRODUCTS[way])
-    h_NR = pairs.product(x_TD[pairs.token_N], lora_A_ERD)
+    h_NR = pairs.product(x_TD.index_select(0, pairs.token_N), lora_A_ERD)
     h_NR = h_NR * weights_TK.flatten()[pairs.order_N].unsqueeze(-1)
     return pairs.sum(pairs.product(h_NR.to(x_TD.dtype), lora_B_EOR))
 
@@ -130,8 +130,8 @@ def mix_factors(
         return _sum_experts(h_TR.unsqueeze(1) * (weights_TE1 * scale), lora_B_EOR)
     pairs = _Pairs(indices_TK, len(lora_A_ERD), _PRODUCTS[way])
     weights_N1 = weights_TK.flatten()[pairs.order_N].unsqueeze(-1)
-    h_TR = pairs.sum(pairs.product(x_TD[pairs.token_N], lora_A_ERD) * weights_N1)
-    h_NR = (h_TR[pairs.token_N] * (weights_N1 * scale)).to(x_TD.dtype)
+    h_TR = pairs.sum(pairs.product(x_TD.index_select(0, pairs.token_N), lora_A_ERD) * weights_N1)
+    h_NR = (h_TR.index_select(0, pairs.token_N) * (weights_N1 * scale)).to(x_TD.dtype)
     return pairs.sum(pairs.product(h_NR, lora_B_EOR))
 
 
@@ -213,6 +213,8 @@ class _Pairs:
         self._shape = indices_TK.shape
         experts_N, self.order_N = indices_TK.flatten().sort(stable=True)
         self.token_N = self.order_N // indices_TK.shape[1]
+        places_N = torch.arange(len(self.order_N), device=indices_TK.device)
+        self._place_N = torch.empty_like(places_N).index_copy_(0, self.order_N, places_N)
         self._counts_E = torch.bincount(experts_N, minlength=experts)
         self._product = product
 
@@ -223,9 +225,12 @@ class _Pairs:
     def sum(self, y_NO: Tensor) -> Tensor:
         """Put the pairs back in their tokens' order, and sum over each token's experts.
 
-        Sums of half precision are rounded once: `torch.sum` takes them in float32.
+        Sums of half precision are rounded once: `torch.sum` takes them in float32. A bag of
+        embeddings, which does both at once, would round each.
         """
-        y_TKO = torch.empty_like(y_NO).index_copy_(0, self.order_N, y_NO)
+        if y_NO.device.type == "cpu" and y_NO.dtype.itemsize >= 4:
+            return F.embedding_bag(self._place_N.view(self._shape), y_NO, mode="sum")
+        y_TKO = y_NO.index_select(0, self._place_N)
         return y_TKO.view(*self._shape, y_NO.shape[1]).sum(dim=1)
 
 
