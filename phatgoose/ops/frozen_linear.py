@@ -4,7 +4,8 @@ Shape suffixes: ... any leading dimensions, D input features, O output features.
 
 PyTorch multiplies float32 matrices with MKL. On processors of other makers, MKL does not use
 AVX-512, and oneDNN takes half its time. Elsewhere both take about the same time, and nothing
-changes. The library depends on the processor alone, so a process repeats its results bit by bit.
+changes. The library depends on the processor and the shapes alone, so a process repeats its results
+bit by bit.
 """
 
 import os
@@ -24,8 +25,9 @@ CHOICE = "PHATGOOSE_LINEAR"
 _LIBRARIES = ("torch", "onednn")
 _CPU_INFO = Path("/proc/cpuinfo")
 # oneDNN compiles for every number of tokens that is new to it, in about 0.4 ms. Products by smaller
-# weights than these do not earn that back.
+# weights than these, or of fewer multiplications, do not earn that back.
 _LARGE = 2**16
+_LONG = 2**24
 
 
 @cache
@@ -71,7 +73,8 @@ def _is_for_onednn(x: Tensor, weight_OD: Tensor) -> bool:
         and x.device.type == "cpu"
         and x.dtype == weight_OD.dtype == torch.float32
         and x.numel() > 0
-        and weight_OD.numel() >= _LARGE  # DeepSpeed empties a weight that it has partitioned
+        and weight_OD.numel() > 0  # DeepSpeed empties a weight that it has partitioned
+        and (weight_OD.numel() >= _LARGE or x.numel() * len(weight_OD) >= _LONG)
         and not torch.is_autocast_enabled("cpu")
     )
 
