@@ -15,6 +15,7 @@ from phatgoose.devices import off_mps
 from phatgoose.errors import PhatgooseError
 from phatgoose.inference.forward_context import ForwardContext
 from phatgoose.ops import RoutedExperts
+from phatgoose.ops.mixtures import merged_output, merging_pays
 from phatgoose.routers.interface import UNANNOUNCED
 
 
@@ -129,39 +130,44 @@ class RoutedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` [..., D] to [..., O]."""
-        y = self.base(x)
-        if self._forward.bare:
-            return y
+        experts = self._experts
+        if self._forward.bare or (experts is None and self._delta is None):
+            return self.base(x)
         if self._delta is not None:
             added = x
             for matrix in self._delta:
                 added = F.linear(added, matrix)
-            return y + added
-        experts = self._experts
-        if experts is None:
-            return y
-        x_TD, y_TO = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-        if experts.rule is not None:
-            bias_TE = self._bias() if experts.rule.biased else None
-            y_TO, weights_TK, indices_TK = experts.route_and_add(y_TO, x_TD, bias_TE)
+            return self.base(x) + added
+        assert experts is not None
+        x_TD = x.reshape(-1, x.shape[-1])
+        if experts.rule is None:
+            y_TO, weights_TK, indices_TK = self._apply_mixture(experts, x_TD)
         else:
-            weights_TK, indices_TK = self._mixture()
-            y_TO = experts.add(y_TO, x_TD, weights_TK, indices_TK)
+            bias_TE = self._bias() if experts.rule.biased else None
+            y_TO, weights_TK, indices_TK = experts.route_and_add(self.base(x_TD), x_TD, bias_TE)
         if self.log is not None:
             if self.side not in self._forward.masks:
                 raise PhatgooseError(UNANNOUNCED)
             mask_T = self._forward.masks[self.side].flatten()
             self.log.add(self.name, weights_TK, indices_TK, mask_T, len(experts.lora_A_ERD))
-        return y_TO.view_as(y)
+        return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 
     def _bias(self) -> Tensor:
         if self._forward.bias_QE is None:
             raise PhatgooseError(UNANNOUNCED)
         return self._forward.bias_QE[self._forward.query_T(self.side)]
 
-    def _mixture(self) -> tuple[Tensor, Tensor]:
+    def _apply_mixture(self, experts: RoutedExperts, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Apply each query's mixture; return the output, and every token's weights and experts."""
         if self._forward.mixture is None:
             raise PhatgooseError(UNANNOUNCED)
         weights_QK, indices_QK = self._forward.mixture
         query_T = self._forward.query_T(self.side)
-        return weights_QK[query_T], indices_QK[query_T]
+        weights_TK, indices_TK = weights_QK[query_T], indices_QK[query_T]
+        factors = experts.lora_A_ERD, experts.lora_B_EOR
+        columns = indices_QK.shape[1] * experts.lora_A_ERD.shape[1]
+        if isinstance(self.base, nn.Linear) and merging_pays(self.base, columns, query_T):
+            y_TO = merged_output(x_TD, self.base, *factors, self._forward.mixture, query_T)
+        else:
+            y_TO = experts.add(self.base(x_TD), x_TD, weights_TK, indices_TK)
+        return y_TO, weights_TK, indices_TK

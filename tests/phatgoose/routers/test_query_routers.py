@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from phatgoose.base import Base, load_base
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
+from phatgoose.inference import routed_linear
 from phatgoose.inference.model import RoutedModel
+from phatgoose.ops.mixtures import merged_output
 from phatgoose.pool import Pool
 from phatgoose.query import Query
 from phatgoose.question import Question
@@ -386,3 +388,39 @@ def test_a_single_choice_is_not_part_of_the_query(llama: Base) -> None:
     assert Question.encode(llama, context, [" yes"]).query == Query(context)
     both = Question.encode(llama, context, [" yes", " no"]).query
     assert both == Query(context, (" yes", " no"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Turns(QueryRouter):
+    """A router that gives each query two experts of its own, the second with more weight."""
+
+    def mixture(self, pool: Pool, queries: Sequence[Query], probe: Probe) -> tuple[Tensor, Tensor]:
+        first_Q = torch.arange(len(queries)) % len(pool.experts)
+        indices_Q2 = torch.stack([first_Q, (first_Q + 1) % len(pool.experts)], dim=1)
+        return torch.tensor([[0.25, 0.75]]).expand(len(queries), 2), indices_Q2
+
+
+def test_long_queries_are_answered_as_if_nothing_were_merged(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged: list[int] = []
+
+    def counting(x_TD: Tensor, *others: Any) -> Tensor:
+        merged.append(len(x_TD))
+        return merged_output(x_TD, *others)
+
+    monkeypatch.setattr(routed_linear, "merged_output", counting)
+    texts = [" ".join(f"{word} {n}" for n in range(40)) for word in ("goose", "duck", "swan")]
+    questions = [Question.encode(base, text, ["yes", "no it is"]) for text in texts]
+    routed = RoutedModel(base, pool_of(make_uneven_experts(base)), Turns())
+    scores = routed.score(questions)
+    assert len(merged) >= len(base.linears) / 2  # all that read the question
+    monkeypatch.setenv("PHATGOOSE_MIX", "loop")
+    merged.clear()
+    apart = routed.score(questions)
+    assert not merged
+    for choices, expected in zip(scores, apart, strict=True):
+        assert [s.loglikelihood for s in choices] == pytest.approx(
+            [s.loglikelihood for s in expected], abs=1e-4
+        )
+    assert scores[0] != scores[1]
