@@ -3,17 +3,18 @@
     python -m benchmarks.routing [--threads 2] [--rounds 5] [--only prefill]
 
 The base, loaded once more without experts, and the routed model run in turn in one process. Experts
-and gates are random, so that routing is about uniform; that of trained gates concentrates and is
-cheaper. A floor is the ratio of the operations (prefill) or of the bytes of weights that have to be
-read (decode).
+and gates are random, so that routing is about uniform, except for `demo`: the pool that `make demo`
+has trained, on text. A floor is the ratio of the operations (prefill) or of the bytes of weights
+that have to be read (decode).
 """
 
 import argparse
 import os
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,10 +29,15 @@ from phatgoose.inference.model import RoutedModel
 from phatgoose.ops.mixing import VARIABLE
 from phatgoose.pool import Pool
 from phatgoose.query import Query
-from phatgoose.routers import Router
+from phatgoose.routers import Router, make_router
 from phatgoose.routers.interface import Probe, QueryRouter
 
 TOKENS, ROWS = 1024, 4
+# Corners of what is usual: experts per token, and rank.
+SHAPES = ((1, 8), (4, 8), (1, 32), (4, 32))
+SHAPES_TARGET = 1.3  # times that of the first row of 166 experts
+DEMO_PACKS = Path("runs/demo/registry/packs")  # what `make demo` leaves
+TEXT = Path(__file__).parents[1] / "docs"  # what the trained pool reads
 PROMPT, STEPS = 64, 12  # of decode: positions in the cache, and tokens written per round
 TARGETS = {32: 1.35, 166: 1.6}
 TORCH_TARGETS = {32: 2.1, 166: 2.3}
@@ -66,14 +72,15 @@ def way_of_mixing(way: str) -> Iterator[None]:
 
 
 class Pair:
-    """A base without experts, and the same base with a pool."""
+    """A base without experts, and the same base with a pool: random experts, or given ones."""
 
-    def __init__(self, experts: int, dtype: str = "float32") -> None:
+    def __init__(self, experts: int | Pool, dtype: str = "float32", rank: int = RANK) -> None:
         self.base = load_base(BASE, dtype=dtype)
         self.routed = load_base(BASE, dtype=dtype)
-        self.pool = random_pool(self.routed, experts)
+        self.pool = (
+            experts if isinstance(experts, Pool) else random_pool(self.routed, experts, rank=rank)
+        )
         self.model = RoutedModel(self.routed, self.pool)
-        self.experts = experts
 
     def set_router(self, router: Router | str, way: str = "kernel") -> None:
         """Route by `router` from now on, and mix in this way."""
@@ -91,17 +98,26 @@ class Pair:
         return calls, {way: partial(self.set_router, router, way) for way in ways}
 
 
+def random_tokens(rows: int) -> Tensor:
+    """Return 1,024 tokens in so many rows."""
+    return torch.randint(1000, 40000, (rows, TOKENS // rows))
+
+
 def prefill(
-    pair: Pair, rounds: int, ways: Sequence[str] = ("kernel", "torch"), rows: int = ROWS
+    pair: Pair,
+    rounds: int,
+    ways: Sequence[str] = ("kernel", "torch"),
+    router: Router | str = "phatgoose",
+    ids_BL: Tensor | None = None,
 ) -> Times:
     """Time one pass through 1,024 tokens, with logits at the last position of each row."""
-    ids_BL = torch.randint(1000, 40000, (rows, TOKENS // rows))
+    ids_BL = random_tokens(ROWS) if ids_BL is None else ids_BL
     pair.announce(*ids_BL.shape)
 
     def read(base: Base) -> None:
         base.model(input_ids=ids_BL, use_cache=False, logits_to_keep=1)
 
-    calls = pair.ways(partial(read, pair.base), partial(read, pair.routed), "phatgoose", ways)
+    calls = pair.ways(partial(read, pair.base), partial(read, pair.routed), router, ways)
     return paired(calls[0], rounds, calls[1])
 
 
@@ -135,7 +151,7 @@ def decode(pair: Pair, rows: int, rounds: int) -> Times:
 
 def by_query(pair: Pair, rows: int, kept: int, rounds: int) -> Times:
     """Time one pass through 1,024 tokens of so many queries, each with its own mixture."""
-    ids_BL = torch.randint(1000, 40000, (rows, TOKENS // rows))
+    ids_BL = random_tokens(rows)
     pair.announce(*ids_BL.shape)
     router = RandomMixture(kept)
     mixture = router.mixture(pair.pool, [Query("")] * rows, Probe("", lambda: ids_BL))
@@ -148,19 +164,20 @@ def by_query(pair: Pair, rows: int, kept: int, rounds: int) -> Times:
     return paired(calls[0], rounds, calls[1])
 
 
-def floor_of(pair: Pair, *, per_token: float, top_k: int) -> float:
+def floor_of(pair: Pair, *, per_token: float, top_k: int, rank: int = RANK) -> float:
     """Return the least ratio of multiplications with weights, or of weights read.
 
     Args:
         pair: the model.
         per_token: how many of a linear's experts score a token: all, or none.
         top_k: how many of them it goes to.
+        rank: of the experts.
     """
     base = routed = 0.0
     for name in pair.pool.linears:
         inputs, outputs = linear_sizes(find_linear(pair.base.model, name))
         base += inputs * outputs
-        routed += per_token * inputs + top_k * RANK * (inputs + outputs)
+        routed += per_token * inputs + top_k * rank * (inputs + outputs)
     return 1 + routed / base
 
 
@@ -178,38 +195,92 @@ def figure(name: str, times: Times, way: str, target: float | None, floor: float
     )
 
 
+def headline(rounds: int, experts: int) -> list[Figure]:
+    """Measure a pass through 1,024 tokens, with the kernel and with PyTorch's operators."""
+    pair = Pair(experts)
+    times = prefill(pair, rounds)
+    floor = floor_of(pair, per_token=experts, top_k=2)
+    return [
+        figure(f"prefill, {experts} experts, {way}", times, way, targets[experts], floor)
+        for way, targets in (("kernel", TARGETS), ("torch", TORCH_TARGETS))
+    ]
+
+
+def shapes(rounds: int, experts: int = 166) -> list[Figure]:
+    """Measure the same for other numbers of experts per token, and other ranks."""
+    found = []
+    for rank in sorted({rank for _, rank in SHAPES}):
+        pair = Pair(experts, rank=rank)
+        for top_k in (top_k for top_k, its_rank in SHAPES if its_rank == rank):
+            times = prefill(pair, rounds, ("kernel",), make_router("phatgoose", top_k=top_k))
+            floor = floor_of(pair, per_token=experts, top_k=top_k, rank=rank)
+            name = f"prefill, {experts} experts, top_k {top_k}, rank {rank}"
+            target = SHAPES_TARGET * TARGETS[experts]
+            found.append(figure(name, times, "kernel", target, floor))
+    return found
+
+
+def demo(rounds: int) -> list[Figure]:
+    """Measure the same with the trained pool of the demo, on text, if it is there."""
+    packs = sorted(DEMO_PACKS.glob("*/"), key=lambda folder: folder.stat().st_mtime)
+    if not packs:
+        print(f"not measured: the demo's pool, as {DEMO_PACKS} is not there. Run `make demo`.")
+        return []
+    pair = Pair(Pool.open(packs[-1]))
+    text = "\n".join(page.read_text() for page in sorted(TEXT.glob("*.md")))
+    ids_BL = torch.tensor(pair.base.tokenizer(text).input_ids[:TOKENS]).view(ROWS, -1)
+    times = prefill(pair, rounds, ids_BL=ids_BL)
+    experts = len(pair.pool.experts)
+    floor = floor_of(pair, per_token=experts, top_k=2)
+    return [
+        figure(f"prefill, the demo's {experts} experts, {way}", times, way, target, floor)
+        for way, target in (("kernel", TARGETS[32]), ("torch", TORCH_TARGETS[32]))
+    ]
+
+
+def decoding(rounds: int, experts: int = 166) -> list[Figure]:
+    """Measure greedy steps in batches of several sizes."""
+    pair, found = Pair(experts), []
+    for rows, target in DECODE_TARGETS.items():
+        floor = floor_of(pair, per_token=experts, top_k=2 * rows) if rows == 1 else None
+        name = f"decode, {experts} experts, batch {rows}"
+        found.append(figure(name, decode(pair, rows, rounds), "kernel", target, floor))
+    return found
+
+
+def mixtures(rounds: int, experts: int = 166, kept: int = 20) -> list[Figure]:
+    """Measure query routers."""
+    pair, found = Pair(experts), []
+    floor = floor_of(pair, per_token=0, top_k=kept)
+    for rows in (1, 4):
+        name = f"prefill, a mixture of {kept} for each of {rows} queries"
+        found.append(figure(name, by_query(pair, rows, kept, rounds), "kernel", 1.5, floor))
+    return found
+
+
+def half(rounds: int, experts: int = 166) -> list[Figure]:
+    """Measure a pass through 1,024 tokens in bfloat16."""
+    pair = Pair(experts, "bfloat16")
+    times = prefill(pair, rounds, ("kernel",))
+    floor = floor_of(pair, per_token=experts, top_k=2)
+    return [figure(f"prefill, {experts} experts, bfloat16", times, "kernel", 1.6, floor)]
+
+
+PARTS: dict[str, Callable[[int], list[Figure]]] = {
+    "prefill": lambda rounds: headline(rounds, 32) + headline(rounds, 166),
+    "shapes": shapes,
+    "demo": demo,
+    "decode": decoding,
+    "query": mixtures,
+    "bfloat16": half,
+}
+
+
 @torch.inference_mode()
 def measure(threads: int = 2, rounds: int = 5, only: str | None = None) -> list[Figure]:
     """Measure all of it, or what is named `only`."""
     torch.set_num_threads(threads)
-    found: list[Figure] = []
-    for experts in (32, 166):
-        pair = Pair(experts)
-        floor = floor_of(pair, per_token=experts, top_k=2)
-        if only in (None, "prefill"):
-            times = prefill(pair, rounds)
-            for way, targets in (("kernel", TARGETS), ("torch", TORCH_TARGETS)):
-                name = f"prefill, {experts} experts, {way}"
-                found.append(figure(name, times, way, targets[experts], floor))
-        if experts == 32:
-            continue
-        for rows, target in DECODE_TARGETS.items() if only in (None, "decode") else ():
-            times = decode(pair, rows, rounds)
-            floor_here = floor_of(pair, per_token=experts, top_k=2 * rows) if rows == 1 else None
-            name = f"decode, {experts} experts, batch {rows}"
-            found.append(figure(name, times, "kernel", target, floor_here))
-        for rows in (1, 4) if only in (None, "query") else ():
-            times = by_query(pair, rows, 20, rounds)
-            floor_here = floor_of(pair, per_token=0, top_k=20)
-            name = f"prefill, a mixture of 20 for each of {rows} queries"
-            found.append(figure(name, times, "kernel", 1.5, floor_here))
-        if only in (None, "bfloat16"):
-            half = Pair(experts, "bfloat16")
-            times = prefill(half, rounds, ("kernel",))
-            found.append(
-                figure(f"prefill, {experts} experts, bfloat16", times, "kernel", 1.6, floor)
-            )
-    return found
+    return [found for name, part in PARTS.items() if only in (None, name) for found in part(rounds)]
 
 
 def main() -> None:
@@ -217,7 +288,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", choices=["prefill", "decode", "query", "bfloat16"])
+    parser.add_argument("--only", choices=PARTS)
     print_table(measure(**vars(parser.parse_args())))
 
 
