@@ -169,5 +169,5 @@ class RoutedLinear(nn.Module):
         if isinstance(self.base, nn.Linear) and merging_pays(self.base, columns, query_T):
             y_TO = merged_output(x_TD, self.base, *factors, self._forward.mixture, query_T)
         else:
-            y_TO = experts.add(self.base(x_TD), x_TD, weights_TK, indices_TK)
+            y_TO = experts.add_mixtures(self.base(x_TD), x_TD, weights_QK, indices_QK, query_T)
         return y_TO, weights_TK, indices_TK

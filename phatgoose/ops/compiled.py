@@ -82,21 +82,22 @@ def find_kernel() -> Kernel | str:
     return Kernel(run, f"{name.removeprefix('phatgoose_cpu_')} {built}")
 
 
-def supports(lora_A_ERD: Tensor, lora_B_EOR: Tensor) -> bool:
-    """Return whether the kernel computes with these factors, provided that there is one."""
-    factors = lora_A_ERD, lora_B_EOR
-    return all(f.device.type == "cpu" for f in factors) and (
-        lora_A_ERD.dtype == lora_B_EOR.dtype in (torch.float32, torch.bfloat16)
-    )
+def why_not(lora_A_ERD: Tensor, lora_B_EOR: Tensor) -> str | None:
+    """Return why the kernel, if there is one, cannot compute with these factors, if it cannot."""
+    dtypes = {lora_A_ERD.dtype, lora_B_EOR.dtype}
+    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16}:
+        return f"it computes in float32 and bfloat16, not {' and '.join(sorted(map(str, dtypes)))}"
+    return None
 
 
 class CompiledExperts:
     """The operands of one linear for the compiled kernel.
 
     Args:
-        lora_A_ERD, lora_B_EOR: every expert's factors, which the kernel `supports`. They are copied
-            unless they are `packed`.
-        rule: how tokens are routed, for `route_and_add`.
+        lora_A_ERD, lora_B_EOR: every expert's factors, in a dtype of the kernel (`why_not`). They
+            are copied unless they are `packed`.
+        rule: how tokens are routed, for `route_and_add`. None if each query has a mixture, for
+            `add_mixtures`.
         mixes_factors: whether factors are mixed, and not outputs.
 
     Raises:
@@ -166,15 +167,22 @@ class CompiledExperts:
         self._run(y_TO, x_TD, weights_TK, indices_TK, scores_TE, bias_TE)
         return weights_TK, indices_TK
 
-    def add(self, y_TO: Tensor, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> None:
-        """Add what the experts say that were chosen elsewhere to `y_TO`, in place.
+    def add_mixtures(
+        self,
+        y_TO: Tensor,
+        x_TD: Tensor,
+        weights_QK: Tensor,
+        indices_QK: Tensor,
+        query_T: Tensor,
+    ) -> None:
+        """Add what the experts of each token's query say to `y_TO`, in place.
 
         Raises:
             IndexError: an index is not that of an expert.
         """
         assert self._rule is None
-        self._operands.top_k = indices_TK.shape[1]
-        self._run(y_TO, x_TD.float(), weights_TK.float().contiguous(), indices_TK.contiguous())
+        self._operands.top_k = indices_QK.shape[1]
+        self._run(y_TO, x_TD.float(), weights_QK.float()[query_T], indices_QK[query_T])
 
     def _run(
         self,

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import PhatgooseError
-from phatgoose.ops.compiled import CompiledExperts, find_kernel, supports
+from phatgoose.ops import compiled
+from phatgoose.ops.compiled import CompiledExperts, find_kernel
 from phatgoose.ops.mixing import TORCH_WAYS, VARIABLE, mix, mix_factors, packed, wanted_way
 from phatgoose.ops.routing import GateScorer, TokenRule
 
@@ -83,7 +84,7 @@ class RoutedExperts:
 
     Args:
         lora_A_ERD, lora_B_EOR: every expert's factors, in the dtype of the linear.
-        rule: how tokens are routed; None if experts are chosen elsewhere.
+        rule: how tokens are routed; None if each query has a mixture of its own.
         mixes_factors: whether the factors of a token's experts are mixed, and not their outputs.
     """
 
@@ -107,13 +108,24 @@ class RoutedExperts:
 
     def _find_kernel(self) -> "CompiledExperts | TritonExperts | None":
         factors, device = (self.lora_A_ERD, self.lora_B_EOR), self.lora_A_ERD.device.type
-        if device == "cpu" and supports(*factors) and uses_kernel():
-            return CompiledExperts(*factors, self.rule, mixes_factors=self.mixes_factors)
-        if device == "cuda" and uses_kernel(device):
+        if device in ("cpu", "cuda") and not uses_kernel(device):
+            return None
+        kind: type[CompiledExperts | TritonExperts] = CompiledExperts
+        if device == "cpu":
+            lack = compiled.why_not(*factors)
+        elif device == "cuda":
             from phatgoose.ops import triton_experts as triton  # there is none without a GPU
 
-            if triton.supports(*factors, self.rule):
-                return triton.TritonExperts(*factors, self.rule, mixes_factors=self.mixes_factors)
+            kind, lack = triton.TritonExperts, triton.why_not(*factors, self.rule)
+        else:
+            lack = f"there is none for {device}"
+        if lack is None:
+            return kind(*factors, self.rule, mixes_factors=self.mixes_factors)
+        if wanted_way() == "kernel":
+            raise PhatgooseError(
+                f"{VARIABLE}=kernel: the kernel cannot be used: {lack}. Set it to torch."
+            )
+        _say(logging.INFO, f"experts are mixed by PyTorch's operators, not by the kernel: {lack}")
         return None
 
     def route_and_add(
@@ -137,12 +149,27 @@ class RoutedExperts:
         weights_TK, indices_TK = self.rule(x_TD, bias_TE)
         return self._added(y_TO, x_TD, weights_TK, indices_TK), weights_TK, indices_TK
 
-    def add(self, y_TO: Tensor, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
-        """Add what the experts say that were chosen elsewhere; `y_TO` may be changed in place."""
-        if self._kernel is not None and _is_plain(y_TO, x_TD, weights_TK):
-            self._kernel.add(y_TO, x_TD, weights_TK, indices_TK)
+    def add_mixtures(
+        self,
+        y_TO: Tensor,
+        x_TD: Tensor,
+        weights_QK: Tensor,
+        indices_QK: Tensor,
+        query_T: Tensor,
+    ) -> Tensor:
+        """Add what the mixture of each token's query says to the frozen linear's output.
+
+        Args:
+            y_TO: the linear's output, which may be changed in place.
+            x_TD: the linear's input.
+            weights_QK: each query's weights, float32.
+            indices_QK: each query's experts, int64.
+            query_T: each token's query.
+        """
+        if self._kernel is not None and _is_plain(y_TO, x_TD, weights_QK):
+            self._kernel.add_mixtures(y_TO, x_TD, weights_QK, indices_QK, query_T)
             return y_TO
-        return self._added(y_TO, x_TD, weights_TK, indices_TK)
+        return self._added(y_TO, x_TD, weights_QK[query_T], indices_QK[query_T])
 
     def _added(self, y_TO: Tensor, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
         apply = mix_factors if self.mixes_factors else mix

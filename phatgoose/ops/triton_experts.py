@@ -21,6 +21,7 @@ class TritonExperts:
     Args:
         lora_A_ERD, lora_B_EOR: every expert's factors on a GPU; copied unless they are `packed`.
         rule: how tokens are routed, for `route_and_add`; it keeps at most `MOST_KEPT` experts.
+            None if each query has a mixture, for `add_mixtures`.
         mixes_factors: whether factors are mixed, and not outputs.
     """
 
@@ -75,16 +76,30 @@ class TritonExperts:
             rule.equal,
             gates is not None and gates.absolute,
         )
-        self.add(y_TO, x_TD, weights_TK, indices_TK)
+        self._mix(y_TO, x_TD, *self._factors, indices_TK, weights_TK)
         return weights_TK, indices_TK
 
-    def add(self, y_TO: Tensor, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> None:
-        """Add what the experts say that were chosen elsewhere to `y_TO`, in place."""
-        self._mix(y_TO, x_TD, *self._factors, indices_TK, weights_TK.float())
+    def add_mixtures(
+        self,
+        y_TO: Tensor,
+        x_TD: Tensor,
+        weights_QK: Tensor,
+        indices_QK: Tensor,
+        query_T: Tensor,
+    ) -> None:
+        """Add what the experts of each token's query say to `y_TO`, in place."""
+        assert self._rule is None
+        assert not self._mixes_factors
+        weights_QK = weights_QK.float()
+        kernels.mix_queries_(y_TO, x_TD, *self._factors, query_T, indices_QK, weights_QK)
 
 
-def supports(lora_A_ERD: Tensor, lora_B_EOR: Tensor, rule: TokenRule | None) -> bool:
-    """Return whether the kernels compute with these factors and this rule."""
-    floats = (torch.float32, torch.bfloat16, torch.float16)
+def why_not(lora_A_ERD: Tensor, lora_B_EOR: Tensor, rule: TokenRule | None) -> str | None:
+    """Return why the kernels cannot compute with these factors and this rule, if they cannot."""
+    dtypes = {lora_A_ERD.dtype, lora_B_EOR.dtype}
+    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
+        return f"it has no kernel for {' and '.join(sorted(map(str, dtypes)))}"
     kept = min(rule.top_k, len(lora_A_ERD)) if rule else 0
-    return lora_A_ERD.dtype == lora_B_EOR.dtype and lora_A_ERD.dtype in floats and kept <= MOST_KEPT
+    if kept > MOST_KEPT:
+        return f"it keeps at most {MOST_KEPT} experts per token, and the router keeps {kept}"
+    return None

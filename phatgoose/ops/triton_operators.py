@@ -335,7 +335,7 @@ def _mix_groups(
     block_N = _power_of_two(triton.cdiv(tokens, groups), 16, 128 // x_TD.element_size())
     block_C = _power_of_two(columns, 16, 128 // x_TD.element_size())
     h_NC = weights.new_empty(tokens * top_k, columns, dtype=torch.float32)
-    parts_NO = y_TO.new_empty(tokens * (top_k - 1), outputs)
+    parts_NO = h_NC.new_empty(tokens * (top_k - 1), outputs)
     common = {
         "OPERAND": _operand(x_TD.dtype),
         "K": top_k,

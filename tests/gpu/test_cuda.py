@@ -62,7 +62,8 @@ def test_mixing_matches_the_reference(
     expected = mix_reference(
         x_TD.double(), lora_A_ERD.double(), lora_B_EOR.double(), indices_TK, weights_TK.double()
     )
-    arguments = [t.cuda() for t in (x_TD, lora_A_ERD, lora_B_EOR, indices_TK, weights_TK)]
+    factors = lora_A_ERD.cuda(), lora_B_EOR.cuda()
+    arguments = (x_TD.cuda(), *factors, indices_TK.cuda(), weights_TK.cuda())
     torch.testing.assert_close(
         mix(*arguments).cpu().double(), expected, rtol=tolerance, atol=tolerance
     )
