@@ -229,7 +229,7 @@ class RoutedModel:
         acting, pool = self._acting, self._acting_pool
         queries = [query for query in asked if query is not None]
         looks = isinstance(acting, QueryRouter) or (
-            isinstance(acting, TokenRouter) and acting.biased
+            isinstance(acting, TokenRouter) and acting.is_biased
         )
         if looks and len(queries) < len(asked):
             raise PhatgooseError(
@@ -244,7 +244,7 @@ class RoutedModel:
                     weights_QK, indices_QK = acting.mixture(pool, queries, probe)
                     # Not in the base's dtype: weights are float32 until the sum over experts.
                     self.forward_context.mixture = weights_QK.to(device), indices_QK.to(device)
-                elif isinstance(acting, TokenRouter) and acting.biased:
+                elif isinstance(acting, TokenRouter) and acting.is_biased:
                     self.forward_context.bias_QE = acting.bias(pool, queries).to(device)
             yield
         finally:

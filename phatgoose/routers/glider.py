@@ -32,7 +32,6 @@ class Glider(TokenRouter):
 
     top_k: int = 2
     gamma: float = 3.0
-    biased: ClassVar[bool] = True
     side_information: ClassVar[str | None] = "a description of the evaluation task"
     needs: ClassVar[tuple[str, ...]] = ("gates", "descriptions")
 

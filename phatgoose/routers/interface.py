@@ -130,7 +130,7 @@ class TokenRouter(Router, ABC):
 
     Their weights are the softmax over the kept scores, or all `equal`. `mix` says what they are
     applied to: the experts' `outputs`, `sum_k w_k B_k A_k x`, or their `factors`,
-    `(sum_k w_k B_k) (sum_k w_k A_k) x`. Where `biased` is True, `bias` is added to the scores.
+    `(sum_k w_k B_k) (sum_k w_k A_k) x`. A router that defines `bias` adds it to the scores.
 
     Scores and weights are float32 whatever the dtype of the base: in bfloat16 close scores become
     equal, and other experts are chosen.
@@ -143,7 +143,6 @@ class TokenRouter(Router, ABC):
         "mix": ("outputs", "factors"),
         "weights": ("softmax", "equal"),
     }
-    biased: ClassVar[bool] = False
 
     @abstractmethod
     def scorer(self, pool: Pool, linear: str) -> Scorer:
@@ -153,8 +152,16 @@ class TokenRouter(Router, ABC):
         """
 
     def bias(self, pool: Pool, queries: Sequence[Query]) -> Tensor:
-        """Return what is added to every score of a query's tokens, `bias_QE`, if `biased`."""
-        raise NotImplementedError
+        """Return what is added to every score of a query's tokens, `bias_QE`.
+
+        Not called unless a router defines its own: there is no bias by default.
+        """
+        return torch.zeros(len(queries), len(pool.experts))
+
+    @property
+    def is_biased(self) -> bool:
+        """Whether the router defines a bias."""
+        return type(self).bias is not TokenRouter.bias
 
     def rule(self, pool: Pool, linear: str) -> TokenRule:
         """Return the rule that picks experts on one linear: the best scores among its experts."""
@@ -162,7 +169,7 @@ class TokenRouter(Router, ABC):
             score=self.scorer(pool, linear),
             top_k=self.top_k,
             equal=self.weights == "equal",
-            biased=self.biased,
+            biased=self.is_biased,
             absent_E=pool.linears[linear].absent_E,
         )
 

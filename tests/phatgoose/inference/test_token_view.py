@@ -24,7 +24,7 @@ from phatgoose.inference.token_view import (
 from phatgoose.pool import Pool
 from phatgoose.query import Query
 from phatgoose.routers import QueryRouter, Router
-from phatgoose.routers.interface import Probe
+from phatgoose.routers.interface import Probe, Scorer, TokenRouter
 from phatgoose.routers.logo import Logo
 from phatgoose.tokenization import encode_pair
 from tests.support.plain import plain_logits
@@ -153,6 +153,22 @@ def test_a_query_router_does_not_see_the_answer(base: Base) -> None:
     routes = token_routes(attach(base, router), TEXT, base.linears[0], answer=ANSWER)
     assert {route.weights for route in routes} == {(0.0, 0.0, 1.0)}
     assert router.queries == [Query(TEXT)]
+
+
+class Leaning(TokenRouter):
+    """A router whose only say is a bias: it sends every query to the second expert."""
+
+    def scorer(self, pool: Pool, linear: str) -> Scorer:
+        return lambda x_TD: x_TD.new_zeros(len(x_TD), len(pool.experts))
+
+    def bias(self, pool: Pool, queries: Sequence[Query]) -> Tensor:
+        return torch.tensor([[0.0, 50.0, 0.0]]).expand(len(queries), 3)
+
+
+def test_a_router_that_defines_a_bias_is_biased(base: Base) -> None:
+    routes = token_routes(attach(base, Leaning()), TEXT, base.linears[0])
+    assert {route.weights[0] for route in routes} == {0.0}
+    assert {round(route.weights[1], 4) for route in routes} == {1.0}
 
 
 def test_an_expert_that_does_not_adapt_the_linear_gets_no_weight(llama: Base) -> None:
