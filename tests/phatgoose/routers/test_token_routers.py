@@ -158,7 +158,7 @@ def test_all_weights_are_zero_where_no_expert_is_present(name: str) -> None:
     pool = dataclasses.replace(pool, linears={**pool.linears, LINEAR: gone})
     router = make_router(name)
     assert isinstance(router, TokenRouter)
-    bias_TE = torch.zeros(4, 3) if router.biased else None
+    bias_TE = torch.zeros(4, 3) if router.is_biased else None
     assert not weights_of(router, pool, torch.randn(4, 12), bias_TE).any()
 
 
