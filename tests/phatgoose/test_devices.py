@@ -85,7 +85,7 @@ def test_routers_stay_on_the_device_of_the_pool(base: Base, name: str, absent: b
             assert {matrix.device for matrix in router.merge(pool, linear)} == {META}
             continue
         x_TD = torch.zeros(3, factors.lora_A_ERD.shape[2], device=META)
-        bias_TE = torch.zeros(3, 5, device=META) if router.biased else None
+        bias_TE = torch.zeros(3, 5, device=META) if router.is_biased else None
         weights_TK, indices_TK = router.rule(pool, linear)(x_TD, bias_TE)
         assert weights_TK.device == indices_TK.device == META
         assert weights_TK.shape == indices_TK.shape == (3, min(router.top_k, 5))
