@@ -7,7 +7,6 @@ where PEFT iterates 15 times, so that they choose the same experts; their logits
 """
 
 import argparse
-import statistics
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -16,9 +15,9 @@ import torch
 from peft import ArrowConfig, create_arrow_model
 from peft.tuners.lora.arrow import ArrowLoraLinearLayer
 
-from benchmarks.figures import Figure, print_table
+from benchmarks.figures import Figure, compare, print_table
 from benchmarks.pools import BASE, RANK, plain_base, random_pool
-from benchmarks.timing import median_ratio, paired
+from benchmarks.timing import paired
 from phatgoose.base import load_base
 from phatgoose.card import Card, LoraFactors
 from phatgoose.expert import Expert
@@ -85,16 +84,14 @@ def measure(threads: int = 2, rounds: int = 2, experts: int = 64) -> list[Figure
     times = paired(
         {"ours": partial(routed.model, **read), "peft": partial(peft_model, **read)}, rounds
     )
+    pairs = zip(times["ours"], times["peft"], strict=True)
     return [
-        Figure(
-            name=f"PEFT's Arrow over ours, {experts} experts",
-            ours=statistics.median(times["ours"]),
-            baseline=statistics.median(times["peft"]),
-            ratio=median_ratio(times["peft"], times["ours"]),
-            target=TARGET,
-            floor=None,
+        compare(
+            f"passes/s, our Arrow / PEFT's, {experts} experts",
+            [(1 / own, 1 / other) for own, other in pairs],
             better="higher",
-            note=f"seconds; {TOKENS} tokens, rank {RANK}, logits within {difference:.0e}",
+            target=TARGET,
+            note=f"{TOKENS} tokens, rank {RANK}, logits within {difference:.0e}",
         )
     ]
 

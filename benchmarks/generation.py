@@ -9,13 +9,12 @@ other.
 """
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 
 import torch
 
-from benchmarks.figures import Figure, print_table
+from benchmarks.figures import Figure, compare, print_table
 from benchmarks.pools import BASE, plain_base, random_pool
 from harness.tasks import prepare_all, task_specs
 from harness.tasks.lm_eval_tasks import evaluation_table
@@ -64,16 +63,9 @@ def measure(threads: int = 2, rounds: int = 3, limit: int = 26) -> list[Figure]:
     baseline = seconds["transformers"]
 
     def figure(side: str, target: float | None) -> Figure:
-        return Figure(
-            name=f"generation, {side} / transformers",
-            ours=statistics.median(seconds[side]),
-            baseline=statistics.median(baseline),
-            ratio=statistics.median(a / b for a, b in zip(seconds[side], baseline, strict=True)),
-            target=target,
-            floor=None,
-            better="lower",
-            note=note,
-        )
+        name = f"generation, {side} / transformers"
+        pairs = zip(seconds[side], baseline, strict=True)
+        return compare(name, pairs, target=target, note=note)
 
     return [figure("phatgoose", 1.5), figure("base", None)]
 

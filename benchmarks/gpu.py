@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.figures import Figure, print_table
+from benchmarks.figures import Figure, compare, print_table
 from phatgoose.ops import mix, standardise, top_k_softmax, triton_kernels
 from phatgoose.ops.routing import gate_scorer
 
@@ -227,16 +227,11 @@ def _figures(
     times = {name: values[2:] for name, values in times.items()}
     base = statistics.median(times["frozen"])
     return [
-        Figure(
-            name=f"{case.name}: {name}",
-            ours=statistics.median(times[name]),
-            baseline=base,
-            ratio=statistics.median(
-                ours / theirs for ours, theirs in zip(times[name], times["frozen"], strict=True)
-            ),
+        compare(
+            f"{case.name}: {name}",
+            zip(times[name], times["frozen"], strict=True),
             target=target,
             floor=1 + _additional(len(case.x_TD), case.layers[0], case.speeds) / base,
-            better="lower",
             note=f"seconds per linear, {len(case.layers)} linears",
         )
         for name, (_, target) in ways.items()

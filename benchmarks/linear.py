@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.figures import Figure
+from benchmarks.figures import Figure, compare
 from benchmarks.routing import way_of_mixing
-from benchmarks.timing import Times, median_ratio, paired
+from benchmarks.timing import Times, paired
 from phatgoose.ops import RoutedExperts, TokenRule
 from phatgoose.ops.mixing import WAYS
 from phatgoose.ops.routing import gate_scorer
@@ -85,14 +85,11 @@ def measure(threads: int = 2, rounds: int = 5) -> list[Figure]:
     times = case.times(("kernel",), rounds)
     torch.set_num_threads(threads)
     return [
-        Figure(
-            name="one linear of 2048 x 2048, 1,000 experts",
-            ours=statistics.median(times["kernel"]),
-            baseline=statistics.median(times["frozen"]),
-            ratio=median_ratio(times["kernel"], times["frozen"]),
+        compare(
+            "one linear of 2048 x 2048, 1,000 experts",
+            zip(times["kernel"], times["frozen"], strict=True),
             target=2.1,
             floor=case.floor,
-            better="lower",
             note="seconds; 1,024 tokens, one thread",
         )
     ]
@@ -113,7 +110,10 @@ def main() -> None:
             for tokens in (1, 8, 64, 512):
                 case = Case(shape, experts, top_k, tokens, getattr(torch, arguments.dtype))
                 times = case.times(WAYS, arguments.rounds)
-                ratios = (median_ratio(times[way], times["frozen"]) for way in WAYS)
+                ratios = [
+                    compare(way, zip(times[way], times["frozen"], strict=True)).ratio
+                    for way in WAYS
+                ]
                 print(
                     f"{shape[0]:5} x {shape[1]:4}  {experts:4} {top_k:3} {tokens:4}  "
                     f"{statistics.median(times['frozen']) * 1e6:9.0f}  {case.floor:5.2f}"

@@ -7,14 +7,13 @@ process of a machine does. The file is in the page cache, as where several actor
 """
 
 import argparse
-import statistics
 import tempfile
 from functools import partial
 from pathlib import Path
 
-from benchmarks.figures import Figure, print_table
+from benchmarks.figures import Figure, compare, print_table
 from benchmarks.pools import BASE, random_pool
-from benchmarks.timing import median_ratio, paired
+from benchmarks.timing import paired
 from harness.registry import packs
 from phatgoose.base import load_base
 from phatgoose.pool import Pool
@@ -41,14 +40,9 @@ def measure(threads: int = 2, rounds: int = 5, experts: int = 166) -> list[Figur
             rounds,
         )
     return [
-        Figure(
-            name=f"opening a pack of {experts} experts",
-            ours=statistics.median(times["verified"]),
-            baseline=statistics.median(times["hashed"]),
-            ratio=median_ratio(times["verified"], times["hashed"]),
-            target=None,
-            floor=None,
-            better="lower",
+        compare(
+            f"opening a pack of {experts} experts",
+            zip(times["verified"], times["hashed"], strict=True),
             note=f"seconds, target 0.1; {size / 2**30:.1f} GiB mapped",
         )
     ]

@@ -12,7 +12,6 @@ random gates, so the routing is about uniform.
 
 import argparse
 import logging
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -21,7 +20,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from benchmarks.figures import Figure, print_table
+from benchmarks.figures import Figure, compare, print_table
 from benchmarks.pools import BASE, plain_base, random_pool
 from harness.evaluation.answering import answer_chunk
 from harness.evaluation.chunks import Answer, Chunk
@@ -92,17 +91,9 @@ def measure(threads: int = 2, rounds: int = 3, characters: int = 1500) -> list[F
             taken = zip(*(seconds[side, task] for task in tasks), strict=True)
             return [choices / sum(of_tasks) for of_tasks in taken]
 
-        ours, baseline = rates(side), rates("HFLM")
-        return Figure(
-            name=name,
-            ours=statistics.median(ours),
-            baseline=statistics.median(baseline),
-            ratio=statistics.median(a / b for a, b in zip(ours, baseline, strict=True)),
-            target=target,
-            floor=None,
-            better="higher",
-            note=note or f"{choices} choices",
-        )
+        note = note or f"{choices} choices"
+        rounds = zip(rates(side), rates("HFLM"), strict=True)
+        return compare(name, rounds, better="higher", target=target, note=note)
 
     return [
         figure("choices/s, base / HFLM", "base", TASKS, 5.0, f"{note}, {same}"),

@@ -1,9 +1,8 @@
 """Time several ways of one piece of work in rounds that alternate between them."""
 
 import gc
-import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 Times = dict[str, list[float]]
 
@@ -30,8 +29,3 @@ def paired(
             way()
             times[name].append(time.perf_counter() - started)
     return {name: values[1:] for name, values in times.items()}
-
-
-def median_ratio(ours: Sequence[float], baseline: Sequence[float]) -> float:
-    """Return the median of the ratios of paired rounds."""
-    return statistics.median(a / b for a, b in zip(ours, baseline, strict=True))

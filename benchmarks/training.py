@@ -15,7 +15,6 @@ MKL: compare with PHATGOOSE_LINEAR=torch.
 import argparse
 import dataclasses
 import functools
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from benchmarks.figures import Figure, print_table
+from benchmarks.figures import Figure, compare, print_table
 from benchmarks.pools import BASE
 from harness.config.load import load_config
 from harness.tasks import prepare_all, prepare_here
@@ -71,15 +70,13 @@ def measure(*, threads: int = 1, rounds: int = 4) -> list[Figure]:
     floors = _floors(base, recipe, batches)
 
     def figure(name: str, ours: str, other: str, target: float | None, floor: str) -> Figure:
-        pairs = list(zip(seconds[ours], seconds[other], strict=True))
-        return Figure(
-            name=f"training, {name}",
-            ours=len(pairs) / sum(own for own, _ in pairs),
-            baseline=len(pairs) / sum(theirs for _, theirs in pairs),
-            ratio=statistics.median(theirs / own for own, theirs in pairs),
+        pairs = zip(seconds[ours], seconds[other], strict=True)
+        return compare(
+            f"training, {name}",
+            [(1 / own, 1 / theirs) for own, theirs in pairs],
+            better="higher",
             target=target,
             floor=floors[floor],
-            better="higher",
             note=f"steps/s, {threads} thread(s), frozen linears by {library()}",
         )
 
