@@ -30,15 +30,21 @@ LIBRARIES = ("torch", "transformers", "peft", "lm_eval", "deepspeed")
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path("runs/bench"))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/bench"), help="where benchmarks.parquet goes"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="of PyTorch; one linear has one")
+    parser.add_argument(
+        "--only", nargs="+", choices=NAMES, default=NAMES, help="modules; all if left out"
+    )
     arguments = parser.parse_args()
     machine = {
         "processor": processor(),
         "cores": str(usable_cores()),
-        "mixing": way_on("cpu"),
+        "kernel": way_on("cpu"),  # rows name their way of mixing
         **{name: importlib.metadata.version(name) for name in LIBRARIES},
     }
     print("\n".join(f"{name}: {value}" for name, value in machine.items()), flush=True)

@@ -1,6 +1,6 @@
 """Compare the Arrow router with PEFT's own, over the same experts on SmolLM2-135M.
 
-    python -m benchmarks.arrow [--experts 64] [--threads 2] [--rounds 2]
+    python -m benchmarks.arrow [--experts 64] [--threads 2] [--rounds 3]
 
 PEFT evaluates every expert for every token. Both sides get the exact leading singular vectors,
 where PEFT iterates 15 times, so that they choose the same experts; their logits are compared first.
@@ -55,7 +55,7 @@ def write_adapters(pool: Pool, folder: Path) -> list[str]:
 
 
 @torch.inference_mode()
-def measure(threads: int = 2, rounds: int = 2, experts: int = 64) -> list[Figure]:
+def measure(threads: int = 2, rounds: int = 3, experts: int = 64) -> list[Figure]:
     """Return how many times as fast as PEFT's Arrow a pass of the routed model is."""
     torch.set_num_threads(threads)
     routed, theirs = load_base(BASE), plain_base()
@@ -101,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     print_table(measure(**vars(parser.parse_args())))
 
 

@@ -13,13 +13,13 @@ import statistics
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.figures import Figure, compare
 from benchmarks.routing import way_of_mixing
 from benchmarks.timing import Times, paired
 from phatgoose.ops import RoutedExperts, TokenRule
+from phatgoose.ops.frozen_linear import product
 from phatgoose.ops.mixing import WAYS
 from phatgoose.ops.routing import gate_scorer
 
@@ -47,14 +47,15 @@ class Case:
             )
             for _ in self._linears
         ]
-        rules = [TokenRule(gate_scorer(torch.randn(experts, inputs)), top_k) for _ in self._linears]
-        self._rules = rules
+        self._rules = [
+            TokenRule(gate_scorer(torch.randn(experts, inputs)), top_k) for _ in self._linears
+        ]
         operations = 2 * experts * inputs + 2 * top_k * RANK * (inputs + outputs)
         self.floor = 1 + operations / (2 * inputs * outputs)
 
     def _run(self, routed: list[RoutedExperts] | None) -> None:
         for index, weight_OD in enumerate(self._weights):
-            y_TO: Tensor = F.linear(self._x_TD, weight_OD)
+            y_TO: Tensor = product(self._x_TD, weight_OD)
             if routed:
                 routed[index].route_and_add(y_TO, self._x_TD)
 

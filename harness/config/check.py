@@ -7,6 +7,7 @@ from harness.config.schema import OF_POOL, OF_POOL_TOO, STAGES, TOO_LONG, RunCon
 from harness.extra_routers import MULTITASK, Multitask
 from phatgoose.errors import PhatgooseError, check_known
 from phatgoose.ops.frozen_linear import library
+from phatgoose.ops.mixing import wanted_way
 from phatgoose.routers import all_needs
 
 
@@ -24,7 +25,9 @@ def check_values(config: RunConfig) -> None:
         raise PhatgooseError(f"chunk_characters={config.chunk_characters}: it must be positive")
     if config.cluster.max_actors is not None and config.cluster.max_actors < 1:
         raise PhatgooseError(f"cluster.max_actors={config.cluster.max_actors}: it must be positive")
-    library()  # an error of the environment here is better than one on every actor
+    # An error of the environment here is better than one on every actor.
+    library()
+    wanted_way()
     _check_cluster(config)
     _check_ranks(config)
     for key, group in (("pool", config.pool), *(("suite", suite) for suite in config.suites)):

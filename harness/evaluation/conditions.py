@@ -5,6 +5,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from harness.source_code import SCORING, Code, code_of, digest
+from phatgoose.card import DTYPES
 from phatgoose.errors import PhatgooseError
 from phatgoose.ops.frozen_linear import library
 from phatgoose.ops.routed import way_on
@@ -34,7 +35,8 @@ class Conditions:
     @staticmethod
     def here(base: str, dtype: str, device: str) -> "Conditions":
         """Return the conditions with the libraries and the code of this process."""
-        versions = {**json.loads(library_versions()), "mix": way_on(device), "linear": library()}
+        ways = {"mix": way_on(device, DTYPES[dtype]), "linear": library()}
+        versions = {**json.loads(library_versions()), **ways}
         code = digest(scoring_code())
         return Conditions(base, dtype, device, json.dumps(versions, sort_keys=True), code)
 

@@ -164,10 +164,9 @@ class RoutedLinear(nn.Module):
         weights_QK, indices_QK = self._forward.mixture
         query_T = self._forward.query_T(self.side)
         weights_TK, indices_TK = weights_QK[query_T], indices_QK[query_T]
-        factors = experts.lora_A_ERD, experts.lora_B_EOR
         columns = indices_QK.shape[1] * experts.lora_A_ERD.shape[1]
-        if isinstance(self.base, nn.Linear) and merging_pays(self.base, columns, query_T):
-            y_TO = merged_output(x_TD, self.base, *factors, self._forward.mixture, query_T)
+        if experts.may_merge and merging_pays(self.base, columns, query_T):
+            y_TO = merged_output(x_TD, self.base, experts, weights_QK, indices_QK, query_T)
         else:
             y_TO = experts.add_mixtures(self.base(x_TD), x_TD, weights_QK, indices_QK, query_T)
         return y_TO, weights_TK, indices_TK

@@ -26,6 +26,7 @@ from phatgoose.ops.routing import RENORMALISE_EPS, STANDARDISE_EPS, GateScorer, 
 _MODULES = {"AVX512": "phatgoose_cpu_avx512", "AVX2": "phatgoose_cpu_avx2"}
 _ANY = "phatgoose_cpu_any"
 _SOURCES = [Path(__file__).with_name(name) for name in ("cpu_kernels.cpp", "cpu_vectors.h")]
+DTYPES = (torch.float32, torch.bfloat16)
 # For up to so many tokens, the kernel computes the scores too: a matrix product takes longer to
 # start.
 _FEW_TOKENS = 8
@@ -82,11 +83,12 @@ def find_kernel() -> Kernel | str:
     return Kernel(run, f"{name.removeprefix('phatgoose_cpu_')} {built}")
 
 
-def why_not(lora_A_ERD: Tensor, lora_B_EOR: Tensor) -> str | None:
-    """Return why the kernel, if there is one, cannot compute with these factors, if it cannot."""
-    dtypes = {lora_A_ERD.dtype, lora_B_EOR.dtype}
-    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16}:
-        return f"it computes in float32 and bfloat16, not {' and '.join(sorted(map(str, dtypes)))}"
+def unsupported(lora_A_ERD: Tensor, lora_B_EOR: Tensor) -> str | None:
+    """Return the reason why the kernel rejects these factors; None if it accepts them."""
+    if not len(lora_A_ERD):
+        return "there is no expert"
+    if lora_A_ERD.dtype != lora_B_EOR.dtype:
+        return f"its factors are {lora_A_ERD.dtype} and {lora_B_EOR.dtype}"
     return None
 
 
@@ -94,7 +96,7 @@ class CompiledExperts:
     """The operands of one linear for the compiled kernel.
 
     Args:
-        lora_A_ERD, lora_B_EOR: every expert's factors, in a dtype of the kernel (`why_not`). They
+        lora_A_ERD, lora_B_EOR: every expert's factors, in one of `DTYPES`. They
             are copied unless they are `packed`.
         rule: how tokens are routed, for `route_and_add`. None if each query has a mixture, for
             `add_mixtures`.
@@ -119,11 +121,12 @@ class CompiledExperts:
         experts, rank, inputs = lora_A_ERD.shape
         self._gates = rule.score if rule and isinstance(rule.score, GateScorer) else None
         absent_E = rule.absent_E if rule else None
+        self._gates_ED = None if self._gates is None else self._gates.gates_ED.float().contiguous()
         # What the kernel reads must live as long as this object.
         self._kept = [
             lora_A_ERD.transpose(1, 2).contiguous(),
             lora_B_EOR.transpose(1, 2).contiguous(),
-            None if self._gates is None else self._gates.gates_ED.contiguous(),
+            self._gates_ED,
             None if absent_E is None else absent_E.contiguous(),
         ]
         self._operands = _Experts(
@@ -141,7 +144,6 @@ class CompiledExperts:
             RENORMALISE_EPS,
             *map(_address, self._kept),
         )
-        self._pointer = ctypes.addressof(self._operands)
 
     def route_and_add(
         self, y_TO: Tensor, x_TD: Tensor, bias_TE: Tensor | None = None
@@ -154,16 +156,21 @@ class CompiledExperts:
         assert self._rule is not None
         tokens = len(x_TD)
         x_TD = x_TD.float()
-        if self._gates is None:
-            scores_TE = self._rule.score(x_TD).float()
+        if self._gates_ED is None:
+            scores_TE = self._rule.score(x_TD).float().contiguous()
+            if scores_TE.shape != (tokens, self._operands.experts):
+                raise PhatgooseError(
+                    f"a scorer returned {list(scores_TE.shape)} scores for {tokens} tokens and "
+                    f"{self._operands.experts} experts. Return one for each of both."
+                )
         elif tokens > _FEW_TOKENS:
-            scores_TE = product(x_TD, self._gates.gates_ED)
+            scores_TE = product(x_TD, self._gates_ED)
         else:
             scores_TE = None
         weights_TK = x_TD.new_empty(tokens, self._operands.top_k)
         indices_TK = weights_TK.new_empty(weights_TK.shape, dtype=torch.int64)
         if bias_TE is not None:
-            bias_TE = bias_TE.float().contiguous()
+            bias_TE = bias_TE.float().expand(tokens, self._operands.experts).contiguous()
         self._run(y_TO, x_TD, weights_TK, indices_TK, scores_TE, bias_TE)
         return weights_TK, indices_TK
 
@@ -181,8 +188,8 @@ class CompiledExperts:
             IndexError: an index is not that of an expert.
         """
         assert self._rule is None
-        self._operands.top_k = indices_QK.shape[1]
-        self._run(y_TO, x_TD.float(), weights_QK.float()[query_T], indices_QK[query_T])
+        weights_TK, indices_TK = weights_QK.float()[query_T], indices_QK.long()[query_T]
+        self._run(y_TO, x_TD.float(), weights_TK, indices_TK)
 
     def _run(
         self,
@@ -194,11 +201,19 @@ class CompiledExperts:
         bias_TE: Tensor | None = None,
     ) -> None:
         """Call the kernel. Results go to `y_TO` and, if tokens are routed, the next two."""
+        tokens = len(x_TD)
+        # A copy: another thread may be mixing another number of experts.
+        operands = _Experts.from_buffer_copy(self._operands)
+        operands.top_k = indices_TK.shape[1]
+        expected = ((tokens, operands.inputs), (tokens, operands.outputs), tokens)
+        if (x_TD.shape, y_TO.shape, len(weights_TK)) != expected:
+            raise PhatgooseError(
+                f"inputs {list(x_TD.shape)}, outputs {list(y_TO.shape)} and {len(weights_TK)} rows "
+                f"of weights do not fit experts of {operands.inputs} x {operands.outputs}."
+            )
         if x_TD.stride(1) != 1:
             x_TD = x_TD.contiguous()
-        assert y_TO.stride(1) == 1
-        tokens = len(x_TD)
-        most = max(1, _MOST_NUMBERS // max(1, self._operands.top_k * self._operands.rank))
+        most = max(1, _MOST_NUMBERS // max(1, operands.top_k * operands.rank))
         if tokens > most:
             for start in range(0, tokens, most):
                 part = slice(start, start + most)
@@ -206,7 +221,7 @@ class CompiledExperts:
                 self._run(y_TO[part], x_TD[part], weights_TK[part], indices_TK[part], *others)
             return
         unknown = self._kernel.run(
-            self._pointer,
+            ctypes.addressof(operands),
             tokens,
             torch.get_num_threads(),
             x_TD.stride(0),
@@ -219,7 +234,7 @@ class CompiledExperts:
             indices_TK.data_ptr(),
         )
         if unknown:
-            raise IndexError(f"an index is not one of {self._operands.experts} experts")
+            raise IndexError(f"an index is not one of {operands.experts} experts")
 
 
 def _address(tensor: Tensor | None) -> int | None:

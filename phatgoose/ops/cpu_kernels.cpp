@@ -78,6 +78,7 @@ void score(const float* x_D, const float* gates_ED, int64_t E, int64_t D, float*
 void select(const Experts& on, const float* raw_E, float scale, const float* bias_E,
             float* scores_E, float* weights_K, int64_t* indices_K) {
   const float nothing = -std::numeric_limits<float>::infinity();
+  const auto better = [](float a, float b) { return a > b || (a != a && b == b); };  // NaN first
   const int64_t E = on.experts, K = on.top_k;
   for (int64_t e = 0; e < E; ++e) {
     float score = raw_E[e] * scale;
@@ -92,9 +93,9 @@ void select(const Experts& on, const float* raw_E, float scale, const float* bia
   float* best_K = weights_K;  // until they become weights
   for (int64_t e = 0; e < E; ++e) {
     float score = scores_E[e];
-    if (kept == K && !(score > best_K[K - 1])) continue;
+    if (kept == K && !better(score, best_K[K - 1])) continue;
     int64_t place = kept < K ? kept++ : K - 1;
-    for (; place > 0 && score > best_K[place - 1]; --place) {
+    for (; place > 0 && better(score, best_K[place - 1]); --place) {
       best_K[place] = best_K[place - 1];
       indices_K[place] = indices_K[place - 1];
     }
@@ -103,14 +104,13 @@ void select(const Experts& on, const float* raw_E, float scale, const float* bia
   }
 
   const float largest = best_K[0];
-  if (largest == nothing) {  // every expert is absent
-    for (int64_t k = 0; k < K; ++k) weights_K[k] = 0;
-    return;
-  }
-  if (on.equal) {
-    float present = 0;
-    for (int64_t k = 0; k < K; ++k) present += best_K[k] != nothing;
-    for (int64_t k = 0; k < K; ++k) weights_K[k] = best_K[k] != nothing ? 1 / present : 0;
+  float present = 0;
+  for (int64_t k = 0; k < K; ++k) present += best_K[k] > nothing;
+  if (on.equal || largest == nothing) {  // without any expert a weight is not a number, or 0
+    for (int64_t k = 0; k < K; ++k) {
+      const bool absent = on.absent_E && on.absent_E[indices_K[k]];
+      weights_K[k] = absent ? 0 : (best_K[k] > nothing) / present;
+    }
     return;
   }
   const float total = total_over(E, [&](int64_t e, auto w) {

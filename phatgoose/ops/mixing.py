@@ -49,7 +49,7 @@ def wanted_way() -> str | None:
     return way
 
 
-def _uncompiled(function: Callable[_Arguments, Tensor]) -> Callable[_Arguments, Tensor]:
+def _without_compiling(function: Callable[_Arguments, Tensor]) -> Callable[_Arguments, Tensor]:
     """Let compiled models run a function as it is: the sizes of its groups are data.
 
     `torch.compiler.disable` as a decorator would load the compiler into every process, in a second.
@@ -58,8 +58,8 @@ def _uncompiled(function: Callable[_Arguments, Tensor]) -> Callable[_Arguments, 
     @functools.wraps(function)
     def run(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Tensor:
         if torch.compiler.is_compiling():
-            as_it_is: Callable[_Arguments, Tensor] = torch.compiler.disable(function)
-            return as_it_is(*args, **kwargs)
+            uncompiled: Callable[_Arguments, Tensor] = torch.compiler.disable(function)
+            return uncompiled(*args, **kwargs)
         return function(*args, **kwargs)
 
     return run
@@ -73,7 +73,7 @@ def packed(lora_A_ERD: Tensor, lora_B_EOR: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-@_uncompiled
+@_without_compiling
 def mix(
     x_TD: Tensor,
     lora_A_ERD: Tensor,
@@ -107,7 +107,7 @@ def mix(
     return pairs.sum(pairs.product(h_NR.to(x_TD.dtype), lora_B_EOR))
 
 
-@_uncompiled
+@_without_compiling
 def mix_factors(
     x_TD: Tensor,
     lora_A_ERD: Tensor,
@@ -226,9 +226,10 @@ class _Pairs:
         """Put the pairs back in their tokens' order, and sum over each token's experts.
 
         Sums of half precision are rounded once: `torch.sum` takes them in float32. A bag of
-        embeddings, which does both at once, would round each.
+        embeddings, which does both at once, would round each, and has no second derivative.
         """
-        if y_NO.device.type == "cpu" and y_NO.dtype.itemsize >= 4:
+        is_cpu, is_half = y_NO.device.type == "cpu", y_NO.dtype.itemsize < 4
+        if is_cpu and not is_half and not y_NO.requires_grad:
             return F.embedding_bag(self._place_N.view(self._shape), y_NO, mode="sum")
         y_TKO = y_NO.index_select(0, self._place_N)
         return y_TKO.view(*self._shape, y_NO.shape[1]).sum(dim=1)
@@ -242,15 +243,9 @@ def _product_grouped(x_ND: Tensor, weight_EOD: Tensor, counts_E: Tensor) -> Tens
 
 def _product_loop(x_ND: Tensor, weight_EOD: Tensor, counts_E: Tensor) -> Tensor:
     """Multiply the same way, with one product for each expert that has rows."""
-    y_NO = x_ND.new_empty(x_ND.shape[0], weight_EOD.shape[1])
-    start = 0
-    for expert, rows in enumerate(counts_E.tolist()):
-        if rows:
-            torch.mm(
-                x_ND[start : start + rows], weight_EOD[expert].T, out=y_NO[start : start + rows]
-            )
-            start += rows
-    return y_NO
+    runs = zip(x_ND.split(counts_E.tolist()), weight_EOD, strict=True)
+    products = [run_ND @ weight_OD.T for run_ND, weight_OD in runs if len(run_ND)]
+    return torch.cat(products or [x_ND.new_empty(0, weight_EOD.shape[1])])
 
 
 _PRODUCTS: dict[str, Product] = {"grouped": _product_grouped, "loop": _product_loop}

@@ -30,15 +30,17 @@ if TYPE_CHECKING:
     from phatgoose.ops.triton_experts import TritonExperts
 
 _log = logging.getLogger(__name__)
+# What the kernels compute in, by the kind of device.
+_DTYPES = {"cpu": compiled.DTYPES, "cuda": (*compiled.DTYPES, torch.float16)}
 
 
-def uses_kernel(device: str = "cpu") -> bool:
-    """Return whether a kernel is used on a kind of device, where it can be.
+def uses_kernel(device: str = "cpu", dtype: torch.dtype = torch.float32) -> bool:
+    """Return whether a kernel is used on a kind of device, for factors of a dtype.
 
     Raises:
         PhatgooseError: the environment asks for the kernel, and there is none.
     """
-    wanted, kernel = wanted_way(), _kernel_on(device)
+    wanted, kernel = wanted_way(), _kernel_on(device, dtype)
     if wanted in ("torch", *TORCH_WAYS):
         _say(logging.INFO, f"experts are mixed by PyTorch's operators, as {VARIABLE}={wanted} asks")
         return False
@@ -51,16 +53,21 @@ def uses_kernel(device: str = "cpu") -> bool:
     return True
 
 
-def way_on(device: str) -> str:
+def way_on(device: str, dtype: torch.dtype = torch.float32) -> str:
     """Return what routes and mixes on a kind of device; part of what identifies an answer."""
+    if uses_kernel(device, dtype):
+        return f"kernel {_kernel_on(device, dtype)}"
     wanted = wanted_way()
-    if device in ("cpu", "cuda") and uses_kernel(device):
-        return f"kernel {_kernel_on(device)}"
     return wanted if wanted in TORCH_WAYS else "torch"
 
 
-def _kernel_on(device: str) -> str | PhatgooseError:
-    """Return the name and the build of the kernel for `cpu` or `cuda`, or why there is none."""
+def _kernel_on(device: str, dtype: torch.dtype) -> str | PhatgooseError:
+    """Return the name and the build of the kernel, or the reason why there is none."""
+    if dtype not in _DTYPES.get(device, ()):
+        return PhatgooseError(
+            f"no kernel computes in {dtype} on {device}. Set {VARIABLE}=torch, or choose another "
+            "dtype."
+        )
     if device == "cuda":
         if importlib.util.find_spec("triton") is None:
             return PhatgooseError("there is no Triton. Install a PyTorch that brings it.")
@@ -97,7 +104,11 @@ class RoutedExperts:
         mixes_factors: bool = False,
     ) -> None:
         self.lora_A_ERD, self.lora_B_EOR = packed(lora_A_ERD, lora_B_EOR)
+        if rule is None and mixes_factors:
+            raise PhatgooseError("factors are mixed by token: give a rule, or mix outputs")
         self.rule, self.mixes_factors = rule, mixes_factors
+        # Another way was not asked for.
+        self.may_merge = rule is None and wanted_way() is None
         self._kernel: CompiledExperts | TritonExperts | None = None
         gates = rule.score if rule is not None else None
         learned = [lora_A_ERD, lora_B_EOR]
@@ -108,24 +119,22 @@ class RoutedExperts:
 
     def _find_kernel(self) -> "CompiledExperts | TritonExperts | None":
         factors, device = (self.lora_A_ERD, self.lora_B_EOR), self.lora_A_ERD.device.type
-        if device in ("cpu", "cuda") and not uses_kernel(device):
+        if not uses_kernel(device, self.lora_A_ERD.dtype):
             return None
-        kind: type[CompiledExperts | TritonExperts] = CompiledExperts
+        kernel_type: type[CompiledExperts | TritonExperts]
         if device == "cpu":
-            lack = compiled.why_not(*factors)
-        elif device == "cuda":
+            kernel_type, reason = CompiledExperts, compiled.unsupported(*factors)
+        else:
             from phatgoose.ops import triton_experts as triton  # there is none without a GPU
 
-            kind, lack = triton.TritonExperts, triton.why_not(*factors, self.rule)
-        else:
-            lack = f"there is none for {device}"
-        if lack is None:
-            return kind(*factors, self.rule, mixes_factors=self.mixes_factors)
+            kernel_type, reason = triton.TritonExperts, triton.unsupported(*factors, self.rule)
+        if reason is None:
+            return kernel_type(*factors, self.rule, mixes_factors=self.mixes_factors)
         if wanted_way() == "kernel":
             raise PhatgooseError(
-                f"{VARIABLE}=kernel: the kernel cannot be used: {lack}. Set it to torch."
+                f"{VARIABLE}=kernel: the kernel cannot be used: {reason}. Set it to torch."
             )
-        _say(logging.INFO, f"experts are mixed by PyTorch's operators, not by the kernel: {lack}")
+        _say(logging.INFO, f"experts are mixed by PyTorch's operators, not by the kernel: {reason}")
         return None
 
     def route_and_add(
@@ -144,7 +153,7 @@ class RoutedExperts:
         assert self.rule is not None
         # A scorer of another kind may hold what is learned.
         is_known = isinstance(self.rule.score, GateScorer) or not torch.is_grad_enabled()
-        if self._kernel is not None and is_known and _is_plain(y_TO, x_TD, bias_TE):
+        if self._kernel is not None and is_known and self._is_plain(y_TO, x_TD, bias_TE):
             return (y_TO, *self._kernel.route_and_add(y_TO, x_TD, bias_TE))
         weights_TK, indices_TK = self.rule(x_TD, bias_TE)
         return self._added(y_TO, x_TD, weights_TK, indices_TK), weights_TK, indices_TK
@@ -166,7 +175,7 @@ class RoutedExperts:
             indices_QK: each query's experts, int64.
             query_T: each token's query.
         """
-        if self._kernel is not None and _is_plain(y_TO, x_TD, weights_QK):
+        if self._kernel is not None and self._is_plain(y_TO, x_TD, weights_QK):
             self._kernel.add_mixtures(y_TO, x_TD, weights_QK, indices_QK, query_T)
             return y_TO
         return self._added(y_TO, x_TD, weights_QK[query_T], indices_QK[query_T])
@@ -175,11 +184,12 @@ class RoutedExperts:
         apply = mix_factors if self.mixes_factors else mix
         return y_TO + apply(x_TD, self.lora_A_ERD, self.lora_B_EOR, indices_TK, weights_TK)
 
-
-def _is_plain(y_TO: Tensor, x_TD: Tensor, other: Tensor | None) -> bool:
-    """Return whether a kernel may change `y_TO` in place: no gradient is needed."""
-    if torch.is_grad_enabled():
-        operands = (y_TO, x_TD) if other is None else (y_TO, x_TD, other)
-        if any(tensor.requires_grad for tensor in operands):
-            return False
-    return y_TO.dtype == x_TD.dtype
+    def _is_plain(self, y_TO: Tensor, x_TD: Tensor, other: Tensor | None) -> bool:
+        """Return whether the kernel may change `y_TO` in place."""
+        if torch.is_grad_enabled():
+            operands = (y_TO, x_TD) if other is None else (y_TO, x_TD, other)
+            if any(tensor.requires_grad for tensor in operands):
+                return False
+        # Rows that are apart from each other: what was expanded or transposed cannot be written.
+        apart = y_TO.stride(1) == 1 and (len(y_TO) == 1 or y_TO.stride(0) >= y_TO.shape[1])
+        return apart and y_TO.dtype == x_TD.dtype == self.lora_A_ERD.dtype

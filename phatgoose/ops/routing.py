@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from phatgoose.errors import PhatgooseError
 from phatgoose.ops.frozen_linear import product
 
 STANDARDISE_EPS = 1e-5
@@ -122,6 +123,11 @@ class TokenRule:
     equal: bool = False
     biased: bool = False
     absent_E: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Check the number of experts that are kept."""
+        if self.top_k < 1:
+            raise PhatgooseError(f"top_k={self.top_k}: a token keeps no expert. Keep at least 1.")
 
     def __call__(self, x_TD: Tensor, bias_TE: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return `weights_TK` (float32) and `indices_TK` (int64, best first)."""

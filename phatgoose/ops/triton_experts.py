@@ -3,7 +3,6 @@
 Shape suffixes: T tokens, D input features, O output features, E experts, K experts per token.
 """
 
-import torch
 from torch import Tensor
 
 from phatgoose.ops import triton_kernels as kernels
@@ -89,16 +88,16 @@ class TritonExperts:
     ) -> None:
         """Add what the experts of each token's query say to `y_TO`, in place."""
         assert self._rule is None
-        assert not self._mixes_factors
         weights_QK = weights_QK.float()
         kernels.mix_queries_(y_TO, x_TD, *self._factors, query_T, indices_QK, weights_QK)
 
 
-def why_not(lora_A_ERD: Tensor, lora_B_EOR: Tensor, rule: TokenRule | None) -> str | None:
-    """Return why the kernels cannot compute with these factors and this rule, if they cannot."""
-    dtypes = {lora_A_ERD.dtype, lora_B_EOR.dtype}
-    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
-        return f"it has no kernel for {' and '.join(sorted(map(str, dtypes)))}"
+def unsupported(lora_A_ERD: Tensor, lora_B_EOR: Tensor, rule: TokenRule | None) -> str | None:
+    """Return the reason why the kernels reject these factors or this rule; None if they do not."""
+    if not len(lora_A_ERD):
+        return "there is no expert"
+    if lora_A_ERD.dtype != lora_B_EOR.dtype:
+        return f"its factors are {lora_A_ERD.dtype} and {lora_B_EOR.dtype}"
     kept = min(rule.top_k, len(lora_A_ERD)) if rule else 0
     if kept > MOST_KEPT:
         return f"it keeps at most {MOST_KEPT} experts per token, and the router keeps {kept}"

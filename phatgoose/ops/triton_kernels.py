@@ -16,10 +16,9 @@ Nothing waits for the device: grids follow from shapes alone (`group_program` sa
 programs of blocks without work return at once. So passes can be captured in CUDA graphs.
 
 Several experts add to one token, in an order that must not depend on timing, so without atomic
-additions. Writing every pair's output and summing them moves `2 * K + 2` times the bytes of y;
-adding choice after choice to y moves `2 * K` times, but rounds K times. Here the last choice is
-kept in registers while the others' outputs and y are added to it: `2 * K` times, y is rounded once,
-and the other choices' outputs once each, to the dtype of y.
+additions. Adding choice after choice to y would round K times. Here the outputs of all choices but
+the last are written in float32; the last is kept in registers while they and y are added to it, so
+a sum is rounded once.
 
 One launch for all of `decode_` would need a barrier across its programs between the scores and the
 choice. Triton has none: programs that wait for a counter need all of them resident at the same

@@ -154,13 +154,13 @@ class TokenRouter(Router, ABC):
     def bias(self, pool: Pool, queries: Sequence[Query]) -> Tensor:
         """Return what is added to every score of a query's tokens, `bias_QE`.
 
-        Not called unless a router defines its own: there is no bias by default.
+        Override it to add a bias: by default there is none, and it is not called.
         """
         return torch.zeros(len(queries), len(pool.experts))
 
     @property
     def is_biased(self) -> bool:
-        """Whether the router defines a bias."""
+        """True if the router defines a bias."""
         return type(self).bias is not TokenRouter.bias
 
     def rule(self, pool: Pool, linear: str) -> TokenRule:

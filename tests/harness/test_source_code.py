@@ -97,7 +97,7 @@ def test_a_shared_formula_makes_the_answers_of_its_users_stale(edit: Edit) -> No
         ("phatgoose/ops/compiled.py", "tokens > _FEW_TOKENS", "True"),
         ("phatgoose/ops/triton_mixing.py", "tl.sum(", "tl.max("),
         ("phatgoose/inference/scoring.py", "self.tokens + 1", "self.tokens"),
-        ("phatgoose/inference/routed_linear.py", "return y + added", "return y - added"),
+        ("phatgoose/inference/routed_linear.py", "self.base(x) + added", "self.base(x) - added"),
         ("phatgoose/ops/routing.py", "-torch.inf", "0.0"),
         ("phatgoose/routers/interface.py", "top_k=self.top_k", "top_k=1"),
         ("phatgoose/inference/generation.py", "do_sample=False", "do_sample=True"),

@@ -176,10 +176,11 @@ def test_all_linears_of_a_base_use_it_and_can_be_plain_again(
 @needs_onednn
 def test_small_products_stay_with_pytorch(onednn: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frozen_linear, "_LARGE", 12 * 7)
-    for inputs, fast in ((12, True), (11, False)):
+    monkeypatch.setattr(frozen_linear, "_LONG", 40 * 11 * 7)
+    for tokens, inputs, fast in ((3, 12, True), (3, 11, False), (40, 11, True), (39, 11, False)):
         linear = nn.Linear(inputs, 7).requires_grad_(False)
         use_fast_products(linear)
-        y = linear(torch.randn(3, inputs, requires_grad=True))
+        y = linear(torch.randn(tokens, inputs, requires_grad=True))
         assert ("_Product" in type(y.grad_fn).__name__) == fast
 
 

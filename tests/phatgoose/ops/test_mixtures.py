@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from phatgoose.ops import mix_reference
+from phatgoose.ops import RoutedExperts, mix_reference
+from phatgoose.ops.compiled import find_kernel
 from phatgoose.ops.mixtures import merged_output, merging_pays
 
 
@@ -24,7 +25,7 @@ def test_merged_output_is_that_of_each_token_with_its_query_s_mixture(bias: bool
     query_T = queries(5, 0, 3, 1)  # a pass need not hold tokens of all queries
     with torch.no_grad():
         y_TO = merged_output(
-            x_TD, linear, lora_A_ERD, lora_B_EOR, (weights_QK, indices_QK), query_T
+            x_TD, linear, RoutedExperts(lora_A_ERD, lora_B_EOR), weights_QK, indices_QK, query_T
         )
         expected_TO = linear(x_TD) + mix_reference(
             x_TD, lora_A_ERD, lora_B_EOR, indices_QK[query_T], weights_QK[query_T]
@@ -32,8 +33,15 @@ def test_merged_output_is_that_of_each_token_with_its_query_s_mixture(bias: bool
     torch.testing.assert_close(y_TO, expected_TO)
 
 
+class Doubled(nn.Linear):
+    """A linear that computes something else than a product."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
 @torch.no_grad()
-def test_merging_pays_for_long_queries_of_a_float32_base(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merging_pays_for_long_queries_of_a_float32_base() -> None:
     linear = nn.Linear(96, 96)  # merging costs as much as 48 tokens, and 64 columns more
     assert merging_pays(linear, 64, queries(96))
     assert not merging_pays(linear, 64, queries(95))
@@ -44,6 +52,20 @@ def test_merging_pays_for_long_queries_of_a_float32_base(monkeypatch: pytest.Mon
     assert not merging_pays(linear.bfloat16(), 64, queries(960))
     with torch.enable_grad():
         assert not merging_pays(linear.float(), 64, queries(960))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not merging_pays(linear, 64, queries(960))
+    assert not merging_pays(Doubled(96, 96), 64, queries(960))
     assert merging_pays(linear, 64, queries(960))
-    monkeypatch.setenv("PHATGOOSE_MIX", "grouped")
+    linear.register_forward_hook(lambda *_: None)
     assert not merging_pays(linear, 64, queries(960))
+
+
+@pytest.mark.parametrize("way", ["kernel", "torch", "dense", "grouped", "loop"])
+def test_nothing_is_merged_if_another_way_was_asked_for(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    factors = torch.randn(3, 4, 8), torch.randn(3, 8, 4)
+    assert RoutedExperts(*factors).may_merge
+    monkeypatch.setenv("PHATGOOSE_MIX", way)
+    if way != "kernel" or not isinstance(find_kernel(), str):
+        assert not RoutedExperts(*factors).may_merge

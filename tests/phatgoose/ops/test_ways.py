@@ -11,9 +11,9 @@ from torch import Tensor
 
 from phatgoose.errors import PhatgooseError
 from phatgoose.ops import RoutedExperts, compiled, mixing, routed
-from tests.support.routed_cases import KERNEL, Case, check, needs_kernel, operands_of
+from tests.support.routed_cases import Case, check, needs_kernel, operands_of
 
-CANNOT = "it computes in float32 and bfloat16, not torch.float16"
+CANNOT = "no kernel computes in torch.float16 on cpu"
 
 
 @pytest.fixture
@@ -90,10 +90,12 @@ def test_a_kernel_that_was_asked_for_and_cannot_compute_is_an_error(
     forget.delenv("PHATGOOSE_MIX", raising=False)
     with caplog.at_level(logging.INFO, logger="phatgoose"):
         assert RoutedExperts(*halves, on.rule)._kernel is None
-    cannot = "no kernel for the CPU" if isinstance(KERNEL, str) else CANNOT
-    assert cannot in caplog.text
+    assert [record.message for record in caplog.records] == [
+        f"routing takes longer: {CANNOT}. Set PHATGOOSE_MIX=torch, or choose another dtype."
+    ]
+    assert routed.way_on("cpu", torch.float16) == "torch"
     forget.setenv("PHATGOOSE_MIX", "kernel")
-    with pytest.raises(PhatgooseError, match=f"MIX=kernel: .*{cannot}"):
+    with pytest.raises(PhatgooseError, match=f"MIX=kernel: {CANNOT}"):
         RoutedExperts(*halves, on.rule)
 
 
@@ -103,12 +105,12 @@ def test_the_kernels_for_cuda_say_what_they_cannot_compute() -> None:
 
     on = operands_of(Case(experts=12))
     factors = on.lora_A_ERD, on.lora_B_EOR
-    assert triton_experts.why_not(*factors, on.rule) is None
-    assert triton_experts.why_not(*factors, replace(on.rule, top_k=8)) is None
-    more = triton_experts.why_not(*factors, replace(on.rule, top_k=9))
+    assert triton_experts.unsupported(*factors, on.rule) is None
+    assert triton_experts.unsupported(*factors, replace(on.rule, top_k=8)) is None
+    more = triton_experts.unsupported(*factors, replace(on.rule, top_k=9))
     assert more == "it keeps at most 8 experts per token, and the router keeps 9"
-    double = triton_experts.why_not(factors[0].double(), factors[1].double(), on.rule)
-    assert double == "it has no kernel for torch.float64"
+    mixed = triton_experts.unsupported(factors[0].double(), factors[1], on.rule)
+    assert mixed == "its factors are torch.float64 and torch.float32"
 
 
 @needs_kernel

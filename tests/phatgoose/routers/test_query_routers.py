@@ -416,6 +416,7 @@ def test_long_queries_are_answered_as_if_nothing_were_merged(
     scores = routed.score(questions)
     assert len(merged) >= len(base.linears) / 2  # all that read the question
     monkeypatch.setenv("PHATGOOSE_MIX", "loop")
+    routed.set_router(Turns())
     merged.clear()
     apart = routed.score(questions)
     assert not merged
