@@ -179,7 +179,9 @@ def floor_of_mixtures(pair: Pair, tokens: int, kept: int) -> float:
     return 1 + routed / base
 
 
-def floor_of(pair: Pair, *, per_token: float, top_k: int, rank: int = RANK) -> float:
+def floor_of(
+    pair: Pair, *, per_token: float, top_k: int, rank: int = RANK, others: int = 0
+) -> float:
     """Return the least ratio of multiplications with weights, or of weights read.
 
     Args:
@@ -187,8 +189,9 @@ def floor_of(pair: Pair, *, per_token: float, top_k: int, rank: int = RANK) -> f
         per_token: how many of a linear's experts score a token: all, or none.
         top_k: how many of them it goes to.
         rank: of the experts.
+        others: weights besides those of adapted linears.
     """
-    base = routed = 0.0
+    base, routed = float(others), 0.0
     for name in pair.pool.linears:
         inputs, outputs = linear_sizes(find_linear(pair.base.model, name))
         base += inputs * outputs
@@ -249,8 +252,10 @@ def demo(rounds: int) -> list[Figure]:
 def decoding(rounds: int, experts: int = 166) -> list[Figure]:
     """Measure greedy steps in batches of several sizes."""
     pair, found = Pair(experts), []
+    vocabulary = pair.base.model.get_output_embeddings().weight.numel()
     for rows, target in DECODE_TARGETS.items():
-        floor = floor_of(pair, per_token=experts, top_k=2 * rows) if rows == 1 else None
+        # Of a larger batch, it depends on how many tokens share an expert.
+        floor = floor_of(pair, per_token=experts, top_k=2, others=vocabulary) if rows == 1 else None
         name = f"decode, {experts} experts, batch {rows}"
         found.append(figure(name, decode(pair, rows, rounds), "kernel", target, floor))
     return found
