@@ -276,7 +276,7 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         RoutedExperts(on.lora_A_ERD, on.lora_B_EOR, narrow).route_and_add(on.y_TO, on.x_TD)
     # Inputs of another dtype than the factors are PyTorch's to refuse: nothing is overwritten.
     for dtype in (torch.bfloat16, torch.float64):
-        with pytest.raises(RuntimeError, match="dtype|scalar type"):
+        with pytest.raises(RuntimeError, match=r"dtype|scalar type"):
             experts.route_and_add(on.y_TO.to(dtype), on.x_TD.to(dtype))
     with pytest.raises(PhatgooseError, match="top_k=0: a token keeps no expert"):
         replace(on.rule, top_k=0)
