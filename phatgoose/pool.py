@@ -6,19 +6,27 @@ Factors lie in memory as mixing reads them fastest, see `phatgoose.ops.packed`.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from phatgoose.errors import PhatgooseError, did_you_mean
 from phatgoose.expert import Expert
+from phatgoose.files import TensorLayout, write_safetensors
 from phatgoose.ops import packed
 from phatgoose.profile import Profile
+
+# The names of a pool's dtypes in its file.
+_DTYPES = {
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+}
 
 
 @dataclass(frozen=True)
@@ -63,21 +71,33 @@ class Pool:
             PhatgooseError: there are none, or they differ in base or in a linear's shape, or share
                 a name.
         """
-        if not experts:
-            raise PhatgooseError("a pool needs at least one expert")
-        first = experts[0]
-        names = [expert.card.name for expert in experts]
-        if len(set(names)) < len(names):
-            raise PhatgooseError(f"two experts of the pool have one name: {sorted(names)}")
-        for expert in experts[1:]:
-            if expert.card.base_fingerprint != first.card.base_fingerprint:
-                raise PhatgooseError(
-                    f"experts {first.card.name!r} and {expert.card.name!r} were made with "
-                    "different bases: they cannot share a pool"
-                )
-        adapted = dict.fromkeys(linear for expert in experts for linear in expert.linears)
-        linears = {linear: _stack(linear, experts) for linear in adapted}
-        return Pool(first.card.base_fingerprint, tuple(names), linears)
+        fingerprint, names = _common(experts)
+        linears = {linear: _stack(linear, experts) for linear in _adapted(experts)}
+        return Pool(fingerprint, names, linears)
+
+    @staticmethod
+    def write(
+        experts: Sequence[Expert], folder: str | Path, beat: Callable[[], None] = lambda: None
+    ) -> None:
+        """Write the pool of these experts as `save` does, with one linear in memory at a time.
+
+        Args:
+            experts: in the pool's order; those that were loaded from files take no memory.
+            folder: where to write it.
+            beat: called before each linear, as a heartbeat.
+
+        Raises:
+            PhatgooseError: see `from_experts`.
+        """
+
+        def stacks() -> Iterator[tuple[str, PoolLinear]]:
+            for linear in sizes:
+                beat()
+                yield linear, _stack(linear, experts)
+
+        fingerprint, names = _common(experts)
+        sizes = {linear: _sizes(linear, experts) for linear in _adapted(experts)}
+        _write(Path(folder), fingerprint, names, sizes, stacks())
 
     def with_profiles(self, profiles: Sequence[Profile]) -> "Pool":
         """Return the same pool with a profile for each expert, in its order.
@@ -99,23 +119,8 @@ class Pool:
 
     def save(self, folder: str | Path) -> None:
         """Write the pool as one safetensors file that `open` maps; profiles are left out."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {}
-        for name, linear in self.linears.items():
-            tensors[f"{name}.lora_A_EDR"] = linear.lora_A_ERD.transpose(1, 2).contiguous()
-            tensors[f"{name}.lora_B_ERO"] = linear.lora_B_EOR.transpose(1, 2).contiguous()
-            if linear.gate_ED is not None:
-                tensors[f"{name}.gate"] = linear.gate_ED
-            if linear.absent_E is not None:
-                tensors[f"{name}.absent"] = linear.absent_E
-        metadata = {
-            "base_fingerprint": self.base_fingerprint,
-            "experts": json.dumps(self.experts),
-            "linears": json.dumps(list(self.linears)),
-        }
-        save_file(tensors, folder / "pool.safetensors", metadata=metadata)
-        (folder / "pool.safetensors").chmod(0o644)  # others may map it too
+        sizes = {name: _Sizes.of(linear) for name, linear in self.linears.items()}
+        _write(Path(folder), self.base_fingerprint, self.experts, sizes, self.linears.items())
 
     @staticmethod
     def open(folder: str | Path) -> "Pool":
@@ -170,30 +175,145 @@ def known_expert(expert: str, experts: Sequence[str]) -> str:
     return expert
 
 
-def _stack(linear: str, experts: Sequence[Expert]) -> PoolLinear:
+def _common(experts: Sequence[Expert]) -> tuple[str, tuple[str, ...]]:
+    """Return the experts' base and their names; raise PhatgooseError if they cannot be a pool."""
+    if not experts:
+        raise PhatgooseError("a pool needs at least one expert")
+    first = experts[0]
+    names = [expert.card.name for expert in experts]
+    if len(set(names)) < len(names):
+        raise PhatgooseError(f"two experts of the pool have one name: {sorted(names)}")
+    for expert in experts[1:]:
+        if expert.card.base_fingerprint != first.card.base_fingerprint:
+            raise PhatgooseError(
+                f"experts {first.card.name!r} and {expert.card.name!r} were made with "
+                "different bases: they cannot share a pool"
+            )
+    return first.card.base_fingerprint, tuple(names)
+
+
+def _adapted(experts: Sequence[Expert]) -> list[str]:
+    """Return every linear that any expert adapts."""
+    return list(dict.fromkeys(linear for expert in experts for linear in expert.linears))
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """The sizes of all experts' factors on one linear, and what else there is."""
+
+    experts: int
+    rank: int
+    inputs: int
+    outputs: int
+    dtype: torch.dtype
+    has_gates: bool
+    has_absent: bool
+
+    @staticmethod
+    def of(linear: PoolLinear) -> "_Sizes":
+        experts, rank, inputs = linear.lora_A_ERD.shape
+        return _Sizes(
+            experts,
+            rank,
+            inputs,
+            outputs=linear.lora_B_EOR.shape[1],
+            dtype=linear.lora_A_ERD.dtype,
+            has_gates=linear.gate_ED is not None,
+            has_absent=linear.absent_E is not None,
+        )
+
+    def layouts(self, linear: str) -> dict[str, TensorLayout]:
+        """Return the layouts of its tensors in the pool's file."""
+        dtype = _DTYPES[self.dtype]
+        found = {
+            f"{linear}.lora_A_EDR": TensorLayout(dtype, (self.experts, self.inputs, self.rank)),
+            f"{linear}.lora_B_ERO": TensorLayout(dtype, (self.experts, self.rank, self.outputs)),
+        }
+        if self.has_gates:
+            found[f"{linear}.gate"] = TensorLayout(dtype, (self.experts, self.inputs))
+        if self.has_absent:
+            found[f"{linear}.absent"] = TensorLayout("BOOL", (self.experts,))
+        return found
+
+
+def _sizes(linear: str, experts: Sequence[Expert]) -> _Sizes:
+    """Return the sizes of the stack; raise PhatgooseError if the experts' shapes differ."""
     present = {i: e.linears[linear] for i, e in enumerate(experts) if linear in e.linears}
-    sizes = {(f.lora_A_RD.shape[1], f.lora_B_OR.shape[0]): i for i, f in present.items()}
-    if len(sizes) > 1:
-        names = [experts[i].card.name for i in sizes.values()]
+    shapes = {(f.lora_A_RD.shape[1], f.lora_B_OR.shape[0]): i for i, f in present.items()}
+    if len(shapes) > 1:
+        names = [experts[i].card.name for i in shapes.values()]
         raise PhatgooseError(f"experts {names[0]!r} and {names[1]!r} differ in shape on {linear}")
-    ((inputs, outputs),) = sizes
-    rank = max(f.lora_A_RD.shape[0] for f in present.values())
+    ((inputs, outputs),) = shapes
     # Never narrower than float32: scaling in half precision would change what an expert adds.
     dtype = torch.float32
     for factors in present.values():
         dtype = torch.promote_types(dtype, factors.lora_A_RD.dtype)
-    # Zeros pad lower ranks and absent experts: they add nothing to `B A x`.
-    lora_A_ERD = torch.zeros(len(experts), inputs, rank, dtype=dtype).transpose(1, 2)
-    lora_B_EOR = torch.zeros(len(experts), rank, outputs, dtype=dtype).transpose(1, 2)
-    gate_ED: Tensor | None = torch.zeros(len(experts), inputs, dtype=dtype)
-    absent_E = torch.ones(len(experts), dtype=torch.bool)
-    for i, factors in present.items():
+    return _Sizes(
+        len(experts),
+        max(f.lora_A_RD.shape[0] for f in present.values()),
+        inputs,
+        outputs,
+        dtype,
+        has_gates=all(f.gate_D is not None for f in present.values()),
+        has_absent=len(present) < len(experts),
+    )
+
+
+def _stack(linear: str, experts: Sequence[Expert]) -> PoolLinear:
+    """Stack the experts' factors; zeros pad lower ranks and absent experts: they add nothing."""
+    sizes = _sizes(linear, experts)
+    count, dtype = sizes.experts, sizes.dtype
+    lora_A_ERD = torch.zeros(count, sizes.inputs, sizes.rank, dtype=dtype).transpose(1, 2)
+    lora_B_EOR = torch.zeros(count, sizes.rank, sizes.outputs, dtype=dtype).transpose(1, 2)
+    gate_ED = torch.zeros(count, sizes.inputs, dtype=dtype) if sizes.has_gates else None
+    absent_E = torch.ones(count, dtype=torch.bool)
+    for i, expert in enumerate(experts):
+        factors = expert.linears.get(linear)
+        if factors is None:
+            continue
         own = factors.lora_A_RD.shape[0]
         lora_A_ERD[i, :own] = factors.lora_A_RD
-        lora_B_EOR[i, :, :own] = factors.lora_B_OR.to(dtype) * experts[i].card.scale
+        lora_B_EOR[i, :, :own] = factors.lora_B_OR.to(dtype) * expert.card.scale
         absent_E[i] = False
-        if factors.gate_D is None:
-            gate_ED = None
-        elif gate_ED is not None:
+        if gate_ED is not None and factors.gate_D is not None:
             gate_ED[i] = factors.gate_D
-    return PoolLinear(lora_A_ERD, lora_B_EOR, gate_ED, absent_E if absent_E.any() else None)
+    return PoolLinear(lora_A_ERD, lora_B_EOR, gate_ED, absent_E if sizes.has_absent else None)
+
+
+def _write(
+    folder: Path,
+    fingerprint: str,
+    experts: Sequence[str],
+    sizes: Mapping[str, _Sizes],
+    linears: Iterable[tuple[str, PoolLinear]],
+) -> None:
+    """Write the file of a pool, which `Pool.open` maps."""
+    layouts: dict[str, TensorLayout] = {}
+    for name, size in sizes.items():
+        layouts |= size.layouts(name)
+    metadata = {
+        "base_fingerprint": fingerprint,
+        "experts": json.dumps(experts),
+        "linears": json.dumps(list(sizes)),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "pool.safetensors"
+    write_safetensors(path, metadata, layouts, _data(linears))
+    path.chmod(0o644)  # others may map it too
+
+
+def _data(linears: Iterable[tuple[str, PoolLinear]]) -> Iterator[tuple[str, memoryview]]:
+    """Yield the bytes of each tensor, without a copy if factors lie as the file has them."""
+    for name, linear in linears:
+        tensors = {
+            "lora_A_EDR": linear.lora_A_ERD.transpose(1, 2),
+            "lora_B_ERO": linear.lora_B_EOR.transpose(1, 2),
+            "gate": linear.gate_ED,
+            "absent": linear.absent_E,
+        }
+        for key, tensor in tensors.items():
+            if tensor is not None:
+                raw = tensor.contiguous().view(torch.uint8).flatten()
+                yield f"{name}.{key}", raw.numpy().data
+                del raw
+        del linear, tensors, tensor  # before the next is stacked

@@ -110,6 +110,9 @@ class EvalActor(Actor):
         return pool.with_profiles(found)
 
     def _fetch(self, content_hash: str) -> Expert:
+        """Read an expert; ask the registry actor if this node cannot read the registry's files."""
+        if self._registry.has(content_hash):
+            return self._registry.load(content_hash)
         expert: Expert = ray.get(self._registry_actor.load.remote(content_hash))
         self._beat()
         return expert

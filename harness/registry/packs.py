@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from harness.registry import Registry
-from harness.registry.files import content_checksum
+from harness.registry.files import content_checksum, object_file
 from harness.source_code import code_of, digest
 from phatgoose.cache import cache_dir
 from phatgoose.errors import PhatgooseError, reason_of
@@ -77,7 +77,7 @@ def open_pool(
     Args:
         registry: where the experts are stored.
         experts: content hash by name, in the pool's order.
-        load: reads and verifies the expert of a hash.
+        load: reads and verifies the expert of a hash; maps its file if this machine has it.
         beat: called regularly, as a heartbeat.
 
     Raises:
@@ -95,7 +95,7 @@ def open_pool(
                 for _ in range(_TRIES):
                     if pool is not None:
                         break
-                    _make(folder, experts, load, beat)
+                    _make(folder, registry, experts, load, beat)
                     pool = _open_whole(folder, beat)
         except (OSError, SafetensorError) as error:
             raise PhatgooseError(
@@ -158,16 +158,24 @@ def _open_whole(folder: Path, beat: Callable[[], None]) -> Pool | None:
 
 def _make(
     folder: Path,
+    registry: Registry,
     experts: Mapping[str, str],
     load: Callable[[str], Expert],
     beat: Callable[[], None],
 ) -> None:
-    """Write a pack beside its place and move it there complete; replace a damaged one."""
+    """Write a pack beside its place and move it there complete; replace a damaged one.
+
+    Experts are read from mapped files, so that they need not fit into memory.
+    """
     temporary = folder.with_name(temporary_name())
     temporary.mkdir()
     try:
         new, old = temporary / "new", temporary / "old"
-        Pool.from_experts([load(content) for content in experts.values()]).save(new)
+        mapped = []
+        for content in experts.values():
+            mapped.append(_mapped(registry, content, load, temporary))
+            beat()
+        Pool.write(mapped, new, beat)
         index = {
             "experts": list(experts.items()),
             "code": _code(),
@@ -183,6 +191,17 @@ def _make(
         _rename_unless_there(new, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _mapped(
+    registry: Registry, content: str, load: Callable[[str], Expert], folder: Path
+) -> Expert:
+    """Return an expert that is mapped: from the registry's file, or from a copy in a folder."""
+    expert, local = load(content), registry.folder.local(object_file(content))
+    if local and local.exists():
+        return expert
+    expert.save(folder / content)
+    return Expert.load(folder / content)
 
 
 @functools.cache

@@ -208,6 +208,10 @@ class Registry:
         """
         return read_expert(self.folder, content_hash)
 
+    def has(self, content_hash: str) -> bool:
+        """Return whether this process can read the expert's file."""
+        return self.folder.exists(object_file(content_hash))
+
     def put_profile(self, content_hash: str, profile_id: str, data: bytes) -> None:
         """Store the profile of an expert, `Profile.to_bytes`, unless it exists."""
         self.folder.create(profile_file(content_hash, profile_id), data)

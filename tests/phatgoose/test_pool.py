@@ -1,4 +1,6 @@
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,66 @@ def test_an_expert_may_leave_out_linears(llama: Base, tmp_path: Path) -> None:
         assert not linear.lora_B_EOR[0].any()
         assert torch.equal(linear.lora_A_ERD[1], first.linears[last].lora_A_RD)
         assert all(f.absent_E is None for name, f in stacked.linears.items() if name != last)
+
+
+def test_experts_are_written_as_their_pool_is_saved(llama: Base, tmp_path: Path) -> None:
+    """Check on experts of several ranks and dtypes, without some gates and linears."""
+    first, second, third = make_experts(llama, 3)
+    lower = make_experts(llama, 4, rank=2)[3]
+    last = llama.linears[-1]
+    part = alter(second, linears={n: f for n, f in second.linears.items() if n != last})
+    wide = alter(
+        third,
+        linears={
+            name: LoraFactors(f.lora_A_RD.double(), f.lora_B_OR.double(), None)
+            if name == llama.linears[2]
+            else f
+            for name, f in third.linears.items()
+        },
+    )
+    experts = [first, part, wide, lower]
+    Pool.write(experts, tmp_path / "written")
+    Pool.from_experts(experts).save(tmp_path / "saved")
+    files = [tmp_path / folder / "pool.safetensors" for folder in ("written", "saved")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    with pytest.raises(PhatgooseError, match="one name"):
+        Pool.write([first, first], tmp_path / "twice")
+    assert not (tmp_path / "twice").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit holds on Linux")
+@pytest.mark.parametrize("call", ["Pool.write(experts, folder)", "Pool.from_experts(experts)"])
+def test_one_linear_at_a_time_is_in_memory(llama: Base, tmp_path: Path, call: str) -> None:
+    """Check with a limit that leaves room for one linear's stack and a half, of 25 MiB and 12."""
+    for expert in make_experts(llama, 5):
+        wide = LoraFactors(torch.ones(32, 20480), torch.ones(20480, 32))
+        alter(expert, linears={f"linear.{i}": wide for i in range(8)}).save(
+            tmp_path / expert.card.name
+        )
+    code = f"""
+import resource, sys
+from pathlib import Path
+import torch
+from phatgoose.expert import Expert
+from phatgoose.pool import Pool
+torch.set_num_threads(1)
+torch.ones(100).sum()
+paths, folder = sorted(Path(sys.argv[1]).glob("e*")), Path(sys.argv[1]) / "pool"
+experts = [Expert.load(path) for path in paths]
+status = Path("/proc/self/status").read_text()
+(used,) = (int(line.split()[1]) for line in status.splitlines() if line.startswith("VmData"))
+limit = used * 1024 + 37 * 2**20
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+{call}
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    if call.startswith("Pool.write"):
+        assert done.returncode == 0, done.stderr
+        assert Pool.open(tmp_path / "pool").experts == ("e0", "e1", "e2", "e3", "e4")
+    else:  # the limit is one that is noticed
+        assert "memory" in done.stderr
 
 
 def other_shape(expert: Expert) -> Expert:

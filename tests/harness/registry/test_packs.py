@@ -10,6 +10,7 @@ import torch
 
 from harness.registry import Registry, packs
 from harness.registry.packs import INDEX_FILE, POOL_FILE, open_pool, pool_id, read_index
+from harness.storage import Folder
 from phatgoose.cache import cache_dir
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
@@ -49,6 +50,33 @@ def test_a_pack_is_made_once(registry: Registry) -> None:
     check(open_pool(registry, experts, never))
     names = {path.name for path in folder_of(registry).parent.iterdir()}
     assert names - {f".{folder_of(registry).name}.lock"} == {folder_of(registry).name}
+
+
+def test_experts_that_cannot_be_mapped_are_copied_for_a_while(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check as on a node that reads a bucket, or that gets experts from the registry actor."""
+    experts = registry.manifest().experts
+    loads: list[str] = []
+
+    def load(content: str) -> Expert:
+        loads.append(content)
+        return registry.load(content)
+
+    check(open_pool(registry, experts, registry.load))
+    packs_here = folder_of(registry).parent
+    expected = (folder_of(registry) / POOL_FILE).read_bytes()
+    monkeypatch.setattr(Folder, "local", lambda *_: None)
+    saved: list[Path] = []
+    save = Expert.save
+    monkeypatch.setattr(Expert, "save", lambda *of: (saved.append(of[1]), save(*of)))
+    check(open_pool(registry, experts, load))
+    assert loads == [path.name for path in saved] == list(experts.values())
+    (found,) = (cache_dir() / "packs").glob("[!.]*")
+    assert found != packs_here / found.name
+    assert {path.name for path in found.iterdir()} == {POOL_FILE, INDEX_FILE}
+    assert (found / POOL_FILE).read_bytes() == expected
+    assert not list((cache_dir() / "packs").glob(".*.tmp"))
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "no index", "no file", "other index", "empty"])
