@@ -1,11 +1,16 @@
 """Answer a chunk of requests with a routed model: the computation of an evaluation actor."""
 
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from harness.evaluation.chunks import Answer, Chunk, Request
 from phatgoose.base import Base
+from phatgoose.devices import memory_errors
+from phatgoose.errors import OutOfMemory
 from phatgoose.inference.generation import fits
 from phatgoose.inference.model import RoutedModel
 from phatgoose.inference.routed_linear import RoutingLog
@@ -13,11 +18,52 @@ from phatgoose.query import Query
 from phatgoose.question import Question
 from phatgoose.tokenization import encode_contexts, prompt_room, spaces_moved
 
+_LOG = logging.getLogger(__name__)
+
 
 def answer_chunk(base: Base, model: RoutedModel, chunk: Chunk, description: str) -> Answer:
-    """Answer a chunk; pass `description` to routers that use the task's description."""
+    """Answer a chunk; pass `description` to routers that use the task's description.
+
+    Where memory runs out, answer each half of the chunk by itself.
+
+    Raises:
+        OutOfMemory: a single request needs more memory than there is.
+    """
     respond = _score if chunk.kind == "score" else _generate
-    return respond(base, model, chunk, description)
+    count = len(chunk.requests)
+    longest = max((request.characters for request in chunk.requests), default=0)
+    try:
+        with memory_errors(
+            f"in {count} requests of up to {longest} characters",
+            "use a device with more memory, or a base in a smaller dtype",
+        ):
+            return respond(base, model, chunk, description)
+    except OutOfMemory as error:
+        if count == 1:
+            raise
+        _LOG.warning("task %s: %s. Its halves are tried", chunk.task, error)
+    middle = count // 2
+    halves = chunk.requests[:middle], chunk.requests[middle:]
+    parts = [replace(chunk, requests=requests) for requests in halves]
+    first, second = (answer_chunk(base, model, part, description) for part in parts)
+    return _joined(first, second, middle)
+
+
+def _joined(first: Answer, second: Answer, count: int) -> Answer:
+    """Return the answer to both parts of a chunk, of which the first has so many requests."""
+    linears = first.routing | second.routing
+    parts = first, second
+    return Answer(
+        scores=first.scores + second.scores,
+        texts=first.texts + second.texts,
+        tokens=first.tokens + second.tokens,
+        routing={
+            linear: torch.stack([p.routing[linear] for p in parts if linear in p.routing]).sum(0)
+            for linear in linears
+        },
+        routed={linear: sum(part.routed.get(linear, 0) for part in parts) for linear in linears},
+        cut=first.cut + [count + place for place in second.cut],
+    )
 
 
 def _score(base: Base, model: RoutedModel, chunk: Chunk, description: str) -> Answer:

@@ -8,16 +8,15 @@ sections 4 and 5.1). What runs a step is an engine, see `phatgoose.training.engi
 """
 
 import dataclasses
-import gc
-import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
 from phatgoose.base import Base
 from phatgoose.card import Card
-from phatgoose.errors import OutOfMemory, PhatgooseError, reason_of
+from phatgoose.devices import memory_errors
+from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
 from phatgoose.training.curve import CurveRow
 from phatgoose.training.gated_lora import (
@@ -33,14 +32,6 @@ from phatgoose.training.trainer import Example, Examples, Hooks, TrainingJob
 __all__ = ["CurveRow", "Example", "Examples", "train_expert", "train_gates"]
 
 _NO_HOOKS = Hooks()
-# How PyTorch, CUDA and cuBLAS report a lack of memory when they raise a plain RuntimeError.
-_NO_MEMORY = (
-    "not enough memory",
-    "can't allocate memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "MPS backend out of memory",
-)
 
 
 def train_expert(
@@ -155,27 +146,9 @@ def _prepared(base: Base, recipe: Recipe) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _memory_errors(recipe: Recipe) -> Iterator[None]:
-    """Turn an allocator's refusal into OutOfMemory, after freeing the memory of the work."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        text = str(error)
-        refused = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not refused and not any(said in text for said in _NO_MEMORY):
-            raise
-        reason = reason_of(error)
-        traceback.clear_frames(error.__traceback__)  # they hold the tensors of the step
-    else:
-        return
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    elif torch.backends.mps.is_available():
-        torch.mps.empty_cache()
-    raise OutOfMemory(
-        f"memory ran out with micro-batches of {recipe.micro_batch_size} ({reason}): lower "
-        "the recipe's micro_batch_size or max_input_tokens, set gradient_checkpointing, or use "
-        "more ranks with ZeRO"
+def _memory_errors(recipe: Recipe) -> AbstractContextManager[None]:
+    return memory_errors(
+        f"with micro-batches of {recipe.micro_batch_size}",
+        "lower the recipe's micro_batch_size or max_input_tokens, set gradient_checkpointing, or "
+        "use more ranks with ZeRO",
     )
