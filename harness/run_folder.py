@@ -363,7 +363,9 @@ def read_table(folder: Folder, name: str, schema: pa.Schema) -> pa.Table:
     if not folder.exists(name):
         raise PhatgooseError(f"{folder}/{name} is missing. Run the stage that writes it.")
     try:
-        table = pq.read_table(pa.BufferReader(folder.read(name)))
+        # Without Arrow's threads: a short process that exits while they end is aborted.
+        file = pq.ParquetFile(pa.BufferReader(folder.read(name)))
+        table = file.read(use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise PhatgooseError(
             f"{folder}/{name} is damaged ({type(error).__name__}). Delete it and run again."

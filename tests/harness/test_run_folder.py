@@ -1,5 +1,7 @@
 """Check the parquet files of a run: reading, writing, and refusals."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,24 @@ def test_a_file_with_other_columns_is_named(folder: Folder, tmp_path: Path) -> N
     pq.write_table(pa.table({"router": ["base"]}), tmp_path / "scores.parquet")
     with pytest.raises(PhatgooseError, match=r"scores\.parquet has different columns"):
         run_folder.read_table(folder, "scores.parquet", run_folder.SCORES)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted as Linux lists them")
+def test_reading_a_table_starts_no_threads(folder: Folder) -> None:
+    """Check in a process of its own: one that exits while Arrow's threads end is aborted."""
+    run_folder.write_table(folder, "scores.parquet", run_folder.SCORES, [SCORE] * 100)
+    code = f"""
+import os
+from harness.run_folder import SCORES, SCORES_FILE, read_table
+from harness.storage import Folder
+folder = Folder({str(folder)!r})
+folder.read(SCORES_FILE)
+before = len(os.listdir("/proc/self/task"))
+assert len(read_table(folder, SCORES_FILE, SCORES)) == 100
+assert len(os.listdir("/proc/self/task")) == before
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_missing_file_is_named(folder: Folder) -> None:
