@@ -69,7 +69,12 @@ def test_experts_that_cannot_be_mapped_are_copied_for_a_while(
     monkeypatch.setattr(Folder, "local", lambda *_: None)
     saved: list[Path] = []
     save = Expert.save
-    monkeypatch.setattr(Expert, "save", lambda *of: (saved.append(of[1]), save(*of)))
+
+    def noting(expert: Expert, path: Path) -> None:
+        saved.append(path)
+        save(expert, path)
+
+    monkeypatch.setattr(Expert, "save", noting)
     check(open_pool(registry, experts, load))
     assert loads == [path.name for path in saved] == list(experts.values())
     (found,) = (cache_dir() / "packs").glob("[!.]*")
