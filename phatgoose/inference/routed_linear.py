@@ -141,7 +141,7 @@ class RoutedLinear(nn.Module):
         assert experts is not None
         x_TD = x.reshape(-1, x.shape[-1])
         if experts.rule is None:
-            y_TO, weights_TK, indices_TK = self._apply_mixture(experts, x_TD)
+            y_TO = self._apply_mixture(experts, x_TD)
         else:
             bias_TE = self._bias() if experts.rule.biased else None
             y_TO, weights_TK, indices_TK = experts.route_and_add(self.base(x_TD), x_TD, bias_TE)
@@ -149,6 +149,10 @@ class RoutedLinear(nn.Module):
             if self.side not in self._forward.masks:
                 raise PhatgooseError(UNANNOUNCED)
             mask_T = self._forward.masks[self.side].flatten()
+            if experts.rule is None:
+                weights_QK, indices_QK = self._mixture()
+                query_T = self._forward.query_T(self.side)
+                weights_TK, indices_TK = weights_QK[query_T], indices_QK[query_T]
             self.log.add(self.name, weights_TK, indices_TK, mask_T, len(experts.lora_A_ERD))
         return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 
@@ -157,16 +161,16 @@ class RoutedLinear(nn.Module):
             raise PhatgooseError(UNANNOUNCED)
         return self._forward.bias_QE[self._forward.query_T(self.side)]
 
-    def _apply_mixture(self, experts: RoutedExperts, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Apply each query's mixture; return the output, and every token's weights and experts."""
+    def _mixture(self) -> tuple[Tensor, Tensor]:
         if self._forward.mixture is None:
             raise PhatgooseError(UNANNOUNCED)
-        weights_QK, indices_QK = self._forward.mixture
+        return self._forward.mixture
+
+    def _apply_mixture(self, experts: RoutedExperts, x_TD: Tensor) -> Tensor:
+        """Return the output of the frozen linear and of each query's mixture."""
+        weights_QK, indices_QK = self._mixture()
         query_T = self._forward.query_T(self.side)
-        weights_TK, indices_TK = weights_QK[query_T], indices_QK[query_T]
         columns = indices_QK.shape[1] * experts.lora_A_ERD.shape[1]
         if experts.may_merge and merging_pays(self.base, columns, query_T):
-            y_TO = merged_output(x_TD, self.base, experts, weights_QK, indices_QK, query_T)
-        else:
-            y_TO = experts.add_mixtures(self.base(x_TD), x_TD, weights_QK, indices_QK, query_T)
-        return y_TO, weights_TK, indices_TK
+            return merged_output(x_TD, self.base, experts, weights_QK, indices_QK, query_T)
+        return experts.add_mixtures(self.base(x_TD), x_TD, weights_QK, indices_QK, query_T)

@@ -47,7 +47,9 @@ def uses_kernel(device: str = "cpu", dtype: torch.dtype = torch.float32) -> bool
     if isinstance(kernel, PhatgooseError):
         if wanted:
             raise PhatgooseError(f"{VARIABLE}={wanted}: {kernel}")
-        _say(logging.WARNING, f"routing takes longer: {kernel}")
+        # Where no device of this kind has a kernel, there is nothing to fix.
+        level = logging.WARNING if device in _DTYPES else logging.INFO
+        _say(level, f"routing takes longer: {kernel}")
         return False
     _say(logging.INFO, f"experts are mixed by the kernel {kernel}")
     return True
@@ -63,7 +65,9 @@ def way_on(device: str, dtype: torch.dtype = torch.float32) -> str:
 
 def _kernel_on(device: str, dtype: torch.dtype) -> str | PhatgooseError:
     """Return the name and the build of the kernel, or the reason why there is none."""
-    if dtype not in _DTYPES.get(device, ()):
+    if device not in _DTYPES:
+        return PhatgooseError(f"there is no kernel for {device}. Set {VARIABLE}=torch.")
+    if dtype not in _DTYPES[device]:
         return PhatgooseError(
             f"no kernel computes in {dtype} on {device}. Set {VARIABLE}=torch, or choose another "
             "dtype."

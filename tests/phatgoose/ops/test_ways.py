@@ -99,6 +99,18 @@ def test_a_kernel_that_was_asked_for_and_cannot_compute_is_an_error(
         RoutedExperts(*halves, on.rule)
 
 
+def test_a_kind_of_device_without_a_kernel_is_no_warning(
+    forget: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    forget.delenv("PHATGOOSE_MIX", raising=False)
+    with caplog.at_level(logging.INFO, logger="phatgoose"):
+        assert routed.way_on("mps") == "torch"
+    assert [record.levelno for record in caplog.records] == [logging.INFO]
+    forget.setenv("PHATGOOSE_MIX", "kernel")
+    with pytest.raises(PhatgooseError, match="MIX=kernel: there is no kernel for mps"):
+        routed.way_on("mps")
+
+
 def test_the_kernels_for_cuda_say_what_they_cannot_compute() -> None:
     pytest.importorskip("triton", reason="Triton has wheels for Linux on x86-64 only")
     from phatgoose.ops import triton_experts
