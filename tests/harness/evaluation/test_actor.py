@@ -1,6 +1,8 @@
 """Check that a machine without a GPU can read the answers of an evaluation actor."""
 
 import pickle
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,9 +11,12 @@ from torch import Tensor
 
 from harness.evaluation.actor import EvalActor
 from harness.evaluation.chunks import Chunk, Request
+from harness.registry import Registry
 from phatgoose.base import Base
+from phatgoose.expert import Expert
 from phatgoose.inference.routed_linear import RoutingLog
 from phatgoose.routers import make_router
+from tests.support.registries import BASE, make_expert
 from tests.support.tiny import make_experts
 from tests.support.toy import local_actor, members_of
 
@@ -81,3 +86,26 @@ def test_an_answer_contains_only_cpu_tensors(
         assert torch.equal(weights_E, expected.routing[linear])
     assert answer.scores == expected.scores
     assert answer.texts == expected.texts
+
+
+def test_an_expert_comes_from_the_registry_s_files_or_else_from_its_actor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expert, asked = make_expert(0, value=1.0), list[str]()
+    content = expert.content_hash()
+    Registry(tmp_path / "here", BASE).publish(expert)
+
+    def load(content_hash: str) -> Expert:
+        asked.append(content_hash)
+        return expert
+
+    actor = object.__new__(EvalActor)
+    monkeypatch.setattr(
+        actor, "_registry_actor", SimpleNamespace(load=SimpleNamespace(remote=load)), raising=False
+    )
+    monkeypatch.setattr(actor, "_beat", lambda: None)
+    monkeypatch.setattr("harness.evaluation.actor.ray.get", lambda value: value)
+    for folder, calls in (("here", []), ("elsewhere", [content])):
+        monkeypatch.setattr(actor, "_registry", Registry(tmp_path / folder, BASE), raising=False)
+        assert actor._fetch(content).content_hash() == content
+        assert asked == calls
