@@ -40,7 +40,6 @@ LOCK = ".lock"  # suffix of the hidden files by which one process makes others w
 # A process that has waited this long for another's pack makes its own.
 _WAIT_SECONDS = 1800.0
 _BEAT_SECONDS = 5.0
-_TRIES = 5
 _CHUNK_BYTES = 2**22
 
 
@@ -91,19 +90,13 @@ def open_pool(
             packs.mkdir(parents=True, exist_ok=True)
             with _alone(packs / f".{folder.name}{LOCK}", beat):
                 pool = _open_whole(folder, beat)  # another process may have made it meanwhile
-                # Without locks, another process may replace a damaged pack at the same time.
-                for _ in range(_TRIES):
-                    if pool is not None:
-                        break
-                    _make(folder, registry, experts, load, beat)
-                    pool = _open_whole(folder, beat)
+                if pool is None:
+                    pool = _make(folder, registry, experts, load, beat)
         except (OSError, SafetensorError) as error:
             raise PhatgooseError(
                 f"cannot write the pack {folder} ({reason_of(error)}): free some space there, or "
                 "make the folder writable"
             ) from error
-    if pool is None:
-        raise PhatgooseError(f"the pack {folder} was damaged while it was made: check the disk")
     return pool
 
 
@@ -162,10 +155,11 @@ def _make(
     experts: Mapping[str, str],
     load: Callable[[str], Expert],
     beat: Callable[[], None],
-) -> None:
+) -> Pool:
     """Write a pack beside its place and move it there complete; replace a damaged one.
 
-    Experts are read from mapped files, so that they need not fit into memory.
+    Experts are read from mapped files, so that they need not fit into memory. The pool returned is
+    mapped before it is moved: without locks, another process may move the pack away again.
     """
     temporary = folder.with_name(temporary_name())
     temporary.mkdir()
@@ -176,19 +170,19 @@ def _make(
             mapped.append(_mapped(registry, content, load, temporary))
             beat()
         Pool.write(mapped, new, beat)
-        index = {
-            "experts": list(experts.items()),
-            "code": _code(),
-            "xxh3_128": _hash(new / POOL_FILE, beat),
-        }
+        content = _hash(new / POOL_FILE, beat)
+        index = {"experts": list(experts.items()), "code": _code(), "xxh3_128": content}
         index["sha256"] = content_checksum(index)
         (new / INDEX_FILE).write_text(json.dumps(index))
         for path in (new, new / INDEX_FILE):
             path.chmod(0o755 if path.is_dir() else 0o644)  # others may map it too
+        pool = Pool.open(new)
+        _note_hash(folder / POOL_FILE, _identity(new / POOL_FILE), content)
         if folder.exists() and _open_whole(folder, beat) is None:
             with contextlib.suppress(FileNotFoundError):
                 folder.rename(old)
         _rename_unless_there(new, folder)
+        return pool
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -236,13 +230,21 @@ def _alone(lock: Path, beat: Callable[[], None]) -> Iterator[None]:
 
 
 def _hash_once(path: Path, beat: Callable[[], None]) -> str:
-    """Return the hash of a file, from the cache if this machine has read the same file before.
+    """Return the hash of a file, from the cache if this machine has read the same file before."""
+    file = _identity(path)
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        noted = json.loads(_note_of(path).read_bytes())
+        if noted["file"] == file:
+            return str(noted["xxh3_128"])
+    content = _hash(path, beat)
+    _note_hash(path, file, content)
+    return content
 
-    A file is the same if nothing was written to it or put in its place since, which the times and
-    the number that the filesystem keeps for it tell.
-    """
+
+def _identity(path: Path) -> list[str | int]:
+    """Return what changes when a file is written to, or another one put in its place."""
     found = path.stat()
-    file = [
+    return [
         MACHINE,
         found.st_dev,
         found.st_ino,
@@ -250,18 +252,20 @@ def _hash_once(path: Path, beat: Callable[[], None]) -> str:
         found.st_mtime_ns,
         found.st_ctime_ns,
     ]
+
+
+def _note_of(path: Path) -> Path:
     name = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:32]
-    note = cache_dir() / "verified" / f"{name}.json"
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        noted = json.loads(note.read_bytes())
-        if noted["file"] == file:
-            return str(noted["xxh3_128"])
-    content = _hash(path, beat)
+    return cache_dir() / "verified" / f"{name}.json"
+
+
+def _note_hash(path: Path, file: list[str | int], content: str) -> None:
+    """Note for this machine's processes what the file that is or will be there hashes to."""
+    note = _note_of(path)
     with contextlib.suppress(OSError):  # the next process reads the file again
         note.parent.mkdir(parents=True, exist_ok=True)
         with replacing(note) as temporary:
             temporary.write_text(json.dumps({"file": file, "xxh3_128": content}))
-    return content
 
 
 def _hash(path: Path, beat: Callable[[], None]) -> str:

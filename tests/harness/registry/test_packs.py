@@ -152,6 +152,7 @@ def test_a_pack_is_read_once_per_machine(
     open_pool(registry, experts, registry.load)
     file = folder_of(registry) / POOL_FILE
     made = len(read)
+    assert made == 1  # while it was made
     for _ in range(3):
         check(open_pool(registry, experts, registry.load))
     assert len(read) == made
@@ -193,6 +194,20 @@ def test_a_damaged_note_of_a_verified_pack_does_no_harm(registry: Registry, note
     check(open_pool(registry, experts, registry.load))
     (path,) = (cache_dir() / "verified").iterdir()
     path.write_bytes(note)
+    check(open_pool(registry, experts, registry.load))
+
+
+def test_a_pack_that_another_process_damages_at_once_is_still_used(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check what may happen where there are no locks."""
+
+    def damage(new: Path, folder: Path) -> None:
+        new.rename(folder)
+        (folder / POOL_FILE).unlink()
+
+    monkeypatch.setattr(packs, "_rename_unless_there", damage)
+    experts = registry.manifest().experts
     check(open_pool(registry, experts, registry.load))
 
 
