@@ -13,7 +13,7 @@ random gates, so the routing is about uniform.
 import argparse
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -22,10 +22,12 @@ from lm_eval.models.huggingface import HFLM
 
 from benchmarks.figures import Figure, compare, print_table
 from benchmarks.pools import BASE, plain_base, random_pool
-from harness.evaluation.answering import answer_chunk
-from harness.evaluation.chunks import Answer, Chunk
-from harness.evaluation.lm import ShardedLM, quiet
+from harness.evaluation.answering import answer_shard
+from harness.evaluation.answers import joined
+from harness.evaluation.encoding import cut_encoded, encode, encoded_shard
+from harness.evaluation.lm import RecordedLM, quiet, requests_of
 from harness.evaluation.requests import SuiteRequests
+from harness.evaluation.shards import Limits
 from harness.tasks import prepare_all, task_specs
 from phatgoose.base import Base, load_base
 from phatgoose.inference.model import RoutedModel
@@ -40,6 +42,7 @@ TASKS = (
 )
 BATCH_SIZES = {"1": 1, "8": 8, "16": 16, "auto": 64}
 EXPERTS, RANK = 166, 16
+LIMITS = Limits(chunk_tokens=1024, shard_tokens=65536)  # a run's on a CPU
 
 
 def measure(threads: int = 2, rounds: int = 3, characters: int = 1500) -> list[Figure]:
@@ -150,13 +153,13 @@ def _quiet(hflm: HFLM, asked: list[Instance]) -> list[tuple[float, bool]]:
 
 
 def _ours(base: Base, model: RoutedModel, asked: list[Instance]) -> list[tuple[float, bool]]:
-    """Answer requests as an evaluation actor does."""
-
-    def answer(chunks: Sequence[Chunk]) -> Iterator[tuple[int, Answer]]:
-        for index, chunk in enumerate(chunks):
-            yield index, answer_chunk(base, model, chunk, "")
-
-    return ShardedLM(answer, 4000).loglikelihood(asked)
+    """Tokenize and answer requests as a run does."""
+    requests = [one.request for one in requests_of("score", asked)]
+    encoded = encode(base, requests, "")
+    shards = cut_encoded("task", "score", encoded, LIMITS)
+    by_place = dict(enumerate(encoded))
+    answers = [answer_shard(base, model, encoded_shard(shard, by_place)) for shard in shards]
+    return RecordedLM(shards, joined(answers)).loglikelihood(asked)
 
 
 def main() -> None:

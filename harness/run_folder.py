@@ -4,11 +4,13 @@ A run folder contains
 
     scores.parquet                one row per router, task and metric
     summary.parquet               the same with confidence intervals and means over tasks
-    samples/<router>.parquet      one row per router and document
-    routing/<router>.parquet      one row per linear and expert: the share of routed weight
+    samples/<suite>/<router>.parquet    one row per document
+    routing/<suite>/<router>.parquet    one row per linear and expert: the share of routed weight
+    answers/                      what evaluation actors answered; see evaluation/answer_files.py
     training/<expert>.parquet     one row per recorded training step and evaluation
     overlap.parquet               one row per suite task and expert that share documents
     jobs.parquet                  one row per expert to train: the state of its job
+    evaluations.parquet           one row per router and suite: the state of its evaluation
     run.json                      configuration, versions, hardware, start and end times
     status.json                   progress of a running call
     requests.json                 a hash of each task's requests; later calls must not change them
@@ -32,10 +34,12 @@ SCORES_FILE = "scores.parquet"
 SUMMARY_FILE = "summary.parquet"
 OVERLAP_FILE = "overlap.parquet"
 JOBS_FILE = "jobs.parquet"
+EVALUATIONS_FILE = "evaluations.parquet"
 RUN_FILE = "run.json"
 STATUS_FILE = "status.json"
 REQUESTS_FILE = "requests.json"
 ANSWERS_FILE = "answers.json"
+ANSWERS_FOLDER = "answers"
 SAMPLES_FOLDER = "samples"
 ROUTING_FOLDER = "routing"
 TRAINING_FOLDER = "training"
@@ -143,6 +147,7 @@ SCORES = pa.schema(
         _column(
             "router_code", pa.string(), "hash of the source code of the router", null=_IN_0_1_0
         ),
+        _column("answers", pa.string(), "key of the answers that were scored", null=_IN_0_1_0),
     ]
 )
 
@@ -228,6 +233,48 @@ ROUTING = pa.schema(
     ]
 )
 
+_SCORE = pa.struct(
+    [
+        ("loglikelihood", pa.float64()),
+        ("eos_loglikelihood", pa.float64()),
+        ("tokens", pa.int64()),
+        ("is_greedy", pa.bool_()),
+        ("ends_greedy", pa.bool_()),
+    ]
+)
+
+ANSWERS = pa.schema(
+    [
+        _column("key", pa.string(), "hash of all that determines the answers"),
+        _column(
+            "scores",
+            pa.list_(pa.list_(_SCORE)),
+            "per request, the score of each choice, or of the correct answer to generate",
+        ),
+        _column("texts", pa.list_(pa.binary()), "per request, the generated text, in UTF-8"),
+        _column(
+            "tokens",
+            pa.int64(),
+            "tokens run through the model; generated tokens are counted by their limit",
+        ),
+        _column("seconds", pa.float64(), "time the actors spent"),
+        _column("cut", pa.list_(pa.int64()), "places of requests whose prompt was truncated"),
+        _column(
+            "failed",
+            pa.list_(pa.struct([("place", pa.int64()), ("reason", pa.string())])),
+            "requests that could not be answered, and why",
+        ),
+        _column("linears", pa.list_(pa.string()), "linears that routed tokens, in model order"),
+        _column("routed", pa.list_(pa.int64()), "tokens routed in each of these linears"),
+        _column(
+            "routing",
+            pa.binary(),
+            "summed routing weight per linear and expert: float64 [linear, expert]",
+        ),
+        _column("sha256", pa.string(), "hash of the row"),
+    ]
+)
+
 TRAINING = pa.schema(
     [
         _EXPERT,
@@ -256,6 +303,20 @@ TRAINING = pa.schema(
         _column("lr", pa.float64(), "learning rate of the step", null="not a training step"),
         _column("tokens", pa.int64(), "tokens processed so far in the stage"),
         _column("seconds", pa.float64(), "time spent so far in the stage"),
+    ]
+)
+
+EVALUATIONS = pa.schema(
+    [
+        _ROUTER,
+        _SUITE,
+        _column("state", pa.string(), "asking, scoring, done or failed"),
+        _column("shards", pa.int64(), "shards of requests to answer"),
+        _column("answered", pa.int64(), "how many of them have an answer"),
+        _column("tokens", pa.int64(), "tokens run through the model in this call of the run"),
+        _column("seconds", pa.float64(), "time the actors spent in this call of the run"),
+        _column("errors", pa.list_(pa.string()), "why it, or one of its tasks, has no score"),
+        _column("traceback", pa.string(), "traceback of the last error", null="no error"),
     ]
 )
 
@@ -302,14 +363,19 @@ def file_stem(name: str) -> str:
     return name.replace(":", "@")
 
 
-def samples_file(router: str) -> str:
+def router_file(prefix: str, suite: str, router: str) -> str:
+    """Return the path of a router's file for one suite, below a folder of the run folder."""
+    return f"{prefix}/{file_stem(suite)}/{file_stem(router)}.parquet"
+
+
+def samples_file(suite: str, router: str) -> str:
     """Return the path of a router's samples in the run folder."""
-    return f"{SAMPLES_FOLDER}/{file_stem(router)}.parquet"
+    return router_file(SAMPLES_FOLDER, suite, router)
 
 
-def routing_file(router: str) -> str:
+def routing_file(suite: str, router: str) -> str:
     """Return the path of a router's routing in the run folder."""
-    return f"{ROUTING_FOLDER}/{file_stem(router)}.parquet"
+    return router_file(ROUTING_FOLDER, suite, router)
 
 
 def training_file(expert: str) -> str:
@@ -352,8 +418,10 @@ def _array(name: str, field: pa.Field, values: list[Any]) -> pa.Array:
     return array
 
 
-def read_table(folder: Folder, name: str, schema: pa.Schema) -> pa.Table:
-    """Read the parquet file `name` of a run folder.
+def read_table(
+    folder: Folder, name: str, schema: pa.Schema, columns: list[str] | None = None
+) -> pa.Table:
+    """Read the parquet file `name` of a run folder: all columns, or the named ones.
 
     Columns that are missing because an earlier version wrote the file are null.
 
@@ -365,11 +433,13 @@ def read_table(folder: Folder, name: str, schema: pa.Schema) -> pa.Table:
     try:
         # Without Arrow's threads: a short process that exits while they end is aborted.
         file = pq.ParquetFile(pa.BufferReader(folder.read(name)))
-        table = file.read(use_threads=False)
+        table = file.read(columns, use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise PhatgooseError(
             f"{folder}/{name} is damaged ({type(error).__name__}). Delete it and run again."
         ) from error
+    if columns is not None:
+        schema = pa.schema([schema.field(name) for name in columns])
     for place, field in enumerate(schema):
         if field.name not in table.schema.names and field.nullable:  # written by an earlier version
             nothing = pa.nulls(len(table), field.type)

@@ -128,8 +128,13 @@ def _is_ours(module: str, roots: Iterable[str]) -> bool:
     return file.parent in beside - _INSTALLED
 
 
-def _imports(module: str) -> Iterator[str]:
-    """Yield the modules that a module imports, except those only for type hints."""
+@cache
+def _imports(module: str) -> tuple[str, ...]:
+    """Return the modules that a module imports, except those only for type hints."""
+    return tuple(_found_imports(module))
+
+
+def _found_imports(module: str) -> Iterator[str]:
     collections: dict[str, str] = {}  # imported collections, by local name
     for node in _walk(_tree(module)):
         if isinstance(node, ast.Import):

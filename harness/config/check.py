@@ -21,8 +21,12 @@ def check_values(config: RunConfig) -> None:
                 f"{key}={folder}: the path is relative, and a submitted job runs in a temporary "
                 "folder. Give an absolute path or a URI."
             )
-    if config.chunk_characters < 1:
-        raise PhatgooseError(f"chunk_characters={config.chunk_characters}: it must be positive")
+    for key, tokens in (
+        ("chunk_tokens", config.chunk_tokens),
+        ("shard_tokens", config.shard_tokens),
+    ):
+        if tokens is not None and tokens < 1:
+            raise PhatgooseError(f"{key}={tokens}: it must be positive")
     if config.cluster.max_actors is not None and config.cluster.max_actors < 1:
         raise PhatgooseError(f"cluster.max_actors={config.cluster.max_actors}: it must be positive")
     # An error of the environment here is better than one on every actor.

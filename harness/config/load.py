@@ -146,8 +146,9 @@ def _keys(chosen: Sequence[str]) -> list[str]:
 
 def _to_dataclass(composed: DictConfig) -> RunConfig:
     OmegaConf.set_struct(composed, False)
-    if not isinstance(composed.chunk_characters, int):
-        raise PhatgooseError(f"chunk_characters={composed.chunk_characters}: not a whole number")
+    for key in ("chunk_tokens", "shard_tokens"):
+        if not isinstance(composed[key], int) and (key, composed[key]) != ("chunk_tokens", None):
+            raise PhatgooseError(f"{key}={composed[key]}: not a whole number")
     if composed.base.dtype not in ("float32", "bfloat16"):
         raise PhatgooseError(f"base.dtype={composed.base.dtype}: it must be float32 or bfloat16")
     composed.train.dtype = composed.base.dtype
@@ -169,7 +170,8 @@ def _to_dataclass(composed: DictConfig) -> RunConfig:
         run=_typed(RunSection, composed, "run"),
         registry=str(composed.registry),
         stages=[stages] if isinstance(stages, str) else list(stages),
-        chunk_characters=composed.chunk_characters,
+        chunk_tokens=composed.chunk_tokens,
+        shard_tokens=composed.shard_tokens,
         accept_code=accept_code,
         overlap=_typed(OverlapConfig, composed, "overlap"),
         ranks=_typed(RanksConfig, composed, "ranks"),

@@ -82,7 +82,8 @@ class RunConfig:
     run: RunSection
     registry: str
     stages: list[str] = field(default_factory=lambda: list(STAGES))
-    chunk_characters: int = 4000
+    chunk_tokens: int | None = None
+    shard_tokens: int = 65536
     accept_code: bool = False
     overlap: OverlapConfig = field(default_factory=OverlapConfig)
     ranks: RanksConfig = field(default_factory=RanksConfig)

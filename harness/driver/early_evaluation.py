@@ -9,11 +9,13 @@ from phatgoose.routers import Router
 from phatgoose.routers.no_expert import NoExpert
 from phatgoose.routers.single import Single
 
+_AHEAD = 64  # shards that wait for an actor
+
 
 class EarlyEvaluation:
     """The evaluation of the base and of finished experts, while other experts are trained.
 
-    The answers go to the journal, where the stage `evaluate` finds them. Training has priority: on
+    The answers are stored where the stage `evaluate` finds them. Training has priority: on
     nodes that both may use, evaluation actors run only while training needs no more actors.
 
     Args:
@@ -54,7 +56,7 @@ class EarlyEvaluation:
             for evaluation in self._evaluations:
                 if ready:
                     evaluation.announce(ready)
-                evaluation.ask(ready)
+                evaluation.ask(_AHEAD)
             self._take(0)
         except PhatgooseError:
             self._stop()
@@ -64,6 +66,8 @@ class EarlyEvaluation:
         self._evaluators.paused = False
         try:
             while not self._stopped and not self._evaluators.is_done:
+                for evaluation in self._evaluations:
+                    evaluation.ask(_AHEAD)
                 self._take(1.0)
                 tick()
         except PhatgooseError:

@@ -2,25 +2,21 @@
 
 import functools
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
 
 from harness.driver.early_evaluation import EarlyEvaluation
-from harness.evaluation.actor import EvalActor
-from harness.evaluation.stage import Evaluation, Setting
-from harness.planning.available import AvailableRouters, available_routers
+from harness.driver.evaluating import Evaluating
+from harness.planning.available import available_routers
 from harness.planning.plan import Plan
 from harness.registry import Registry
 from harness.registry.actor import registry_actor
-from harness.registry.packs import Members
 from harness.scheduling.actor import code_version
 from harness.scheduling.cluster import Cluster, actor_options, check_room, request_nodes, room
 from harness.scheduling.progress import StageProgress
-from harness.scheduling.settings import ClusterConfig
-from harness.scheduling.workers import TICK_SECONDS, Workers
+from harness.scheduling.workers import Workers
 from harness.training.actor import TrainActor, TrainSettings
 from harness.training.checkpoints import delete_checkpoints
 from harness.training.job import TrainJob
@@ -30,10 +26,6 @@ from harness.training.stage import Training, measure_profiles
 from phatgoose.errors import PhatgooseError, listed
 
 _LOG = logging.getLogger(__name__)
-# The number of waiting chunks that suffices to keep all actors busy.
-_AHEAD = 20_000
-# How often lm-eval sums up the routers whose answers are complete.
-_SUM_UP_SECONDS = 30.0
 
 
 class Driver:
@@ -46,11 +38,12 @@ class Driver:
         self._plan, self._config, self._cluster = plan, plan.config, cluster
         self._is_training = False
         self.table = JobTable(plan.folder, plan.all_jobs, plan.tokens, plan.finished)
-        self.evaluators = Workers(
-            self._make_evaluator,
-            self._room_to_evaluate,
-            want=self._want_evaluators,
-            **self._patience,
+        self._evaluating = Evaluating(
+            plan,
+            cluster,
+            lambda: self._registry_actor,
+            self._most_actors,
+            lambda: self._is_training,
         )
 
     def check(self) -> None:
@@ -122,84 +115,18 @@ class Driver:
         served = available_routers(self._plan, self._registry, self._pool())
         for problem in served.problems:
             _LOG.warning("%s", problem)
-        for suite in self._plan.suites:
-            served.problems += self._evaluate(suite, served)
-        return served.problems
+        return served.problems + self._evaluating.run(served)
 
     def close(self) -> None:
         """End the actors."""
-        self.evaluators.close()
-
-    def _evaluate(self, suite: str, served: AvailableRouters) -> list[str]:
-        """Evaluate the routers on one suite; write scores whenever a router is complete."""
-        asked = self._plan.requests[suite]
-        evaluation = Evaluation(self._setting, asked, served.members, served.others)
-        evaluation.announce(served.routers)
-        requests = len(served.routers) * sum(len(chunk.requests) for chunk in evaluation.chunks)
-        to_ask, summed_up = dict(served.routers), time.monotonic()
-        rows: dict[str, list[dict[str, Any]]] = {}
-        chunks = len(served.routers) * len(evaluation.chunks)
-        with StageProgress(self._plan.folder, "evaluate", requests, "request", chunks) as progress:
-            while evaluation.is_waiting or len(rows) + len(evaluation.failures) < len(
-                served.routers
-            ):
-                while to_ask and self.evaluators.waiting < _AHEAD:
-                    name = next(iter(to_ask))
-                    evaluation.ask({name: to_ask.pop(name)})
-                if evaluation.is_waiting:
-                    evaluation.step(TICK_SECONDS)
-                self._show(progress, evaluation)
-                if evaluation.is_waiting and time.monotonic() - summed_up < _SUM_UP_SECONDS:
-                    continue
-                known = {*rows, *to_ask, *evaluation.open_routers, *evaluation.failures}
-                for name in [name for name in served.routers if name not in known]:
-                    try:
-                        rows[name] = evaluation.run(name, served.routers[name])
-                    except PhatgooseError:
-                        if name not in evaluation.failures:
-                            raise
-                        continue  # an answer that was asked again failed; continue with the others
-                    ordered = [row for router in served.routers for row in rows.get(router, ())]
-                    evaluation.write_scores(ordered)
-                summed_up = time.monotonic()
-            ordered = [row for router in served.routers for row in rows.get(router, ())]
-            evaluation.write_scores(ordered, derived=set(self._config.router))
-        if not rows:
-            raise PhatgooseError("; ".join(evaluation.failures.values()))
-        return list(evaluation.failures.values())
-
-    def _show(self, progress: StageProgress, evaluation: Evaluation) -> None:
-        """Report the answers to the stage's progress."""
-        running, waiting = len(self.evaluators.under_way), self.evaluators.waiting
-        counts = {
-            "waiting": waiting,
-            "running": running,
-            "done": evaluation.answered,
-            "failed": len(evaluation.failures),
-        }
-        progress.update(evaluation.requests, counts, self.evaluators.locations)
+        self._evaluating.close()
 
     def _early(self, training: Training, trainers: Workers) -> EarlyEvaluation:
         """Return the evaluation that runs during training."""
         plan = self._plan
         there = {job.card.name: plan.finished.get(job.card.job) for job in plan.jobs}
         training.experts |= {name: content for name, content in there.items() if content}
-        evaluations = [
-            Evaluation(self._setting, requests, Members(training.experts))
-            for requests in plan.requests.values()
-        ]
-        labels = (self._config.cluster.train_nodes, self._config.cluster.evaluate_nodes)
-        shared = not all(labels) or all(
-            labels[0].get(key, value) == value for key, value in labels[1].items()
-        )
-        return EarlyEvaluation(
-            evaluations, training.experts, plan.routers, trainers, self.evaluators, shared
-        )
-
-    @property
-    def _patience(self) -> dict[str, Any]:
-        config = self._config.cluster
-        return {"lease_seconds": config.lease_seconds, "wait_seconds": config.wait_seconds}
+        return self._evaluating.early(training.experts, trainers)
 
     @functools.cached_property
     def _on_mps(self) -> bool:
@@ -219,17 +146,6 @@ class Driver:
     def _registry_actor(self) -> Any:
         """The registry actor. It ends with the last of its handles."""
         return registry_actor(self._config.registry, self._plan.base_fingerprint)
-
-    @functools.cached_property
-    def _setting(self) -> Setting:
-        config = self._config
-        return Setting(
-            self._plan.folder,
-            config.base.name,
-            self._plan.conditions,
-            self.evaluators,
-            config.chunk_characters,
-        )
 
     def _trainers(self, jobs: Sequence[TrainJob]) -> Workers:
         """Return the training actors. They are started when there is work."""
@@ -260,7 +176,7 @@ class Driver:
                 lambda: remote.remote(settings),
                 lambda: room(options, most),
                 want=want,
-                **self._patience,
+                **config.cluster.patience,
             )
         groups = TrainGroups(settings, options)
         return Workers(
@@ -268,48 +184,8 @@ class Driver:
             lambda: room(options, most, ranks=ranks),
             ended=groups.ended,
             want=want,
-            **self._patience,
+            **config.cluster.patience,
         )
-
-    def _make_evaluator(self) -> Any:
-        config = self._config
-        options = self._evaluator_options
-        return (
-            ray.remote(EvalActor)
-            .options(**options, max_concurrency=2)
-            .remote(
-                config.base,
-                self._plan.conditions,
-                config.registry,
-                self._registry_actor,
-                config.run.dir,
-                code_version(),
-            )
-        )
-
-    @property
-    def _evaluator_options(self) -> dict[str, Any]:
-        """The Ray options of an evaluation actor: GPUs if and only if the plan says so."""
-        config = self._config.cluster
-        gpus = config.gpus_per_actor or 1 if self._plan.conditions.device == "cuda" else 0.0
-        return actor_options(config, config.evaluate_nodes, gpus)
-
-    def _room_to_evaluate(self) -> int:
-        self._cluster.connect()
-        config: ClusterConfig = self._config.cluster
-        options = self._evaluator_options
-        if self._is_training:
-            free = room(options, free=True) + self.evaluators.size
-            return min(free, self._most_actors or free)
-        check_room(config, config.evaluate_nodes, gpus=self._evaluator_options["num_gpus"])
-        return room(options, self._most_actors)
-
-    def _want_evaluators(self, count: int) -> None:
-        """Request nodes for evaluation, but not during training."""
-        if not self._is_training:
-            self._cluster.connect()
-            options = self._evaluator_options
-            request_nodes(options, min(count, self._most_actors or count))
 
     def _pool(self) -> dict[str, str]:
         """Return the content hashes of the trained experts, by name; warn about missing ones."""

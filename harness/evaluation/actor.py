@@ -1,19 +1,22 @@
 """The actor that answers evaluation requests, with one base, one pool at a time, and any router."""
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 
-from harness.evaluation.answering import answer_chunk
-from harness.evaluation.chunks import Answer, Chunk
+from harness.evaluation.answer_files import AnswerFiles
+from harness.evaluation.answering import answer_shard, split_chunks
 from harness.evaluation.conditions import Conditions
+from harness.evaluation.encoding import EncodedShard
 from harness.registry import Registry
 from harness.registry.packs import Members, open_pool
 from harness.scheduling.actor import Actor, log_to_run_folder
 from harness.scheduling.load_base import load_base_on_actor
 from harness.scheduling.settings import BaseConfig
 from harness.source_code import digest, router_code
+from harness.storage import Folder
 from phatgoose.card import dtype_name
 from phatgoose.errors import PhatgooseError
 from phatgoose.expert import Expert
@@ -23,64 +26,96 @@ from phatgoose.profile import Profile
 from phatgoose.routers import Router
 
 
-class EvalActor(Actor):
-    """An actor that answers chunks. The base stays loaded; each call names its pool.
+@dataclass(frozen=True)
+class EvalSettings:
+    """The settings of all evaluation actors of a run.
 
-    Args:
+    Attributes:
         base: the base to load.
         conditions: the conditions to answer under.
         registry: the registry that stores the experts.
-        registry_actor: the registry actor, for nodes that cannot read the registry's files.
-        run_dir: the run folder, for the log.
+        run_dir: the run folder, for the answers and the log.
         code: the driver's `code_version`.
     """
 
-    def __init__(
-        self,
-        base: BaseConfig,
-        conditions: Conditions,
-        registry: str,
-        registry_actor: Any,
-        run_dir: str,
-        code: str,
-    ) -> None:
-        log_to_run_folder(run_dir, "evaluate")
-        super().__init__(code)
+    base: BaseConfig
+    conditions: Conditions
+    registry: str
+    run_dir: str
+    code: str
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What all calls for one router share.
+
+    Attributes:
+        router: the router.
+        members: the experts to attach.
+        code: the driver's digest of the router's source code; None to accept any.
+    """
+
+    router: Router
+    members: Members
+    code: str | None = None
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What the driver hears of an answer: the tokens, the seconds, and how many requests failed."""
+
+    tokens: int
+    seconds: float
+    failed: int
+
+
+class EvalActor(Actor):
+    """An actor that answers shards. The base stays loaded; each call names its pool.
+
+    Args:
+        settings: the settings of the run's evaluation actors.
+        registry_actor: the registry actor, for nodes that cannot read the registry's files.
+    """
+
+    def __init__(self, settings: EvalSettings, registry_actor: Any) -> None:
+        log_to_run_folder(settings.run_dir, "evaluate")
+        super().__init__(settings.code)
+        conditions = settings.conditions
         self._registry_actor = registry_actor
-        self._registry = Registry(registry, conditions.base)
-        self._base = load_base_on_actor(base, conditions.base, mps=conditions.device == "mps")
+        self._registry = Registry(settings.registry, conditions.base)
+        self._files = AnswerFiles(Folder(settings.run_dir))
+        self._base = load_base_on_actor(
+            settings.base, conditions.base, mps=conditions.device == "mps"
+        )
         conditions.check(dtype_name(self._base.model.dtype), self._base.device.type)
         self._model: RoutedModel | None = None
         self._attached: tuple[Any, ...] | None = None  # the identity of the attached pool
 
-    def answer(
-        self,
-        router: Router,
-        chunk: Chunk,
-        description: str,
-        members: Members,
-        code: str | None = None,
-    ) -> Answer:
-        """Answer one chunk with these experts, routed by `router`.
+    def answer(self, asked: Asked, shard: EncodedShard, key: str, halvings: int = 0) -> Receipt:
+        """Answer a shard under a router, and store the answer.
 
-        The router may use the task's description. `code` is the driver's digest of the router's
-        source code.
+        Args:
+            asked: the router and its experts.
+            shard: the requests.
+            key: what the answer is stored as.
+            halvings: how often to cut the chunks into halves before, because memory ran out.
         """
-        if code is not None and digest(router_code(router)) != code:
+        if asked.code is not None and digest(router_code(asked.router)) != asked.code:
             raise PhatgooseError(
-                f"router={router.name()}: its code on this node differs from the driver's. Install "
-                "the same files on every node. If a file was edited during the run, run the same "
-                "command again."
+                f"router={asked.router.name()}: its code on this node differs from the driver's. "
+                "Install the same files on every node. If a file was edited during the run, run "
+                "the same command again."
             )
-        self._attach(members)
+        self._attach(asked.members)
         model = self._routed
-        if router != model.router:
-            model.set_router(router)
+        if asked.router != model.router:
+            model.set_router(asked.router)
         started = time.monotonic()
-        answer = answer_chunk(self._base, model, chunk, description)
+        answer = answer_shard(self._base, model, split_chunks(shard, halvings), self._beat)
         answer.seconds = time.monotonic() - started
-        self._done += 1
-        return answer
+        self._files.write(key, answer)
+        self._beat()
+        return Receipt(answer.tokens, answer.seconds, len(answer.failed))
 
     @property
     def _routed(self) -> RoutedModel:

@@ -1,79 +1,112 @@
-"""Answer a chunk of requests with a routed model: the computation of an evaluation actor."""
+"""Answer a shard of requests with a routed model: the computation of an evaluation actor."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
-from harness.evaluation.chunks import Answer, Chunk, Request
+from harness.evaluation.answers import Answer, joined
+from harness.evaluation.encoding import EncodedRequest, EncodedShard
 from phatgoose.base import Base
 from phatgoose.devices import memory_errors
-from phatgoose.errors import OutOfMemory
+from phatgoose.errors import OutOfMemory, PhatgooseError, reason_of
 from phatgoose.inference.generation import fits
 from phatgoose.inference.model import RoutedModel
 from phatgoose.inference.routed_linear import RoutingLog
-from phatgoose.query import Query
-from phatgoose.question import Question
-from phatgoose.tokenization import encode_contexts, prompt_room, spaces_moved
+from phatgoose.tokenization import prompt_room, spaces_moved
 
 _LOG = logging.getLogger(__name__)
+# So many requests that fail, and none that does not, are no accident of one document.
+_HOPELESS = 8
 
 
-def answer_chunk(base: Base, model: RoutedModel, chunk: Chunk, description: str) -> Answer:
-    """Answer a chunk; pass `description` to routers that use the task's description.
+def answer_shard(
+    base: Base,
+    model: RoutedModel,
+    shard: EncodedShard,
+    beat: Callable[[], None] = lambda: None,
+) -> Answer:
+    """Answer a shard, chunk by chunk.
 
-    Where memory runs out, answer each half of the chunk by itself.
+    A chunk for which memory runs out, or that fails for another reason, is answered in halves. A
+    request that fails alone is noted in the answer.
+
+    Args:
+        base: the base.
+        model: the base with its experts.
+        shard: the requests.
+        beat: called after each chunk.
 
     Raises:
-        OutOfMemory: a single request needs more memory than there is.
+        PhatgooseError: the router cannot answer, or no request of the shard can be answered.
+        Exception: of another type, in the same case.
     """
-    respond = _score if chunk.kind == "score" else _generate
-    count = len(chunk.requests)
-    longest = max((request.characters for request in chunk.requests), default=0)
+    parts = []
+    errors: list[Exception] = []
+    answered = 0
+    for chunk in shard.chunks:
+        part = _answered(base, model, shard, chunk, errors)
+        answered += len(chunk) - len(part.failed)
+        if not answered and len(errors) >= _HOPELESS:
+            raise errors[0]
+        parts.append(part)
+        beat()
+    if errors and not answered:
+        raise errors[0]
+    return joined(parts)
+
+
+def _answered(
+    base: Base,
+    model: RoutedModel,
+    shard: EncodedShard,
+    requests: Sequence[EncodedRequest],
+    errors: list[Exception],
+) -> Answer:
+    """Answer a chunk at once, or in halves; add the error of each request that fails alone."""
+    respond = _score if shard.kind == "score" else _generate
+    count, longest = len(requests), max(one.tokens for one in requests)
     try:
         with memory_errors(
-            f"in {count} requests of up to {longest} characters",
+            f"in {count} requests of up to {longest} tokens",
             "use a device with more memory, or a base in a smaller dtype",
         ):
-            return respond(base, model, chunk, description)
-    except OutOfMemory as error:
-        if count == 1:
+            return respond(base, model, requests)
+    except Exception as error:
+        if isinstance(error, PhatgooseError) and not isinstance(error, OutOfMemory):
             raise
-        _LOG.warning("task %s: %s. Its halves are tried", chunk.task, error)
+        _LOG.warning("task %s: %s", shard.task, reason_of(error))
+        if count == 1:
+            _LOG.exception("task %s: a request cannot be answered", shard.task)
+            errors.append(error)
+            return Answer(scores=[[]], texts=[""], failed={0: reason_of(error)})
     middle = count // 2
-    halves = chunk.requests[:middle], chunk.requests[middle:]
-    parts = [replace(chunk, requests=requests) for requests in halves]
-    first, second = (answer_chunk(base, model, part, description) for part in parts)
-    return _joined(first, second, middle)
+    halves = requests[:middle], requests[middle:]
+    return joined(_answered(base, model, shard, half, errors) for half in halves)
 
 
-def _joined(first: Answer, second: Answer, count: int) -> Answer:
-    """Return the answer to both parts of a chunk, of which the first has so many requests."""
-    linears = first.routing | second.routing
-    parts = first, second
-    return Answer(
-        scores=first.scores + second.scores,
-        texts=first.texts + second.texts,
-        tokens=first.tokens + second.tokens,
-        routing={
-            linear: torch.stack([p.routing[linear] for p in parts if linear in p.routing]).sum(0)
-            for linear in linears
-        },
-        routed={linear: sum(part.routed.get(linear, 0) for part in parts) for linear in linears},
-        cut=first.cut + [count + place for place in second.cut],
-    )
+def split_chunks(shard: EncodedShard, times: int) -> EncodedShard:
+    """Return a shard with each chunk cut into halves, so often."""
+    chunks = shard.chunks
+    for _ in range(times):
+        chunks = [half for chunk in chunks for half in _halves(chunk)]
+    return EncodedShard(shard.task, shard.kind, chunks)
 
 
-def _score(base: Base, model: RoutedModel, chunk: Chunk, description: str) -> Answer:
-    questions = Question.encode_all(
-        base, [(r.context, r.choices, _query(r, description)) for r in chunk.requests]
-    )
+def _halves(chunk: list[EncodedRequest]) -> Iterator[list[EncodedRequest]]:
+    middle = len(chunk) // 2
+    if middle:
+        yield chunk[:middle]
+    yield chunk[middle:]
+
+
+def _score(base: Base, model: RoutedModel, requests: Sequence[EncodedRequest]) -> Answer:
+    questions = [one.question for one in requests if one.question is not None]
     with model.recording(RoutingLog()) as log:
         scores = model.score(questions)
     return Answer(
         scores=scores,
+        texts=[""] * len(requests),
         tokens=sum(part.length for question in questions for part in question.parts(base)),
         routing=_on_cpu(log.weights),
         routed=log.tokens,
@@ -81,74 +114,57 @@ def _score(base: Base, model: RoutedModel, chunk: Chunk, description: str) -> An
     )
 
 
-def _generate(base: Base, model: RoutedModel, chunk: Chunk, description: str) -> Answer:
+def _generate(base: Base, model: RoutedModel, requests: Sequence[EncodedRequest]) -> Answer:
     """Continue each prompt, and score its correct answer if that is known."""
     # Requests with the same limit and stop strings are generated together.
     groups: dict[tuple[int, tuple[str, ...]], list[int]] = {}
-    for place, request in enumerate(chunk.requests):
-        groups.setdefault((request.max_new_tokens, request.until), []).append(place)
-    count = len(chunk.requests)
+    for place, one in enumerate(requests):
+        groups.setdefault((one.request.max_new_tokens, one.request.until), []).append(place)
+    count = len(requests)
     answer = Answer(scores=[[] for _ in range(count)], texts=[""] * count)
     with model.recording(RoutingLog()) as log:
         for places in groups.values():
-            _generate_alike(base, model, chunk, places, description, answer)
+            _generate_alike(base, model, {place: requests[place] for place in places}, answer)
     answer.cut.sort()
     answer.routing, answer.routed = _on_cpu(log.weights), log.tokens
     return answer
 
 
 def _generate_alike(
-    base: Base,
-    model: RoutedModel,
-    chunk: Chunk,
-    places: Sequence[int],
-    description: str,
-    answer: Answer,
+    base: Base, model: RoutedModel, asked: Mapping[int, EncodedRequest], answer: Answer
 ) -> None:
-    """Fill in `answer` for the requests at these places; they share a limit and stop strings."""
-    requests = [chunk.requests[place] for place in places]
-    limit, stops = requests[0].max_new_tokens, requests[0].until
-    queries = [_query(request, description) for request in requests]
-    prompts = encode_contexts(base, [request.context for request in requests])
+    """Fill in `answer` for requests, by place, that share a limit and stop strings."""
+    first = next(iter(asked.values())).request
+    limit, stops = first.max_new_tokens, first.until
     room = prompt_room(base, limit)
-    scored = [
-        (place, (request.context, request.choices, query))
-        for place, request, query in zip(places, requests, queries, strict=True)
-        if request.choices
-    ]
-    encoded = Question.encode_all(base, [asked for _, asked in scored])
-    questions = {place: question for (place, _), question in zip(scored, encoded, strict=True)}
+    questions = {place: one.question for place, one in asked.items() if one.question is not None}
     # White space at the end of a prompt belongs to a scored answer. A generation keeps it in the
     # prompt, except spaces. So the two prompts differ after a line break, for example.
-    together = [question.context for question in questions.values()] == prompts and all(
-        fits(base, question, limit) for question in questions.values()
+    together = len(questions) == len(asked) and all(
+        question.context == asked[place].prompt and fits(base, question, limit)
+        for place, question in questions.items()
     )
     if together:
-        spaces = [spaces_moved(request.context) for request in requests]
-        asked = list(questions.values())
-        texts, first = model.answer(asked, limit, stops=stops, spaces=spaces)
-        scores = [[score] for score in first]
+        spaces = [spaces_moved(one.request.context) for one in asked.values()]
+        texts, found = model.answer(list(questions.values()), limit, stops=stops, spaces=spaces)
+        scores = [[score] for score in found]
     else:
         scores = model.score(list(questions.values())) if questions else []
         with model.recording(None):
+            queries = [one.query for one in asked.values()]
             texts = model.generate(queries, limit, stops=stops)
-    for place, text in zip(places, texts, strict=True):
+    for place, text in zip(asked, texts, strict=True):
         answer.texts[place] = text
     for place, score in zip(questions, scores, strict=True):
         answer.scores[place] = score
-    for place, prompt in zip(places, prompts, strict=True):
+    for place, one in asked.items():
         question = questions.get(place)
-        if len(prompt) > room or (question is not None and question.is_cut(base)):
+        if len(one.prompt) > room or (question is not None and question.is_cut(base)):
             answer.cut.append(place)
-        answer.tokens += min(len(prompt), room) + limit
+        answer.tokens += min(len(one.prompt), room) + limit
         answer.tokens += len(question.choices[0]) if question is not None else 0
 
 
 def _on_cpu(routing: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors on the CPU, because the driver's machine may have no GPU."""
+    """Return the tensors on the CPU, because other machines may have no GPU."""
     return {linear: weights_E.cpu() for linear, weights_E in routing.items()}
-
-
-def _query(request: Request, description: str) -> Query:
-    """Return what routers may see of a request: never a correct answer that is its only choice."""
-    return Query(request.context, request.choices if request.choices_shown else (), description)

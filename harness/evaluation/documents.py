@@ -44,15 +44,13 @@ class Documents:
     def answered(
         self,
         samples: Sequence[Mapping[str, Any]],
-        scores: Mapping[tuple[str, int], Sequence[Score]],
-        name: str,
+        scores: Mapping[int, Sequence[Score]],
     ) -> list[dict[str, Any]]:
         """Return one row of samples per document.
 
         Args:
             samples: the samples that lm-eval logged, one per document and filter.
-            scores: by task and document, the full scores of its choices, or of its correct answer.
-            name: the task's name in `scores`.
+            scores: by document, the full scores of its choices, or of its correct answer.
         """
         filters = {sample["filter"] for sample in samples}
         logged: dict[int, dict[str, float]] = {}
@@ -66,9 +64,7 @@ class Documents:
                     metrics[key] = float(sample[metric])
         return [
             {
-                **self._document(
-                    self.rows[doc], shown[doc], logged[doc], scores.get((name, doc), ())
-                ),
+                **self._document(self.rows[doc], shown[doc], logged[doc], scores.get(doc, ())),
                 "cluster": self.clusters[doc],
             }
             for doc in sorted(logged)

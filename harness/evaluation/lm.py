@@ -1,172 +1,153 @@
-"""The language model that lm-eval calls. It cuts requests into chunks, and actors answer them."""
+"""lm-eval's view of a router: a language model whose answers are known already."""
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
-from torch import Tensor
 
-from harness.evaluation.chunks import Answer, Chunk, Request, cut
+from harness.evaluation.answers import Answer
+from harness.evaluation.shards import Kind, Request, Shard
 from harness.tasks.generation_options import generation_options
 from phatgoose.errors import PhatgooseError
 from phatgoose.inference.scoring import Score
 
-# A function that answers chunks in any order: it yields each chunk's index and its answer.
-Ask = Callable[[Sequence[Chunk]], Iterator[tuple[int, Answer]]]
+# The kind of request that each of lm-eval's methods makes.
+KINDS: dict[str, Kind] = {"loglikelihood": "score", "generate_until": "generate"}
 
 
-class Usage:
-    """The cost and the routing of a task's answers, summed over its chunks in their order."""
+@dataclass(frozen=True)
+class Asked:
+    """A request, and which of lm-eval's instances it answers.
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.tokens = 0
-        self.routing: dict[str, Tensor] = {}
-        self.routed: dict[str, int] = {}
+    Attributes:
+        request: the request.
+        document: the place of the document.
+        places: the places of the instances in lm-eval's list: one for each choice.
+    """
 
-    def add(self, answer: Answer) -> None:
-        """Add the answer to one chunk."""
-        self.seconds += answer.seconds
-        self.tokens += answer.tokens
-        for linear, weights_E in answer.routing.items():
-            total_E = self.routing.setdefault(linear, torch.zeros_like(weights_E))
-            total_E += weights_E
-            self.routed[linear] = self.routed.get(linear, 0) + answer.routed[linear]
+    request: Request
+    document: int
+    places: list[int]
 
 
-class ShardedLM(LM):
-    """An lm-eval LM for one router. It stores each choice's full Score and each task's Usage.
+def requests_of(
+    kind: Kind, instances: Sequence[Instance], targets: Sequence[str] = ()
+) -> list[Asked]:
+    """Return the requests that answer a task's instances of one kind.
+
+    The choices of a document after one context are one request. A document's correct answer, if
+    known, is scored together with the generation.
 
     Args:
-        ask: a function that answers chunks.
-        chunk_characters: see `harness.evaluation.chunks.cut`.
-        targets: by task, each document's correct answer as it follows the prompt.
+        kind: the kind of the instances.
+        instances: lm-eval's instances, each once.
+        targets: each document's correct answer as it follows the prompt.
+
+    Raises:
+        PhatgooseError: an option of the generation is not supported.
+    """
+    if kind == "generate":
+        return [_generation(i, place, targets) for place, i in enumerate(instances)]
+    groups: dict[tuple[int, str], list[int]] = {}
+    for place, instance in enumerate(instances):
+        groups.setdefault((_document(instance), instance.args[0]), []).append(place)
+    found = []
+    for (document, context), places in groups.items():
+        choices = tuple(instances[place].args[1] for place in places)
+        # A single choice is the correct answer, or the continuation of one of several prompts.
+        request = Request(context, choices, choices_shown=len(choices) > 1)
+        found.append(Asked(request, document, places))
+    return found
+
+
+def by_kind(task: str, instances: Sequence[Instance]) -> dict[Kind, list[Instance]]:
+    """Return a task's instances by kind.
+
+    Raises:
+        PhatgooseError: the task asks for something else than choices and texts.
+    """
+    found: dict[Kind, list[Instance]] = {}
+    for instance in instances:
+        if instance.request_type not in KINDS:
+            raise _unsupported(task)
+        found.setdefault(KINDS[instance.request_type], []).append(instance)
+    return found
+
+
+def _generation(instance: Instance, place: int, targets: Sequence[str]) -> Asked:
+    context, given = instance.args
+    options = generation_options(str(instance.task_name), given)
+    document = _document(instance)
+    target = (targets[document],) if targets else ()
+    request = Request(context, target, options.max_new_tokens, options.until, choices_shown=False)
+    return Asked(request, document, [place])
+
+
+class RecordedLM(LM):
+    """An lm-eval LM that gives the recorded answers of a router to one task.
+
+    Args:
+        shards: how the task's requests were asked.
+        answer: the answer to all of them, in this order.
+        targets: as for `requests_of`.
+
+    Attributes:
+        scores: by document, the Score of each choice, or of its correct answer.
+        cut: documents with a prompt that was cut.
     """
 
     def __init__(
-        self, ask: Ask, chunk_characters: int, targets: Mapping[str, Sequence[str]] | None = None
+        self, shards: Sequence[Shard], answer: Answer, targets: Sequence[str] = ()
     ) -> None:
         super().__init__()
-        self._ask = ask
-        self._targets = targets or {}
-        self._characters = chunk_characters
-        self.scores: dict[tuple[str, int], list[Score]] = {}
-        self.usage: dict[str, Usage] = {}
-        self.cut: set[tuple[str, int]] = set()  # documents with a prompt that was cut
+        self._order = [(shard.kind, place) for shard in shards for place in shard.places]
+        self._answer, self._targets = answer, targets
+        self.scores: dict[int, list[Score]] = {}
+        self.cut: set[int] = set()
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Return the summed log-likelihood of each choice, and whether greedy decoding gives it.
 
-        The end-of-sequence token is left out. The choices of one document after one context are
-        scored together. The full scores are stored in `scores`, by task and document.
+        The end-of-sequence token is left out.
         """
-        copies, requests = requests, _distinct(requests)
-        groups: dict[tuple[str, int, str], list[int]] = {}
-        for place, instance in enumerate(requests):
-            task, document = _origin(instance)
-            groups.setdefault((task, document, instance.args[0]), []).append(place)
-        questions = []
-        for (task, _, context), places in groups.items():
-            choices = tuple(requests[place].args[1] for place in places)
-            # A single choice is the correct answer, or the continuation of one of several prompts.
-            shown = len(choices) > 1
-            questions.append((task, Request(context, choices, choices_shown=shown)))
-        found: list[Score | None] = [None] * len(requests)
-        answers = self._answers("score", questions)
-        for (group, places), (answer, i) in zip(groups.items(), answers, strict=True):
-            for place, score in zip(places, answer.scores[i], strict=True):
-                found[place] = score
-            if i in answer.cut:
-                self.cut.add(group[:2])
-        results = {}
-        for instance, known in zip(requests, found, strict=True):
-            assert known is not None
-            self.scores.setdefault(_origin(instance), []).append(known)
-            results[id(instance)] = (known.loglikelihood, known.is_greedy)
-        return [results[id(instance)] for instance in copies]
+        found: dict[int, Score] = {}
+        distinct = _distinct(requests)
+        for asked, scores, _ in self._recorded("score", distinct):
+            found |= {id(distinct[i]): s for i, s in zip(asked.places, scores, strict=True)}
+        for instance in distinct:
+            self.scores.setdefault(_document(instance), []).append(found[id(instance)])
+        known = [found[id(instance)] for instance in requests]
+        return [(score.loglikelihood, score.is_greedy) for score in known]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Return greedy continuations up to the first stop string.
-
-        A document's correct answer, if known, is scored as well, and its score stored in `scores`.
-        """
-        copies, requests = requests, _distinct(requests)
-        questions = []
-        for instance in requests:
-            context, given = instance.args
-            options = generation_options(str(instance.task_name), given)
-            task, document = _origin(instance)
-            target = (self._targets[task][document],) if task in self._targets else ()
-            request = Request(
-                context, target, options.max_new_tokens, options.until, choices_shown=False
-            )
-            questions.append((task, request))
-        texts = {}
-        for instance, (answer, i) in zip(
-            requests, self._answers("generate", questions), strict=True
-        ):
-            texts[id(instance)] = answer.texts[i]
-            if answer.scores[i]:
-                self.scores[_origin(instance)] = answer.scores[i]
-            if i in answer.cut:
-                self.cut.add(_origin(instance))
-        return [texts[id(instance)] for instance in copies]
+        """Return greedy continuations up to the first stop string."""
+        found = {}
+        distinct = _distinct(requests)
+        for asked, scores, text in self._recorded("generate", distinct):
+            found[id(distinct[asked.places[0]])] = text
+            if scores:
+                self.scores[asked.document] = scores
+        return [found[id(instance)] for instance in requests]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """Raise PhatgooseError: no task of the benchmark measures the perplexity of documents."""
-        raise PhatgooseError(
-            f"task {requests[0].task_name}: it asks for rolling log-likelihoods, and routed "
-            "inference does not compute them. Leave it out of the suite."
-        )
+        raise _unsupported(str(requests[0].task_name))
 
-    def _answers(
-        self, kind: Any, questions: Sequence[tuple[str, Request]]
-    ) -> list[tuple[Answer, int]]:
-        """Return, for each question, the answer to its chunk and its place in that answer."""
-        by_task: dict[str, list[int]] = {}
-        for place, (task, _) in enumerate(questions):
-            by_task.setdefault(task, []).append(place)
-        chunks: list[tuple[Chunk, list[int]]] = []
-        for task, places in by_task.items():
-            requests = [questions[place][1] for place in places]
-            for chunk, order in cut(task, kind, requests, self._characters):
-                chunks.append((chunk, [places[i] for i in order]))
-        answers = dict(self._ask([chunk for chunk, _ in chunks]))
-        found: dict[int, tuple[Answer, int]] = {}
-        for index, (chunk, places) in enumerate(chunks):
-            self.usage.setdefault(chunk.task, Usage()).add(answers[index])
-            for i, place in enumerate(places):
-                found[place] = (answers[index], i)
-        return [found[place] for place in range(len(questions))]
-
-
-def list_chunks(
-    instances: Sequence[Instance], characters: int, targets: Mapping[str, Sequence[str]]
-) -> list[Chunk]:
-    """Return the chunks that a `ShardedLM` would ask for these requests, without asking them.
-
-    Args:
-        instances: lm-eval's requests.
-        characters, targets: as for `ShardedLM`.
-    """
-    found: list[Chunk] = []
-
-    def note(chunks: Sequence[Chunk]) -> Iterator[tuple[int, Answer]]:
-        found.extend(chunks)
-        raise _Noted
-
-    lm = ShardedLM(note, characters, targets)
-    by_type: dict[str, list[Instance]] = {}
-    for instance in instances:
-        by_type.setdefault(instance.request_type, []).append(instance)
-    for kind, asked in by_type.items():
-        with contextlib.suppress(_Noted):
-            getattr(lm, kind)(asked)
-    return found
+    def _recorded(
+        self, kind: Kind, instances: Sequence[Instance]
+    ) -> Iterator[tuple[Asked, list[Score], str]]:
+        """Yield each request with its scores and its text."""
+        asked = requests_of(kind, instances, self._targets)
+        answer, cut = self._answer, {*self._answer.cut}
+        for i, (its_kind, place) in enumerate(self._order):
+            if its_kind == kind:
+                if i in cut:
+                    self.cut.add(asked[place].document)
+                yield asked[place], answer.scores[i], answer.texts[i]
 
 
 @contextlib.contextmanager
@@ -177,8 +158,11 @@ def quiet() -> Iterator[None]:
         yield
 
 
-class _Noted(Exception):
-    """Raised to end a request once its chunks are known."""
+def _unsupported(task: str) -> PhatgooseError:
+    return PhatgooseError(
+        f"task {task}: it asks for rolling log-likelihoods, and routed inference does not compute "
+        "them. Leave it out of the suite."
+    )
 
 
 def _distinct(requests: Sequence[Instance]) -> list[Instance]:
@@ -186,8 +170,7 @@ def _distinct(requests: Sequence[Instance]) -> list[Instance]:
     return list({id(instance): instance for instance in requests}.values())
 
 
-def _origin(instance: Instance) -> tuple[str, int]:
-    """Return the task and the document of a request."""
-    assert instance.task_name is not None
-    assert instance.doc_id is not None
-    return instance.task_name, instance.doc_id
+def _document(instance: Instance) -> int:
+    document: Any = instance.doc_id
+    assert isinstance(document, int)
+    return document

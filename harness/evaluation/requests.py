@@ -9,7 +9,7 @@ error, see `SuiteRequests.build` and `SuiteRequests.check`.
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -17,9 +17,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 
 from harness import run_folder
-from harness.evaluation.chunks import Chunk
 from harness.evaluation.documents import Documents
-from harness.evaluation.lm import list_chunks, quiet
+from harness.evaluation.lm import Asked, by_kind, quiet, requests_of
+from harness.evaluation.shards import Kind
 from harness.source_code import code_of, digest
 from harness.storage import Folder
 from harness.tasks import TaskData, describe, folder_of
@@ -34,9 +34,9 @@ class TaskRequests:
 
     Attributes:
         data: the task.
-        task: lm-eval's task. When lm-eval builds its requests, it gets copies of `instances`.
+        task: lm-eval's task.
         documents: the documents it is evaluated on.
-        instances: the requests, in lm-eval's order.
+        instances: lm-eval's requests, in its order.
         made_from: a hash of the definition, the data and the code that determine them.
         fingerprint: a hash of the requests and the correct answers.
     """
@@ -53,6 +53,13 @@ class TaskRequests:
         """Each document's correct answer as it follows the prompt."""
         delimiter = self.task.config.target_delimiter
         return [delimiter + row["targets"][0] for row in self.documents.rows]
+
+    def asked(self, name: str) -> dict[Kind, list[Asked]]:
+        """Return what is asked of actors, by kind. `name` is what errors call the task."""
+        return {
+            kind: requests_of(kind, instances, self.targets)
+            for kind, instances in by_kind(name, self.instances).items()
+        }
 
 
 @dataclass(frozen=True)
@@ -94,30 +101,10 @@ class SuiteRequests:
         if noted != {**noted, **now}:
             run_folder.write_json(folder, name, {**noted, **now})
 
-    @property
-    def lm_eval_tasks(self) -> dict[str, Any]:
-        """The tasks of lm-eval, by name."""
-        return {name: task.task for name, task in self.tasks.items()}
-
-    @property
-    def samples(self) -> dict[str, list[int]]:
-        """The places of each task's documents, by task."""
-        return {name: list(range(len(t.documents.rows))) for name, t in self.tasks.items()}
-
-    @cached_property
-    def targets(self) -> dict[str, list[str]]:
-        """Return each document's correct answer as it follows the prompt, by task."""
-        return {name: task.targets for name, task in self.tasks.items()}
-
     @cached_property
     def descriptions(self) -> dict[str, str]:
         """Return each task's description, by task."""
         return {name: describe(task.data) for name, task in self.tasks.items()}
-
-    def chunks(self, characters: int) -> list[Chunk]:
-        """Cut all requests into chunks of about `characters` characters."""
-        instances = [instance for task in self.tasks.values() for instance in task.instances]
-        return list_chunks(instances, characters, self.targets)
 
 
 def _build(data: TaskData, suite: str) -> TaskRequests:
@@ -138,12 +125,6 @@ def _build(data: TaskData, suite: str) -> TaskRequests:
         data.fingerprint,
         digest(code_of([__name__])),
     ]
-
-    def build_all_requests(**_: Any) -> None:
-        """Use copies of the requests built above, without answers of earlier calls."""
-        task._instances = [replace(one, resps=[], filtered_resps={}) for one in instances]
-
-    task.build_all_requests = build_all_requests
     return TaskRequests(
         data, task, documents, instances, _hash(determining), _hash([asked, answers])
     )

@@ -1,56 +1,45 @@
-"""The stage `evaluate`: every router on every task of the suite, through lm-eval.
+"""The evaluation of routers on one suite, as the driver sees it: calls, receipts and scores.
 
-lm-eval ──requests──► ShardedLM ──chunks──► journal, else evaluation actors
-   │ acc, acc_norm, exact_match                 │ full scores of every choice
-   └──────────────► scores.parquet, samples/ ◄──┘ acc_paper, nll; routing/
+    shards ──► evaluation actors ──► answers/ ──► scoring actors ──► samples/, routing/
+                     │ receipts                        │ rows
+                     └──────────► Evaluation ◄─────────┘ scores.parquet
+
+The driver neither sends requests nor receives answers: it gives actors what stands for their
+inputs, and hears what became of them.
 """
 
 import json
 import logging
-import math
-import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
-from lm_eval import evaluator
 
 from harness import run_folder
-from harness.evaluation.chunks import Answer, Chunk
+from harness.evaluation.actor import Asked, Receipt
+from harness.evaluation.answer_files import AnswerFiles, task_key
 from harness.evaluation.conditions import Conditions, library_versions, scoring_code
 from harness.evaluation.derived import best_individual_rows, oracle_rows
-from harness.evaluation.documents import score_rows
-from harness.evaluation.journal import DamagedAnswer, Journal
-from harness.evaluation.lm import ShardedLM, Usage, quiet
-from harness.evaluation.requests import SuiteRequests
+from harness.evaluation.identity import Identity, options_of, what_changed
+from harness.evaluation.inputs import SuiteInputs
+from harness.evaluation.scoring import Scored, ScoredTask, ToScore, bare_name
+from harness.evaluation.shards import Shard
 from harness.extra_routers import BEST_INDIVIDUAL, ORACLE
 from harness.registry.packs import Members, pool_id
-from harness.scheduling.workers import TICK_SECONDS, Failure, Workers
-from harness.source_code import METRICS, Code, changes, code_of, digest, router_code
+from harness.scheduling.workers import Failure, Killed, Watch, Workers
+from harness.source_code import METRICS, code_of, digest
 from harness.storage import Folder
 from phatgoose.errors import PhatgooseError, listed
-from phatgoose.pool import known_expert
-from phatgoose.routers import Router, all_needs
-from phatgoose.routers.interface import needs_profiles, side_information
-from phatgoose.routers.no_expert import NoExpert
-from phatgoose.routers.single import Single
+from phatgoose.routers import Router
+from phatgoose.routers.interface import side_information
 
 _LOG = logging.getLogger(__name__)
-# Draws for the standard errors of metrics that are not means. lm-eval must not fork for them.
-_BOOTSTRAPS = 200
-os.environ.setdefault("DISABLE_MULTIPROC", "1")
-
-
-@dataclass(frozen=True)
-class _RoutedChunk:
-    """A chunk to answer under a router. `key` names the answer in the journal."""
-
-    key: str
-    name: str
-    router: Router
-    chunk: Chunk
+# So many shards that fail, and none that is answered, are no accident.
+_HOPELESS = 3
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -61,15 +50,53 @@ class Setting:
         folder: the run folder. The run has its name.
         base: the base's name.
         conditions: the conditions of the answers.
-        workers: the evaluation actors.
-        chunk_characters: see `harness.evaluation.chunks.cut`.
+        evaluators: the evaluation actors.
+        scorers: the scoring actors.
     """
 
     folder: Folder
     base: str
     conditions: Conditions
-    workers: Workers
-    chunk_characters: int
+    evaluators: Workers
+    scorers: Workers
+
+
+@dataclass
+class RouterState:
+    """How far the evaluation of one router on one suite is.
+
+    Attributes:
+        router: the router.
+        keys: by task, the key of the answer to each shard.
+        state: `asking`, `scoring`, `done` or `failed`.
+        to_ask: the shards that no actor has been asked for, with their keys.
+        open: the shards that actors were asked for, by the number of the call.
+        answered: the number of shards with an answer, and of their requests.
+        failed: why tasks have no score, by name.
+        tracebacks: the tracebacks of errors.
+        seconds, tokens: what actors took in this call of the run.
+        rows: its rows of scores.parquet.
+    """
+
+    router: Router
+    keys: dict[str, list[str]]
+    state: str = "asking"
+    to_ask: deque[tuple[Shard, str]] = field(default_factory=deque)
+    open: dict[int, tuple[Shard, str, int]] = field(default_factory=dict)
+    answered: int = 0
+    requests: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    tracebacks: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    tokens: int = 0
+    rows: list[Row] = field(default_factory=list)
+    asked: Any = None  # what stands for the calls' `Asked`
+    was_damaged: bool = False
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether it can be scored."""
+        return self.state == "asking" and not self.to_ask and not self.open
 
 
 class Evaluation:
@@ -77,94 +104,81 @@ class Evaluation:
 
     Args:
         setting: the settings that all evaluations of the run share.
-        requests: the suite's requests.
+        inputs: the suite's requests, as actors get them.
         members: the pool's experts, in its order, and their profiles if a router uses them.
         others: content hashes of experts outside the pool, by name.
+
+    Attributes:
+        routers: the state of each router, by its name.
     """
 
     def __init__(
         self,
         setting: Setting,
-        requests: SuiteRequests,
+        inputs: SuiteInputs,
         members: Members,
         others: Mapping[str, str] | None = None,
     ) -> None:
-        self._folder, self._workers = setting.folder, setting.workers
-        self._requests, self._suite = requests, requests.suite
-        self._members, self._others = members, others or {}
-        self._conditions = setting.conditions
-        self._manifest = pool_id(members.experts)
+        self._folder, self._inputs, self.suite = setting.folder, inputs, inputs.suite
+        self._evaluators, self._scorers = setting.evaluators, setting.scorers
+        self._members = members
+        self._identity = Identity(setting.conditions, members, others or {})
         self._common = {
             "run": PurePosixPath(str(setting.folder)).name,
             "base": setting.base,
-            "manifest": self._manifest,
+            "manifest": pool_id(members.experts),
             "dtype": setting.conditions.dtype,
             "device": setting.conditions.device,
             # lm-eval and this project's code compute metrics from answers.
             "versions": library_versions("lm_eval"),
             "code": digest({**scoring_code(), **code_of(METRICS)}),
         }
-        self._journal = Journal(setting.folder)
-        self.chunks = requests.chunks(setting.chunk_characters)
-        self._characters = setting.chunk_characters
-        self.answered = 0  # chunks, by actors
-        self.requests = 0  # answered, or found in the journal
-        self.failures: dict[str, str] = {}  # why no actor could answer, by router
-        self._counted: set[str] = set()
-        self._found = self._journal.keys()  # answered by an earlier call
-        self._known = set(self._found)  # answered or asked
-        self._waiting: dict[int, _RoutedChunk] = {}  # the actors' open calls, by key
-        self._codes: dict[str, Code] = {}
+        self._files = AnswerFiles(setting.folder)
+        self._found = self._files.shards()  # answered by an earlier call
+        self._scored: dict[str, list[Row]] = {}  # by an earlier call, by router
+        for row in self._read_scores():
+            if row["suite"] == self.suite:
+                self._scored.setdefault(row["router"], []).append(row)
+        self._watch = _Halving(self)
+        self._calls: dict[int, str] = {}  # the router of each open call
+        self._scoring: dict[int, str] = {}
+        self.routers: dict[str, RouterState] = {}
 
-    def run(self, name: str, router: Router) -> list[dict[str, Any]]:
-        """Evaluate one router, write its samples and routing, and return its rows of scores."""
-        answers = self._answers(name, router)
+    @property
+    def shards(self) -> list[Shard]:
+        """The shards of all tasks."""
+        return [shard for shards in self._inputs.shards.values() for shard in shards]
 
-        def ask(chunks: Sequence[Chunk]) -> Iterator[tuple[int, Answer]]:
-            for index, chunk in enumerate(chunks):
-                yield index, answers[chunk]
+    @property
+    def total(self) -> int:
+        """The number of requests of one router."""
+        return sum(shard.requests for shard in self.shards)
 
-        lm = ShardedLM(ask, self._characters, self._requests.targets)
-        with quiet():
-            output = evaluator.evaluate(
-                lm,
-                {"tasks": self._requests.lm_eval_tasks, "groups": {}},
-                samples=self._requests.samples,
-                bootstrap_iters=_BOOTSTRAPS,
-                log_samples=True,
-            )
-        assert output is not None
-        scores: list[dict[str, Any]] = []
-        samples: list[dict[str, Any]] = []
-        routing: list[dict[str, Any]] = []
-        for full_name, asked in self._requests.tasks.items():
-            labels = {"router": name, "suite": self._suite, "task": full_name.partition("/")[2]}
-            logged = output["samples"][full_name]
-            documents = asked.documents.answered(logged, lm.scores, full_name)
-            samples += [{**labels, **document} for document in documents]
-            shared = {
-                **labels,
-                **self._common,
-                "router_code": digest(self._code(router)),
-                "top_k": _options(router).get("top_k"),
-                "options": json.dumps({"kind": type(router).name(), **_options(router)}),
-                "zero_shot": router.zero_shot,
-                "side_information": side_information(router),
-                "documents": asked.fingerprint,
-                "n": len(documents),
-                "cut": sum(task == full_name for task, _ in lm.cut),
-                "seconds": lm.usage[full_name].seconds,
-                "tokens": lm.usage[full_name].tokens,
-                "expert": None,
-            }
-            scores += [
-                {**shared, **row} for row in score_rows(output["results"][full_name], documents)
-            ]
-            routing += [{**labels, **row} for row in self._routing(lm.usage[full_name])]
-        self._replace(run_folder.samples_file(name), run_folder.SAMPLES, samples)
-        if routing:
-            self._replace(run_folder.routing_file(name), run_folder.ROUTING, routing)
-        return scores
+    @property
+    def is_waiting(self) -> bool:
+        """Whether actors were asked for something that they have not done."""
+        return bool(self._calls or self._scoring)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every router is scored or has failed."""
+        return all(state.state in ("done", "failed") for state in self.routers.values())
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows of scores of all routers that are done."""
+        return [row for state in self.routers.values() for row in state.rows]
+
+    @property
+    def problems(self) -> list[str]:
+        """What has no score, and why."""
+        return [why for state in self.routers.values() for why in state.failed.values()]
+
+    def add(self, routers: Mapping[str, Router]) -> None:
+        """Add routers to evaluate, and find what earlier calls have answered or scored."""
+        for name, router in routers.items():
+            if name not in self.routers:
+                self.routers[name] = self._new(name, router)
 
     def announce(self, routers: Mapping[str, Router]) -> None:
         """Log which routers are asked again, in one line per reason.
@@ -172,32 +186,105 @@ class Evaluation:
         What determines their answers is recorded in answers.json, and compared with the record of
         an earlier call of the run.
         """
+        self.add(routers)
         file = run_folder.ANSWERS_FILE
         noted = run_folder.read_json(self._folder, file) if self._folder.exists(file) else {}
         again: dict[str, dict[str, int]] = {}
         now = {}
         for name, router in routers.items():
-            key = f"{self._suite}/{name}"
-            now[key] = self._determining(router)
-            before = noted.get(key)
-            if not isinstance(before, dict) or not isinstance(before.get("code"), dict):
-                before = now[key]  # nothing was recorded
-            if reason := _what_changed(before, now[key]):
-                lacking = sum(self._key(router, c) not in self._found for c in self.chunks)
-                again.setdefault(reason, {})[name] = lacking
+            key = f"{self.suite}/{name}"
+            now[key] = self._identity.record(router)
+            if reason := what_changed(noted.get(key), now[key]):
+                again.setdefault(reason, {})[name] = len(self.routers[name].to_ask)
         for reason, counts in again.items():
-            if chunks := sum(counts.values()):
+            if shards := sum(counts.values()):
                 named = listed(list(counts))
-                _LOG.warning("%s changed: %d chunks of %s are asked again", reason, chunks, named)
+                _LOG.warning("%s changed: %d shards of %s are asked again", reason, shards, named)
         if noted != {**noted, **now}:
             run_folder.write_json(self._folder, file, {**noted, **now})
 
-    def write_scores(self, rows: list[dict[str, Any]], derived: Collection[str] = ()) -> None:
+    def ask(self, ahead: int) -> None:
+        """Ask the actors for shards, router by router, while fewer than `ahead` wait for one."""
+        for name, state in self.routers.items():
+            while state.to_ask:
+                if self._evaluators.waiting >= ahead:
+                    return
+                self._ask(name, *state.to_ask.popleft())
+
+    def score(self) -> None:
+        """Let actors score the routers whose answers are complete."""
+        for name, state in self.routers.items():
+            if not state.is_answered:
+                continue
+            tasks = {
+                task: ScoredTask(self._inputs.task(task), self._inputs.shards[task], keys)
+                for task, keys in state.keys.items()
+                if task not in state.failed
+            }
+            if not tasks:
+                state.state = "failed"
+                continue
+            state.state = "scoring"
+            experts = list(self._members.experts)
+            columns = self._columns(state.router)
+            order = ToScore(self._folder, name, self.suite, experts, columns, tasks)
+            (key,) = self._scorers.add("score", [(order,)])
+            self._scoring[key] = name
+
+    def awaits(self, key: int) -> bool:
+        """Return whether the evaluation actors' call with this key belongs to this evaluation."""
+        return key in self._calls
+
+    def awaits_score(self, key: int) -> bool:
+        """Return whether the scoring actors' call with this key belongs to this evaluation."""
+        return key in self._scoring
+
+    def take(self, key: int, result: Any) -> None:
+        """Take an evaluation actor's receipt, or the reason why there is none."""
+        name = self._calls.pop(key)
+        state = self.routers[name]
+        shard, _, _ = state.open.pop(key)
+        if isinstance(result, Receipt):
+            state.answered += 1
+            state.requests += shard.requests
+            state.seconds += result.seconds
+            state.tokens += result.tokens
+            return
+        assert isinstance(result, Failure)
+        if state.state == "failed":
+            return
+        message = f"router {name}, task {shard.task}: {result.error}; see logs/ in {self._folder}"
+        state.failed.setdefault(shard.task, message)
+        if result.traceback:
+            state.tracebacks.append(result.traceback)
+        if result.expected or (not state.answered and len(state.tracebacks) >= _HOPELESS):
+            self._give_up(state, {"": message})
+
+    def take_score(self, key: int, result: Any) -> None:
+        """Take the scores of a router, or the reason why there are none."""
+        name = self._scoring.pop(key)
+        state = self.routers[name]
+        if isinstance(result, Failure):
+            state.tracebacks.append(result.traceback)
+            message = f"router {name}, suite {self.suite}: {result.error}; see logs/"
+            self._give_up(state, {"": f"{message} in {self._folder}"})
+            return
+        assert isinstance(result, Scored)
+        if result.damaged:
+            self._ask_again(name, result.damaged)
+            return
+        state.rows, state.state = result.rows, "done"
+        state.failed |= result.unanswered
+        if not result.rows:
+            state.state = "failed"
+
+    def write_scores(self, derived: Collection[str] = ()) -> None:
         """Write scores.parquet, and keep earlier rows that are comparable.
 
         These are the rows of other suites, and of other routers on the same documents, with this
         pool. `derived` are the routers to derive from the single experts' rows.
         """
+        rows = self.rows
         table = pa.Table.from_pylist(rows, run_folder.SCORES)
         if ORACLE in derived:
             rows = rows + oracle_rows(table)
@@ -207,10 +294,10 @@ class Evaluation:
         documents = {(row["task"], row["documents"]) for row in rows}
         kept = [
             row
-            for row in _read(self._folder, run_folder.SCORES_FILE, run_folder.SCORES)
-            if row["manifest"] == self._manifest
+            for row in self._read_scores()
+            if row["manifest"] == self._common["manifest"]
             and (
-                row["suite"] != self._suite
+                row["suite"] != self.suite
                 or (row["router"] not in routers and (row["task"], row["documents"]) in documents)
             )
         ]
@@ -218,179 +305,121 @@ class Evaluation:
         ordered = sorted(kept + rows, key=lambda row: row["suite"])
         run_folder.write_table(self._folder, run_folder.SCORES_FILE, run_folder.SCORES, ordered)
 
-    def _answers(self, name: str, router: Router) -> dict[Chunk, Answer]:
-        """Return every chunk's answer from the journal, after asking for the missing ones.
+    def table(self) -> Iterator[Row]:
+        """Yield the rows of evaluations.parquet."""
+        for name, state in self.routers.items():
+            yield {
+                "router": name,
+                "suite": self.suite,
+                "state": state.state,
+                "shards": len(self.shards),
+                "answered": state.answered,
+                "tokens": state.tokens,
+                "seconds": state.seconds,
+                "errors": list(state.failed.values()),
+                "traceback": state.tracebacks[-1] if state.tracebacks else None,
+            }
 
-        A chunk whose stored answer is damaged is asked again, once.
-        """
-        self.ask({name: router})
-        self._wait(name)
-        found: dict[Chunk, Answer] = {}
-        damaged: list[Chunk] = []
-        for chunk in self.chunks:
-            key = self._key(router, chunk)
-            try:
-                found[chunk] = self._journal.read(key)
-                self._count(key, chunk)
-            except DamagedAnswer as error:
-                _LOG.warning("%s; it is asked again", error)
-                damaged.append(chunk)
-                self._found.discard(key)
-                self._known.discard(key)
-        if damaged:
-            self._add([_RoutedChunk(self._key(router, c), name, router, c) for c in damaged])
-            self._wait(name)
-            found |= {c: self._journal.read(self._key(router, c)) for c in damaged}
-        return found
+    def halved(self, key: int) -> tuple[Any, ...] | None:
+        """Return the arguments of a call with smaller chunks; None if they are single requests."""
+        state = self.routers[self._calls[key]]
+        shard, answer, halvings = state.open[key]
+        if not (max(map(len, shard.chunks)) - 1) >> halvings:
+            return None
+        state.open[key] = shard, answer, halvings + 1
+        return state.asked, self._inputs.shard(shard), answer, halvings + 1
 
-    def _wait(self, name: str) -> None:
-        """Wait for a router's answers; raise PhatgooseError if an actor could not answer."""
-        while name in self.open_routers:
-            self.step(TICK_SECONDS)
-        if name in self.failures:
-            raise PhatgooseError(self.failures[name])
+    def _new(self, name: str, router: Router) -> RouterState:
+        """Return the state of a router that was not asked for in this call."""
+        keys: dict[str, list[str]] = {}
+        for task, shards in self._inputs.shards.items():
+            description = self._inputs.requests.descriptions[task]
+            identity = self._identity.of(name, router, description)
+            keys[task] = [shard.key(identity) for shard in shards]
+        state = RouterState(router, keys)
+        if rows := self._scored_before(name, state):
+            state.rows, state.state = rows, "done"
+        complete = self._files.tasks(self.suite, name)
+        for task, shards in self._inputs.shards.items():
+            is_complete = state.rows or task_key(keys[task]) in complete
+            for shard, key in zip(shards, keys[task], strict=True):
+                if is_complete or key in self._found:
+                    state.answered += 1
+                    state.requests += shard.requests
+                else:
+                    state.to_ask.append((shard, key))
+        return state
 
-    def ask(self, routers: Mapping[str, Router]) -> None:
-        """Ask the actors for every chunk under these routers, router by router.
+    def _scored_before(self, name: str, state: RouterState) -> list[Row]:
+        """Return the router's rows of an earlier call if these answers were scored alike."""
+        rows = self._scored.get(name, [])
+        wanted = {bare_name(task): task_key(keys) for task, keys in state.keys.items()}
+        columns = self._columns(state.router)
+        same = {row["task"]: row["answers"] for row in rows} == wanted and all(
+            row[column] == value for row in rows for column, value in columns.items()
+        )
+        samples = run_folder.samples_file(self.suite, name)
+        return rows if same and self._folder.exists(samples) else []
 
-        Requests do not depend on the router, so no actor is idle while lm-eval sums up one router
-        and prepares the next. `step` collects the answers, and lm-eval reads them in the journal.
-        """
-        for name, router in routers.items():
-            self._add([_RoutedChunk(self._key(router, c), name, router, c) for c in self.chunks])
+    def _ask(self, name: str, shard: Shard, key: str) -> None:
+        state = self.routers[name]
+        if state.asked is None:
+            router, code = state.router, digest(self._identity.code(state.router))
+            state.asked = self._inputs.put(Asked(router, self._identity.members_of(router), code))
+        arguments = state.asked, self._inputs.shard(shard), key
+        (call,) = self._evaluators.add("answer", [arguments], self._watch)
+        state.open[call] = shard, key, 0
+        self._calls[call] = name
 
-    @property
-    def is_waiting(self) -> bool:
-        """Whether some answers are pending."""
-        return bool(self._waiting)
-
-    @property
-    def open_routers(self) -> set[str]:
-        """The routers with pending answers."""
-        return {call.name for call in self._waiting.values()}
-
-    def step(self, timeout: float) -> None:
-        """Collect the answers that arrive within `timeout` seconds."""
-        for key, result in self._workers.step(timeout):
-            self.take(key, result)
-
-    def awaits(self, key: int) -> bool:
-        """Return whether the actors' call with this key belongs to this evaluation."""
-        return key in self._waiting
-
-    def take(self, key: int, result: Any) -> None:
-        """Store an actor's answer in the journal, or record that its router failed."""
-        call = self._waiting.pop(key)
-        if isinstance(result, Failure):
-            self.failures.setdefault(
-                call.name,
-                f"router {call.name}, task {call.chunk.task}: {result.error}; see logs/ in "
-                f"{self._folder}",
-            )
+    def _ask_again(self, name: str, damaged: Mapping[str, str]) -> None:
+        """Ask for damaged answers again, once."""
+        state = self.routers[name]
+        for message in damaged.values():
+            _LOG.warning("%s; it is asked again", message)
+        if state.was_damaged:
+            self._give_up(state, {"": f"router {name}: {next(iter(damaged.values()))} again"})
             return
-        self._journal.write(call.key, result)
-        self.answered += 1
-        self._count(call.key, call.chunk)
+        state.was_damaged, state.state = True, "asking"
+        for task, keys in state.keys.items():
+            for shard, key in zip(self._inputs.shards[task], keys, strict=True):
+                if key in damaged:
+                    state.to_ask.append((shard, key))
+                    state.answered -= 1
+                    state.requests -= shard.requests
 
-    def _add(self, calls: Sequence[_RoutedChunk]) -> None:
-        """Ask the actors for answers that are not in the journal and not pending."""
-        for call in calls:
-            if call.key in self._found:
-                self._count(call.key, call.chunk)
-        calls = [c for c in calls if c.key not in self._known]
-        self._known.update(call.key for call in calls)
-        arguments = [
-            (
-                c.router,
-                c.chunk,
-                self._requests.descriptions[c.chunk.task],
-                self._members_of(c.router),
-                digest(self._code(c.router)),
-            )
-            for c in calls
-        ]
-        keys = self._workers.add("answer", arguments)
-        self._waiting |= zip(keys, calls, strict=True)
+    def _give_up(self, state: RouterState, failed: dict[str, str]) -> None:
+        """End the evaluation of a router, and cancel what is asked for it and not begun."""
+        state.state, state.failed, state.rows = "failed", failed, []
+        state.to_ask.clear()
+        for key in self._evaluators.cancel(list(state.open)):
+            del state.open[key], self._calls[key]
 
-    def _members_of(self, router: Router) -> Members:
-        """Return the experts that an actor must attach for a router: all, or the one it names.
-
-        `NoExpert` ignores the pool, so attach any single expert.
-        """
-        if isinstance(router, NoExpert):
-            return Members(dict([next(iter(self._members.experts.items()))]))
-        if isinstance(router, Single):
-            known = {**self._members.experts, **self._others}
-            return Members({router.expert: known[known_expert(router.expert, list(known))]})
-        if needs_profiles([router]):
-            return self._members
-        return Members(self._members.experts)
-
-    def _key(self, router: Router, chunk: Chunk) -> str:
-        """Return the key of an answer; other experts do not affect that of a single expert."""
-        members = self._members_of(router)
-        pool = "" if isinstance(router, NoExpert) else pool_id(members.experts)
-        kind = f"{type(router).__module__}.{type(router).__qualname__}"
-        own = [kind, _options(router), digest(self._code(router)), members.profiles]
-        if "descriptions" in all_needs(router):
-            own.append(self._requests.descriptions[chunk.task])
-        return chunk.key([asdict(self._conditions), pool, *own])
-
-    def _code(self, router: Router) -> Code:
-        """Return the hashes of the router's own source code."""
-        named = repr(router)
-        if named not in self._codes:
-            self._codes[named] = router_code(router)
-        return self._codes[named]
-
-    def _determining(self, router: Router) -> dict[str, Any]:
-        """Return what determines the answers under a router, for people to compare."""
-        conditions = {k: v for k, v in asdict(self._conditions).items() if k != "code"}
+    def _columns(self, router: Router) -> Row:
+        """Return the columns of scores.parquet that are the same in all rows of a router."""
+        options = options_of(router)
         return {
-            **conditions,
-            "options": _options(router),
-            "code": {**scoring_code(), **self._code(router)},
+            **self._common,
+            "router_code": digest(self._identity.code(router)),
+            "top_k": options.get("top_k"),
+            "options": json.dumps({"kind": type(router).name(), **options}),
+            "zero_shot": router.zero_shot,
+            "side_information": side_information(router),
         }
 
-    def _count(self, key: str, chunk: Chunk) -> None:
-        """Count an answer, once per chunk and router."""
-        if key not in self._counted:
-            self._counted.add(key)
-            self.requests += len(chunk.requests)
-
-    def _routing(self, usage: Usage) -> Iterator[dict[str, Any]]:
-        for linear, weights_E in usage.routing.items():
-            shares = (weights_E / weights_E.sum()).tolist()
-            entropy = -sum(share * math.log(share) for share in shares if share > 0)
-            for expert, share in zip(self._members.experts, shares, strict=True):
-                yield {
-                    "linear": linear,
-                    "expert": expert,
-                    "share": share,
-                    "tokens": usage.routed[linear],
-                    "entropy": entropy,
-                }
-
-    def _replace(self, name: str, schema: pa.Schema, rows: list[dict[str, Any]]) -> None:
-        """Replace a router's rows of this suite, and keep its rows of other suites."""
-        kept = [r for r in _read(self._folder, name, schema) if r["suite"] != self._suite]
-        ordered = sorted(kept + rows, key=lambda row: row["suite"])
-        run_folder.write_table(self._folder, name, schema, ordered)
+    def _read_scores(self) -> list[Row]:
+        if not self._folder.exists(run_folder.SCORES_FILE):
+            return []
+        return run_folder.read_table(
+            self._folder, run_folder.SCORES_FILE, run_folder.SCORES
+        ).to_pylist()
 
 
-def _what_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Return what differs between two records of `_determining`; empty if nothing does."""
-    names = [name for name in now if name != "code" and before.get(name) != now[name]]
-    return listed(names + changes(before["code"], now["code"]))
+class _Halving(Watch):
+    """Repeats a call with smaller chunks when Ray killed its actor for want of memory."""
 
+    def __init__(self, evaluation: Evaluation) -> None:
+        self._evaluation = evaluation
 
-def _options(router: Router) -> dict[str, Any]:
-    """Return a router's options by name."""
-    return asdict(router)  # type: ignore[call-overload]  # all routers are dataclasses
-
-
-def _read(folder: Folder, name: str, schema: pa.Schema) -> list[dict[str, Any]]:
-    if not folder.exists(name):
-        return []
-    rows = run_folder.read_table(folder, name, schema).to_pylist()
-    return [{**row, "metrics": dict(row["metrics"])} if "metrics" in row else row for row in rows]
+    def revise(self, key: int, error: PhatgooseError) -> tuple[Any, ...] | None:
+        """Return the arguments with smaller chunks."""
+        return self._evaluation.halved(key) if isinstance(error, Killed) else None

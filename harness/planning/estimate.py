@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from harness.evaluation.chunks import Request, cut
 from harness.tasks import TaskData
 from harness.tasks.lm_eval_tasks import evaluation_table
 from harness.tasks.store import read_records
@@ -25,25 +24,21 @@ _SAMPLE = 64
 
 @dataclass(frozen=True)
 class EvaluationWork:
-    """The work of one router: the number of requests, of chunks, and of characters."""
+    """The work of one router: the number of requests, and of their characters."""
 
     requests: int
-    chunks: int
     characters: int
 
 
-def evaluation_work(tasks: Sequence[TaskData], chunk_characters: int) -> EvaluationWork:
+def evaluation_work(tasks: Sequence[TaskData]) -> EvaluationWork:
     """Return the work of one router, with one request per document."""
-    requests = chunks = characters = 0
+    requests = characters = 0
     for data in tasks:
-        asked = [
-            Request(row["input"], tuple(row["choices"] or row["targets"][:1]))
-            for row in evaluation_table(data).to_pylist()
-        ]
-        requests += len(asked)
-        chunks += len(cut(data.name, "score", asked, chunk_characters))
-        characters += sum(request.characters for request in asked)
-    return EvaluationWork(requests, chunks, characters)
+        for row in evaluation_table(data).to_pylist():
+            requests += 1
+            choices = row["choices"] or row["targets"][:1]
+            characters += len(row["input"]) + sum(map(len, choices))
+    return EvaluationWork(requests, characters)
 
 
 def training_tokens(

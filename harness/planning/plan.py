@@ -11,6 +11,7 @@ from harness.config.schema import RunConfig
 from harness.evaluation.conditions import Conditions
 from harness.evaluation.overlap import Overlap, find_overlaps
 from harness.evaluation.requests import SuiteRequests
+from harness.evaluation.shards import Limits
 from harness.planning.estimate import (
     EvaluationWork,
     evaluate_seconds,
@@ -34,6 +35,8 @@ from phatgoose.errors import PhatgooseError
 from phatgoose.routers import Router
 from phatgoose.routers.interface import needs_profiles
 
+# Tokens that an evaluation actor reads at once, by the kind of device.
+_CHUNK_TOKENS = {"cuda": 8192, "mps": 1024, "cpu": 1024}
 _SPARE_BYTES = 500 * 2**20
 # The number of overlaps or names that are printed.
 _SHOWN = 5
@@ -46,10 +49,12 @@ class Plan:
     Attributes:
         config: the configuration.
         folder: the run folder.
+        base: the base without its weights.
         base_fingerprint: the base's fingerprint.
         pool: the data of the pool's tasks.
         suites: the data of each suite's tasks, by the suite's name.
         requests: the requests of each suite, by its name; empty without the stage `evaluate`.
+        limits: how many requests actors get at once.
         conditions: the conditions of the answers.
         jobs: one per expert, in the pool's order.
         multitask: the job of the multitask expert, if a router needs it.
@@ -65,10 +70,12 @@ class Plan:
 
     config: RunConfig
     folder: Folder
+    base: Base
     base_fingerprint: str
     pool: list[TaskData]
     suites: dict[str, list[TaskData]]
     requests: dict[str, SuiteRequests]
+    limits: Limits
     conditions: Conditions
     jobs: list[TrainJob]
     multitask: TrainJob | None
@@ -123,9 +130,8 @@ class Plan:
             )
         if "evaluate" in config.stages:
             lines.append(
-                f"evaluate  {len(self.routers)} passes over {self.work.requests} requests in "
-                f"{self.work.chunks} chunks, {_minutes(self.evaluate_seconds)} (less what was "
-                "answered before)"
+                f"evaluate  {len(self.routers)} routers, each on {self.work.requests} requests, "
+                f"{_minutes(self.evaluate_seconds)} (less what was answered before)"
             )
         found = [overlap for overlaps in self.overlaps.values() for overlap in overlaps]
         worst = sorted(found, key=lambda overlap: -overlap.share)
@@ -220,20 +226,22 @@ def make_plan(config: RunConfig, prepared: Prepared, device: str = "cpu") -> Pla
         requests = {name: SuiteRequests.build(name, tasks) for name, tasks in suites.items()}
     for suite in config.suites:
         if evaluates and suite.get("too_long") == "refuse":
-            check_lengths(base, requests[suite["name"]].chunks(1))
+            check_lengths(base, requests[suite["name"]])
     all_jobs = [*jobs, *([multitask] if multitask else [])]
     finished = {job: record.object for job, record in records.items()}
     tokens = training_tokens(base, all_jobs, pool)
     unfinished = sum(count for job, count in tokens.items() if job not in finished)
     tasks = [data for tasks in suites.values() for data in tasks]
-    work = evaluation_work(tasks, config.chunk_characters)
+    work = evaluation_work(tasks)
     plan = Plan(
         config=config,
         folder=Folder(config.run.dir),
+        base=base,
         base_fingerprint=base.fingerprint,
         pool=pool,
         suites=suites,
         requests=requests,
+        limits=_limits(config, device),
         conditions=Conditions.here(base.fingerprint, config.base.dtype, device),
         jobs=jobs,
         multitask=multitask,
@@ -251,6 +259,10 @@ def make_plan(config: RunConfig, prepared: Prepared, device: str = "cpu") -> Pla
     plan.folder.check_writable(creates=False)
     registry.folder.check_writable()
     return plan
+
+
+def _limits(config: RunConfig, device: str) -> Limits:
+    return Limits(config.chunk_tokens or _CHUNK_TOKENS[device], config.shard_tokens)
 
 
 def _check_held_out(pool: list[TaskSpec], suite: list[TaskSpec]) -> None:

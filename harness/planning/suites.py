@@ -1,17 +1,17 @@
 """Check, before anything is trained, that the base can answer the suites' requests."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from harness.evaluation.chunks import Chunk
+from harness.evaluation.encoding import encode
+from harness.evaluation.requests import SuiteRequests
 from harness.tasks import TaskData
 from harness.tasks.generation_options import generation_options
 from harness.tasks.lm_eval_tasks import evaluation_table
 from harness.tasks.sources.lm_eval import load_task
 from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
-from phatgoose.question import Question
-from phatgoose.tokenization import encode_context, encode_pairs, max_length, prompt_room
+from phatgoose.tokenization import encode_pairs, max_length, prompt_room
 
 
 def check_suite(base: Base, suite: Mapping[str, Any], tasks: Sequence[TaskData]) -> None:
@@ -34,24 +34,20 @@ def check_suite(base: Base, suite: Mapping[str, Any], tasks: Sequence[TaskData])
             raise PhatgooseError(f"suite {suite['name']}, task {data.name}: {error}") from error
 
 
-def check_lengths(base: Base, chunks: Iterable[Chunk]) -> None:
+def check_lengths(base: Base, requests: SuiteRequests) -> None:
     """Refuse prompts that would be cut, for `suite.too_long=refuse`.
 
     Raises:
         PhatgooseError: there are such prompts. The message counts them by task.
     """
     counts: dict[str, int] = {}
-    for chunk in chunks:
-        for request in chunk.requests:
-            is_cut = False
-            if request.max_new_tokens:
-                prompt = encode_context(base, request.context)
-                is_cut = len(prompt) > prompt_room(base, request.max_new_tokens)
-            if request.choices:
-                question = Question.encode(base, request.context, request.choices)
-                is_cut = is_cut or question.is_cut(base)
-            if is_cut:
-                counts[chunk.task] = counts.get(chunk.task, 0) + 1
+    for name, task in requests.tasks.items():
+        for asked in task.asked(name).values():
+            for one in encode(base, [each.request for each in asked], ""):
+                limit = one.request.max_new_tokens
+                is_cut = bool(limit) and len(one.prompt) > prompt_room(base, limit)
+                if is_cut or (one.question is not None and one.question.is_cut(base)):
+                    counts[name] = counts.get(name, 0) + 1
     if counts:
         listed = ", ".join(f"{count} of {task}" for task, count in counts.items())
         raise PhatgooseError(

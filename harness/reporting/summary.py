@@ -236,7 +236,7 @@ def _collect(scores: pa.Table, samples: pa.Table) -> dict[str, list[_TaskScores]
             task = suites[suite][name] = _TaskScores(name, documents, places_N, {}, {}, {})
         if answered.keys() != set(task.documents):
             raise PhatgooseError(
-                f"{samples_file(source)}: the documents of task {name} differ from another "
+                f"{samples_file(suite, source)}: the documents of task {name} differ from another "
                 f"router's. Delete {SCORES_FILE} and {SAMPLES_FOLDER}/, and run again."
             )
         if not any(metric in metrics for metrics in answered.values()):
@@ -276,7 +276,8 @@ def _check(score: Row, values_N: np.ndarray, source: str) -> None:
     """Raise PhatgooseError unless a score is the mean of its samples."""
     if len(values_N) and np.isclose(values_N.mean(), score["value"], rtol=1e-6, atol=1e-9):
         return
+    name = samples_file(score["suite"], source)
     raise PhatgooseError(
-        f"{samples_file(source)}: task {score['task']}, metric {score['metric']}: the samples' "
+        f"{name}: task {score['task']}, metric {score['metric']}: the samples' "
         f"mean differs from {SCORES_FILE}. Delete both files, and run again."
     )

@@ -1,6 +1,7 @@
 """Settings of actors: their sizes, the nodes they may run on, and the base they load."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -25,3 +26,8 @@ class ClusterConfig:
     checkpoint_seconds: float = 60
     train_nodes: dict[str, str] = field(default_factory=dict)
     evaluate_nodes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def patience(self) -> dict[str, Any]:
+        """How long `harness.scheduling.workers.Workers` waits for progress and for nodes."""
+        return {"lease_seconds": self.lease_seconds, "wait_seconds": self.wait_seconds}

@@ -14,7 +14,7 @@ of jobs. So a driver that dies loses only unfinished calls.
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,10 +41,16 @@ class Failure:
     Attributes:
         error: the error, in one line.
         traceback: the traceback of the last error, if it is known.
+        expected: whether it is an error that every call with such arguments would raise.
     """
 
     error: str
     traceback: str = field(default="", compare=False)
+    expected: bool = field(default=False, compare=False)
+
+
+class Killed(OutOfMemory):
+    """Ray killed an actor because its node was about to run out of memory."""
 
 
 class Watch:
@@ -168,6 +174,13 @@ class Workers:
             _Call(key, method, call, watch) for key, call in zip(keys, calls, strict=True)
         ]
         return keys
+
+    def cancel(self, keys: Collection[int]) -> list[int]:
+        """Drop those of these calls that wait for an actor; return their keys."""
+        unwanted = {*keys}
+        dropped = [call.key for call in self._waiting if call.key in unwanted]
+        self._waiting = deque(call for call in self._waiting if call.key not in unwanted)
+        return dropped
 
     def run(
         self,
@@ -338,7 +351,7 @@ class Workers:
             result = ray.get(reference)
         except OutOfMemoryError as error:  # Ray's memory monitor killed the actor
             self._end(actor)
-            error_of_ours = OutOfMemory(last_line(error))
+            error_of_ours = Killed(last_line(error))
             return self._refused(call, error_of_ours, str(error), died_after=actor.steps)
         except RayActorError as error:
             self._end(actor)
@@ -403,7 +416,8 @@ class Workers:
         if revised is None and died_after is not None:
             return self._died(call, died_after, str(error), traceback)
         if revised is None:
-            return [(call.key, Failure(str(error), _plain(traceback)))]
+            expected = not isinstance(error, OutOfMemory)
+            return [(call.key, Failure(str(error), _plain(traceback), expected))]
         call.arguments = revised
         return self._again(call, str(error), traceback)
 

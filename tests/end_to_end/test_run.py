@@ -86,10 +86,10 @@ def check_scores(run_dir: Path) -> None:
 
 def check_files(run_dir: Path, linears: int) -> None:
     for router in ROUTERS - {"oracle"}:
-        samples = read(run_dir, run_folder.samples_file(router), run_folder.SAMPLES)
+        samples = read(run_dir, run_folder.samples_file("held", router), run_folder.SAMPLES)
         assert len(samples) == 8 + 8
     for router in ("phatgoose", "random"):
-        routing = read(run_dir, run_folder.routing_file(router), run_folder.ROUTING)
+        routing = read(run_dir, run_folder.routing_file("held", router), run_folder.ROUTING)
         # A generated answer is routed too, when its right answer is scored.
         assert len(routing) == len(METRICS) * linears * len(EXPERTS)
     for expert in EXPERTS:

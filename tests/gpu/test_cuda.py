@@ -6,8 +6,9 @@ These tests need neither Ray nor lm-eval, so that they run on a bare machine (be
 import pytest
 import torch
 
-from harness.evaluation.answering import answer_chunk
-from harness.evaluation.chunks import Chunk, Request
+from harness.evaluation.answering import answer_shard
+from harness.evaluation.encoding import EncodedShard, encode
+from harness.evaluation.shards import Request
 from phatgoose.base import Base, load_base
 from phatgoose.inference.model import RoutedModel
 from phatgoose.ops import mix, mix_factors, mix_reference, route
@@ -30,14 +31,10 @@ ROUTERS = [
     "ties",
     "logo",
 ]
-CHUNK = Chunk(
-    "task",
-    "score",
-    (
-        Request("Q: Is the lake deep?\nA:", (" yes", " no")),
-        Request("The grey goose flies over the", (" lake", " swan", " flock")),
-    ),
-)
+REQUESTS = [
+    Request("Q: Is the lake deep?\nA:", (" yes", " no")),
+    Request("The grey goose flies over the", (" lake", " swan", " flock")),
+]
 
 
 @pytest.fixture(params=["llama", "t5"])
@@ -75,7 +72,8 @@ def test_a_gpu_gives_the_answers_of_the_cpu(bases: tuple[Base, Base], router: st
     answers = []
     for base in bases:
         model = RoutedModel(base, Pool.from_experts(make_experts(base, 4)), make_router(router))
-        answers.append(answer_chunk(base, model, CHUNK, ""))
+        shard = EncodedShard("choices", "score", [encode(base, REQUESTS, "")])
+        answers.append(answer_shard(base, model, shard))
     on_cpu, on_gpu = answers
     for ours, theirs in zip(on_cpu.scores, on_gpu.scores, strict=True):
         assert [s.loglikelihood for s in theirs] == pytest.approx(

@@ -8,15 +8,19 @@ from typing import Any
 import pytest
 
 from harness.config.schema import RunConfig
-from harness.evaluation.chunks import Chunk, Request
+from harness.evaluation.answering import answer_shard
+from harness.evaluation.encoding import EncodedShard, encode
+from harness.evaluation.shards import Request
 from harness.scheduling.settings import BaseConfig
 from phatgoose.base import load_base
 from phatgoose.errors import PhatgooseError
+from phatgoose.inference.model import RoutedModel
+from phatgoose.pool import Pool
 from phatgoose.routers import make_router
 from phatgoose.tokenization import encode_context, encode_pair
 from tests.support.plain import plain_generate, plain_score
 from tests.support.tiny import build, llama_tokenizer, make_decoder, make_experts
-from tests.support.toy import local_actor, make_plan, members_of, prepare_toys, toy_config
+from tests.support.toy import make_plan, prepare_toys, toy_config
 
 
 @pytest.fixture
@@ -89,12 +93,12 @@ def test_an_actor_answers_like_single_sequences(
 ) -> None:
     base = load_base(str(make_decoder(tmp_path / "base", kind, **changes)))
     experts = make_experts(base, 3)
-    actor = local_actor(base, experts)
     choices = (" the goose and the swan", " no")
-    generating = Chunk("t", "generate", tuple(Request(text, choices[:1], 7) for text in TEXTS))
-    scoring = Chunk("t", "score", tuple(Request(text, choices) for text in TEXTS))
-    answered = actor.answer(make_router(router), generating, "", members_of(experts))
-    scored = actor.answer(make_router(router), scoring, "", members_of(experts))
+    model = RoutedModel(base, Pool.from_experts(experts), make_router(router))
+    asked = [Request(text, choices[:1], 7) for text in TEXTS]
+    answered = answer_shard(base, model, EncodedShard("t", "generate", [encode(base, asked, "")]))
+    asked = [Request(text, choices) for text in TEXTS]
+    scored = answer_shard(base, model, EncodedShard("t", "score", [encode(base, asked, "")]))
     for text, written, (first,), both in zip(
         TEXTS, answered.texts, answered.scores, scored.scores, strict=True
     ):

@@ -69,7 +69,8 @@ def test_scores_are_read_as_written(folder: Folder) -> None:
 def test_samples_of_all_routers_are_read_together(folder: Folder) -> None:
     for router in ("single:plural", "base"):
         row = {**SAMPLE, "router": router}
-        run_folder.write_table(folder, run_folder.samples_file(router), run_folder.SAMPLES, [row])
+        name = run_folder.samples_file("held", router)
+        run_folder.write_table(folder, name, run_folder.SAMPLES, [row])
     table = run_folder.read_folder(folder, "samples", run_folder.SAMPLES)
     assert sorted(table["router"].to_pylist()) == ["base", "single:plural"]
     assert dict(table["metrics"].to_pylist()[0]) == {"acc": 0.0, "nll": 2.0}
@@ -175,7 +176,8 @@ def test_a_name_can_be_recovered_from_its_file(name: str) -> None:
 
 
 def test_a_file_stem_is_readable() -> None:
-    assert run_folder.samples_file("single:plural") == "samples/single@plural.parquet"
+    name = run_folder.samples_file("bbh", "single:plural")
+    assert name == "samples/bbh/single@plural.parquet"
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", ":a", "a/b", "a@b", "a b", "ü", "a\n", "x" * 201])

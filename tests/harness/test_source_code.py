@@ -21,6 +21,7 @@ Edit = Callable[[str, str, str], None]
 def forget() -> None:
     source_code._tree.cache_clear()
     source_code._hash.cache_clear()
+    source_code._imports.cache_clear()
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ def test_a_shared_formula_makes_the_answers_of_its_users_stale(edit: Edit) -> No
         ("phatgoose/ops/routing.py", "-torch.inf", "0.0"),
         ("phatgoose/routers/interface.py", "top_k=self.top_k", "top_k=1"),
         ("phatgoose/inference/generation.py", "do_sample=False", "do_sample=True"),
-        ("harness/evaluation/answering.py", "request.choices_shown", "True"),
+        ("harness/evaluation/encoding.py", "request.choices_shown", "True"),
     ],
 )
 def test_the_scoring_path_makes_all_answers_stale(

@@ -56,7 +56,8 @@ def write_routing(folder: Folder, router: str, linears: list[str]) -> None:
                 names = {"router": router, "suite": "held_out", "task": task, "linear": linear}
                 numbers = {"share": float(share), "tokens": 100, "entropy": entropy}
                 rows.append({**names, "expert": expert, **numbers})
-    run_folder.write_table(folder, run_folder.routing_file(router), run_folder.ROUTING, rows)
+    name = run_folder.routing_file("held_out", router)
+    run_folder.write_table(folder, name, run_folder.ROUTING, rows)
 
 
 def write_summary(folder: Folder) -> None:

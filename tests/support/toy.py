@@ -15,12 +15,17 @@ from typing import Any
 from harness.config.schema import RunConfig
 from harness.driver.prepare import prepare_run
 from harness.evaluation.actor import EvalActor
+from harness.evaluation.answer_files import AnswerFiles
 from harness.evaluation.conditions import Conditions
+from harness.evaluation.inputs import SuiteInputs
+from harness.evaluation.requests import SuiteRequests
+from harness.evaluation.scoring import ScoringActor
+from harness.evaluation.shards import Limits
 from harness.evaluation.stage import Setting
 from harness.planning import plan
 from harness.planning.plan import Plan
 from harness.registry.packs import Members
-from harness.scheduling.workers import Failure
+from harness.scheduling.workers import Failure, Watch
 from harness.storage import Folder
 from harness.tasks import TaskData, TaskSpec, prepare_all, write_all
 from harness.tasks.sources import bigbench
@@ -118,7 +123,8 @@ def toy_config(base: Path, run_dir: Path, **changes: Any) -> Any:
         "cluster": ClusterConfig(),
         "run": RunSection(str(run_dir)),
         "registry": str(run_dir / "registry"),
-        "chunk_characters": 200,
+        "chunk_tokens": 60,
+        "shard_tokens": 120,
     }
     return RunConfig(**{**values, **changes})
 
@@ -144,7 +150,8 @@ def toy_arguments(base: Path, run_dir: Path) -> list[str]:
         "train.micro_batch_size=4",
         "train.evaluation_examples=4",
         "cluster.max_actors=1",
-        "chunk_characters=60",
+        "chunk_tokens=20",
+        "shard_tokens=40",
         f"profile.encoder={run_dir.parent / 'encoder'}",
         "profile.activation_examples=4",
     ]
@@ -166,12 +173,21 @@ def members_of(experts: Sequence[Expert]) -> Members:
     return Members({expert.card.name: expert.content_hash() for expert in experts})
 
 
-def setting(
-    folder: Path, workers: "LocalWorkers", characters: int, dtype: str = "float32"
-) -> Setting:
-    """Return the setting of evaluations in this run folder."""
+def setting(folder: Path, workers: "LocalWorkers", dtype: str = "float32") -> Setting:
+    """Return the setting of evaluations in this run folder, whose actors are in this process."""
     conditions = Conditions.here("tiny's fingerprint", dtype, "cpu")
-    return Setting(Folder(folder), "tiny", conditions, workers, characters)  # type: ignore[arg-type]
+    if workers.worker is not None:
+        workers.worker._files = AnswerFiles(Folder(folder))
+    scorer = object.__new__(ScoringActor)
+    scorer._done = 0
+    scorers: Any = LocalWorkers(scorer)
+    evaluators: Any = workers
+    return Setting(Folder(folder), "tiny", conditions, evaluators, scorers)
+
+
+def inputs_of(requests: SuiteRequests, base: Base, tokens: int) -> SuiteInputs:
+    """Return a suite's inputs for actors in this process, in chunks and shards of this size."""
+    return SuiteInputs(requests, base, Limits(tokens, tokens), lambda value: value)
 
 
 class LocalWorkers:
@@ -188,7 +204,16 @@ class LocalWorkers:
         self._waiting: dict[int, tuple[str, tuple[Any, ...]]] = {}
         self._added = 0
 
-    def add(self, method: str, calls: Sequence[tuple[Any, ...]]) -> range:
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    def cancel(self, keys: Sequence[int]) -> list[int]:
+        return [key for key in keys if self._waiting.pop(key, None)]
+
+    def add(
+        self, method: str, calls: Sequence[tuple[Any, ...]], watch: Watch | None = None
+    ) -> range:
         keys = range(self._added, self._added + len(calls))
         self._added += len(calls)
         self._waiting |= {key: (method, call) for key, call in zip(keys, calls, strict=True)}
@@ -202,7 +227,7 @@ class LocalWorkers:
             try:
                 results.append((key, getattr(self.worker, method)(*call)))
             except PhatgooseError as error:
-                results.append((key, Failure(str(error))))
+                results.append((key, Failure(str(error), expected=True)))
         return results
 
 

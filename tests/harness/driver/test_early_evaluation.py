@@ -13,8 +13,9 @@ from harness.tasks import TaskData, TaskSpec
 from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
 from phatgoose.routers import make_router
+from tests.support.evaluations import LocalEvaluation
 from tests.support.tiny import make_experts
-from tests.support.toy import LocalWorkers, local_actor, prepare_toys, setting
+from tests.support.toy import LocalWorkers, inputs_of, local_actor, prepare_toys, setting
 
 ROUTERS = {name: make_router(name) for name in ("base", "phatgoose", "single:e0", "single:e1")}
 
@@ -47,16 +48,18 @@ class Scene:
         self.all = {expert.card.name: expert.content_hash() for expert in made}
         self.workers, self.trainers = Workers(local_actor(base, made)), Trainers()
         self.experts: dict[str, str] = {}
+        self.base = base
         self.folder, self.suites = folder, {"one": tasks[:1], "two": tasks[1:]}
         evaluations = self.evaluations(self.workers, self.experts)
         workers: Any = self.workers
         trainers: Any = self.trainers
         self.early = EarlyEvaluation(evaluations, self.experts, ROUTERS, trainers, workers, shared)
 
-    def evaluations(self, workers: LocalWorkers, experts: dict[str, str]) -> list[Evaluation]:
-        made = setting(self.folder, workers, 150)
+    def evaluations(self, workers: LocalWorkers, experts: dict[str, str]) -> list[LocalEvaluation]:
+        made = setting(self.folder, workers)
         asked = [SuiteRequests.build(suite, tasks) for suite, tasks in self.suites.items()]
-        return [Evaluation(made, requests, Members(experts)) for requests in asked]
+        inputs = [inputs_of(requests, self.base, 40) for requests in asked]
+        return [LocalEvaluation(made, one, Members(experts)) for one in inputs]
 
 
 @pytest.fixture
@@ -73,15 +76,15 @@ def test_early_answers_are_not_requested_again(
     scene = Scene(tmp_path / "run", llama, tasks, shared=False)
     scene.early.step()
     assert scene.workers.calls == 0  # there are no experts
-    chunks = sum(len(e.chunks) for e in scene.evaluations(scene.workers, {}))
+    shards = sum(len(e.shards) for e in scene.evaluations(scene.workers, {}))
     scene.experts["e1"] = scene.all["e1"]
     scene.early.step()
     scene.early.finish()
-    assert scene.workers.calls == 2 * chunks  # base and single:e1
+    assert scene.workers.calls == 2 * shards  # base and single:e1
     scene.experts["e0"] = scene.all["e0"]
     scene.early.step()
     scene.early.finish()
-    assert scene.workers.calls == 3 * chunks
+    assert scene.workers.calls == 3 * shards
 
     later = Workers(scene.workers.worker)
     for evaluation in scene.evaluations(later, dict(sorted(scene.all.items()))):
@@ -90,7 +93,7 @@ def test_early_answers_are_not_requested_again(
         assert later.calls == 0
     # The pool's own router was not asked before all experts existed.
     evaluation.run("phatgoose", ROUTERS["phatgoose"])
-    assert later.calls == len(evaluation.chunks)
+    assert later.calls == len(evaluation.shards)
 
 
 def test_training_has_priority_on_nodes_that_do_both(

@@ -25,4 +25,4 @@ def workers(llama: Base) -> LocalWorkers:
 
 @pytest.fixture
 def run(tmp_path: Path, tasks: list[TaskData], llama: Base) -> Run:
-    return Run(tmp_path / "run", tasks, members_of(make_experts(llama, len(EXPERTS))))
+    return Run(tmp_path / "run", tasks, members_of(make_experts(llama, len(EXPERTS))), llama)

@@ -9,9 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.evaluation.actor import EvalActor
-from harness.evaluation.chunks import Chunk, Request
+from harness.evaluation.actor import Asked, EvalActor, Receipt
+from harness.evaluation.answer_files import AnswerFiles
+from harness.evaluation.answers import Answer
+from harness.evaluation.encoding import EncodedShard, encode
+from harness.evaluation.shards import Kind, Request
 from harness.registry import Registry
+from harness.storage import Folder
 from phatgoose.base import Base
 from phatgoose.expert import Expert
 from phatgoose.inference.routed_linear import RoutingLog
@@ -22,10 +26,10 @@ from tests.support.toy import local_actor, members_of
 
 GPU = torch.device("cuda", 0)
 
-CHUNKS = [
-    Chunk("swans", "score", (Request("Is the lake deep?", (" yes", " no")),)),
-    Chunk("sums", "generate", (Request("two and two is", (" four",), 3),)),
-    Chunk("sums", "generate", (Request("two and two is ", (" four",), 3),)),  # read twice
+SHARDS: list[tuple[Kind, Request]] = [
+    ("score", Request("Is the lake deep?", (" yes", " no"))),
+    ("generate", Request("two and two is", (" four",), 3)),
+    ("generate", Request("two and two is ", (" four",), 3)),  # read twice
 ]
 
 
@@ -67,18 +71,30 @@ def test_the_fake_gpu_behaves_like_a_gpu() -> None:
         assert moved.tolist() == [2.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize(("kind", "request_"), SHARDS)
 @pytest.mark.parametrize("router", ["phatgoose", "uniform"])
 def test_an_answer_contains_only_cpu_tensors(
-    base: Base, router: str, chunk: Chunk, monkeypatch: pytest.MonkeyPatch
+    base: Base,
+    router: str,
+    kind: Kind,
+    request_: Request,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     experts = make_experts(base, 3)
     actor: EvalActor = local_actor(base, experts)
-    asked = make_router(router), chunk, "", members_of(experts)
-    expected = actor.answer(*asked)
+    actor._files = files = AnswerFiles(Folder(tmp_path))
+    asked = Asked(make_router(router), members_of(experts))
+    shard = EncodedShard("task", kind, [encode(base, [request_], "")])
+    receipt = actor.answer(asked, shard, "1")
+    expected = files.read("1")
+    assert receipt == Receipt(expected.tokens, expected.seconds, 0)
     assert expected.routing.keys() == expected.routed.keys() == set(base.linears)
+    stored: list[Answer] = []
     monkeypatch.setattr("harness.evaluation.answering.RoutingLog", LogOnGpu)
-    answer = pickle.loads(pickle.dumps(actor.answer(*asked)))
+    monkeypatch.setattr(files, "write", lambda _, answer: stored.append(answer))
+    actor.answer(asked, shard, "2")
+    (answer,) = pickle.loads(pickle.dumps(stored))
     assert answer.routing.keys() == expected.routing.keys()
     for linear, weights_E in answer.routing.items():
         assert type(weights_E) is Tensor

@@ -1,26 +1,39 @@
 """Check which changes ask again: other code, experts, conditions, damage, failures."""
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+import re
+import shutil
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
+from harness.evaluation.actor import Asked
 from harness.evaluation.requests import SuiteRequests
-from harness.evaluation.stage import Evaluation
 from harness.planning.estimate import evaluation_work
 from harness.registry.packs import Members, pool_id
 from harness.reporting.report import make_report
+from harness.scheduling.workers import Failure, Killed
 from harness.tasks import TaskData
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import OutOfMemory, PhatgooseError
+from phatgoose.inference.model import RoutedModel
+from phatgoose.question import Question
 from phatgoose.routers import Router, make_router
-from tests.support.evaluations import NoWorkers, Run, routers
-from tests.support.toy import LocalWorkers, setting
+from tests.support.evaluations import LocalEvaluation, NoWorkers, Run, routers
+from tests.support.toy import LocalWorkers, inputs_of, setting
 
 
 def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
     """Return the messages that the harness has logged."""
     return [r.getMessage() for r in caplog.records if r.name.startswith("harness.")]
+
+
+def answer_files(run: Run) -> list[str]:
+    return run.folder.names("answers/")
 
 
 def test_a_second_run_asks_nothing_and_gives_the_same_results(
@@ -30,48 +43,98 @@ def test_a_second_run_asks_nothing_and_gives_the_same_results(
 
     def evaluate(workers: LocalWorkers) -> list[dict[str, Any]]:
         evaluation = run.evaluation(workers)
-        rows = [row for name, router in wanted.items() for row in evaluation.run(name, router)]
-        evaluation.write_scores(rows, derived={"oracle"})
+        evaluation.add(wanted)
+        evaluation.finish()
+        evaluation.write_scores(derived={"oracle"})
         assert evaluation.requests == 3 * (9 + 5)  # found answers count too
         return run.table("scores.parquet")
 
     first = evaluate(workers)
-    assert evaluation_work(tasks, 150).requests == 9 + 5
-    assert len(run.folder.names("journal/")) == 3 * evaluation_work(tasks, 150).chunks
+    assert evaluation_work(tasks).requests == 9 + 5
+    assert answer_files(run) == [
+        f"answers/tasks/held/{name}.parquet" for name in ("base", "phatgoose", "single@e0")
+    ]
     files = {name: run.folder.read(name) for name in run.folder.names()}
     assert evaluate(NoWorkers(None)) == first  # including the seconds of the first run
+    assert {name: run.folder.read(name) for name in run.folder.names()} == files
+
+
+@pytest.mark.parametrize("lost", ["scores.parquet", "samples/held/phatgoose.parquet"])
+def test_lost_results_come_from_the_answers(run: Run, workers: LocalWorkers, lost: str) -> None:
+    def evaluate(workers: LocalWorkers) -> None:
+        evaluation = run.evaluation(workers)
+        evaluation.add(routers("base", "phatgoose"))
+        evaluation.finish()
+        evaluation.write_scores()
+
+    evaluate(workers)
+    files = {name: run.folder.read(name) for name in run.folder.names()}
+    run.folder.delete(lost)
+    evaluate(NoWorkers(None))
     assert {name: run.folder.read(name) for name in run.folder.names()} == files
 
 
 def test_early_answers_leave_nothing_to_ask(run: Run, workers: LocalWorkers) -> None:
     wanted = routers("base", "phatgoose", "merged")
     evaluation = run.evaluation(workers)
-    evaluation.ask(wanted)
-    assert evaluation.open_routers == {*wanted}
-    while evaluation.is_waiting:
-        evaluation.step(0)
-    assert workers.calls == len(run.folder.names("journal/")) == 3 * len(evaluation.chunks)
-    evaluation.ask(wanted)  # again, without anything to ask
+    evaluation.add(wanted)
+    while any(state.to_ask or state.open for state in evaluation.routers.values()):
+        evaluation.ask(10**6)
+        for key, result in workers.step(0):
+            evaluation.take(key, result)
+    assert workers.calls == len(answer_files(run)) == 3 * len(evaluation.shards)
     assert not evaluation.is_waiting
+    evaluation.add(wanted)  # again, without anything to ask
     later = run.evaluation(NoWorkers(None))  # for the next call of the run
-    later.ask(wanted)
+    later.add(wanted)
     assert later.requests == evaluation.requests == 3 * (9 + 5)
-    evaluation._workers = NoWorkers(None)  # type: ignore[assignment]
-    rows = [row for name in wanted for row in evaluation.run(name, wanted[name])]
+    later.finish()
 
-    separate = Run(run.path.with_name("separate") / run.path.name, run.tasks, run.members)
+    separate = Run(run.path.with_name("separate") / run.path.name, run.tasks, run.members, run.base)
     other = separate.evaluation(workers)
-    expected = [row for name, router in wanted.items() for row in other.run(name, router)]
-    assert [{**r, "seconds": 0} for r in rows] == [{**r, "seconds": 0} for r in expected]
+    other.add(wanted)
+    other.finish()
+    assert [{**r, "seconds": 0} for r in later.rows] == [{**r, "seconds": 0} for r in other.rows]
+
+
+def test_scores_do_not_depend_on_the_routers_that_were_scored_before(
+    run: Run, workers: LocalWorkers
+) -> None:
+    wanted = routers("base", "phatgoose")
+    together = run.evaluation(workers)
+    together.add(wanted)
+    together.finish()
+    for name, router in wanted.items():
+        separate = Run(run.path.with_name(name) / "run", run.tasks, run.members, run.base)
+        rows = separate.evaluation(workers).run(name, router)
+        expected = [{**row, "seconds": 0} for row in together.routers[name].rows]
+        assert [{**row, "seconds": 0} for row in rows] == expected
+    values = [[row["value"] for row in state.rows] for state in together.routers.values()]
+    assert values[0] != values[1]
 
 
 def test_a_complete_router_does_not_wait_for_others(run: Run, workers: LocalWorkers) -> None:
-    wanted, evaluation = routers("base", "phatgoose"), run.evaluation(workers)
+    evaluation = run.evaluation(workers)
     workers.most = 1
-    evaluation.ask(wanted)
-    assert evaluation.run("base", wanted["base"])
-    assert evaluation.open_routers == {"phatgoose"}
-    assert evaluation.run("phatgoose", wanted["phatgoose"])
+    evaluation.add(routers("base", "phatgoose"))
+    while evaluation.routers["base"].state != "done":
+        evaluation.step()
+    assert evaluation.routers["base"].rows
+    state = evaluation.routers["phatgoose"]
+    assert state.state == "asking"
+    assert state.open
+    evaluation.finish()
+    assert state.rows
+
+
+def test_no_more_than_so_many_shards_wait(run: Run, workers: LocalWorkers) -> None:
+    evaluation = run.evaluation(workers)
+    evaluation.add(routers("base", "phatgoose"))
+    evaluation.ask(3)
+    assert workers.waiting == 3
+    evaluation.ask(3)
+    assert workers.waiting == 3
+    evaluation.finish()
 
 
 @pytest.mark.parametrize(
@@ -79,7 +142,7 @@ def test_a_complete_router_does_not_wait_for_others(run: Run, workers: LocalWork
     [
         {"members": 2},
         {"dtype": "bfloat16"},
-        {"characters": 400},
+        {"tokens": 100},
     ],
     ids=["pool", "dtype", "chunks"],
 )
@@ -109,6 +172,7 @@ def test_answers_that_do_not_depend_on_other_experts_stay_when_the_pool_grows(
 def test_a_router_with_other_options_is_asked_again(run: Run, workers: LocalWorkers) -> None:
     evaluation = run.evaluation(workers)
     one = evaluation.run("phatgoose", make_router("phatgoose", top_k=1))
+    evaluation = run.evaluation(workers)
     two = evaluation.run("phatgoose", make_router("phatgoose", top_k=2))
     assert [row["top_k"] for row in (one[0], two[0])] == [1, 2]
     assert [row["value"] for row in one] != [row["value"] for row in two]
@@ -119,8 +183,9 @@ def test_results_of_other_routers_and_suites_stay(
 ) -> None:
     def evaluate(suite: str, chosen: list[TaskData], *names: str) -> None:
         evaluation = run.evaluation(workers, suite=suite, tasks=chosen)
-        rows = [row for n, r in routers(*names).items() for row in evaluation.run(n, r)]
-        evaluation.write_scores(rows)
+        evaluation.add(routers(*names))
+        evaluation.finish()
+        evaluation.write_scores()
 
     def held() -> set[tuple[str, str, str]]:
         rows = run.table("scores.parquet")
@@ -141,11 +206,9 @@ def test_results_of_other_routers_and_suites_stay(
         ("second", "base", "swans"),
         ("second", "phatgoose", "swans"),
     }
-    samples = run.table("samples/base.parquet")
-    assert {(row["suite"], row["task"]) for row in samples} == {
-        ("held", "swans"),
-        ("second", "swans"),
-    }
+    for suite in ("held", "second"):
+        samples = run.table(f"samples/{suite}/base.parquet")
+        assert {(row["suite"], row["task"]) for row in samples} == {(suite, "swans")}
     assert "suite second" in make_report(run.folder)
 
 
@@ -153,44 +216,145 @@ def test_results_of_another_pool_are_dropped(run: Run, workers: LocalWorkers) ->
     two = Members(dict(list(run.members.experts.items())[:2]))
     for members, name in ((run.members, "merged"), (two, "base")):
         evaluation = run.evaluation(workers, members=members)
-        evaluation.write_scores(evaluation.run(name, make_router(name)))
+        evaluation.run(name, make_router(name))
+        evaluation.write_scores()
     rows = run.table("scores.parquet")
     assert {(row["manifest"], row["router"]) for row in rows} == {(pool_id(two.experts), "base")}
 
 
+def failing(workers: LocalWorkers, calls: range, error: str) -> None:
+    """Let the actor's calls with these numbers fail, as `Workers` reports it."""
+    answer, number = workers.worker.answer, itertools.count()
+
+    def fails(*arguments: Any) -> Any:
+        failure = Failure(error, f"Traceback: {error}")
+        return failure if next(number) in calls else answer(*arguments)
+
+    workers.worker.answer = fails
+
+
 def test_answers_from_before_a_failure_are_kept(run: Run, workers: LocalWorkers) -> None:
-    answer: Callable[..., Any] = workers.worker.answer
-    left = 3
-
-    def dies(*arguments: Any) -> Any:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise PhatgooseError("out of order")
-        return answer(*arguments)
-
-    workers.worker.answer = dies
+    failing(workers, range(3, 10**6), "out of order")
+    workers.most = 1
     evaluation = run.evaluation(workers)
     with pytest.raises(PhatgooseError, match=r"router base, task held/.*: out of order; see logs/"):
         evaluation.run("base", make_router("base"))
-    assert evaluation.failures.keys() == {"base"}
-    assert len(run.folder.names("journal/")) == 3
-    workers.worker.answer, workers.calls = answer, 0
-    run.evaluation(workers).run("base", make_router("base"))
-    assert workers.calls == len(run.folder.names("journal/")) - 3
+    del workers.worker.answer
+    again = LocalWorkers(workers.worker)
+    assert run.evaluation(again).run("base", make_router("base"))
+    assert again.calls == len(evaluation.shards) - 3
+
+
+def test_what_waits_for_a_failed_router_is_cancelled(run: Run, workers: LocalWorkers) -> None:
+    """Check an actor that refuses the first router, so that no other call can succeed."""
+    answer: Callable[..., Any] = workers.worker.answer
+    calls: list[str] = []
+
+    def refuses(asked: Asked, *arguments: Any) -> Any:
+        calls.append(asked.router.name())
+        if asked.router.name() == "phatgoose":
+            raise PhatgooseError("it has no gates")
+        return answer(asked, *arguments)
+
+    workers.worker.answer, workers.most = refuses, 1
+    evaluation = run.evaluation(workers)
+    evaluation.add(routers("phatgoose", "base"))
+    evaluation.finish()
+    assert calls == ["phatgoose"] + ["base"] * len(evaluation.shards)
+    assert evaluation.routers["base"].state == "done"
+    (problem,) = evaluation.problems
+    assert re.match(r"router phatgoose, task held/swans: it has no gates; see logs/", problem)
+    assert [row["state"] for row in evaluation.table()] == ["failed", "done"]
+
+
+def test_a_router_whose_first_shards_all_fail_is_given_up(run: Run, workers: LocalWorkers) -> None:
+    failing(workers, range(10**6), "illegal instruction")
+    workers.most = 1
+    evaluation = run.evaluation(workers)
+    evaluation.add(routers("base"))
+    evaluation.finish()
+    assert workers.calls == 3 < len(evaluation.shards)
+    (row,) = evaluation.table()
+    assert (row["state"], row["traceback"]) == ("failed", "Traceback: illegal instruction")
+
+
+def test_a_failed_shard_costs_only_its_task(run: Run, workers: LocalWorkers) -> None:
+    failing(workers, range(1, 2), "segmentation fault")
+    evaluation = run.evaluation(workers)
+    evaluation.add(routers("base"))
+    evaluation.finish()
+    assert {row["task"] for row in evaluation.rows} == {"sums"}
+    (problem,) = evaluation.problems
+    assert problem.startswith("router base, task held/swans: segmentation fault; see logs/")
+    del workers.worker.answer
+    again = LocalWorkers(workers.worker)
+    later = run.evaluation(again)
+    assert {row["task"] for row in later.run("base", make_router("base"))} == {"sums", "swans"}
+    assert again.calls == 1
+
+
+def test_a_bad_document_costs_only_its_task(
+    run: Run, workers: LocalWorkers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check one document that no actor can answer, until the next call of the run."""
+    model = RoutedModel.score
+    bad: list[str] = []
+
+    def score(self: RoutedModel, questions: Sequence[Question]) -> Any:
+        bad[1:] = []
+        texts = [question.query.text for question in questions if question.query]
+        bad.extend(texts[:1] if not bad else [])
+        if bad[0] in texts:
+            raise RuntimeError("a number is not finite")
+        return model(self, questions)
+
+    monkeypatch.setattr(RoutedModel, "score", score)
+    evaluation = run.evaluation(workers, tokens=400)
+    evaluation.add(routers("base"))
+    evaluation.finish()
+    assert {row["task"] for row in evaluation.rows} == {"sums"}
+    (problem,) = evaluation.problems
+    assert problem == (
+        "router base, task held/swans: 1 of 9 requests could not be answered (a number is not "
+        "finite), so it has no score; the answers to the others are kept"
+    )
+    monkeypatch.setattr(RoutedModel, "score", model)
+    again = LocalWorkers(workers.worker)
+    rows = run.evaluation(again, tokens=400).run("base", make_router("base"))
+    assert {(row["task"], row["n"]) for row in rows} == {("swans", 9), ("sums", 5)}
+    assert again.calls == 1
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_shard_that_was_killed_for_memory_is_asked_in_smaller_chunks(
+    run: Run, workers: LocalWorkers, size: int
+) -> None:
+    evaluation = run.evaluation(workers, tokens=1 if size == 1 else 10**4)
+    evaluation.add(routers("base"))
+    evaluation.ask(1)
+    (key,) = workers._waiting
+    _, arguments = workers._waiting[key]
+    watch = evaluation._watch
+    halvings = []
+    while revised := watch.revise(key, Killed("too much")):
+        assert revised[:3] == arguments
+        halvings.append(revised[3])
+    assert halvings == ([] if size == 1 else [1, 2, 3, 4])  # a chunk of nine
+    assert watch.revise(key, OutOfMemory("raised by the actor, which has halved it")) is None
+    evaluation.finish()
 
 
 def changed_code(monkeypatch: pytest.MonkeyPatch, router: str) -> None:
     """Change the source code of one router."""
     from harness import source_code
     from harness.evaluation import actor as eval_actor
-    from harness.evaluation import stage as evaluate
+    from harness.evaluation import identity
 
     def other(asked: Router) -> dict[str, str]:
         code = source_code.router_code(asked)
         return {**code, f"phatgoose.routers.{router}": "0" * 16} if asked.name() == router else code
 
-    monkeypatch.setattr(evaluate, "router_code", other)
+    monkeypatch.setattr(identity, "router_code", other)
     monkeypatch.setattr(eval_actor, "router_code", other)
 
 
@@ -205,16 +369,16 @@ def test_an_edited_router_is_asked_again_with_a_message(
     def evaluate() -> int:
         before, evaluation = workers.calls, run.evaluation(workers)
         evaluation.announce(wanted)
-        for name, router in wanted.items():
-            evaluation.run(name, router)
+        evaluation.finish()
+        evaluation.write_scores()
         return workers.calls - before
 
-    chunks = evaluate() // 3
+    shards = evaluate() // 3
     assert messages(caplog) == []
     assert evaluate() == 0
     changed_code(monkeypatch, "phatgoose")
-    assert evaluate() == chunks
-    line = f"phatgoose.routers.phatgoose changed: {chunks} chunks of phatgoose are asked again"
+    assert evaluate() == shards
+    line = f"phatgoose.routers.phatgoose changed: {shards} shards of phatgoose are asked again"
     assert messages(caplog) == [line]
     assert evaluate() == 0
     assert messages(caplog) == [line]
@@ -239,65 +403,69 @@ def test_answers_under_other_conditions_are_asked_again(
     word: str,
 ) -> None:
     wanted = routers("base", "merged")
-    made = setting(run.path, workers, 150)
-    requests = SuiteRequests.build("held", run.tasks)
+    made = setting(run.path, workers)
+    inputs = inputs_of(SuiteRequests.build("held", run.tasks), run.base, 40)
     counts = []
     other = dataclasses.replace(made.conditions, **{change: value})
     for conditions in (made.conditions, other):
         before = workers.calls
-        evaluation = Evaluation(
-            dataclasses.replace(made, conditions=conditions), requests, run.members
+        evaluation = LocalEvaluation(
+            dataclasses.replace(made, conditions=conditions), inputs, run.members
         )
         evaluation.announce(wanted)
-        rows = [row for name, router in wanted.items() for row in evaluation.run(name, router)]
+        evaluation.finish()
+        rows = evaluation.rows
         counts.append(workers.calls - before)
         if change in ("dtype", "device"):
             assert {row[change] for row in rows} == {getattr(conditions, change)}
     assert counts[0] == counts[1] > 0
-    line = f"{word} changed: {counts[1]} chunks of base, merged are asked again"
+    line = f"{word} changed: {counts[1]} shards of base, merged are asked again"
     # Modules are named if code changed; here only its hash was different.
     assert messages(caplog) == ([line] if word else [])
 
 
-@pytest.mark.parametrize("damage", ["cut", "number", "empty"])
+@pytest.mark.parametrize("damage", ["cut", "value", "empty", "lost"])
+@pytest.mark.parametrize("scored", [True, False])
 def test_a_damaged_answer_is_asked_again_with_a_message(
-    run: Run, workers: LocalWorkers, caplog: pytest.LogCaptureFixture, damage: str
+    run: Run, workers: LocalWorkers, caplog: pytest.LogCaptureFixture, damage: str, scored: bool
 ) -> None:
-    def evaluate() -> list[dict[str, Any]]:
-        evaluation = run.evaluation(workers)
-        rows = evaluation.run("phatgoose", make_router("phatgoose"))
-        return [{**row, "seconds": 0} for row in rows]
+    def rows(evaluation: LocalEvaluation) -> list[dict[str, Any]]:
+        found = evaluation.run("phatgoose", make_router("phatgoose"))
+        return [{**row, "seconds": 0} for row in found]
 
-    first, before = evaluate(), workers.calls
-    file = sorted((run.path / "journal").iterdir())[1]
+    expected = rows(run.evaluation(workers))
+    shutil.rmtree(run.path)
+    evaluation = run.evaluation(workers)
+    evaluation.add(routers("phatgoose"))
+    if scored:
+        evaluation.finish()
+    else:
+        evaluation.ask(10**6)
+        for key, result in workers.step(0):
+            evaluation.take(key, result)
+    file = sorted(path for path in (run.path / "answers").rglob("*") if path.is_file())[-1]
     data = file.read_bytes()
-    if damage == "number":
-        start = data.index(b"loglikelihood")
-        digits = next(i for i in range(start, len(data)) if data[i : i + 1].isdigit())
-        changed = bytes([ord("1") + (data[digits] == ord("1"))])
-        file.write_bytes(data[:digits] + changed + data[digits + 1 :])
+    if damage == "lost":
+        file.unlink()
+    elif damage == "value":
+        table = pq.read_table(file)
+        place = table.schema.get_field_index("tokens")
+        more = pc.add(table["tokens"], pa.array([1] * len(table)))
+        pq.write_table(table.set_column(place, table.schema.field("tokens"), more), file)
     else:
         file.write_bytes(data[: len(data) // 2] if damage == "cut" else b"")
-    assert evaluate() == first
-    assert workers.calls == before + 1
-    [error] = messages(caplog)
-    assert file.name in error
-    assert "is damaged; it is asked again" in error
-    assert evaluate() == first
-    assert workers.calls == before + 1
-
-
-def test_a_lost_answer_is_asked_again(
-    run: Run, workers: LocalWorkers, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Check an answer that existed when the evaluation began."""
-    run.evaluation(workers).run("merged", make_router("merged"))
-    before, evaluation = workers.calls, run.evaluation(workers)
-    file = sorted((run.path / "journal").iterdir())[0]
-    file.unlink()
-    evaluation.run("merged", make_router("merged"))
-    assert workers.calls == before + 1
-    assert f"{file.name} is missing; it is asked again" in messages(caplog)[0]
+    before = workers.calls
+    if not scored:  # it existed when the evaluation began
+        assert rows(evaluation) == expected
+        assert workers.calls == before + 1
+        [message] = messages(caplog)
+        how = "missing" if damage == "lost" else "damaged"
+        assert f"{file.name} is {how}" in message
+        assert message.endswith("; it is asked again")
+    assert rows(run.evaluation(workers)) == expected
+    before = workers.calls
+    assert rows(run.evaluation(workers)) == expected
+    assert workers.calls == before
 
 
 def test_an_actor_with_different_router_code_refuses(

@@ -1,6 +1,6 @@
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -8,17 +8,18 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from harness.evaluation.actor import EvalActor
-from harness.evaluation.chunks import Answer, Chunk
-from harness.evaluation.lm import Ask, ShardedLM
+from harness.evaluation.answers import Answer
+from harness.evaluation.lm import RecordedLM
 from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
+from phatgoose.inference.model import RoutedModel
+from phatgoose.pool import Pool
 from phatgoose.routers import make_router
 from phatgoose.tokenization import encode_pair
+from tests.support.answering_lm import AnsweringLM, ask
 from tests.support.plain import plain_score
 from tests.support.scripted import writing
 from tests.support.tiny import make_experts
-from tests.support.toy import local_actor, members_of
 
 # Prompts in the style of BIG-bench, with and without a space or newline at the end.
 DOCUMENTS = [
@@ -56,19 +57,16 @@ def generation_requests(
     ]
 
 
-def pool_actor(base: Base) -> EvalActor:
-    return local_actor(base, make_experts(base, 4))
-
-
-def ask(actor: EvalActor, router: str, order: Callable[[list[int]], list[int]] = list) -> Ask:
-    """Return a function that lets an actor answer chunks in some order."""
-    members = members_of(make_experts(actor._base, 4))
-
-    def answers(chunks: Sequence[Chunk]) -> Iterator[tuple[int, Answer]]:
-        for index in order(list(range(len(chunks)))):
-            yield index, actor.answer(make_router(router), chunks[index], "", members)
-
-    return answers
+def language_model(
+    base: Base,
+    router: str,
+    tokens: int,
+    targets: dict[str, list[str]] | None = None,
+    order: Callable[[list[int]], list[int]] = list,
+) -> AnsweringLM:
+    """Return what lm-eval sees of a router."""
+    pool = Pool.from_experts(make_experts(base, 4))
+    return AnsweringLM(base, ask(base, pool, make_router(router), order), tokens, targets)
 
 
 def shuffled(places: list[int]) -> list[int]:
@@ -78,10 +76,10 @@ def shuffled(places: list[int]) -> list[int]:
 
 @pytest.mark.parametrize("router", ["base", "phatgoose", "merged", "single:e2"])
 def test_answers_do_not_depend_on_actors_or_their_order(base: Base, router: str) -> None:
-    actor, characters = pool_actor(base), 60
+    tokens = 20
     requests = [*choice_requests(), *choice_requests("again")]
-    in_order = ShardedLM(ask(actor, router), characters)
-    shuffling = ShardedLM(ask(actor, router, shuffled), characters)
+    in_order = language_model(base, router, tokens)
+    shuffling = language_model(base, router, tokens, order=shuffled)
     expected = in_order.loglikelihood(requests)
     assert shuffling.loglikelihood(requests) == expected  # equal chunks, so identical results
     assert shuffling.scores == in_order.scores
@@ -91,7 +89,7 @@ def test_answers_do_not_depend_on_actors_or_their_order(base: Base, router: str)
         for linear, weights_E in usage.routing.items():
             assert torch.equal(weights_E, same.routing[linear])
 
-    at_once = ShardedLM(ask(actor, router), 10**6)
+    at_once = language_model(base, router, 10**6)
     for (one, one_greedy), (many, many_greedy) in zip(
         at_once.loglikelihood(requests), expected, strict=True
     ):
@@ -103,17 +101,17 @@ def test_answers_do_not_depend_on_actors_or_their_order(base: Base, router: str)
 
 @pytest.mark.parametrize("router", ["base", "random"])
 def test_generated_text_does_not_depend_on_actors_or_their_order(base: Base, router: str) -> None:
-    actor = pool_actor(base)
     requests = generation_requests(CONTEXTS, max_gen_toks=6)
-    one_by_one = ShardedLM(ask(actor, router, shuffled), 1).generate_until(requests)
-    assert one_by_one == ShardedLM(ask(actor, router), 1).generate_until(requests)
-    assert one_by_one == ShardedLM(ask(actor, router), 10**6).generate_until(requests)
+    one_by_one = language_model(base, router, 1, order=shuffled).generate_until(requests)
+    assert one_by_one == language_model(base, router, 1).generate_until(requests)
+    assert one_by_one == language_model(base, router, 10**6).generate_until(requests)
     assert any(one_by_one)
 
 
 def test_each_choice_has_its_own_score(llama: Base) -> None:
-    lm = ShardedLM(ask(pool_actor(llama), "single:e0"), 100)
+    lm = language_model(llama, "single:e0", 100)
     results = lm.loglikelihood(choice_requests())
+    RoutedModel(llama, Pool.from_experts(make_experts(llama, 4)), "single:e0")
     place = 0
     for document, (context, choices) in enumerate(DOCUMENTS):
         scores = lm.scores["choices", document]
@@ -129,15 +127,12 @@ def test_each_choice_has_its_own_score(llama: Base) -> None:
 
 
 def test_a_question_is_asked_once_for_all_its_choices(llama: Base) -> None:
-    asked: list[Chunk] = []
-
-    def answers(chunks: Sequence[Chunk]) -> Iterator[tuple[int, Answer]]:
-        asked.extend(chunks)
-        return ask(pool_actor(llama), "base")(chunks)
-
-    ShardedLM(answers, 10**6).loglikelihood(choice_requests())
-    [chunk] = asked
-    contexts = {request.context: list(request.choices) for request in chunk.requests}
+    lm = language_model(llama, "base", 10**6)
+    lm.loglikelihood(choice_requests())
+    [shard] = lm.shards
+    [chunk] = shard.chunks
+    asked = [one.request for one in chunk]
+    contexts = {request.context: list(request.choices) for request in asked}
     assert contexts == dict(DOCUMENTS)
 
 
@@ -149,7 +144,7 @@ def reference(llama: Base) -> HFLM:
 
 def test_loglikelihoods_match_lm_eval(llama: Base, reference: HFLM) -> None:
     expected = reference.loglikelihood(choice_requests(), disable_tqdm=True)
-    actual = ShardedLM(ask(pool_actor(llama), "base"), 100).loglikelihood(choice_requests())
+    actual = language_model(llama, "base", 100).loglikelihood(choice_requests())
     for (value, greedy), (known, known_greedy) in zip(actual, expected, strict=True):
         assert value == pytest.approx(known, abs=1e-4)
         assert greedy == known_greedy
@@ -165,7 +160,7 @@ def test_the_greedy_flag_matches_lm_eval(llama: Base, reference: HFLM) -> None:
         for i, choice in enumerate((text, text + " goose")):
             requests.append(Instance("loglikelihood", {}, (context, choice), i, ("t", document, 1)))
     expected = reference.loglikelihood(requests, disable_tqdm=True)
-    actual = ShardedLM(ask(pool_actor(llama), "base"), 100).loglikelihood(requests)
+    actual = language_model(llama, "base", 100).loglikelihood(requests)
     assert [greedy for _, greedy in actual] == [greedy for _, greedy in expected]
     assert any(greedy for _, greedy in actual)
     assert not all(greedy for _, greedy in actual)
@@ -173,7 +168,7 @@ def test_the_greedy_flag_matches_lm_eval(llama: Base, reference: HFLM) -> None:
 
 def test_generation_matches_lm_eval(llama: Base, reference: HFLM) -> None:
     options: dict[str, Any] = {"until": [], "max_gen_toks": 8, "do_sample": False}
-    lm = ShardedLM(ask(pool_actor(llama), "base"), 100)
+    lm = language_model(llama, "base", 100)
     whole = reference.generate_until(generation_requests(CONTEXTS, **options), disable_tqdm=True)
     assert lm.generate_until(generation_requests(CONTEXTS, **options)) == whole
     assert all(len(text) > 3 for text in whole)
@@ -186,7 +181,7 @@ def test_generation_matches_lm_eval(llama: Base, reference: HFLM) -> None:
 
 def test_the_space_after_a_prompt_is_not_part_of_the_answer(llama: Base, reference: HFLM) -> None:
     options: dict[str, Any] = {"until": ["\n"], "max_gen_toks": 8, "do_sample": False}
-    lm = ShardedLM(ask(pool_actor(llama), "base"), 100)
+    lm = language_model(llama, "base", 100)
     bare = reference.generate_until(generation_requests(CONTEXTS, **options), disable_tqdm=True)
     spaced = [context + " " for context in CONTEXTS]
     expected = [text.removeprefix(" ") for text in bare]
@@ -194,7 +189,7 @@ def test_the_space_after_a_prompt_is_not_part_of_the_answer(llama: Base, referen
 
 
 def test_a_single_stop_string_may_be_given_without_a_list(llama: Base) -> None:
-    lm = ShardedLM(ask(pool_actor(llama), "base"), 100)
+    lm = language_model(llama, "base", 100)
     [text] = lm.generate_until(generation_requests(CONTEXTS[:1], until=[], max_gen_toks=8))
     stop = text[3:5]
     cut = generation_requests(CONTEXTS[:1], until=stop, max_gen_toks=8)
@@ -202,7 +197,7 @@ def test_a_single_stop_string_may_be_given_without_a_list(llama: Base) -> None:
 
 
 def test_usage_is_counted_by_task(llama: Base) -> None:
-    lm = ShardedLM(ask(pool_actor(llama), "phatgoose"), 60)
+    lm = language_model(llama, "phatgoose", 60)
     lm.loglikelihood(choice_requests("one") + choice_requests("two")[:4])
     one, two = lm.usage["one"], lm.usage["two"]
     assert one.tokens > two.tokens > 0
@@ -214,9 +209,9 @@ def test_usage_is_counted_by_task(llama: Base) -> None:
 
 
 def test_unsupported_requests_are_refused(llama: Base) -> None:
-    lm = ShardedLM(ask(pool_actor(llama), "base"), 100)
+    lm = language_model(llama, "base", 100)
     with pytest.raises(PhatgooseError, match="task wikitext: it asks for rolling log-likelihoods"):
-        lm.loglikelihood_rolling(
+        RecordedLM([], Answer()).loglikelihood_rolling(
             [Instance("loglikelihood_rolling", {}, ("text",), 0, ("wikitext", 0, 1))]
         )
     for options in ({"do_sample": True}, {"temperature": 0.7}):
@@ -228,7 +223,7 @@ def test_unsupported_requests_are_refused(llama: Base) -> None:
 def test_every_name_of_the_limit_is_honored_as_in_lm_eval(
     llama: Base, reference: HFLM, name: str
 ) -> None:
-    lm = ShardedLM(ask(pool_actor(llama), "base"), 100)
+    lm = language_model(llama, "base", 100)
     options: dict[str, Any] = {"until": ["zzz"], name: 3, "do_sample": False}
     expected = reference.generate_until(generation_requests(CONTEXTS, **options), disable_tqdm=True)
     assert lm.generate_until(generation_requests(CONTEXTS, **options)) == expected
@@ -237,7 +232,7 @@ def test_every_name_of_the_limit_is_honored_as_in_lm_eval(
 
 
 def test_an_empty_stop_string_is_ignored(base: Base) -> None:
-    lm = ShardedLM(ask(pool_actor(base), "base"), 100)
+    lm = language_model(base, "base", 100)
     whole = lm.generate_until(generation_requests(CONTEXTS, until=[], max_gen_toks=8))
     for until in ("", [""], None):
         requests = generation_requests(CONTEXTS, until=until, max_gen_toks=8)
@@ -250,7 +245,7 @@ def test_a_space_as_stop_string_ends_generation_before_the_second_word(
     llama: Base, right: dict[str, list[str]]
 ) -> None:
     """Check that the space after the prompt belongs to the prompt, as in lm-eval."""
-    lm = ShardedLM(ask(pool_actor(llama), "base"), 10**6, right)
+    lm = language_model(llama, "base", 10**6, right)
     options: dict[str, Any] = {"max_gen_toks": 6, "until": [" "]}
     with writing(llama, llama.tokenizer.encode(" goose flies")):
         assert lm.generate_until(generation_requests(["the "], **options)) == ["goose"]
@@ -260,7 +255,7 @@ def test_a_space_as_stop_string_ends_generation_before_the_second_word(
 
 def test_requests_of_one_chunk_may_have_different_options(base: Base) -> None:
     """Check different options, which occur if a task makes its own requests."""
-    lm = ShardedLM(ask(pool_actor(base), "base"), 10**6)
+    lm = language_model(base, "base", 10**6)
     options: list[dict[str, Any]] = [
         {"max_gen_toks": 2},
         {"max_gen_toks": 9},
@@ -285,7 +280,7 @@ def test_a_prompt_that_is_too_long_is_truncated_as_in_lm_eval_and_counted(
     llama: Base, reference: HFLM
 ) -> None:
     assert len(encode_pair(llama, LONG, "x")[0]) > 512
-    lm = ShardedLM(ask(pool_actor(llama), "base"), 10**6)
+    lm = language_model(llama, "base", 10**6)
     choices = [
         Instance("loglikelihood", {}, (context, choice), i, ("choices", document, 1))
         for document, context in enumerate(["the", LONG, "Is the lake deep?"])
@@ -306,7 +301,7 @@ def test_a_prompt_that_is_too_long_is_truncated_as_in_lm_eval_and_counted(
 
 def test_the_answer_after_a_prompt_that_is_too_long_is_scored(base: Base) -> None:
     right = {"generation": [" yes", " yes"]}
-    lm = ShardedLM(ask(pool_actor(base), "phatgoose"), 10**6, right)
+    lm = language_model(base, "phatgoose", 10**6, right)
     base.model.config.n_positions = 64
     lm.generate_until(generation_requests([LONG, "the"], max_gen_toks=4))
     assert lm.cut == {("generation", 0)}
@@ -320,8 +315,7 @@ def test_the_answer_after_a_prompt_that_is_too_long_is_scored(base: Base) -> Non
 
 def test_a_query_router_sees_the_truncated_prompt(base: Base) -> None:
     base.model.config.n_positions = 64
-    actor = pool_actor(base)
-    lm = ShardedLM(ask(actor, "logo"), 10**6)
+    lm = language_model(base, "logo", 10**6)
     requests = [
         Instance("loglikelihood", {}, (context, choice), i, ("choices", document, 1))
         for document, context in enumerate([LONG, "the"])
@@ -329,7 +323,7 @@ def test_a_query_router_sees_the_truncated_prompt(base: Base) -> None:
     ]
     found = lm.loglikelihood(requests)
     alone = [
-        ShardedLM(ask(actor, "logo"), 1).loglikelihood([request])[0] for request in requests[2:]
+        language_model(base, "logo", 1).loglikelihood([request])[0] for request in requests[2:]
     ]
     assert [value for value, _ in found[2:]] == pytest.approx([v for v, _ in alone], abs=1e-4)
     assert lm.cut == {("choices", 0)}
@@ -340,7 +334,7 @@ def test_a_prompt_truncated_only_for_its_answer_is_counted(llama: Base) -> None:
     context, target = encode_pair(llama, LONG, right["generation"][0])
     assert len(target) > 4
     llama.model.config.max_position_embeddings = len(context) + 1
-    lm = ShardedLM(ask(pool_actor(llama), "base"), 10**6, right)
+    lm = language_model(llama, "base", 10**6, right)
     lm.generate_until(generation_requests([LONG], max_gen_toks=1))
     assert lm.cut == {("generation", 0)}
 
@@ -355,7 +349,7 @@ def test_no_router_reads_more_positions_than_the_base_has(base: Base) -> None:
 
     inner = base.model.get_encoder() if base.is_encoder_decoder else base.model.base_model
     inner.register_forward_pre_hook(measure, with_kwargs=True)
-    lm = ShardedLM(ask(pool_actor(base), "logo"), 10**6)  # it probes the base before each batch
+    lm = language_model(base, "logo", 10**6)  # it probes the base before each batch
     lm.generate_until(generation_requests([LONG], max_gen_toks=4))
     assert 32 < longest <= 64
     lm.loglikelihood([Instance("loglikelihood", {}, (LONG, " yes"), 0, ("choices", 0, 1))])

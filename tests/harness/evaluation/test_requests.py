@@ -140,18 +140,6 @@ def test_another_process_builds_the_same_requests(tasks: Path, tmp_path: Path) -
     assert found == str([ours.tasks[f"own/{n}"].fingerprint for n in ("plain", "mixed")])
 
 
-def test_lm_eval_gets_copies_of_the_requests(tasks: Path) -> None:
-    requests = build(tasks, "plain")
-    asked = requests.tasks["own/plain"]
-    for _ in range(2):
-        asked.task.build_all_requests(limit=3, rank=0, world_size=1)
-        assert [i.args for i in asked.task.instances] == [i.args for i in asked.instances]
-        assert all(not instance.resps for instance in asked.task.instances)
-        for instance in asked.task.instances:
-            instance.resps.append((1.0, True))
-            instance.filtered_resps["none"] = (1.0, True)
-
-
 def test_two_suites_may_contain_the_same_task(tasks: Path) -> None:
     specs = task_specs(
         {"name": "a", "source": "lm_eval", "lm_eval": ["plain"], "include_path": str(tasks)}

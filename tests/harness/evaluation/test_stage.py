@@ -35,7 +35,7 @@ def test_metrics_of_choices_match_values_computed_by_hand(
     run: Run, workers: LocalWorkers, llama: Base, tasks: list[TaskData]
 ) -> None:
     rows = run.evaluation(workers).run("single:e1", make_router("single:e1"))
-    samples = [row for row in run.table("samples/single@e1.parquet") if row["task"] == "swans"]
+    samples = [row for row in run.table("samples/held/single@e1.parquet") if row["task"] == "swans"]
     known = documents(tasks[0])
     assert len(samples) == 9
     by_hand: dict[str, list[float]] = {}
@@ -78,7 +78,7 @@ def test_metrics_of_generated_answers_match_values_computed_by_hand(
     run: Run, workers: LocalWorkers, llama: Base, tasks: list[TaskData]
 ) -> None:
     rows = run.evaluation(workers).run("base", make_router("base"))
-    samples = [row for row in run.table("samples/base.parquet") if row["task"] == "sums"]
+    samples = [row for row in run.table("samples/held/base.parquet") if row["task"] == "sums"]
     assert len(samples) == 5
     for sample in samples:
         record = documents(tasks[1])[sample["document"]]
@@ -97,8 +97,9 @@ def test_metrics_of_generated_answers_match_values_computed_by_hand(
 
 def test_rows_name_their_suite_task_and_router(run: Run, workers: LocalWorkers) -> None:
     evaluation = run.evaluation(workers)
-    rows = [row for n, r in routers("base", "phatgoose").items() for row in evaluation.run(n, r)]
-    evaluation.write_scores(rows)
+    evaluation.add(routers("base", "phatgoose"))
+    evaluation.finish()
+    evaluation.write_scores()
     table = run.table("scores.parquet")
     assert len(table) == 2 * (6 + 3)
     for row in table:
@@ -135,8 +136,8 @@ def test_routing_is_recorded_for_routers_that_choose(
     evaluation = run.evaluation(workers)
     for name, router in routers("base", "phatgoose", "merged").items():
         evaluation.run(name, router)
-    assert run.folder.names("routing/") == ["routing/phatgoose.parquet"]
-    rows = run.table("routing/phatgoose.parquet")
+    assert run.folder.names("routing/") == ["routing/held/phatgoose.parquet"]
+    rows = run.table("routing/held/phatgoose.parquet")
     assert len(rows) == 2 * len(llama.linears) * len(EXPERTS)
     order = [row["linear"] for row in rows if (row["task"], row["expert"]) == ("swans", "e0")]
     assert order == list(llama.linears)  # rows in model order
@@ -155,8 +156,9 @@ def test_routing_is_recorded_for_routers_that_choose(
 def test_the_oracle_is_the_best_single_expert(run: Run, workers: LocalWorkers) -> None:
     names = [f"single:{expert}" for expert in EXPERTS]
     evaluation = run.evaluation(workers)
-    rows = [row for n, r in routers("base", *names).items() for row in evaluation.run(n, r)]
-    evaluation.write_scores(rows, derived={"oracle"})
+    evaluation.add(routers("base", *names))
+    evaluation.finish()
+    evaluation.write_scores(derived={"oracle"})
     table = run.table("scores.parquet")
     oracle = [row for row in table if row["router"] == "oracle"]
     assert {(row["task"], row["metric"]) for row in oracle} == {
@@ -178,9 +180,9 @@ def test_an_actor_follows_the_order_of_the_pool(run: Run, workers: LocalWorkers)
     turned = Members(dict(reversed([*run.members.experts.items()])))
     shares = []
     for name, members in (("as-is", run.members), ("turned", turned)):
-        other = Run(run.path.with_name(name), run.tasks, members)
+        other = Run(run.path.with_name(name), run.tasks, members, run.base)
         other.evaluation(workers).run("phatgoose", make_router("phatgoose"))
-        rows = other.table("routing/phatgoose.parquet")
+        rows = other.table("routing/held/phatgoose.parquet")
         shares.append({(r["task"], r["linear"], r["expert"]): r["share"] for r in rows})
     assert shares[0] == pytest.approx(shares[1], abs=1e-6)
 
@@ -193,8 +195,9 @@ def test_a_failure_names_the_router_and_the_task(run: Run, workers: LocalWorkers
 
 def test_rows_record_what_computed_them(run: Run, workers: LocalWorkers) -> None:
     evaluation = run.evaluation(workers)
-    rows = [row for n, r in routers("base", "merged").items() for row in evaluation.run(n, r)]
-    evaluation.write_scores(rows)
+    evaluation.add(routers("base", "merged"))
+    evaluation.finish()
+    evaluation.write_scores()
     table = run.table("scores.parquet")
     assert {row["dtype"] for row in table} == {"float32"}
     assert {row["device"] for row in table} == {"cpu"}

@@ -1,4 +1,4 @@
-"""Check what a router may know about a question, and what an answer in the journal depends on."""
+"""Check what a router may know about a question, and what an answer depends on."""
 
 import dataclasses
 from pathlib import Path
@@ -7,15 +7,24 @@ from typing import Any
 import pytest
 
 from harness.config.schema import Multitask
+from harness.evaluation.actor import Asked, Receipt
+from harness.evaluation.encoding import EncodedShard
 from harness.evaluation.requests import SuiteRequests
-from harness.evaluation.stage import Evaluation
 from harness.registry.packs import Members
 from harness.tasks import TaskData, TaskSpec
 from phatgoose.base import Base
 from phatgoose.query import Query
 from phatgoose.routers import Router, make_router
+from tests.support.evaluations import LocalEvaluation
 from tests.support.tiny import make_experts
-from tests.support.toy import LocalWorkers, local_actor, members_of, prepare_toys, setting
+from tests.support.toy import (
+    LocalWorkers,
+    inputs_of,
+    local_actor,
+    members_of,
+    prepare_toys,
+    setting,
+)
 
 SWANS = TaskSpec("swans", ("swans",), split="all", limit=4, description="about birds")
 SUMS = TaskSpec("sums", ("sums",), split="all", limit=4, max_new_tokens=3)
@@ -33,7 +42,9 @@ class Spy:
     def __init__(self, base: Base) -> None:
         experts = make_experts(base, 3)
         self.actor, self.members = local_actor(base, experts), members_of(experts)
+        self.base = base
         self.seen: list[Query] = []
+        self._files: Any = None
         self.actor._attach(self.members)
         model = self.actor._routed
         decided = model._decided
@@ -44,10 +55,9 @@ class Spy:
 
         model._decided = spy  # type: ignore[method-assign, assignment]
 
-    def answer(
-        self, router: Router, chunk: Any, description: str, members: Members, code: str
-    ) -> Any:
-        return self.actor.answer(make_router("merged"), chunk, description, self.members)
+    def answer(self, asked: Asked, shard: EncodedShard, key: str) -> Receipt:
+        self.actor._files = self._files
+        return self.actor.answer(Asked(make_router("merged"), self.members), shard, key)
 
 
 def evaluation(
@@ -56,11 +66,11 @@ def evaluation(
     spy: Spy,
     profiles: dict[str, str] | None = None,
     others: dict[str, str] | None = None,
-) -> tuple[Evaluation, LocalWorkers]:
+) -> tuple[LocalEvaluation, LocalWorkers]:
     workers = LocalWorkers(spy)
     members = Members(spy.members.experts, profiles)
-    requests = SuiteRequests.build("held", tasks)
-    return Evaluation(setting(folder, workers, 150), requests, members, others), workers
+    inputs = inputs_of(SuiteRequests.build("held", tasks), spy.base, 40)
+    return LocalEvaluation(setting(folder, workers), inputs, members, others), workers
 
 
 def test_a_router_never_sees_the_right_answer(
@@ -87,7 +97,7 @@ def test_other_profiles_or_another_multitask_expert_are_asked_again(
 ) -> None:
     spy = Spy(llama)
 
-    def calls(router: Router, made: tuple[Evaluation, LocalWorkers]) -> int:
+    def calls(router: Router, made: tuple[LocalEvaluation, LocalWorkers]) -> int:
         made[0].run("mine", router)
         return made[1].calls
 

@@ -101,7 +101,7 @@ def test_job_ids_are_stable(config: RunConfig, tmp_path: Path) -> None:
         router={"base": {}},
         pool={**config.pool, "name": "other"},
         run=RunSection(str(tmp_path / "elsewhere")),
-        chunk_characters=10,
+        chunk_tokens=10,
     )
     assert job_ids(make_plan(other)) == job_ids(first)
     assert len(set(job_ids(first))) == 3

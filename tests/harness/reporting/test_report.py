@@ -52,7 +52,8 @@ def write_run(folder: Folder, answers: Answers) -> None:
     for row in samples.to_pylist():
         by_router.setdefault(row["router"], []).append({**row, "metrics": dict(row["metrics"])})
     for router, rows in by_router.items():
-        run_folder.write_table(folder, run_folder.samples_file(router), run_folder.SAMPLES, rows)
+        name = run_folder.samples_file("held", router)
+        run_folder.write_table(folder, name, run_folder.SAMPLES, rows)
     for expert, base in (("plural", 2.0), ("sums", 4.0)):
         rows = training_rows(expert, base)
         run_folder.write_table(folder, run_folder.training_file(expert), run_folder.TRAINING, rows)
@@ -210,7 +211,7 @@ def test_tables_of_version_0_1_0_are_read(tmp_path: Path) -> None:
     """They do not have the columns for code versions and clusters."""
     scores, samples = tables({"t": {"merged": {"acc": [0.0, 1.0]}, "base": {"acc": [1.0, 1.0]}}})
     folder = Folder(tmp_path)
-    new = ("dtype", "device", "versions", "code", "router_code", "cluster", "cut")
+    new = ("dtype", "device", "versions", "code", "router_code", "answers", "cluster", "cut")
     for name, table in (("scores.parquet", scores), ("samples/base.parquet", samples)):
         kept = [c for c in table.column_names if c not in new]
         sink = pa.BufferOutputStream()

@@ -103,11 +103,11 @@ def test_a_router_with_a_missing_task_has_no_mean() -> None:
 def test_samples_of_another_run_are_refused() -> None:
     scores, samples = tables({"t": {"base": {"acc": [1.0, 0.0]}, "merged": {"acc": [1.0, 1.0]}}})
     with pytest.raises(
-        PhatgooseError, match=r"samples/merged\.parquet: the documents of task t differ"
+        PhatgooseError, match=r"samples/s/merged\.parquet: the documents of task t differ"
     ):
         summary_rows(scores, samples.slice(0, 3))
     changed, _ = tables({"t": {"base": {"acc": [1.0, 1.0]}, "merged": {"acc": [1.0, 1.0]}}})
-    with pytest.raises(PhatgooseError, match=r"samples/base\.parquet: task t, metric acc"):
+    with pytest.raises(PhatgooseError, match=r"samples/s/base\.parquet: task t, metric acc"):
         summary_rows(changed, samples)
 
 

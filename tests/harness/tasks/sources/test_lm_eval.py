@@ -12,7 +12,6 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 
 from harness.evaluation.requests import SuiteRequests
-from harness.evaluation.stage import Evaluation
 from harness.run_folder import SAMPLES, SCORES, read_table
 from harness.storage import Folder
 from harness.tasks import TaskData, TaskSpec, prepare_all, task_specs
@@ -23,10 +22,12 @@ from harness.tasks.store import read_records
 from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
 from phatgoose.routers import make_router
+from tests.support.evaluations import LocalEvaluation
 from tests.support.tiny import make_experts
 from tests.support.toy import (
     LocalWorkers,
     from_archive,
+    inputs_of,
     local_actor,
     members_of,
     setting,
@@ -129,11 +130,12 @@ def test_groups_expand_to_tasks_with_the_documents_of_lm_eval(own_tasks: Path) -
     assert evaluation_table(limited).to_pylist() == rows[:4]
 
 
-def evaluate(folder: Folder, suite: str, data: list[TaskData], base: Base) -> Evaluation:
+def evaluate(folder: Folder, suite: str, data: list[TaskData], base: Base) -> LocalEvaluation:
     experts = make_experts(base, 2)
     workers = LocalWorkers(local_actor(base, experts))
-    made = setting(Path(str(folder)), workers, 400)
-    return Evaluation(made, SuiteRequests.build(suite, data), members_of(experts))
+    made = setting(Path(str(folder)), workers)
+    inputs = inputs_of(SuiteRequests.build(suite, data), base, 100)
+    return LocalEvaluation(made, inputs, members_of(experts))
 
 
 def test_values_match_lm_eval_with_a_reference_model(
@@ -144,7 +146,8 @@ def test_values_match_lm_eval_with_a_reference_model(
     data = prepare_all(task_specs(suite(own_tasks, *names, limit=6)))
     folder = Folder(tmp_path / "run")
     evaluation = evaluate(folder, "own", data, llama)
-    evaluation.write_scores(evaluation.run("base", make_router("base")))
+    evaluation.run("base", make_router("base"))
+    evaluation.write_scores()
     rows = read_table(folder, "scores.parquet", SCORES).to_pylist()
     found = {(row["task"], row["metric"]): row for row in rows}
 
@@ -163,7 +166,7 @@ def test_values_match_lm_eval_with_a_reference_model(
     ):
         assert found[task, metric]["value"] == pytest.approx(expected[task][key], rel=1e-4), metric
         assert found[task, metric]["n"] == 6
-    samples = read_table(folder, "samples/base.parquet", SAMPLES).to_pylist()
+    samples = read_table(folder, "samples/own/base.parquet", SAMPLES).to_pylist()
     by_task: dict[str, list[dict[str, float]]] = {}
     for sample in samples:
         by_task.setdefault(sample["task"], []).append(dict(sample["metrics"]))
@@ -192,7 +195,7 @@ def test_texts_match_lm_eval_for_every_name_of_the_limit(
     data = prepare_all(task_specs(suite(own_tasks, "own_limit")))
     folder = Folder(tmp_path / "run")
     evaluate(folder, "own", data, llama).run("base", make_router("base"))
-    samples = read_table(folder, "samples/base.parquet", SAMPLES).to_pylist()
+    samples = read_table(folder, "samples/own/base.parquet", SAMPLES).to_pylist()
 
     model = HFLM(pretrained=llama.model, tokenizer=llama.tokenizer, batch_size=1)
     manager = lm_eval._manager(str(own_tasks))
@@ -210,8 +213,9 @@ def test_lm_eval_tasks_are_summarized(own_tasks: Path, tmp_path: Path, llama: Ba
     data = prepare_all(task_specs(suite(own_tasks, "own", limit=5)))
     folder = Folder(tmp_path / "run")
     evaluation = evaluate(folder, "own", data, llama)
-    rows = [row for name in ("base", "merged") for row in evaluation.run(name, make_router(name))]
-    evaluation.write_scores(rows)
+    evaluation.add({name: make_router(name) for name in ("base", "merged")})
+    evaluation.finish()
+    evaluation.write_scores()
     text = make_report(folder)
     assert "exact_match_strict_match" in text.replace("\n", "") or "strict" in text
     assert "own_words" in text

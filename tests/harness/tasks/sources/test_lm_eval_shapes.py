@@ -11,7 +11,6 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 
 from harness.evaluation.requests import SuiteRequests
-from harness.evaluation.stage import Evaluation
 from harness.run_folder import SAMPLES, read_table
 from harness.storage import Folder
 from harness.tasks import TaskSpec, prepare_all, task_specs, unreachable
@@ -19,9 +18,10 @@ from harness.tasks.sources import lm_eval
 from phatgoose.base import Base
 from phatgoose.errors import PhatgooseError
 from phatgoose.routers import make_router
+from tests.support.evaluations import LocalEvaluation
 from tests.support.plain import plain_score
 from tests.support.tiny import make_experts
-from tests.support.toy import LocalWorkers, local_actor, members_of, setting
+from tests.support.toy import LocalWorkers, inputs_of, local_actor, members_of, setting
 
 DOCS: list[dict[str, Any]] = [
     {"q": f"Is the {name} {deed}?", "a": ["yes", "no", "the goose"], "gold": (i * 7) % 3}
@@ -130,11 +130,11 @@ def specs(folder: Path, *names: str) -> list[TaskSpec]:
     return task_specs({**group, "include_path": str(folder)})
 
 
-def evaluation(folder: Path, run: Path, base: Base, *names: str) -> Evaluation:
+def evaluation(folder: Path, run: Path, base: Base, *names: str) -> LocalEvaluation:
     experts = make_experts(base, 2)
-    made = setting(run, LocalWorkers(local_actor(base, experts)), 400)
+    made = setting(run, LocalWorkers(local_actor(base, experts)))
     requests = SuiteRequests.build("own", prepare_all(specs(folder, *names)))
-    return Evaluation(made, requests, members_of(experts))
+    return LocalEvaluation(made, inputs_of(requests, base, 100), members_of(experts))
 
 
 def reference_values(folder: Path, base: Base, name: str) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def test_values_match_lm_eval(folder: Path, tmp_path: Path, base: Base, name: st
     for key, value in expected.items():
         if key.endswith(",none") and not key.endswith("_stderr,none"):
             assert values[key.partition(",")[0]] == pytest.approx(value, abs=1e-9), key
-    table = read_table(run, "samples/base.parquet", SAMPLES).to_pylist()
+    table = read_table(run, "samples/own/base.parquet", SAMPLES).to_pylist()
     samples = [sample for sample in table if sample["task"] == name]
     assert len(samples) == len(expected["samples"])
     for sample, logged in zip(samples, expected["samples"], strict=True):
@@ -179,10 +179,10 @@ def test_repeated_responses_to_a_prompt_equal_the_greedy_one(
     found = evaluation(folder, tmp_path / "run", llama, "written")
     (*_, row) = [r for r in found.run("base", make_router("base")) if r["metric"] == "exact_match"]
     assert row["value"] == expected["exact_match,none"]
-    table = read_table(Folder(tmp_path / "run"), "samples/base.parquet", SAMPLES).to_pylist()
+    table = read_table(Folder(tmp_path / "run"), "samples/own/base.parquet", SAMPLES).to_pylist()
     votes = [sample["filtered_resps"][0] for sample in expected["samples"]]
     assert [sample["prediction"] for sample in table] == votes
-    assert sum(len(chunk.requests) for chunk in found.chunks) == len(DOCS)
+    assert found.total == len(DOCS)
 
 
 def test_zero_shots_may_be_requested(folder: Path) -> None:
@@ -197,7 +197,7 @@ def test_the_metrics_of_the_paper_use_the_conditional_choices(
     """Check that requests for other metrics of the task do not interfere."""
     found = evaluation(folder, tmp_path / "run", llama, "mutual")
     found.run("base", make_router("base"))
-    table = read_table(Folder(tmp_path / "run"), "samples/base.parquet", SAMPLES).to_pylist()
+    table = read_table(Folder(tmp_path / "run"), "samples/own/base.parquet", SAMPLES).to_pylist()
     for sample, doc in zip(table, DOCS, strict=True):
         means = []
         for choice in doc["a"]:
