@@ -25,6 +25,7 @@ import re
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from harness.storage import Folder
@@ -463,6 +464,24 @@ def read_folder(folder: Folder, prefix: str, schema: pa.Schema) -> pa.Table:
     names = [name for name in folder.names(f"{prefix}/") if name.endswith(".parquet")]
     tables = [read_table(folder, name, schema) for name in names]
     return pa.concat_tables([schema.empty_table(), *tables])
+
+
+def split_by_suite(folder: Folder) -> None:
+    """Give the results of version 0.1.0 a file per suite: samples/<router>.parquet had them all."""
+    for prefix, schema in ((SAMPLES_FOLDER, SAMPLES), (ROUTING_FOLDER, ROUTING)):
+        for name in folder.names(f"{prefix}/"):
+            _, *rest = name.split("/")
+            if len(rest) != 1:
+                continue
+            table = read_table(folder, name, schema)
+            for suite in dict.fromkeys(table["suite"].to_pylist()):
+                own = f"{prefix}/{file_stem(suite)}/{rest[0]}"
+                if not folder.exists(own):
+                    rows = table.filter(pc.equal(table["suite"], suite)).to_pylist()
+                    for row in rows if schema is SAMPLES else ():
+                        row["metrics"] = dict(row["metrics"])
+                    write_table(folder, own, schema, rows)
+            folder.delete(name)
 
 
 def write_json(folder: Folder, name: str, record: dict[str, Any]) -> None:

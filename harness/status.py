@@ -4,6 +4,7 @@ Only the run folder is read, so the run is not disturbed and need not be reachab
 """
 
 import argparse
+import statistics
 import sys
 import time
 from collections import Counter
@@ -11,13 +12,18 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+import pyarrow as pa
+
 from harness import run_folder
 from harness.command_line import Output, count, run_command, table
+from harness.extra_routers import SINGLE
+from harness.metrics import primary_metric
 from harness.storage import Folder
 
 _WATCH_SECONDS = 2.0
 _SILENT_SECONDS = 60.0  # a driver writes every two seconds
 _SHOWN = 10
+_MOST_SCORES = 40
 _CLEAR = "\x1b[2J\x1b[H"
 
 
@@ -64,7 +70,8 @@ def read_status(folder: Folder) -> dict[str, Any]:
     """Return the status of the run in a folder.
 
     The keys are `state` (running, silent, stopped, finished or failed), `call` (from run.json),
-    `stage` (from status.json; None before the first stage), `jobs` (rows of jobs.parquet) and
+    `stage` (from status.json; None before the first stage), `jobs` (rows of jobs.parquet),
+    `evaluations` (rows of evaluations.parquet), `scores` (means of the routers that are scored) and
     `silent_seconds`.
 
     Raises:
@@ -74,9 +81,8 @@ def read_status(folder: Folder) -> dict[str, Any]:
     stage = None
     if folder.exists(run_folder.STATUS_FILE):
         stage = run_folder.read_json(folder, run_folder.STATUS_FILE)
-    jobs = []
-    if folder.exists(run_folder.JOBS_FILE):
-        jobs = run_folder.read_table(folder, run_folder.JOBS_FILE, run_folder.JOBS).to_pylist()
+    jobs = _rows(folder, run_folder.JOBS_FILE, run_folder.JOBS)
+    scores = _rows(folder, run_folder.SCORES_FILE, run_folder.SCORES)
     if stage and stage["written"] < call["started"]:
         stage = None  # from an earlier call
     written = datetime.fromisoformat(stage["written"] if stage else call["started"])
@@ -94,7 +100,32 @@ def read_status(folder: Folder) -> dict[str, Any]:
         "call": {key: call.get(key) for key in ("started", "finished", "minutes", "problems")},
         "stage": stage,
         "jobs": jobs,
+        "evaluations": _rows(folder, run_folder.EVALUATIONS_FILE, run_folder.EVALUATIONS),
+        "scores": _means(scores),
     }
+
+
+def _rows(folder: Folder, name: str, schema: pa.Schema) -> list[dict[str, Any]]:
+    return run_folder.read_table(folder, name, schema).to_pylist() if folder.exists(name) else []
+
+
+def _means(scores: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return, per suite and router, the mean of the primary metrics, the best first."""
+    tasks: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    for row in scores:
+        values = tasks.setdefault((row["suite"], row["router"]), {}).setdefault(row["task"], {})
+        values[row["metric"]] = row["value"]
+    means = [
+        {
+            "suite": suite,
+            "router": router,
+            "tasks": len(found),
+            "value": statistics.fmean(v[primary_metric(set(v))] for v in found.values()),
+        }
+        for (suite, router), found in tasks.items()
+    ]
+    suites = list(dict.fromkeys(mean["suite"] for mean in means))
+    return sorted(means, key=lambda mean: (suites.index(mean["suite"]), -mean["value"]))
 
 
 def describe(status: dict[str, Any]) -> str:
@@ -114,15 +145,42 @@ def describe(status: dict[str, Any]) -> str:
             for j in running[:_SHOWN]
         ]
         lines += ["", table(["running", "for", "starts", "where"], rows, right={1, 2})]
-        lines += _more(running)
+        lines += _more(running, _SHOWN, run_folder.JOBS_FILE)
+    lines += _describe_evaluations(status["evaluations"], status["scores"])
     troubled = [job for job in jobs if job["errors"]]
     if troubled:
         lines.append("")
         for job in troubled[:_SHOWN]:
             again = f"{count(len(job['errors']), 'error')}, last one:"
             lines.append(f"{job['state']:9} {job['expert']}: {again} {job['errors'][-1]}")
-        lines += _more(troubled)
+        lines += _more(troubled, _SHOWN, run_folder.JOBS_FILE)
     return "\n".join([*lines, *(f"problem   {line}" for line in status["call"]["problems"] or ())])
+
+
+def _describe_evaluations(
+    evaluations: Sequence[dict[str, Any]], scores: Sequence[dict[str, Any]]
+) -> list[str]:
+    """Return the state of the routers, their scores so far, and why some have none."""
+    lines = []
+    states = Counter(row["state"] for row in evaluations)
+    if evaluations:
+        named = ("done", "scoring", "asking", "failed")
+        counts = ", ".join(f"{states[state]} {state}" for state in named if states[state])
+        lines.append(f"routers   {counts}")
+    shown = [mean for mean in scores if not mean["router"].startswith(SINGLE)]
+    if shown and states["done"] < len(evaluations):
+        rows = [
+            [m["suite"], m["router"], str(m["tasks"]), f"{100 * m['value']:.1f}"]
+            for m in shown[:_MOST_SCORES]
+        ]
+        header = ["suite", "router", "tasks", "mean of primary metrics (%)"]
+        lines += ["", table(header, rows, right={2, 3})]
+        lines += _more(shown, _MOST_SCORES, run_folder.SCORES_FILE)
+    for row in [row for row in evaluations if row["errors"]][:_SHOWN]:
+        lines += [f"{row['state']:9} {error}" for error in row["errors"][:1]]
+        if row["traceback"]:
+            lines += [f"          {line}" for line in row["traceback"].splitlines()]
+    return lines
 
 
 def _state(status: dict[str, Any]) -> str:
@@ -141,7 +199,7 @@ def _state(status: dict[str, Any]) -> str:
 def _describe_stage(stage: dict[str, Any]) -> list[str]:
     share = stage["done"] / stage["total"] if stage["total"] else 1.0
     unit, jobs, left = stage["unit"], stage["jobs"], stage["seconds_left"]
-    what = "chunks" if stage["stage"] == "evaluate" else "jobs"
+    what = "shards" if stage["stage"] == "evaluate" else "jobs"
     lines = [
         f"stage     {stage['stage']}: {share:.0%} of {count(stage['total'], unit)}, "
         f"{stage['rate']:.4g} {unit}s/s, {_duration(left)} left",
@@ -162,9 +220,9 @@ def _location(job: dict[str, Any]) -> str:
     return f"{job['address']} ({(job['node'] or '')[:6]}), process {job['process']}"
 
 
-def _more(jobs: Sequence[Any]) -> list[str]:
-    more = len(jobs) - _SHOWN
-    return [f"... and {more} more, in {run_folder.JOBS_FILE}"] if more > 0 else []
+def _more(rows: Sequence[Any], shown: int, file: str) -> list[str]:
+    more = len(rows) - shown
+    return [f"... and {more} more, in {file}"] if more > 0 else []
 
 
 def _duration(seconds: float | None) -> str:

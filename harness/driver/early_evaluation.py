@@ -1,6 +1,6 @@
 """Evaluate the base and each single expert during training, before the pool is complete."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from harness.evaluation.stage import Evaluation
 from harness.scheduling.workers import Workers
@@ -61,15 +61,14 @@ class EarlyEvaluation:
         except PhatgooseError:
             self._stop()
 
-    def finish(self, tick: Callable[[], None] = lambda: None) -> None:
-        """Collect the pending answers, and ask nothing more. `tick` is called every second."""
+    def finish(self) -> None:
+        """Ask nothing more, and collect what actors are answering now."""
         self._evaluators.paused = False
+        for evaluation in self._evaluations:
+            evaluation.stop_asking()
         try:
             while not self._stopped and not self._evaluators.is_done:
-                for evaluation in self._evaluations:
-                    evaluation.ask(_AHEAD)
                 self._take(1.0)
-                tick()
         except PhatgooseError:
             self._stop()
 

@@ -87,6 +87,7 @@ class Evaluating:
         Raises:
             PhatgooseError: no router has a score.
         """
+        run_folder.split_by_suite(self._plan.folder)
         evaluations = [
             Evaluation(self._setting, inputs, served.members, served.others)
             for inputs in self._inputs

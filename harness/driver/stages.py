@@ -78,7 +78,7 @@ class Driver:
                 trainers.close()
                 self._is_training = False
             if early:
-                early.finish(training.show)
+                early.finish()
         return by_reason("expert", failures)
 
     def measure_profiles(self) -> list[str]:

@@ -211,6 +211,11 @@ class Evaluation:
                     return
                 self._ask(name, *state.to_ask.popleft())
 
+    def stop_asking(self) -> None:
+        """Ask for nothing more; what actors are answering now may be taken."""
+        for state in self.routers.values():
+            self._cancel(state)
+
     def score(self) -> None:
         """Let actors score the routers whose answers are complete."""
         for name, state in self.routers.items():
@@ -390,6 +395,9 @@ class Evaluation:
     def _give_up(self, state: RouterState, failed: dict[str, str]) -> None:
         """End the evaluation of a router, and cancel what is asked for it and not begun."""
         state.state, state.failed, state.rows = "failed", failed, []
+        self._cancel(state)
+
+    def _cancel(self, state: RouterState) -> None:
         state.to_ask.clear()
         for key in self._evaluators.cancel(list(state.open)):
             del state.open[key], self._calls[key]

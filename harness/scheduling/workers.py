@@ -7,7 +7,7 @@
 New nodes are used, nodes that are about to leave get no new calls, and an actor that died is
 replaced. A call holds a lease on its actor. Every sign of progress renews the lease: actors count
 their work, and only this process's monotonic clock measures time, so clocks that jump or differ do
-no harm. The durable state of calls is elsewhere, in the registry, the journal and the checkpoints
+no harm. The durable state of calls is elsewhere, in the registry, the answers and the checkpoints
 of jobs. So a driver that dies loses only unfinished calls.
 """
 

@@ -56,7 +56,7 @@ def chaos(folder: Path, seeds: list[int], kills: int, experts: int, steps: int) 
     workload.folder.mkdir()
     workload.prepare()
     first = undisturbed(workload, folder)
-    print(f"undisturbed: {first.seconds:.0f} s, {experts} experts, {first.answers} chunks")
+    print(f"undisturbed: {first.seconds:.0f} s, {experts} experts, {first.answers} shards")
     if first.problems:
         print("\n".join(first.problems))
         return 1
@@ -82,7 +82,7 @@ def kill_table(run: Run) -> str:
             kill.kind,
             kill.victim,
             kill.doing,
-            f"{kill.experts} experts, {kill.answers} chunks",
+            f"{kill.experts} experts, {kill.answers} shards",
             "-" if kill.recovery is None else f"{kill.recovery:.1f}",
             "-" if kill.next_result is None else f"{kill.next_result:.1f}",
         ]

@@ -9,16 +9,21 @@ from typing import Any
 
 import psutil
 
-from tests.chaos.nodes import EVALUATOR, REGISTRY, TRAINER, Actor, Nodes, kill
+from tests.chaos.nodes import EVALUATOR, REGISTRY, SCORER, TRAINER, Actor, Nodes, kill
 from tests.chaos.watch import Watch, working
 
-KINDS = ("trainer", "evaluator", "registry", "node", "driver")
+KINDS = ("trainer", "evaluator", "scorer", "registry", "node", "driver")
 # The kinds of the kills beyond one of each kind. A driver takes longest to recover.
-_WEIGHTS = {"trainer": 5, "evaluator": 5, "registry": 2, "node": 2, "driver": 1}
-_CLASSES = {"trainer": TRAINER, "evaluator": EVALUATOR, "registry": REGISTRY}
+_WEIGHTS = {"trainer": 5, "evaluator": 5, "scorer": 3, "registry": 2, "node": 2, "driver": 1}
+_CLASSES = {
+    "trainer": TRAINER,
+    "evaluator": EVALUATOR,
+    "scorer": SCORER,
+    "registry": REGISTRY,
+}
 _PHASES = {
     "train": ("trainer", "registry", "node", "driver"),
-    "evaluate": ("evaluator", "registry", "node", "driver"),
+    "evaluate": ("evaluator", "registry", "node", "driver", "scorer"),
 }
 # The kills of a phase are spread over this share of its work. The last one needs the rest.
 _FROM, _TO = 0.03, 0.75
@@ -49,7 +54,7 @@ class Kill:
         experts, answers: how much was done by then.
         recovery: the time until the lost work was resumed; None if that was no longer needed.
         by: the event that showed the recovery.
-        next_result: the time until the next expert was published or chunk answered.
+        next_result: the time until the next expert was published or shard answered.
     """
 
     seed: int
@@ -255,7 +260,7 @@ class Killer:
             if kind == "registry":
                 back = [a for a in new if a.method != "__init__"]
                 return "a new process serves" if back else None
-            return "a new process answers" if any(a.works for a in new) else None
+            return "a new process is at work" if any(a.works for a in new) else None
 
         return look
 

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 WORKERS = 3
-TRAINER, EVALUATOR, REGISTRY = "TrainActor", "EvalActor", "Registry"
+TRAINER, EVALUATOR, SCORER, REGISTRY = "TrainActor", "EvalActor", "ScoringActor", "Registry"
 _COMMON = {"node_ip_address": "127.0.0.1", "object_store_memory": 100 * 2**20}
 # A dead node is noticed within two seconds.
 _HEALTH = {
@@ -104,7 +104,7 @@ class Nodes:
             for process in _processes(node, children):
                 self._seen.add(process)
                 kind, _, method = _title(process).removeprefix("ray::").partition(".")
-                if kind in (TRAINER, EVALUATOR, REGISTRY):
+                if kind in (TRAINER, EVALUATOR, SCORER, REGISTRY):
                     found.append(Actor(process, kind, method, node.node_id))
         return found
 

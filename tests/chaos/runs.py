@@ -34,7 +34,7 @@ class Run:
         seconds: the duration over all calls.
         calls: how often the command was started.
         lost: experts that were trained completely and had to be trained again.
-        answers: chunks in the journal.
+        answers: answered shards.
         problems: one line per problem.
     """
 

@@ -21,9 +21,8 @@ def test_a_plan_has_every_kind_of_kill_and_depends_on_the_seed_alone() -> None:
         assert [kill.phase for kill in planned] == ["train"] * 10 + ["evaluate"] * 10
         for phase in ("train", "evaluate"):
             of_phase = [kill for kill in planned if kill.phase == phase]
-            assert {*KINDS} - {kill.kind for kill in of_phase} == {
-                "evaluator" if phase == "train" else "trainer"
-            }
+            others = {"evaluator", "scorer"} if phase == "train" else {"trainer"}
+            assert {*KINDS} - {kill.kind for kill in of_phase} == others
             assert [kill.share for kill in of_phase] == sorted(kill.share for kill in of_phase)
         assert {kill.kind for kill in plan(seed, 6)} == {*KINDS}
     assert plan(1, 20) != plan(2, 20)

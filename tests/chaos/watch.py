@@ -33,7 +33,6 @@ class Watch:
 
     Attributes:
         records: when the registry's record of each expert was first seen, by name.
-        answers: the number of chunks in the journal.
         progress: when the last new record or answer was seen.
         lines: messages of training actors with their times.
         actors: those alive at the last look.
@@ -46,7 +45,6 @@ class Watch:
         self._run_dir, self._nodes = run_dir, nodes
         self._start = time.monotonic()
         self.records: dict[str, float] = {}
-        self.answers = 0
         self.progress = 0.0
         self.lines: list[Line] = []
         self.actors: list[Actor] = []
@@ -55,10 +53,16 @@ class Watch:
         self.look_out: Callable[[], None] = lambda: None
         self._read: dict[Path, int] = {}  # how much of each log has been read
         self._known: set[Path] = set()
+        self._answered: set[Path] = set()
         self._is_open = True
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
+
+    @property
+    def answers(self) -> int:
+        """Return how many shards were answered."""
+        return len(self._answered)
 
     @property
     def seconds(self) -> float:
@@ -97,10 +101,11 @@ class Watch:
         for file in sorted(new):
             self.records[json.loads(file.read_text())["name"]] = self.seconds
         self._known |= new
-        answers = len(list(self._run_dir.glob("journal/[0-9a-f]*.safetensors")))
-        if new or answers > self.answers:
+        # A shard's file disappears when its router is scored.
+        answered = set(self._run_dir.glob("answers/shards/[0-9a-f]*.parquet")) - self._answered
+        self._answered |= answered
+        if new or answered:
             self.progress = self.seconds
-        self.answers = answers
         status = self._run_dir / "status.json"
         if status.exists():
             self._take_status(json.loads(status.read_text()))

@@ -61,7 +61,8 @@ class Workload:
             f"profile.encoder={self.folder / 'encoder'}",
             "profile.embedded_examples=8",
             "profile.activation_examples=4",
-            "chunk_characters=60",
+            "chunk_tokens=20",
+            "shard_tokens=20",
             "cluster.checkpoint_seconds=1",
         ]
 

@@ -29,6 +29,7 @@ SCORE: dict[str, Any] = {
     "versions": "{}",
     "code": "c0de",
     "router_code": None,
+    "answers": None,
     "suite": "held_out",
     "task": "plural",
     "metric": "acc",
@@ -74,6 +75,20 @@ def test_samples_of_all_routers_are_read_together(folder: Folder) -> None:
     table = run_folder.read_folder(folder, "samples", run_folder.SAMPLES)
     assert sorted(table["router"].to_pylist()) == ["base", "single:plural"]
     assert dict(table["metrics"].to_pylist()[0]) == {"acc": 0.0, "nll": 2.0}
+
+
+def test_samples_of_version_0_1_0_get_a_file_per_suite(folder: Folder) -> None:
+    rows = [{**SAMPLE, "router": "base", "suite": suite} for suite in ("bbh", "held", "bbh")]
+    run_folder.write_table(folder, "samples/base.parquet", run_folder.SAMPLES, rows)
+    newer = [{**SAMPLE, "router": "base", "suite": "held", "prediction": "newer"}]
+    run_folder.write_table(folder, "samples/held/base.parquet", run_folder.SAMPLES, newer)
+    run_folder.split_by_suite(folder)
+    run_folder.split_by_suite(folder)
+    assert folder.names() == ["samples/bbh/base.parquet", "samples/held/base.parquet"]
+    for suite, expected in (("bbh", [rows[0], rows[2]]), ("held", newer)):
+        name = run_folder.samples_file(suite, "base")
+        found = run_folder.read_table(folder, name, run_folder.SAMPLES).to_pylist()
+        assert [{**row, "metrics": dict(row["metrics"])} for row in found] == expected
 
 
 def test_a_missing_folder_has_no_rows(folder: Folder) -> None:
