@@ -398,8 +398,13 @@ def write_table(folder: Folder, name: str, schema: pa.Schema, rows: list[dict[st
                 f"{name}: row {i} has missing or extra columns: {names} (see harness/run_folder.py)"
             )
     arrays = [_array(name, field, [row[field.name] for row in rows]) for field in schema]
+    write_arrow(folder, name, pa.table(arrays, schema=schema))
+
+
+def write_arrow(folder: Folder, name: str, table: pa.Table) -> None:
+    """Write a table with the schema of its file atomically as the parquet file `name`."""
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(arrays, schema=schema), sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd")
     folder.write(name, sink.getvalue().to_pybytes())
 
 

@@ -39,6 +39,7 @@ class EarlyEvaluation:
         self._routers = {n: r for n, r in routers.items() if isinstance(r, (NoExpert, Single))}
         self._trainers, self._evaluators, self._shared = trainers, evaluators, shared
         self._stopped = not self._routers
+        evaluators.is_patient = True  # training may need all nodes for hours
 
     def step(self) -> None:
         """Ask about new experts, and collect answers."""
@@ -63,7 +64,7 @@ class EarlyEvaluation:
 
     def finish(self) -> None:
         """Ask nothing more, and collect what actors are answering now."""
-        self._evaluators.paused = False
+        self._evaluators.paused = self._evaluators.is_patient = False
         for evaluation in self._evaluations:
             evaluation.stop_asking()
         try:

@@ -1,11 +1,15 @@
-"""Turn a router's answers into scores, samples and routing: what lm-eval does, in an actor."""
+"""Turn a router's answers into scores, samples and routing: what lm-eval does, in an actor.
 
-import math
+Shape suffixes: L linears, E experts.
+"""
+
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import ray
 from lm_eval import evaluator
 
@@ -100,23 +104,23 @@ class ScoringActor(Actor):
             return Scored(damaged=damaged)
         scored = Scored()
         samples: list[Row] = []
-        routing: list[Row] = []
+        routing: list[pa.Table] = []
         for name, task in asked.tasks.items():
             labels = {"router": asked.router, "suite": asked.suite, "task": bare_name(name)}
             answer = answers[name]
             if answer.failed:
                 first, *_ = answer.failed.values()
                 scored.unanswered[name] = (
-                    f"router {asked.router}, task {name}: {len(answer.failed)} of "
-                    f"{len(answer.texts)} requests could not be answered ({first}), so it has no "
-                    "score; the answers to the others are kept"
+                    f"{len(answer.failed)} of {len(answer.texts)} requests could not be answered "
+                    f"({first}), so there is no score; the other answers are kept"
                 )
                 continue
             rows, documents = _score_task(name, task, answer)
             shared = {**labels, **asked.columns, "answers": task.key}
             scored.rows += [{**shared, **row} for row in rows]
             samples += [{**labels, **document} for document in documents]
-            routing += [{**labels, **row} for row in _routing(answer, asked.experts)]
+            if answer.routing:
+                routing.append(_routing(labels, answer, asked.experts))
             self._beat()
         _write(asked, samples, routing)
         complete = [name for name, answer in answers.items() if not answer.failed]
@@ -186,32 +190,36 @@ def _score_task(name: str, asked: ScoredTask, answer: Answer) -> tuple[list[Row]
     return [{**shared, **row} for row in score_rows(output["results"][name], documents)], documents
 
 
-def _routing(answer: Answer, experts: Sequence[str]) -> Iterator[Row]:
-    for linear, weights_E in answer.routing.items():
-        shares = (weights_E / weights_E.sum()).tolist()
-        entropy = -sum(share * math.log(share) for share in shares if share > 0)
-        for expert, share in zip(experts, shares, strict=True):
-            yield {
-                "linear": linear,
-                "expert": expert,
-                "share": share,
-                "tokens": answer.routed[linear],
-                "entropy": entropy,
-            }
+def _routing(labels: Row, answer: Answer, experts: Sequence[str]) -> pa.Table:
+    """Return a task's rows of routing: linear by linear, expert by expert."""
+    linears, L, E = list(answer.routing), len(answer.routing), len(experts)
+    weights_LE = np.stack([answer.routing[linear].numpy() for linear in linears])
+    shares_LE = weights_LE / weights_LE.sum(1, keepdims=True)
+    logs_LE = np.log(shares_LE, where=shares_LE > 0, out=np.zeros_like(shares_LE))
+    entropies_L = -(shares_LE * logs_LE).sum(1)
+    tokens_L = np.array([answer.routed[linear] for linear in linears])
+    columns = {name: pa.repeat(pa.scalar(value), L * E) for name, value in labels.items()} | {
+        "linear": pa.array(linears).take(pa.array(np.repeat(np.arange(L), E))),
+        "expert": pa.array(experts).take(pa.array(np.tile(np.arange(E), L))),
+        "share": pa.array(shares_LE.ravel()),
+        "tokens": pa.array(np.repeat(tokens_L, E)),
+        "entropy": pa.array(np.repeat(entropies_L, E)),
+    }
+    return pa.table([columns[name] for name in run_folder.ROUTING.names], run_folder.ROUTING)
 
 
-def _write(asked: ToScore, samples: list[Row], routing: list[Row]) -> None:
+def _write(asked: ToScore, samples: list[Row], routing: list[pa.Table]) -> None:
     """Replace the router's samples and routing of this suite."""
     named = asked.suite, asked.router
-    files = {
-        run_folder.samples_file(*named): (run_folder.SAMPLES, samples),
-        run_folder.routing_file(*named): (run_folder.ROUTING, routing),
-    }
-    for name, (schema, rows) in files.items():
-        if rows:
-            run_folder.write_table(asked.folder, name, schema, rows)
-        else:
-            asked.folder.delete(name, missing_ok=True)
+    samples_file, routing_file = run_folder.samples_file(*named), run_folder.routing_file(*named)
+    if samples:
+        run_folder.write_table(asked.folder, samples_file, run_folder.SAMPLES, samples)
+    else:
+        asked.folder.delete(samples_file, missing_ok=True)
+    if routing:
+        run_folder.write_arrow(asked.folder, routing_file, pa.concat_tables(routing))
+    else:
+        asked.folder.delete(routing_file, missing_ok=True)
 
 
 def _resolved(reference: Any) -> Any:

@@ -171,8 +171,20 @@ class Evaluation:
 
     @property
     def problems(self) -> list[str]:
-        """What has no score, and why."""
-        return [why for state in self.routers.values() for why in state.failed.values()]
+        """What has no score, and why: a line for each reason."""
+        reasons: dict[str, list[str]] = {}
+        for name, state in self.routers.items():
+            tasks: dict[str, list[str]] = {}
+            for task, reason in state.failed.items():
+                tasks.setdefault(reason, []).append(task)
+            for reason, failed in tasks.items():
+                which = name if state.state == "failed" else f"{name} on {listed(failed)}"
+                reasons.setdefault(reason, []).append(which)
+        where = f"see logs/ in {self._folder}"
+        return [
+            f"router{'s' if len(names) > 1 else ''} {listed(names)}: {reason}; {where}"
+            for reason, names in reasons.items()
+        ]
 
     def add(self, routers: Mapping[str, Router]) -> None:
         """Add routers to evaluate, and find what earlier calls have answered or scored."""
@@ -258,12 +270,11 @@ class Evaluation:
         assert isinstance(result, Failure)
         if state.state == "failed":
             return
-        message = f"router {name}, task {shard.task}: {result.error}; see logs/ in {self._folder}"
-        state.failed.setdefault(shard.task, message)
+        state.failed.setdefault(shard.task, result.error)
         if result.traceback:
             state.tracebacks.append(result.traceback)
         if result.expected or (not state.answered and len(state.tracebacks) >= _HOPELESS):
-            self._give_up(state, {"": message})
+            self._give_up(state, result.error)
 
     def take_score(self, key: int, result: Any) -> None:
         """Take the scores of a router, or the reason why there are none."""
@@ -271,8 +282,7 @@ class Evaluation:
         state = self.routers[name]
         if isinstance(result, Failure):
             state.tracebacks.append(result.traceback)
-            message = f"router {name}, suite {self.suite}: {result.error}; see logs/"
-            self._give_up(state, {"": f"{message} in {self._folder}"})
+            self._give_up(state, result.error)
             return
         assert isinstance(result, Scored)
         if result.damaged:
@@ -321,7 +331,7 @@ class Evaluation:
                 "answered": state.answered,
                 "tokens": state.tokens,
                 "seconds": state.seconds,
-                "errors": list(state.failed.values()),
+                "errors": [f"{task}: {reason}" for task, reason in state.failed.items()],
                 "traceback": state.tracebacks[-1] if state.tracebacks else None,
             }
 
@@ -382,7 +392,7 @@ class Evaluation:
         for message in damaged.values():
             _LOG.warning("%s; it is asked again", message)
         if state.was_damaged:
-            self._give_up(state, {"": f"router {name}: {next(iter(damaged.values()))} again"})
+            self._give_up(state, f"{next(iter(damaged.values()))}, again")
             return
         state.was_damaged, state.state = True, "asking"
         for task, keys in state.keys.items():
@@ -392,9 +402,10 @@ class Evaluation:
                     state.answered -= 1
                     state.requests -= shard.requests
 
-    def _give_up(self, state: RouterState, failed: dict[str, str]) -> None:
+    def _give_up(self, state: RouterState, reason: str) -> None:
         """End the evaluation of a router, and cancel what is asked for it and not begun."""
-        state.state, state.failed, state.rows = "failed", failed, []
+        state.state, state.rows = "failed", []
+        state.failed = dict.fromkeys(state.keys, reason)
         self._cancel(state)
 
     def _cancel(self, state: RouterState) -> None:

@@ -124,10 +124,12 @@ class Workers:
         self._lease_seconds, self._wait_seconds = lease_seconds, wait_seconds
         self._want = want
         self.paused = False  # if true, no actor is started and idle actors are ended
+        self.is_patient = False  # if true, calls wait for room without a limit
         self._waiting: deque[_Call] = deque()
         self._actors: list[_Actor] = []
         self._added = 0
         self._looked = self._had_actor = -float("inf")
+        self._has_requested = False
         self._stepped = time.monotonic()
         self._has_room = 0
         self._draining: frozenset[str] = frozenset()
@@ -167,6 +169,8 @@ class Workers:
         self, method: str, calls: Sequence[tuple[Any, ...]], watch: Watch | None = None
     ) -> range:
         """Queue calls of one method with these arguments; return their keys."""
+        if self.is_done:  # time without work does not count, and the cluster may have changed
+            self._looked, self._had_actor = -float("inf"), time.monotonic()
         keys = range(self._added, self._added + len(calls))
         self._added += len(calls)
         watch = watch or Watch()
@@ -204,6 +208,7 @@ class Workers:
     def step(self, timeout: float) -> list[tuple[int, Any]]:
         """Assign calls, wait at most `timeout` seconds, and return the new results by key."""
         if self.paused:
+            self._had_actor = time.monotonic()
             for actor in [actor for actor in self._actors if actor.call is None]:
                 self._end(actor)
         else:
@@ -239,7 +244,7 @@ class Workers:
         for actor in list(self._actors):
             self._end(actor)
         self._waiting.clear()
-        if self._looked > 0:
+        if self._has_requested:
             self._want(0)
 
     def _look(self) -> None:
@@ -247,7 +252,7 @@ class Workers:
         now = time.monotonic()
         if not self._waiting or now - self._looked < _LOOK_SECONDS:
             return
-        self._looked = now
+        self._looked, self._has_requested = now, True
         self._want(len(self._waiting) + len(self.under_way))
         self._has_room = self._room()
         self._draining = draining_nodes()
@@ -296,7 +301,8 @@ class Workers:
         # Wait for a starting actor only if there is a node for it.
         if some_work or (self._actors and self._has_room > 0):
             return True
-        if not hopeless and time.monotonic() - self._had_actor < self._wait_seconds:
+        waited = time.monotonic() - self._had_actor
+        if not hopeless and (self.is_patient or waited < self._wait_seconds):
             return True
         for actor in list(self._actors):
             self._end(actor)

@@ -161,6 +161,57 @@ def test_a_stopped_and_a_finished_run_are_distinguished(
     assert "expert aa: no" in text
 
 
+def score(router: str, task: str, metric: str, value: float) -> dict[str, Any]:
+    row: dict[str, Any] = dict.fromkeys(run_folder.SCORES.names, None)
+    row |= {"router": router, "task": task, "metric": metric, "value": value, "suite": "held"}
+    texts = ("run", "base", "manifest", "options", "documents")
+    numbers = ("n", "seconds", "tokens")
+    return row | dict.fromkeys(texts, "") | dict.fromkeys(numbers, 1) | {"zero_shot": True}
+
+
+def test_an_evaluation_shows_states_scores_and_tracebacks(
+    folder: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    states = {"base": "done", "phatgoose": "done", "merged": "scoring", "arrow": "failed"}
+    error, traceback = "router arrow, task held/t: no rank", "Traceback:\n  ValueError: no rank"
+    rows = [
+        {"router": router, "suite": "held", "state": state, "shards": 4, "answered": 4}
+        | {"tokens": 9, "seconds": 1.0, "errors": [error] if state == "failed" else []}
+        | {"traceback": traceback if state == "failed" else None}
+        for router, state in states.items()
+    ]
+    run_folder.write_table(folder, "evaluations.parquet", run_folder.EVALUATIONS, rows)
+    scores = [
+        score("base", "one", "acc", 0.25),
+        score("base", "one", "nll", 9.0),
+        score("base", "two", "exact_match", 0.75),
+        score("phatgoose", "one", "acc", 0.75),
+        score("phatgoose", "two", "exact_match", 1.0),
+        score("single:e0", "one", "acc", 0.9),
+    ]
+    run_folder.write_table(folder, "scores.parquet", run_folder.SCORES, scores)
+    with StageProgress(folder, "evaluate", 100, "request", 16, 20) as progress:
+        counts = {"waiting": 9, "running": 1, "done": 6, "failed": 0}
+        progress.update(40, counts, [(HERE, True)])
+        progress._write(now=True)
+        assert main([str(folder)]) == 0
+    text = capsys.readouterr().out
+    assert "evaluate: 40% of 100 requests" in text
+    assert "shards    6 done, 1 running, 9 waiting" in text
+    assert "routers   2 done, 1 scoring, 1 failed" in text
+    lines = [line.split() for line in text.splitlines()]
+    first, second = (
+        lines.index(["held", router, "2", value])
+        for router, value in (("phatgoose", "87.5"), ("base", "50.0"))
+    )
+    assert first < second
+    assert "single:e0" not in text
+    assert f"failed    {error}" in text
+    assert "ValueError: no rank" in text
+    means = {mean["router"]: mean["value"] for mean in read_status(folder)["scores"]}
+    assert means == {"phatgoose": 0.875, "base": 0.5, "single:e0": 0.9}
+
+
 def test_a_folder_without_a_run_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -41,7 +41,7 @@ class LocalEvaluation(Evaluation):
         self.finish()
         state = self.routers[name]
         if state.failed:
-            raise PhatgooseError("; ".join(state.failed.values()))
+            raise PhatgooseError("; ".join(self.problems))
         return state.rows
 
     def finish(self) -> None:

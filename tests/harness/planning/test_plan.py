@@ -75,7 +75,12 @@ def test_a_plan_describes_the_work(config: RunConfig) -> None:
     assert list(plan.routers)[:4] == ["base", "phatgoose", "merged", "random"]
     assert list(plan.routers)[4:] == ["single:birds", "single:lakes", "single:numbers"]
     text = plan.describe()
-    for part in ("3 of 3 jobs (0 done before)", "7 routers, each on 16 requests", "swans, sums", "toys"):
+    for part in (
+        "3 of 3 jobs (0 done before)",
+        "7 routers, each on 16 requests",
+        "swans, sums",
+        "toys",
+    ):
         assert part in text
     assert "min of one core's time" in text
     assert files(Path(config.run.dir)) == {}

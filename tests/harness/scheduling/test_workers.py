@@ -349,9 +349,51 @@ def test_clock_jumps_do_not_expire_a_lease(make: Make, monkeypatch: pytest.Monke
     assert watch.told == [("started", key) for key in keys]
 
 
+def test_time_without_work_is_no_time_without_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check calls that are added long after the last ones, or wait while others have priority."""
+    remote = ray.remote(num_cpus=1, max_concurrency=2)(Worker)
+    workers = Workers(lambda: remote.remote(tmp_path), lambda: 0, wait_seconds=5)
+    clock = [time.monotonic()]
+    monkeypatch.setattr("harness.scheduling.workers.time.monotonic", lambda: clock[0])
+    first = workers.add("work", [("a",)])
+    workers.is_patient = True
+    for _ in range(3):
+        clock[0] += 100
+        assert workers.step(0) == []
+    workers.is_patient, workers.paused = False, True
+    clock[0] += 100
+    assert workers.step(0) == []
+    workers.paused = False
+    assert workers.step(0) == []
+    assert workers.cancel(first) == [*first]
+    clock[0] += 100
+    workers.add("work", [("b",)])
+    assert workers.step(0) == []
+    clock[0] += 6
+    ((_, failure),) = workers.step(0)
+    assert "no node of the Ray cluster has room" in failure.error
+
+
+def test_canceled_calls_are_not_made(make: Make, tmp_path: Path) -> None:
+    workers = make()
+    keys = workers.add("work", [(f"call{number}", "waits") for number in range(6)])
+    while len(workers.under_way) < 2:
+        workers.step(0.1)
+    assert workers.cancel([*keys[:1], *keys[3:]]) == [*keys[3:]]  # the first two have begun
+    (tmp_path / "go").touch()
+    found = finish(workers)
+    assert found == {key: f"done call{key}" for key in keys[:3]}
+    assert not any(notes(tmp_path)[f"call{key}"] for key in keys[3:])
+
+
 def test_an_expected_error_is_not_retried(make: Make, tmp_path: Path) -> None:
     bad, good = run(make(), ("a", "expected"), ("b",))
     assert bad == Failure("a cannot be: choose another")
+    assert bad.expected
+    (again,) = run(make(), ("c", "unexpected"))
+    assert not again.expected
     assert good == "done b"
     assert notes(tmp_path)["a"] == 1
 
