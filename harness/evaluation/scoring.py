@@ -19,6 +19,7 @@ from harness.evaluation.answers import Answer, joined
 from harness.evaluation.documents import score_rows
 from harness.evaluation.lm import RecordedLM, quiet
 from harness.evaluation.requests import TaskRequests
+from harness.evaluation.scores import Row
 from harness.evaluation.shards import Shard
 from harness.scheduling.actor import Actor, log_to_run_folder
 from harness.storage import Folder
@@ -26,7 +27,6 @@ from harness.storage import Folder
 # Draws for the standard errors of metrics that are not means. lm-eval must not fork for them.
 _BOOTSTRAPS = 200
 os.environ.setdefault("DISABLE_MULTIPROC", "1")
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)

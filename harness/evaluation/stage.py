@@ -10,24 +10,21 @@ inputs, and hears what became of them.
 
 import json
 import logging
-from collections import deque
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
-
-import pyarrow as pa
 
 from harness import run_folder
 from harness.evaluation.actor import Asked, Receipt
 from harness.evaluation.answer_files import AnswerFiles, task_key
 from harness.evaluation.conditions import Conditions, library_versions, scoring_code
-from harness.evaluation.derived import best_individual_rows, oracle_rows
 from harness.evaluation.identity import Identity, options_of, what_changed
 from harness.evaluation.inputs import SuiteInputs
+from harness.evaluation.router_state import RouterState, reasons_of
+from harness.evaluation.scores import Row, read_scores, write_scores
 from harness.evaluation.scoring import Scored, ScoredTask, ToScore, bare_name
 from harness.evaluation.shards import Shard
-from harness.extra_routers import BEST_INDIVIDUAL, ORACLE
 from harness.registry.packs import Members, pool_id
 from harness.scheduling.workers import Failure, Killed, Watch, Workers
 from harness.source_code import METRICS, code_of, digest
@@ -39,7 +36,6 @@ from phatgoose.routers.interface import side_information
 _LOG = logging.getLogger(__name__)
 # So many shards that fail, and none that is answered, are no accident.
 _HOPELESS = 3
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -59,44 +55,6 @@ class Setting:
     conditions: Conditions
     evaluators: Workers
     scorers: Workers
-
-
-@dataclass
-class RouterState:
-    """How far the evaluation of one router on one suite is.
-
-    Attributes:
-        router: the router.
-        keys: by task, the key of the answer to each shard.
-        state: `asking`, `scoring`, `done` or `failed`.
-        to_ask: the shards that no actor has been asked for, with their keys.
-        open: the shards that actors were asked for, by the number of the call.
-        answered: the number of shards with an answer, and of their requests.
-        failed: why tasks have no score, by name.
-        tracebacks: the tracebacks of errors.
-        seconds, tokens: what actors took in this call of the run.
-        rows: its rows of scores.parquet.
-    """
-
-    router: Router
-    keys: dict[str, list[str]]
-    state: str = "asking"
-    to_ask: deque[tuple[Shard, str]] = field(default_factory=deque)
-    open: dict[int, tuple[Shard, str, int]] = field(default_factory=dict)
-    answered: int = 0
-    requests: int = 0
-    failed: dict[str, str] = field(default_factory=dict)
-    tracebacks: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-    tokens: int = 0
-    rows: list[Row] = field(default_factory=list)
-    asked: Any = None  # what stands for the calls' `Asked`
-    was_damaged: bool = False
-
-    @property
-    def is_answered(self) -> bool:
-        """Whether it can be scored."""
-        return self.state == "asking" and not self.to_ask and not self.open
 
 
 class Evaluation:
@@ -136,7 +94,7 @@ class Evaluation:
         self._files = AnswerFiles(setting.folder)
         self._found = self._files.shards()  # answered by an earlier call
         self._scored: dict[str, list[Row]] = {}  # by an earlier call, by router
-        for row in self._read_scores():
+        for row in read_scores(setting.folder):
             if row["suite"] == self.suite:
                 self._scored.setdefault(row["router"], []).append(row)
         self._watch = _Halving(self)
@@ -172,19 +130,8 @@ class Evaluation:
     @property
     def problems(self) -> list[str]:
         """What has no score, and why: a line for each reason."""
-        reasons: dict[str, list[str]] = {}
-        for name, state in self.routers.items():
-            tasks: dict[str, list[str]] = {}
-            for task, reason in state.failed.items():
-                tasks.setdefault(reason, []).append(task)
-            for reason, failed in tasks.items():
-                which = name if state.state == "failed" else f"{name} on {listed(failed)}"
-                reasons.setdefault(reason, []).append(which)
         where = f"see logs/ in {self._folder}"
-        return [
-            f"router{'s' if len(names) > 1 else ''} {listed(names)}: {reason}; {where}"
-            for reason, names in reasons.items()
-        ]
+        return [f"{line}; {where}" for line in reasons_of(self.routers)]
 
     def add(self, routers: Mapping[str, Router]) -> None:
         """Add routers to evaluate, and find what earlier calls have answered or scored."""
@@ -294,31 +241,8 @@ class Evaluation:
             state.state = "failed"
 
     def write_scores(self, derived: Collection[str] = ()) -> None:
-        """Write scores.parquet, and keep earlier rows that are comparable.
-
-        These are the rows of other suites, and of other routers on the same documents, with this
-        pool. `derived` are the routers to derive from the single experts' rows.
-        """
-        rows = self.rows
-        table = pa.Table.from_pylist(rows, run_folder.SCORES)
-        if ORACLE in derived:
-            rows = rows + oracle_rows(table)
-        if BEST_INDIVIDUAL in derived:
-            rows = rows + best_individual_rows(table)
-        routers = {row["router"] for row in rows}
-        documents = {(row["task"], row["documents"]) for row in rows}
-        kept = [
-            row
-            for row in self._read_scores()
-            if row["manifest"] == self._common["manifest"]
-            and (
-                row["suite"] != self.suite
-                or (row["router"] not in routers and (row["task"], row["documents"]) in documents)
-            )
-        ]
-        # The order does not depend on which suite was measured first.
-        ordered = sorted(kept + rows, key=lambda row: row["suite"])
-        run_folder.write_table(self._folder, run_folder.SCORES_FILE, run_folder.SCORES, ordered)
+        """Write the rows of the routers that are done, and those of the routers in `derived`."""
+        write_scores(self._folder, self.suite, self.rows, derived)
 
     def table(self) -> Iterator[Row]:
         """Yield the rows of evaluations.parquet."""
@@ -424,13 +348,6 @@ class Evaluation:
             "zero_shot": router.zero_shot,
             "side_information": side_information(router),
         }
-
-    def _read_scores(self) -> list[Row]:
-        if not self._folder.exists(run_folder.SCORES_FILE):
-            return []
-        return run_folder.read_table(
-            self._folder, run_folder.SCORES_FILE, run_folder.SCORES
-        ).to_pylist()
 
 
 class _Halving(Watch):

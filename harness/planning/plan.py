@@ -308,17 +308,17 @@ def _expert_bytes(base: Base, rank: int) -> int:
 
 
 def _check_same_run(plan: Plan) -> None:
-    """Refuse to mix the results of two pools in one folder."""
+    """Refuse to mix the results of two pools in one folder; the same pool may grow."""
     if not plan.folder.exists(RUN_FILE):
         return
     before = read_run(plan.folder).get("identity")
-    if before == plan.identity:
-        return
     what = "base"
     if before and before["base"] == plan.base_fingerprint:
         old, new = before["experts"], plan.identity["experts"]
-        changed = [name for name in new if name in old and old[name] != new[name]]
-        same = old.keys() == new.keys()
+        changed = [name for name in old if new.get(name) != old[name]]
+        if not changed:
+            return
+        same = old.keys() <= new.keys()
         what = f"training recipe or data for {', '.join(changed[:_SHOWN])}" if same else "pool"
     raise PhatgooseError(
         f"run.dir={plan.folder}: it holds a run with another {what}. Choose another run.dir (with "

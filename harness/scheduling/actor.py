@@ -1,8 +1,12 @@
 """The base class of all actors of the harness: location, heartbeat, log and code version."""
 
+import contextlib
 import hashlib
 import logging
 import os
+import tempfile
+import threading
+import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,6 +16,10 @@ import ray
 import phatgoose
 from harness.storage import Folder
 from phatgoose.errors import PhatgooseError
+from phatgoose.files import MACHINE
+
+# Between two copies of a log to a bucket.
+_COPY_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -73,20 +81,38 @@ def log_to_run_folder(run_dir: str, name: str) -> None:
     """Send the log messages of this actor's process to a file of its own in the run folder.
 
     Standard output and error go to the same file, by their descriptors, because compilers, NCCL,
-    gloo and a crashing interpreter write there without Python. If the run folder is not a local
-    path, everything goes to Ray's own log files.
+    gloo and a crashing interpreter write there without Python. If the run folder is a bucket, the
+    file is a temporary one that is copied there while it grows.
     """
-    path = Folder(run_dir).local(f"logs/{name}-{os.getpid()}.log")
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as file:
-            for stream in (1, 2):
-                os.dup2(file.fileno(), stream)
+    folder = Folder(run_dir)
+    path = folder.local(f"logs/{name}-{os.getpid()}.log")
+    copies = path is None
+    if path is None:
+        path = Path(tempfile.mkdtemp(prefix="phatgoose-logs-")) / f"{name}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    if copies:
+        target = f"logs/{name}-{MACHINE[:6]}-{os.getpid()}.log"
+        threading.Thread(target=_copy_log, args=(path, folder, target), daemon=True).start()
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for package in ("harness", "phatgoose"):
         logging.getLogger(package).addHandler(handler)
         logging.getLogger(package).setLevel(logging.INFO)
+
+
+def _copy_log(path: Path, folder: Folder, name: str) -> None:
+    """Copy a file to a bucket whenever it has grown, until the process ends."""
+    size = 0
+    while True:
+        time.sleep(_COPY_SECONDS)
+        data = path.read_bytes()
+        if len(data) > size:
+            with contextlib.suppress(PhatgooseError):  # the next copy has it all
+                folder.write(name, data)
+                size = len(data)
 
 
 @cache

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -73,3 +74,32 @@ logging.getLogger("harness.training.actor").info("training %s", "plural")
     assert (printed, below) == ("printed", "from below Python")
     assert logged.endswith(" INFO harness.training.actor: training plural")
     assert logged[:2] == "20"  # the time comes first
+
+
+def test_the_log_of_an_actor_reaches_a_bucket(tmp_path: Path) -> None:
+    """Check a run folder without local files; a bucket would only be slower."""
+    script = f"""
+import logging
+from pathlib import Path
+from harness.scheduling import actor
+from harness.storage import Folder
+Folder.local = lambda *_: None
+actor._COPY_SECONDS = 0.01
+actor.log_to_run_folder({str(tmp_path)!r}, "evaluate")
+for line in ("one", "two"):
+    logging.getLogger("harness.evaluation.actor").info(line)
+    while not any(line in f.read_text() for f in Path({str(tmp_path)!r}).glob("logs/*.log")):
+        pass
+"""
+    root, temporary = Path(__file__).parents[2], tmp_path / "temporary"
+    temporary.mkdir()
+    subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=root,
+        check=True,
+        timeout=60,
+        env={**os.environ, "TMPDIR": str(temporary)},
+    )
+    [file] = (tmp_path / "logs").iterdir()
+    assert file.name.startswith("evaluate-")
+    assert [line.split()[-1] for line in file.read_text().splitlines()] == ["one", "two"]

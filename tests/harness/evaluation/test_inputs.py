@@ -73,7 +73,7 @@ def test_each_input_is_stored_once(inputs: SuiteInputs, stored: list[Any]) -> No
 def test_shards_contain_every_request_once(inputs: SuiteInputs, stored: list[Any]) -> None:
     for name, shards in inputs.shards.items():
         ((kind, asked),) = inputs.requests.tasks[name].asked(name).items()
-        found = {}
+        found: dict[int, Request] = {}
         for shard in shards:
             assert shard.kind == kind
             encoded: EncodedShard = stored[inputs.shard(shard)]

@@ -184,6 +184,14 @@ def test_the_same_run_may_be_resumed(config: RunConfig) -> None:
     assert job_ids(make_plan(config)) == job_ids(plan)
 
 
+def test_the_pool_of_a_run_may_grow(config: RunConfig) -> None:
+    tasks = config.pool["tasks"]
+    fewer = {name: tasks[name] for name in ("birds", "numbers")}
+    plan = make_plan(dataclasses.replace(config, pool={**config.pool, "tasks": fewer}))
+    write_run(plan.folder, {"identity": plan.identity})
+    assert list(make_plan(config).identity["experts"]) == ["birds", "lakes", "numbers"]
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
