@@ -61,7 +61,7 @@ def run(config: RunConfig) -> None:
     _be_quiet()
     # Imported here, so that a mistyped configuration is rejected immediately.
     from harness.driver.lease import RunLease
-    from harness.driver.prepare import prepare_run, preparer
+    from harness.driver.prepare import comparer, prepare_run, preparer
     from harness.driver.stages import Driver
     from harness.planning.plan import make_plan
     from harness.reporting.report import make_report
@@ -78,7 +78,8 @@ def run(config: RunConfig) -> None:
     problems: list[str] = []
     with RunLease(Folder(config.run.dir)) as lease, Cluster() as cluster:
         device = cluster.device(config.cluster) if "evaluate" in config.stages else "cpu"
-        plan = make_plan(config, prepare_run(config, preparer(cluster)), device)
+        prepared = prepare_run(config, preparer(cluster), comparer(cluster))
+        plan = make_plan(config, prepared, device)
         print(plan.describe(), flush=True)
         driver = Driver(plan, cluster)
         to_train = "train" in config.stages and bool(plan.open_jobs)

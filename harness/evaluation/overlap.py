@@ -87,19 +87,39 @@ class Overlap:
 
 def find_overlaps(pool: Sequence[TaskData], suite: Sequence[TaskData]) -> list[Overlap]:
     """Find every overlap of a pool's training data with a suite; results are cached."""
-    tables = {data.name: evaluation_table(data).select(["text", "input"]) for data in suite}
-    tables_id = [[name, *_digest(table)] for name, table in tables.items()]
+    tables = _tables(suite)
     found: list[Overlap] = []
     index: SuiteIndex | None = None
-    experts = [data for data in pool if data.counts["train"]]
-    for data in tqdm(experts, desc="overlap", unit="task", disable=None, delay=2, leave=False):
-        key = json.dumps([digest(code_of([__name__])), tables_id, data.fingerprint])
-        path = cache_dir() / "overlap" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    files = _files(pool, tables)
+    bar = tqdm(files, desc="overlap", unit="task", disable=None, delay=2, leave=False)
+    for data, path in bar:
         if not path.exists():
             index = index or SuiteIndex(tables)
             batches = read_batches(data.train, ["text", "input"])
             _write(path, index.overlaps(data.name, batches))
         found += [Overlap(**{**row, "expert": data.name}) for row in json.loads(path.read_bytes())]
+    return found
+
+
+def not_compared(pool: Sequence[TaskData], suite: Sequence[TaskData]) -> list[TaskData]:
+    """Return the pool's tasks for which `find_overlaps` would read the training data."""
+    return [data for data, path in _files(pool, _tables(suite)) if not path.exists()]
+
+
+def _tables(suite: Sequence[TaskData]) -> dict[str, pa.Table]:
+    return {data.name: evaluation_table(data).select(["text", "input"]) for data in suite}
+
+
+def _files(pool: Sequence[TaskData], tables: Mapping[str, pa.Table]) -> list[tuple[TaskData, Path]]:
+    """Return the file in the cache for each task that has training data."""
+    tables_id = [[name, *_digest(table)] for name, table in tables.items()]
+    code = digest(code_of([__name__]))
+    found = []
+    for data in pool:
+        if data.counts["train"]:
+            key = json.dumps([code, tables_id, data.fingerprint]).encode()
+            name = f"{hashlib.sha256(key).hexdigest()[:16]}.json"
+            found.append((data, cache_dir() / "overlap" / name))
     return found
 
 

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.driver.prepare import preparer
+from harness.driver import prepare
+from harness.driver.prepare import comparer, preparer
+from harness.evaluation import overlap
 from harness.scheduling.cluster import Cluster
 from harness.tasks import TaskSpec, folder_of, prepare_all
 from harness.tasks.__main__ import main
@@ -57,6 +59,27 @@ def test_an_invalid_task_is_reported_after_the_others_are_prepared(
         prepare_all(specs(files), preparer(cluster))
     made = [is_written(folder_of(spec)) for spec in specs(files)]
     assert made == [True, True, False, True, True, True]
+
+
+@pytest.mark.slow
+def test_much_training_data_is_compared_on_the_cluster(
+    two_cores: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "_FEW_EXAMPLES", 50)
+    pool = prepare_all(specs(write_files(tmp_path, 6)))
+    shared = "the grey goose flies over the deep lake, and number is"
+    for name in ("birds", "lakes"):
+        lines = [{"input": f"{name} {i}: {shared}", "target": "one"} for i in range(4)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    pool += prepare_all(specs([tmp_path / "birds.jsonl"]))
+    spec = TaskSpec("lakes", (str(tmp_path / "lakes.jsonl"),), "jsonl", split="all")
+    suite = prepare_all([spec])
+    with Cluster() as cluster:
+        comparer(cluster)(pool, suite)
+    assert overlap.not_compared(pool, suite) == []
+    monkeypatch.setattr(overlap, "SuiteIndex", lambda _: pytest.fail("compared again"))
+    assert [found.expert for found in overlap.find_overlaps(pool, suite)] == ["birds"]
+    comparer(cluster)(pool, suite)  # nothing to do, so no cluster
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
