@@ -37,7 +37,7 @@ def config_of(base: Path, tmp_path: Path, pool: dict[str, Any], router: Any) -> 
         pool=pool,
         router=router,
         cluster=ClusterConfig(max_actors=1),
-        chunk_characters=2000,
+        chunk_tokens=500,
     )
     prepare_toys([*config.pool_tasks(), *config.suite_tasks(config.suites[0])], tmp_path)
     return config
@@ -84,10 +84,11 @@ def test_every_router_works_in_one_run(
     before = contents(profiles)
     assert len(before) == 3
     next(profiles.iterdir()).unlink()
-    journal = contents(tmp_path / "run" / "journal")
+    answers = contents(tmp_path / "run" / "answers" / "tasks" / "held")
+    assert len(answers) == len({name for name, _, _ in scores} - {"oracle", "best_individual"})
     run(config)  # measures that profile again, later than its training, and asks nothing
     assert contents(profiles).keys() == before.keys()
-    assert contents(tmp_path / "run" / "journal") == journal
+    assert contents(tmp_path / "run" / "answers" / "tasks" / "held") == answers
     assert scores_of(config) == scores
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 import harness
@@ -70,7 +71,9 @@ def test_new_code_gives_new_numbers_and_keeps_other_answers(
     first = checkout.run()
     assert first.returncode == 0, first.stderr
     assert "asked again" not in first.stderr
-    before, answers = checkout.values(), len(list((checkout.run_dir / "journal").iterdir()))
+    before = checkout.values()
+    evaluations = pq.read_table(checkout.run_dir / run_folder.EVALUATIONS_FILE)
+    (shards,) = {*evaluations["shards"].to_pylist()}
 
     # A formula changes the answers of its own router.
     checkout.edit("phatgoose/routers/phatgoose.py", "gate_ED,\n", "-gate_ED,\n")
@@ -79,7 +82,7 @@ def test_new_code_gives_new_numbers_and_keeps_other_answers(
     assert edited.returncode == 0, edited.stderr
     lines = [line for line in edited.stderr.splitlines() if "asked again" in line]
     assert lines == [
-        f"phatgoose.routers.phatgoose changed: {answers // 3} chunks of phatgoose are asked again"
+        f"phatgoose.routers.phatgoose changed: {shards} shards of phatgoose are asked again"
     ]
     after = checkout.values()
     assert after["phatgoose"] != before["phatgoose"]

@@ -99,7 +99,8 @@ def test_a_damaged_expert_is_found_and_trained_again(
         data[len(data) // 2] ^= 1
     victim.write_bytes(data)
     shutil.rmtree(Path(done.registry) / "packs")
-    shutil.rmtree(Path(done.run.dir) / "journal")
+    shutil.rmtree(Path(done.run.dir) / "answers")
+    (Path(done.run.dir) / "scores.parquet").unlink()  # so that it is evaluated again
     assert registry_cli.main(["verify", done.registry]) == 1
     assert str(victim) in "".join(capsys.readouterr())
     message = fails(done)

@@ -127,7 +127,7 @@ def check_complete_run(config: RunConfig, linears: int, capsys: pytest.CaptureFi
     check_files(run_dir, linears)
 
     scores = read(run_dir, run_folder.SCORES_FILE, run_folder.SCORES)
-    kept = {name: times(run_dir / name) for name in ("registry", "journal", "training", "logs")}
+    kept = {name: times(run_dir / name) for name in ("registry", "answers", "training", "logs")}
     assert all(kept.values())
     run(config)
     output = capsys.readouterr()
@@ -145,7 +145,7 @@ def test_a_complete_run_on_two_nodes(
     check_complete_run(config, 2 * 7, capsys)
     # Both nodes took part: there is one log per actor.
     logs = [path.name.partition("-")[0] for path in (tmp_path / "run" / "logs").iterdir()]
-    assert sorted(logs) == ["evaluate", "evaluate", "train", "train"]
+    assert sorted(logs) == ["evaluate", "evaluate", "score", "train", "train"]
 
 
 def test_a_complete_run_of_an_encoder_decoder(

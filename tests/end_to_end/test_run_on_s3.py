@@ -46,7 +46,9 @@ def test_a_complete_run_in_a_bucket(
     assert scores.schema.equals(run_folder.SCORES)
     names = Folder(run_dir).names()
     assert {f"training/{expert}.parquet" for expert in EXPERTS} <= set(names)
-    assert {"run.json", "jobs.parquet", "summary.parquet", "samples/phatgoose.parquet"} <= {*names}
+    assert {"run.json", "jobs.parquet", "summary.parquet", "samples/held/phatgoose.parquet"} <= {
+        *names
+    }
 
     kept = {entry.path: entry for entry in Folder(registry).entries()}
     run(config)

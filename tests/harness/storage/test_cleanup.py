@@ -19,16 +19,16 @@ def name_of_a_dead_process() -> str:
 
 
 def test_only_files_left_by_dead_processes_are_removed(tmp_path: Path) -> None:
-    (tmp_path / "journal").mkdir()
+    (tmp_path / "answers").mkdir()
     (tmp_path / "packs").mkdir()
-    dead = tmp_path / "journal" / name_of_a_dead_process()
+    dead = tmp_path / "answers" / name_of_a_dead_process()
     dead.write_bytes(b"half")
     folder = tmp_path / "packs" / name_of_a_dead_process()
     folder.mkdir()
     (folder / "pool.safetensors").write_bytes(b"half")
-    mine = tmp_path / "journal" / temporary_name()
-    others = tmp_path / "journal" / dead.name.replace(".", ".elsewhere", 1)
-    for kept in (mine, others, tmp_path / "journal" / "answer.safetensors", tmp_path / ".tmp"):
+    mine = tmp_path / "answers" / temporary_name()
+    others = tmp_path / "answers" / dead.name.replace(".", ".elsewhere", 1)
+    for kept in (mine, others, tmp_path / "answers" / "answer.parquet", tmp_path / ".tmp"):
         kept.write_bytes(b"whole")
     assert remove_left_over(Folder(tmp_path)) == 2
     assert not dead.exists()
