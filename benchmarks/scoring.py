@@ -110,7 +110,7 @@ def _requests() -> dict[str, list[Instance]]:
     """Return lm-eval's requests of each task, in the prompts of the paper."""
     group = {"name": "bbh", "lists": ["bbh"], "style": "paper", "split": "all", "limit": 50}
     tasks = prepare_all(task_specs({**group, "only": list(TASKS)}))
-    suite = SuiteRequests.build("bbh", tasks)
+    suite = SuiteRequests("bbh", tasks)
     return {task.data.name: task.instances for task in suite.tasks.values()}
 
 

@@ -87,8 +87,8 @@ def run(config: RunConfig) -> None:
             driver.check()
         lease.take()
         record = _record(config, plan)
-        for requests in plan.requests.values():
-            requests.check(plan.folder)
+        for inputs in plan.inputs.values():
+            inputs.requests.check(plan.folder)
         run_folder.write_run(plan.folder, record)
         run_folder.write_table(
             plan.folder, run_folder.OVERLAP_FILE, run_folder.OVERLAP, _overlaps(plan)

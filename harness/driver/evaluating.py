@@ -141,11 +141,9 @@ class Evaluating:
     @functools.cached_property
     def _inputs(self) -> list[SuiteInputs]:
         """The suites' requests, as actors get them."""
-        plan = self._plan
-        return [
-            SuiteInputs(requests, plan.base, plan.limits, self._put)
-            for requests in plan.requests.values()
-        ]
+        for inputs in self._plan.inputs.values():
+            inputs.put = self._put
+        return list(self._plan.inputs.values())
 
     def _put(self, value: Any) -> Any:
         self._cluster.connect()

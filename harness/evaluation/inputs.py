@@ -17,15 +17,16 @@ class SuiteInputs:
         requests: the suite's requests.
         base: the base; its weights are not needed.
         limits: the sizes of chunks and shards.
+
+    Attributes:
         put: stores an object for all actors, and returns what stands for it in calls, such as
-            `ray.put`.
+            `ray.put`. By default, objects stand for themselves.
     """
 
-    def __init__(
-        self, requests: SuiteRequests, base: Base, limits: Limits, put: Callable[[Any], Any]
-    ) -> None:
+    def __init__(self, requests: SuiteRequests, base: Base, limits: Limits) -> None:
         self.requests, self.suite = requests, requests.suite
-        self._base, self._limits, self.put = base, limits, put
+        self._base, self._limits = base, limits
+        self.put: Callable[[Any], Any] = lambda value: value
         self._stored: dict[str, Any] = {}
 
     @cached_property

@@ -8,7 +8,7 @@ error, see `SuiteRequests.build` and `SuiteRequests.check`.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -26,6 +26,8 @@ from harness.tasks import TaskData, describe, folder_of
 from harness.tasks.lm_eval_tasks import make_task
 from harness.tasks.sources.lm_eval import check_documents, lm_eval_seeds
 from phatgoose.errors import PhatgooseError, reason_of
+
+_KEPT_DOCUMENTS = 2000
 
 
 @dataclass(frozen=True)
@@ -62,26 +64,21 @@ class TaskRequests:
         }
 
 
-@dataclass(frozen=True)
 class SuiteRequests:
-    """The requests of a suite.
+    """The requests of a suite, built task by task when they are needed.
+
+    Args:
+        suite: its name.
+        tasks: the data of its tasks.
 
     Attributes:
-        suite: its name.
-        tasks: the requests of its tasks, by `<suite>/<task>`.
+        tasks: the requests of each task, by `<suite>/<task>`. Reading one raises PhatgooseError if
+            it cannot be built, or if two builds of it differ.
     """
 
-    suite: str
-    tasks: dict[str, TaskRequests]
-
-    @staticmethod
-    def build(suite: str, tasks: Sequence[TaskData]) -> "SuiteRequests":
-        """Build the requests of a suite.
-
-        Raises:
-            PhatgooseError: a task cannot be built, or two builds of it differ.
-        """
-        return SuiteRequests(suite, {f"{suite}/{d.name}": _build(d, suite) for d in tasks})
+    def __init__(self, suite: str, tasks: Sequence[TaskData]) -> None:
+        self.suite, self._data = suite, {f"{suite}/{data.name}": data for data in tasks}
+        self.tasks: Mapping[str, TaskRequests] = _Tasks(suite, self._data)
 
     def check(self, folder: Folder) -> None:
         """Compare the requests with those of earlier calls of the run, then record them.
@@ -91,7 +88,7 @@ class SuiteRequests:
         """
         name = run_folder.REQUESTS_FILE
         noted = run_folder.read_json(folder, name) if folder.exists(name) else {}
-        now = {n: {"made_from": t.made_from, "hash": t.fingerprint} for n, t in self.tasks.items()}
+        now = {task: dict(self._note(task)) for task in self.tasks}
         for task, entry in now.items():
             before = noted.get(task)
             if not isinstance(before, dict) or before.get("made_from") != entry["made_from"]:
@@ -104,7 +101,46 @@ class SuiteRequests:
     @cached_property
     def descriptions(self) -> dict[str, str]:
         """Return each task's description, by task."""
-        return {name: describe(task.data) for name, task in self.tasks.items()}
+        return {name: describe(data) for name, data in self._data.items()}
+
+    def _note(self, task: str) -> Mapping[str, str]:
+        assert isinstance(self.tasks, _Tasks)
+        return self.tasks.note(task)
+
+
+class _Tasks(Mapping[str, TaskRequests]):
+    """Builds a task's requests when it is read; keeps few, because a suite may have a million."""
+
+    def __init__(self, suite: str, data: Mapping[str, TaskData]) -> None:
+        self._suite, self._data = suite, data
+        self._notes: dict[str, dict[str, str]] = {}
+        self._kept: dict[str, TaskRequests] = {}
+
+    def __getitem__(self, name: str) -> TaskRequests:
+        if name not in self._kept:
+            task = _build(self._data[name], self._suite)
+            note = {"made_from": task.made_from, "hash": task.fingerprint}
+            if self._notes.setdefault(name, note) != note:
+                raise _differs(name, "between two builds with the same seeds")
+            self._kept[name] = task
+            while len(self._kept) > 1 and self._documents() > _KEPT_DOCUMENTS:
+                del self._kept[next(iter(self._kept))]
+        return self._kept[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._data)
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def note(self, name: str) -> Mapping[str, str]:
+        """Return hashes of what determines a task's requests, and of the requests."""
+        if name not in self._notes:
+            self[name]
+        return self._notes[name]
+
+    def _documents(self) -> int:
+        return sum(len(task.documents.rows) for task in self._kept.values())
 
 
 def _build(data: TaskData, suite: str) -> TaskRequests:

@@ -9,6 +9,7 @@ from typing import Any
 
 from harness.config.schema import RunConfig
 from harness.evaluation.conditions import Conditions
+from harness.evaluation.inputs import SuiteInputs
 from harness.evaluation.overlap import Overlap, find_overlaps
 from harness.evaluation.requests import SuiteRequests
 from harness.evaluation.shards import Limits
@@ -53,8 +54,7 @@ class Plan:
         base_fingerprint: the base's fingerprint.
         pool: the data of the pool's tasks.
         suites: the data of each suite's tasks, by the suite's name.
-        requests: the requests of each suite, by its name; empty without the stage `evaluate`.
-        limits: how many requests actors get at once.
+        inputs: the requests of each suite, by its name; empty without the stage `evaluate`.
         conditions: the conditions of the answers.
         jobs: one per expert, in the pool's order.
         multitask: the job of the multitask expert, if a router needs it.
@@ -74,8 +74,7 @@ class Plan:
     base_fingerprint: str
     pool: list[TaskData]
     suites: dict[str, list[TaskData]]
-    requests: dict[str, SuiteRequests]
-    limits: Limits
+    inputs: dict[str, SuiteInputs]
     conditions: Conditions
     jobs: list[TrainJob]
     multitask: TrainJob | None
@@ -220,13 +219,16 @@ def make_plan(config: RunConfig, prepared: Prepared, device: str = "cpu") -> Pla
     if prepared.encoder_fingerprint is not None:
         encoder = prepared.encoder_fingerprint
         jobs = with_profiles(config, jobs, pool, registry, records, encoder)
-    requests = {}
+    inputs = {}
     if evaluates:
         check_needs(routers, jobs, registry, config.train)
-        requests = {name: SuiteRequests.build(name, tasks) for name, tasks in suites.items()}
+        limits = _limits(config, device)
+        for name, data in suites.items():
+            inputs[name] = SuiteInputs(SuiteRequests(name, data), base, limits)
+            assert inputs[name].shards  # all requests are built and tokenized here
     for suite in config.suites:
         if evaluates and suite.get("too_long") == "refuse":
-            check_lengths(base, requests[suite["name"]])
+            check_lengths(base, inputs[suite["name"]].requests)
     all_jobs = [*jobs, *([multitask] if multitask else [])]
     finished = {job: record.object for job, record in records.items()}
     tokens = training_tokens(base, all_jobs, pool)
@@ -240,8 +242,7 @@ def make_plan(config: RunConfig, prepared: Prepared, device: str = "cpu") -> Pla
         base_fingerprint=base.fingerprint,
         pool=pool,
         suites=suites,
-        requests=requests,
-        limits=_limits(config, device),
+        inputs=inputs,
         conditions=Conditions.here(base.fingerprint, config.base.dtype, device),
         jobs=jobs,
         multitask=multitask,

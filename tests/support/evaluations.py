@@ -76,7 +76,7 @@ class Run:
     ) -> LocalEvaluation:
         suite, tasks = changes.pop("suite", "held"), changes.pop("tasks", self.tasks)
         made = setting(self.path, workers, dtype)
-        inputs = inputs_of(SuiteRequests.build(suite, tasks), self.base, tokens)
+        inputs = inputs_of(SuiteRequests(suite, tasks), self.base, tokens)
         return LocalEvaluation(made, inputs, **{"members": self.members, **changes})
 
     def table(self, name: str) -> list[dict[str, Any]]:

@@ -187,7 +187,7 @@ def setting(folder: Path, workers: "LocalWorkers", dtype: str = "float32") -> Se
 
 def inputs_of(requests: SuiteRequests, base: Base, tokens: int) -> SuiteInputs:
     """Return a suite's inputs for actors in this process, in chunks and shards of this size."""
-    return SuiteInputs(requests, base, Limits(tokens, tokens), lambda value: value)
+    return SuiteInputs(requests, base, Limits(tokens, tokens))
 
 
 class LocalWorkers:

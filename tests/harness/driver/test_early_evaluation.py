@@ -57,7 +57,7 @@ class Scene:
 
     def evaluations(self, workers: LocalWorkers, experts: dict[str, str]) -> list[LocalEvaluation]:
         made = setting(self.folder, workers)
-        asked = [SuiteRequests.build(suite, tasks) for suite, tasks in self.suites.items()]
+        asked = [SuiteRequests(suite, tasks) for suite, tasks in self.suites.items()]
         inputs = [inputs_of(requests, self.base, 40) for requests in asked]
         return [LocalEvaluation(made, one, Members(experts)) for one in inputs]
 

@@ -403,7 +403,7 @@ def test_answers_under_other_conditions_are_asked_again(
 ) -> None:
     wanted = routers("base", "merged")
     made = setting(run.path, workers)
-    inputs = inputs_of(SuiteRequests.build("held", run.tasks), run.base, 40)
+    inputs = inputs_of(SuiteRequests("held", run.tasks), run.base, 40)
     counts = []
     other = dataclasses.replace(made.conditions, **{change: value})
     for conditions in (made.conditions, other):

@@ -50,8 +50,10 @@ def inputs(tasks: list[TaskData], llama: Base, stored: list[Any]) -> SuiteInputs
         stored.append(value)
         return len(stored) - 1
 
-    requests = SuiteRequests.build("held", tasks)
-    return SuiteInputs(requests, llama, Limits(40, 80), put)
+    requests = SuiteRequests("held", tasks)
+    inputs = SuiteInputs(requests, llama, Limits(40, 80))
+    inputs.put = put
+    return inputs
 
 
 def test_nothing_is_stored_before_it_is_asked_for(inputs: SuiteInputs, stored: list[Any]) -> None:

@@ -1,5 +1,6 @@
 """Check that requests are built once per suite, and do not depend on when and where."""
 
+import dataclasses
 import json
 import os
 import random
@@ -83,7 +84,9 @@ def tasks(tmp_path: Path) -> Path:
 def build(folder: Path, *names: str, **keys: Any) -> SuiteRequests:
     group = {"name": "own", "source": "lm_eval", "lm_eval": list(names), **keys}
     specs = task_specs({**group, "include_path": str(folder)})
-    return SuiteRequests.build("own", prepare_all(specs))
+    requests = SuiteRequests("own", prepare_all(specs))
+    assert all(requests.tasks.values())
+    return requests
 
 
 def prompts(requests: SuiteRequests, task: str) -> list[str]:
@@ -145,10 +148,27 @@ def test_two_suites_may_contain_the_same_task(tasks: Path) -> None:
         {"name": "a", "source": "lm_eval", "lm_eval": ["plain"], "include_path": str(tasks)}
     )
     data = prepare_all(specs)
-    one, two = SuiteRequests.build("one", data), SuiteRequests.build("two", data)
+    one, two = SuiteRequests("one", data), SuiteRequests("two", data)
     assert {i.task_name for i in one.tasks["one/plain"].instances} == {"one/plain"}
     assert {i.task_name for i in two.tasks["two/plain"].instances} == {"two/plain"}
     assert one.tasks["one/plain"].task.config.task == "one/plain"
+
+
+def test_large_tasks_are_built_again_when_they_are_needed(
+    tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harness.evaluation.requests._KEPT_DOCUMENTS", len(DOCS))
+    requests = build(tasks, "plain", "mixed")
+    mixed = requests.tasks["own/mixed"]
+    assert requests.tasks["own/mixed"] is mixed
+    plain = requests.tasks["own/plain"]
+    again = requests.tasks["own/mixed"]
+    assert again is not mixed
+    assert [one.args for one in again.instances] == [one.args for one in mixed.instances]
+    assert requests.tasks["own/mixed"] is again
+    requests._data["own/plain"] = dataclasses.replace(plain.data, fingerprint="changed meanwhile")
+    with pytest.raises(PhatgooseError, match="own/plain: its requests differ between two builds"):
+        assert requests.tasks["own/plain"]
 
 
 def test_a_definition_with_unseeded_randomness_is_refused(tasks: Path) -> None:
@@ -165,7 +185,7 @@ def test_documents_drawn_without_a_seed_are_refused(tasks: Path) -> None:
     data = prepare_all(task_specs(group))
     lm_eval._load.cache_clear()
     with pytest.raises(PhatgooseError, match=r"mixed of lm-eval: document \d+ differs"):
-        SuiteRequests.build("own", data)
+        assert SuiteRequests("own", data).tasks["own/mixed"]
 
 
 def test_requests_must_not_change_between_calls(tasks: Path, tmp_path: Path) -> None:

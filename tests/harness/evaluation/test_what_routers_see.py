@@ -69,7 +69,7 @@ def evaluation(
 ) -> tuple[LocalEvaluation, LocalWorkers]:
     workers = LocalWorkers(spy)
     members = Members(spy.members.experts, profiles)
-    inputs = inputs_of(SuiteRequests.build("held", tasks), spy.base, 40)
+    inputs = inputs_of(SuiteRequests("held", tasks), spy.base, 40)
     return LocalEvaluation(setting(folder, workers), inputs, members, others), workers
 
 

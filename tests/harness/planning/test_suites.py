@@ -88,7 +88,7 @@ def check(base: Base, suite: dict[str, Any], tasks: list[TaskData]) -> None:
     """Run the plan's checks of a suite."""
     check_suite(base, suite, tasks)
     if suite.get("too_long") == "refuse":
-        check_lengths(base, SuiteRequests.build(suite["name"], tasks))
+        check_lengths(base, SuiteRequests(suite["name"], tasks))
 
 
 def test_overlong_prompts_are_refused_if_requested(base: Base, tasks: list[TaskData]) -> None:

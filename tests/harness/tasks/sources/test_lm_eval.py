@@ -134,7 +134,7 @@ def evaluate(folder: Folder, suite: str, data: list[TaskData], base: Base) -> Lo
     experts = make_experts(base, 2)
     workers = LocalWorkers(local_actor(base, experts))
     made = setting(Path(str(folder)), workers)
-    inputs = inputs_of(SuiteRequests.build(suite, data), base, 100)
+    inputs = inputs_of(SuiteRequests(suite, data), base, 100)
     return LocalEvaluation(made, inputs, members_of(experts))
 
 

@@ -133,7 +133,7 @@ def specs(folder: Path, *names: str) -> list[TaskSpec]:
 def evaluation(folder: Path, run: Path, base: Base, *names: str) -> LocalEvaluation:
     experts = make_experts(base, 2)
     made = setting(run, LocalWorkers(local_actor(base, experts)))
-    requests = SuiteRequests.build("own", prepare_all(specs(folder, *names)))
+    requests = SuiteRequests("own", prepare_all(specs(folder, *names)))
     return LocalEvaluation(made, inputs_of(requests, base, 100), members_of(experts))
 
 
