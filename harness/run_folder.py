@@ -22,9 +22,13 @@ metadata `meaning` of the field.
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from harness.storage import Folder
@@ -386,6 +390,9 @@ def training_file(expert: str) -> str:
 def write_table(folder: Folder, name: str, schema: pa.Schema, rows: list[dict[str, Any]]) -> None:
     """Write rows atomically as the parquet file `name`.
 
+    Samples and routing get a row group for each run of rows of one task, since their readers want
+    one task at a time.
+
     Raises:
         PhatgooseError: a row has missing or extra columns, or a value does not fit its column.
     """
@@ -397,9 +404,20 @@ def write_table(folder: Folder, name: str, schema: pa.Schema, rows: list[dict[st
                 f"{name}: row {i} has missing or extra columns: {names} (see harness/run_folder.py)"
             )
     arrays = [_array(name, field, [row[field.name] for row in rows]) for field in schema]
+    table = pa.table(arrays, schema=schema)
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(arrays, schema=schema), sink, compression="zstd")
+    with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+        starts = _starts_of_tasks(table) if schema in (SAMPLES, ROUTING) else []
+        for start, end in pairwise([0, *starts, len(table)]):
+            writer.write_table(table.slice(start, end - start))
     folder.write(name, sink.getvalue().to_pybytes())
+
+
+def _starts_of_tasks(table: pa.Table) -> list[int]:
+    """Return the places of the rows whose task differs from that of the row before."""
+    tasks = table["task"]
+    changed: list[int] = pc.indices_nonzero(pc.not_equal(tasks[1:], tasks[:-1])).to_pylist()
+    return [place + 1 for place in changed]
 
 
 def _array(name: str, field: pa.Field, values: list[Any]) -> pa.Array:
@@ -430,16 +448,32 @@ def read_table(
     """
     if not folder.exists(name):
         raise PhatgooseError(f"{folder}/{name} is missing. Run the stage that writes it.")
-    try:
+    with damage_named(folder, name):
         # Without Arrow's threads: a short process that exits while they end is aborted.
         file = pq.ParquetFile(pa.BufferReader(folder.read(name)))
         table = file.read(columns, use_threads=False)
+    if columns is not None:
+        schema = pa.schema([schema.field(name) for name in columns])
+    return with_schema(folder, name, table, schema)
+
+
+@contextmanager
+def damage_named(folder: Folder, name: str) -> Iterator[None]:
+    """Turn Arrow's exceptions while the file `name` is read into a PhatgooseError."""
+    try:
+        yield
     except (pa.ArrowException, OSError) as error:
         raise PhatgooseError(
             f"{folder}/{name} is damaged ({type(error).__name__}). Delete it and run again."
         ) from error
-    if columns is not None:
-        schema = pa.schema([schema.field(name) for name in columns])
+
+
+def with_schema(folder: Folder, name: str, table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Return a table of the file `name`, with nulls in columns that an earlier version lacks.
+
+    Raises:
+        PhatgooseError: the table has columns other than `schema`.
+    """
     for place, field in enumerate(schema):
         if field.name not in table.schema.names and field.nullable:  # written by an earlier version
             nothing = pa.nulls(len(table), field.type)

@@ -62,6 +62,15 @@ class Folder:
         with self._named_errors("read", name):
             return self._store.read(full)
 
+    def read_part(self, name: str, start: int, length: int) -> bytes:
+        """Return `length` bytes of a file from `start`. All of them must be within the file."""
+        full = self._full(name)
+        with self._named_errors("read", name):
+            data = self._store.read_part(full, start, length) if length else b""
+            if len(data) != length:
+                raise OSError(f"it has {len(data)} of the {length} bytes from {start}")
+        return data
+
     def find(self, name: str) -> bytes | None:
         """Return the bytes of a file, or None if there is no such file."""
         full = self._full(name)
