@@ -3,7 +3,7 @@
     python -m benchmarks.report [--routers 190] [--tasks 27] [--documents 2950] [--folder FOLDER]
 
 The run is made up: all routers answered all documents of all tasks, with six metrics. Its samples
-take about 1.3 GB. The default is the size of 166 single experts and 24 routers on BIG-Bench Hard.
+take about 0.9 GB. The default is the size of 166 single experts and 24 routers on BIG-Bench Hard.
 The bootstrap multiplies in OpenBLAS, which takes its threads from OMP_NUM_THREADS.
 """
 

@@ -8,6 +8,8 @@ draws, so a difference between two routers is paired document by document.
 Rows are not comparable if they were measured with a different dtype, device, library version or
 scoring code than `merged` (without `merged`, than most routers). They have no difference, and
 tables mark them.
+
+Legend: N = documents, C = clusters, B = resamples, M = columns: routers and their differences.
 """
 
 from collections import Counter
@@ -48,18 +50,18 @@ def resampled_means(
         clusters_N: the index of each document's cluster, from 0; None if each document is its own.
     """
     clusters_N = np.arange(len(values_NM)) if clusters_N is None else clusters_N
-    (means_BM,) = resampled_means_of([values_NM], rng, clusters_N)
-    return means_BM
+    (means_MB,) = resampled_means_of([values_NM], rng, clusters_N)
+    return means_MB.T
 
 
 def resampled_means_of(
     values: Sequence[np.ndarray], rng: np.random.Generator, clusters_N: np.ndarray
 ) -> list[np.ndarray]:
-    """Return `resampled_means` of several matrices, all of them with the same draws."""
+    """Return the transposed `resampled_means` of several matrices, all with the same draws."""
     sizes_C = np.bincount(clusters_N)
     clusters = len(sizes_C)
     sums = [_sums_of_clusters(values_NM, clusters_N) for values_NM in values]
-    means = [np.empty((RESAMPLES, sums_CM.shape[1])) for sums_CM in sums]
+    means = [np.empty((sums_CM.shape[1], RESAMPLES)) for sums_CM in sums]
     step = max(1, _DRAWS_AT_ONCE // clusters)
     for start in range(0, RESAMPLES, step):
         size = min(step, RESAMPLES - start)
@@ -68,8 +70,8 @@ def resampled_means_of(
         counts = np.bincount(drawn_BC.ravel(), minlength=size * clusters)
         counts_BC = counts.reshape(size, clusters).astype(np.float64)
         documents_B1 = (counts_BC @ sizes_C)[:, None]
-        for means_BM, sums_CM in zip(means, sums, strict=True):
-            means_BM[start : start + size] = counts_BC @ sums_CM / documents_B1
+        for means_MB, sums_CM in zip(means, sums, strict=True):
+            means_MB[:, start : start + size] = (counts_BC @ sums_CM / documents_B1).T
     return means
 
 
@@ -219,8 +221,7 @@ def _task_sums(task: _TaskScores, rng: np.random.Generator) -> dict[str, dict[st
     drawn = resampled_means_of([m for m, _ in together.values()], rng, task.clusters_N)
     clusters = int(task.clusters_N.max()) + 1
     sums: dict[str, dict[str, _Sum]] = {}
-    for (metric, (_, places)), means_BM in zip(together.items(), drawn, strict=True):
-        means_MB = np.ascontiguousarray(means_BM.T)
+    for (metric, (_, places)), means_MB in zip(together.items(), drawn, strict=True):
         of_routers = sums[metric] = {}
         for m, router in enumerate(task.values[metric]):
             value = _Estimate(task.scores[metric, router], means_MB[m])

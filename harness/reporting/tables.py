@@ -48,6 +48,20 @@ class _RowGroup:
                 return False
         return True
 
+    def span(self, columns: set[str]) -> tuple[int, int]:
+        """Return the first byte of the columns, and the byte after their last."""
+        group = self.file.metadata.row_group(self.index)
+        starts, ends = [], []
+        for place in range(group.num_columns):
+            column = group.column(place)
+            if column.path_in_schema.partition(".")[0] in columns:
+                start = column.data_page_offset
+                if column.dictionary_page_offset is not None:
+                    start = min(start, column.dictionary_page_offset)
+                starts.append(start)
+                ends.append(start + column.total_compressed_size)
+        return min(starts), max(ends)
+
 
 class Tables:
     """The parquet files below a prefix of a run folder: samples or routing.
@@ -66,10 +80,12 @@ class Tables:
         entries = [e for e in folder.entries(f"{prefix}/") if e.path.endswith(".parquet")]
         names = {entry.path for entry in entries}
         self._groups: list[_RowGroup] = []
-        for entry in entries:
+        starts = [max(0, entry.size - _FOOTER) for entry in entries]
+        footers = [(e.path, s, e.size - s) for e, s in zip(entries, starts, strict=True)]
+        read = folder.read_parts(footers)
+        for entry, start, footer in zip(entries, starts, read, strict=True):
             with damage_named(folder, entry.path):
-                source = _Source(folder, entry.path, entry.size)
-                source.fetch(max(0, entry.size - _FOOTER), entry.size)
+                source = _Source(folder, entry.path, entry.size, start, footer)
                 parquet = pq.ParquetFile(source)
                 empty = parquet.schema_arrow.empty_table()
             with_schema(folder, entry.path, empty, schema)
@@ -92,8 +108,8 @@ class Tables:
             if known and ends[0] is not None:
                 found[ends[0][0]] = None
             else:
-                values = self._read(group, [column], wanted)[column]
-                found |= dict.fromkeys(values.unique().to_pylist())
+                for table in self._read([group], [column], wanted):
+                    found |= dict.fromkeys(table[column].unique().to_pylist())
         return list(found)
 
     def select(self, columns: Sequence[str], **wanted: str) -> Iterator[pa.Table]:
@@ -102,30 +118,33 @@ class Tables:
         Raises:
             PhatgooseError: a file is damaged.
         """
-        for group in self._groups:
-            if group.may_have(wanted):
-                table = self._read(group, columns, wanted)
-                if len(table):
-                    yield table
+        groups = [group for group in self._groups if group.may_have(wanted)]
+        yield from filter(len, self._read(groups, columns, wanted))
 
-    def _read(self, group: _RowGroup, columns: Sequence[str], wanted: dict[str, str]) -> pa.Table:
-        file = group.file
+    def _read(
+        self, groups: Sequence[_RowGroup], columns: Sequence[str], wanted: dict[str, str]
+    ) -> Iterator[pa.Table]:
+        """Yield the wanted rows of each row group."""
         fields = [f for f in self._schema if f.name in {*columns, *wanted, "suite"}]
-        with damage_named(self._folder, file.name):
-            source = _Source(self._folder, file.name, file.size)
-            source.fetch(*_span(file.metadata.row_group(group.index), {f.name for f in fields}))
-            parquet = pq.ParquetFile(source, metadata=file.metadata)
-            # Without Arrow's threads, as in run_folder.read_table.
-            table = parquet.read_row_group(
-                group.index, [field.name for field in fields], use_threads=False
-            )
-        table = with_schema(self._folder, file.name, table, pa.schema(fields))
-        for key, value in wanted.items():
-            table = table.filter(pc.equal(table[key], value))
-        if file.superseded:
-            old = pc.is_in(table["suite"], pa.array(file.superseded, pa.string()))
-            table = table.filter(pc.invert(old))
-        return table.select(columns)
+        spans = [group.span({field.name for field in fields}) for group in groups]
+        parts = [(g.file.name, a, b - a) for g, (a, b) in zip(groups, spans, strict=True)]
+        read = self._folder.read_parts(parts)
+        for group, (start, _), data in zip(groups, spans, read, strict=True):
+            file = group.file
+            with damage_named(self._folder, file.name):
+                source = _Source(self._folder, file.name, file.size, start, data)
+                parquet = pq.ParquetFile(source, metadata=file.metadata)
+                # Without Arrow's threads, as in run_folder.read_table.
+                table = parquet.read_row_group(
+                    group.index, [field.name for field in fields], use_threads=False
+                )
+            table = with_schema(self._folder, file.name, table, pa.schema(fields))
+            for key, value in wanted.items():
+                table = table.filter(pc.equal(table[key], value))
+            if file.superseded:
+                old = pc.is_in(table["suite"], pa.array(file.superseded, pa.string()))
+                table = table.filter(pc.invert(old))
+            yield table.select(columns)
 
 
 def _superseded(name: str, prefix: str, names: set[str]) -> tuple[str, ...]:
@@ -153,33 +172,15 @@ def _row_groups(file: _File) -> Iterator[_RowGroup]:
         yield _RowGroup(file, index, ends)
 
 
-def _span(group: pq.RowGroupMetaData, columns: set[str]) -> tuple[int, int]:
-    """Return the first byte of the columns in a row group, and the byte after their last."""
-    starts, ends = [], []
-    for place in range(group.num_columns):
-        column = group.column(place)
-        if column.path_in_schema.partition(".")[0] in columns:
-            start = column.data_page_offset
-            if column.dictionary_page_offset is not None:
-                start = min(start, column.dictionary_page_offset)
-            starts.append(start)
-            ends.append(start + column.total_compressed_size)
-    return min(starts), max(ends)
-
-
 class _Source(io.RawIOBase):
-    """A file of a folder as Arrow reads it. What was fetched before costs no further request."""
+    """A file of a folder as Arrow reads it. A part of it has been read before."""
 
-    def __init__(self, folder: Folder, name: str, size: int) -> None:
+    def __init__(self, folder: Folder, name: str, size: int, start: int, part: bytes) -> None:
         self._folder = folder
         self._name = name
         self._size = size
+        self._start, self._part = start, part
         self._place = 0
-        self._start, self._fetched = 0, b""
-
-    def fetch(self, start: int, end: int) -> None:
-        """Read the bytes from `start` to `end`, which later reads will want."""
-        self._start, self._fetched = start, self._folder.read_part(self._name, start, end - start)
 
     def readable(self) -> bool:
         """Return that the file can be read."""
@@ -204,8 +205,8 @@ class _Source(io.RawIOBase):
         left = max(0, self._size - self._place)
         size = left if size < 0 else min(size, left)
         start = self._place - self._start
-        if start >= 0 and start + size <= len(self._fetched):
-            data = self._fetched[start : start + size]
+        if start >= 0 and start + size <= len(self._part):
+            data = self._part[start : start + size]
         else:
             data = self._folder.read_part(self._name, self._place, size)
         self._place += size
