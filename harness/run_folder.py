@@ -487,7 +487,7 @@ def with_schema(folder: Folder, name: str, table: pa.Table, schema: pa.Schema) -
 
 
 def read_folder(folder: Folder, prefix: str, schema: pa.Schema) -> pa.Table:
-    """Read all parquet files below `prefix` (samples, routing or training) as one table.
+    """Read all parquet files below `prefix`, such as training curves, as one table in memory.
 
     A missing or empty folder gives a table without rows.
 

@@ -23,8 +23,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 SCHEMAS = {
     "scores.parquet": run_folder.SCORES,
     "summary.parquet": run_folder.SUMMARY,
-    "samples/<router>.parquet": run_folder.SAMPLES,
-    "routing/<router>.parquet": run_folder.ROUTING,
+    "samples/<suite>/<router>.parquet": run_folder.SAMPLES,
+    "routing/<suite>/<router>.parquet": run_folder.ROUTING,
     "training/<expert>.parquet": run_folder.TRAINING,
     "overlap.parquet": run_folder.OVERLAP,
     "jobs.parquet": run_folder.JOBS,
