@@ -22,6 +22,9 @@ metadata `meaning` of the field.
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import pyarrow as pa
@@ -387,6 +390,9 @@ def training_file(expert: str) -> str:
 def write_table(folder: Folder, name: str, schema: pa.Schema, rows: list[dict[str, Any]]) -> None:
     """Write rows atomically as the parquet file `name`.
 
+    Samples and routing get a row group for each run of rows of one task, since their readers want
+    one task at a time.
+
     Raises:
         PhatgooseError: a row has missing or extra columns, or a value does not fit its column.
     """
@@ -402,10 +408,23 @@ def write_table(folder: Folder, name: str, schema: pa.Schema, rows: list[dict[st
 
 
 def write_arrow(folder: Folder, name: str, table: pa.Table) -> None:
-    """Write a table with the schema of its file atomically as the parquet file `name`."""
+    """Write a table with the schema of its file atomically as the parquet file `name`.
+
+    Samples and routing get a row group per task, so that a reader may read one task alone.
+    """
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
+        starts = _starts_of_tasks(table) if table.schema in (SAMPLES, ROUTING) else []
+        for start, end in pairwise([0, *starts, len(table)]):
+            writer.write_table(table.slice(start, end - start))
     folder.write(name, sink.getvalue().to_pybytes())
+
+
+def _starts_of_tasks(table: pa.Table) -> list[int]:
+    """Return the places of the rows whose task differs from that of the row before."""
+    tasks = table["task"]
+    changed: list[int] = pc.indices_nonzero(pc.not_equal(tasks[1:], tasks[:-1])).to_pylist()
+    return [place + 1 for place in changed]
 
 
 def _array(name: str, field: pa.Field, values: list[Any]) -> pa.Array:
@@ -436,16 +455,32 @@ def read_table(
     """
     if not folder.exists(name):
         raise PhatgooseError(f"{folder}/{name} is missing. Run the stage that writes it.")
-    try:
+    with damage_named(folder, name):
         # Without Arrow's threads: a short process that exits while they end is aborted.
         file = pq.ParquetFile(pa.BufferReader(folder.read(name)))
         table = file.read(columns, use_threads=False)
+    if columns is not None:
+        schema = pa.schema([schema.field(name) for name in columns])
+    return with_schema(folder, name, table, schema)
+
+
+@contextmanager
+def damage_named(folder: Folder, name: str) -> Iterator[None]:
+    """Turn Arrow's exceptions while the file `name` is read into a PhatgooseError."""
+    try:
+        yield
     except (pa.ArrowException, OSError) as error:
         raise PhatgooseError(
             f"{folder}/{name} is damaged ({type(error).__name__}). Delete it and run again."
         ) from error
-    if columns is not None:
-        schema = pa.schema([schema.field(name) for name in columns])
+
+
+def with_schema(folder: Folder, name: str, table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Return a table of the file `name`, with nulls in columns that an earlier version lacks.
+
+    Raises:
+        PhatgooseError: the table has columns other than `schema`.
+    """
     for place, field in enumerate(schema):
         if field.name not in table.schema.names and field.nullable:  # written by an earlier version
             nothing = pa.nulls(len(table), field.type)
@@ -459,7 +494,7 @@ def read_table(
 
 
 def read_folder(folder: Folder, prefix: str, schema: pa.Schema) -> pa.Table:
-    """Read all parquet files below `prefix` (samples, routing or training) as one table.
+    """Read all parquet files below `prefix`, such as training curves, as one table in memory.
 
     A missing or empty folder gives a table without rows.
 

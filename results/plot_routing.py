@@ -2,7 +2,8 @@
 
     python results/plot_routing.py RUN_DIR [--router NAME] [--task NAME] [--out FILE]
 
-Reads RUN_DIR/routing/*.parquet and writes RUN_DIR/plots/routing_<router>_<task>.png.
+Reads one task of one router from RUN_DIR/routing/, and writes
+RUN_DIR/plots/routing_<router>_<task>.png.
 """
 
 import argparse

@@ -11,17 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from harness.extra_routers import SINGLE
 from harness.metrics import LOWER_IS_BETTER
+from harness.reporting.tables import Tables
 from harness.run_folder import (
     ROUTING,
     ROUTING_FOLDER,
     SUMMARY,
     SUMMARY_FILE,
     file_stem,
-    read_folder,
     read_table,
 )
 from harness.storage import Folder
@@ -109,13 +108,13 @@ def plot_routing(
         PhatgooseError: matplotlib is not installed, nothing was routed, there is no router or task
             of that name, or the run folder is not local and `out` is not given.
     """
-    routing = read_folder(folder, ROUTING_FOLDER, ROUTING)
-    if not len(routing):
+    tables = Tables(folder, ROUTING_FOLDER, ROUTING)
+    if not len(tables):
         raise PhatgooseError(f"{folder}/{ROUTING_FOLDER} has no rows: nothing was routed")
-    router = _choose("router", router, routing["router"].to_pylist(), "phatgoose")
-    routing = routing.filter(pc.equal(routing["router"], router))
-    task = _choose("task", task, routing["task"].to_pylist())
-    routing = routing.filter(pc.equal(routing["task"], task))
+    router = _choose("router", router, tables.distinct("router"), "phatgoose")
+    task = _choose("task", task, tables.distinct("task", router=router))
+    parts = tables.select(["linear", "expert", "share"], router=router, task=task)
+    routing = pa.concat_tables(parts)
     name = f"routing_{file_stem(router)}_{file_stem(task)}.png"
     picture = _picture(folder, out, name)
     _draw_routing(routing, router, task, picture)

@@ -16,6 +16,7 @@ from harness.extra_routers import BEST_INDIVIDUAL, MULTITASK, SINGLE
 from harness.metrics import LOWER_IS_BETTER, PRIMARY, primary_metric
 from harness.reporting.plots import plot_routers, plot_routing
 from harness.reporting.summary import RESAMPLES, summary_rows
+from harness.reporting.tables import Tables
 from harness.run_folder import (
     ROUTING,
     ROUTING_FOLDER,
@@ -68,7 +69,7 @@ def make_report(folder: Folder) -> str:
 
 def _router_parts(folder: Folder, scores: pa.Table) -> list[str]:
     """Write the summary, and return the tables of every suite."""
-    summary = summary_rows(scores, read_folder(folder, SAMPLES_FOLDER, SAMPLES))
+    summary = summary_rows(scores, Tables(folder, SAMPLES_FOLDER, SAMPLES))
     write_table(folder, SUMMARY_FILE, SUMMARY, summary)
     suites = dict.fromkeys(row["suite"] for row in summary)
     present = {row["metric"] for row in summary}
@@ -272,7 +273,7 @@ def _block(header: list[str], body: list[list[str]], block: list[int], ruled_las
 def _draw(folder: Folder) -> list[str]:
     """Draw the plots; return a line for each, with the reason if it failed."""
     plots: list[Callable[[Folder], Path]] = [plot_routers]
-    if len(read_folder(folder, ROUTING_FOLDER, ROUTING)):
+    if len(Tables(folder, ROUTING_FOLDER, ROUTING)):
         plots.append(plot_routing)
     lines = []
     for plot in plots:

@@ -8,9 +8,12 @@ draws, so a difference between two routers is paired document by document.
 Rows are not comparable if they were measured with a different dtype, device, library version or
 scoring code than `merged` (without `merged`, than most routers). They have no difference, and
 tables mark them.
+
+Legend: N = documents, C = clusters, B = resamples, M = columns: routers and their differences.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +22,8 @@ import pyarrow as pa
 
 from harness.extra_routers import DERIVED, SINGLE
 from harness.metrics import PRIMARY, primary_metric
+from harness.reporting.tables import Tables
+from harness.reporting.task_samples import TaskSamples
 from harness.run_folder import CONDITIONS, SAMPLES_FOLDER, SCORES_FILE, samples_file
 from phatgoose.errors import PhatgooseError
 
@@ -45,20 +50,35 @@ def resampled_means(
         clusters_N: the index of each document's cluster, from 0; None if each document is its own.
     """
     clusters_N = np.arange(len(values_NM)) if clusters_N is None else clusters_N
+    (means_MB,) = resampled_means_of([values_NM], rng, clusters_N)
+    return means_MB.T
+
+
+def resampled_means_of(
+    values: Sequence[np.ndarray], rng: np.random.Generator, clusters_N: np.ndarray
+) -> list[np.ndarray]:
+    """Return the transposed `resampled_means` of several matrices, all with the same draws."""
     sizes_C = np.bincount(clusters_N)
-    sums_CM = np.zeros((len(sizes_C), values_NM.shape[1]))
-    np.add.at(sums_CM, clusters_N, values_NM)
     clusters = len(sizes_C)
-    means_BM = np.empty((RESAMPLES, values_NM.shape[1]))
+    sums = [_sums_of_clusters(values_NM, clusters_N) for values_NM in values]
+    means = [np.empty((sums_CM.shape[1], RESAMPLES)) for sums_CM in sums]
     step = max(1, _DRAWS_AT_ONCE // clusters)
     for start in range(0, RESAMPLES, step):
         size = min(step, RESAMPLES - start)
         drawn_BC = rng.integers(clusters, size=(size, clusters))
         drawn_BC += clusters * np.arange(size)[:, None]
         counts = np.bincount(drawn_BC.ravel(), minlength=size * clusters)
-        counts_BC = counts.reshape(size, clusters)
-        means_BM[start : start + size] = counts_BC @ sums_CM / (counts_BC @ sizes_C)[:, None]
-    return means_BM
+        counts_BC = counts.reshape(size, clusters).astype(np.float64)
+        documents_B1 = (counts_BC @ sizes_C)[:, None]
+        for means_MB, sums_CM in zip(means, sums, strict=True):
+            means_MB[:, start : start + size] = (counts_BC @ sums_CM / documents_B1).T
+    return means
+
+
+def _sums_of_clusters(values_NM: np.ndarray, clusters_N: np.ndarray) -> np.ndarray:
+    """Return the sums of the columns over the documents of each cluster, shape (clusters, M)."""
+    columns = [np.bincount(clusters_N, weights=values_N) for values_N in values_NM.T]
+    return np.stack(columns, axis=1)
 
 
 def interval(means_BM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -72,19 +92,16 @@ class _TaskScores:
     """The scores and values of all routers on one task of a suite."""
 
     name: str
-    documents: list[str]  # their ids, in the order of the values below
     clusters_N: np.ndarray  # the index of each document's cluster
     routers: dict[str, Row]  # name -> zero_shot, side_information and comparable
     scores: dict[tuple[str, str], float]  # (metric, router) -> value
     values: dict[str, dict[str, np.ndarray]]  # metric -> router -> one value per document
 
-    def metric(self, metric: str) -> str | None:
-        """Return the metric's name; None if it is `primary` and the task has no primary metric."""
-        if metric != PRIMARY:
-            return metric
+    def primary(self) -> str | None:
+        """Return the primary metric; None if no metric of lm-eval is a mean over documents."""
         try:
             return primary_metric(set(self.values))
-        except PhatgooseError:  # no metric of lm-eval is a mean over documents
+        except PhatgooseError:
             return None
 
 
@@ -134,62 +151,85 @@ class _Sum:
         return row
 
 
-def summary_rows(scores: pa.Table, samples: pa.Table) -> list[Row]:
+def summary_rows(scores: pa.Table, samples: Tables) -> list[Row]:
     """Return the rows of summary.parquet.
 
     For each suite, metric and router there is a row per task and one for the mean over tasks.
     `scores` contains the oracle's rows if there is an oracle. A router without scores for one of
-    the tasks has no mean.
+    the tasks has no mean. The samples of one task at a time are in memory.
 
     Raises:
         PhatgooseError: scores and samples do not belong together, or two routers did not answer
             the same documents.
     """
+    scored = {*scores["router"].to_pylist()}
+    comparable = _comparable(scores)
+    suites: dict[str, dict[str, list[Row]]] = {}
+    for score in scores.to_pylist():
+        suites.setdefault(score["suite"], {}).setdefault(score["task"], []).append(score)
     rows: list[Row] = []
-    for suite, tasks in _collect(scores, samples).items():
-        metrics = dict.fromkeys(metric for task in tasks for metric in task.values)
-        for metric in (PRIMARY, *metrics):
-            rows += _metric_rows(suite, metric, tasks)
+    for suite, tasks in suites.items():
+        metrics = {PRIMARY: _Metric(suite, PRIMARY)}
+        for i, (name, asked) in enumerate(tasks.items()):
+            task = _task_scores(suite, name, asked, samples, scored, comparable)
+            if not task.values:
+                continue
+            # One random stream per task: tasks are independent.
+            sums = _task_sums(task, np.random.default_rng([_SEED, i]))
+            for metric, of_routers in sums.items():
+                metrics.setdefault(metric, _Metric(suite, metric)).add(task, of_routers)
+            if (primary := task.primary()) is not None:
+                metrics[PRIMARY].add(task, sums[primary])
+        rows += [row for metric in metrics.values() for row in metric.rows()]
     return rows
 
 
-def _metric_rows(suite: str, metric: str, tasks: list[_TaskScores]) -> list[Row]:
-    """Return the rows of one metric. Only sums over tasks are kept, not the draws of each task."""
-    having = [(i, task) for i, task in enumerate(tasks) if task.metric(metric) in task.values]
-    known = {router: columns for _, task in having for router, columns in task.routers.items()}
+class _Metric:
+    """The rows of one metric of a suite. Of each task, only its share of the sums is kept."""
 
-    def row(router: str, task: str | None, numbers: _Sum) -> Row:
-        names = {"suite": suite, "router": router, "metric": metric, "task": task}
-        return {**names, **known[router], **numbers.columns()}
+    def __init__(self, suite: str, metric: str) -> None:
+        self._names = {"suite": suite, "metric": metric}
+        self._known: dict[str, Row] = {}  # router -> zero_shot, side_information and comparable
+        self._tasks = 0
+        self._rows: list[Row] = []
+        self._sums: dict[str, _Sum] = {}
 
-    rows: list[Row] = []
-    sums: dict[str, _Sum] = {}
-    for i, task in having:
-        # One random stream per task: tasks are independent, and metrics see the same documents.
-        rng = np.random.default_rng([_SEED, i])
-        name = task.metric(metric)
-        assert name is not None
-        for router, part in _task_sums(task, name, rng).items():
-            rows.append(row(router, task.name, part))
-            sums[router] = sums[router] + part if router in sums else part
-    whole = {router: total for router, total in sums.items() if total.tasks == len(having)}
-    return rows + [row(router, None, total) for router, total in whole.items()]
+    def add(self, task: _TaskScores, of_routers: dict[str, _Sum]) -> None:
+        """Add the numbers of all routers on a task."""
+        self._tasks += 1
+        self._known |= task.routers
+        for router, part in of_routers.items():
+            self._rows.append({"router": router, "task": task.name, **part.columns()})
+            self._sums[router] = self._sums[router] + part if router in self._sums else part
+
+    def rows(self) -> list[Row]:
+        """Return a row per task and router, and one for each router that has all tasks."""
+        means = [
+            {"router": router, "task": None, **total.columns()}
+            for router, total in self._sums.items()
+            if total.tasks == self._tasks
+        ]
+        return [
+            {**self._names, **self._known[row["router"]], **row} for row in [*self._rows, *means]
+        ]
 
 
-def _task_sums(task: _TaskScores, metric: str, rng: np.random.Generator) -> dict[str, _Sum]:
-    """Return one task's numbers for every router."""
+def _task_sums(task: _TaskScores, rng: np.random.Generator) -> dict[str, dict[str, _Sum]]:
+    """Return one task's numbers for every metric and router. All metrics see the same draws."""
     comparable = {router for router, columns in task.routers.items() if columns["comparable"]}
-    matrix_NM, places = _with_differences(task.values[metric], comparable)
-    means_BM = resampled_means(matrix_NM, rng, task.clusters_N)
+    together = {name: _with_differences(v, comparable) for name, v in task.values.items()}
+    drawn = resampled_means_of([m for m, _ in together.values()], rng, task.clusters_N)
     clusters = int(task.clusters_N.max()) + 1
-    sums: dict[str, _Sum] = {}
-    for m, router in enumerate(task.values[metric]):
-        value = _Estimate(task.scores[metric, router], means_BM[:, m])
-        difference = None
-        if router in places:
-            change = value.value - task.scores[metric, MERGED]
-            difference = _Estimate(change, means_BM[:, places[router]])
-        sums[router] = _Sum(1, len(matrix_NM), clusters, value, difference)
+    sums: dict[str, dict[str, _Sum]] = {}
+    for (metric, (_, places)), means_MB in zip(together.items(), drawn, strict=True):
+        of_routers = sums[metric] = {}
+        for m, router in enumerate(task.values[metric]):
+            value = _Estimate(task.scores[metric, router], means_MB[m])
+            difference = None
+            if router in places:
+                change = value.value - task.scores[metric, MERGED]
+                difference = _Estimate(change, means_MB[places[router]])
+            of_routers[router] = _Sum(1, len(task.clusters_N), clusters, value, difference)
     return sums
 
 
@@ -210,52 +250,44 @@ def _with_differences(
     return np.stack(columns, axis=1), places
 
 
-def _collect(scores: pa.Table, samples: pa.Table) -> dict[str, list[_TaskScores]]:
-    """Join scores and samples per suite, with tasks in the order of the scores."""
-    answers: dict[tuple[str, str, str], dict[str, dict[str, float]]] = {}
-    clusters: dict[tuple[str, str], dict[str, str]] = {}
-    scored = {*scores["router"].to_pylist()}
-    for sample in samples.to_pylist():
-        key = (sample["suite"], sample["task"], sample["router"])
-        answers.setdefault(key, {})[sample["document"]] = dict(sample["metrics"])
-        together = clusters.setdefault(key[:2], {})
-        if sample["cluster"] and sample["router"] in scored:
-            together[sample["document"]] = sample["cluster"]
-    comparable = _comparable(scores)
-
-    suites: dict[str, dict[str, _TaskScores]] = {}
-    for score in scores.to_pylist():
-        suite, name, router, metric = (score[k] for k in ("suite", "task", "router", "metric"))
-        source = SINGLE + score["expert"] if router in DERIVED else router
-        answered = answers.get((suite, name, source), {})
-        task = suites.setdefault(suite, {}).get(name)
-        if task is None:
-            documents = sorted(answered)
-            together = clusters.get((suite, name), {})
-            places_N = _places([together.get(document, document) for document in documents])
-            task = suites[suite][name] = _TaskScores(name, documents, places_N, {}, {}, {})
-        if answered.keys() != set(task.documents):
+def _task_scores(
+    suite: str,
+    name: str,
+    asked: list[Row],
+    samples: Tables,
+    scored: set[str],
+    comparable: set[tuple[str, str]],
+) -> _TaskScores:
+    """Join the scores of one task with its samples."""
+    found = TaskSamples(samples, suite, name, _source(asked[0]), scored)
+    task = _TaskScores(name, found.clusters_N, {}, {}, {})
+    answered: dict[str, dict[str, np.ndarray] | None] = {}
+    for score in asked:
+        router, metric, source = score["router"], score["metric"], _source(score)
+        if source not in answered:
+            answered[source] = found.values(source)
+        values = answered[source]
+        if values is None:
             raise PhatgooseError(
                 f"{samples_file(suite, source)}: the documents of task {name} differ from another "
                 f"router's. Delete {SCORES_FILE} and {SAMPLES_FOLDER}/, and run again."
             )
-        if not any(metric in metrics for metrics in answered.values()):
+        if metric not in values:
             continue  # the metric is not a mean over documents
         task.routers[router] = {
             **{key: score[key] for key in ("zero_shot", "side_information")},
             "comparable": (suite, router) in comparable,
         }
         task.scores[metric, router] = score["value"]
-        values_N = np.array([answered[document].get(metric, np.nan) for document in task.documents])
-        _check(score, values_N, source)
-        task.values.setdefault(metric, {})[router] = values_N
-    return {suite: list(tasks.values()) for suite, tasks in suites.items()}
+        _check(score, values[metric], source)
+        task.values.setdefault(metric, {})[router] = values[metric]
+    return task
 
 
-def _places(clusters: list[str]) -> np.ndarray:
-    """Return the index of each document's cluster, from 0, in the order of first occurrence."""
-    places = {cluster: place for place, cluster in enumerate(dict.fromkeys(clusters))}
-    return np.array([places[cluster] for cluster in clusters], dtype=np.int64)
+def _source(score: Row) -> str:
+    """Return the router whose samples give a score: for a derived one, its single expert."""
+    router: str = score["router"]
+    return f"{SINGLE}{score['expert']}" if router in DERIVED else router
 
 
 def _comparable(scores: pa.Table) -> set[tuple[str, str]]:

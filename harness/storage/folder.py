@@ -7,10 +7,11 @@ deletes them.
 
 import re
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import starmap
 from pathlib import Path
 
 import obstore.exceptions
@@ -61,6 +62,23 @@ class Folder:
         full = self._full(name)
         with self._named_errors("read", name):
             return self._store.read(full)
+
+    def read_part(self, name: str, start: int, length: int) -> bytes:
+        """Return `length` bytes of a file from `start`. All of them must be within the file."""
+        full = self._full(name)
+        with self._named_errors("read", name):
+            data = self._store.read_part(full, start, length) if length else b""
+            if len(data) != length:
+                raise OSError(f"it has {len(data)} of the {length} bytes from {start}")
+        return data
+
+    def read_parts(self, parts: Sequence[tuple[str, int, int]]) -> Iterator[bytes]:
+        """Yield `read_part` of each name, start and length, in order; read concurrently."""
+        if self._is_local:
+            yield from starmap(self.read_part, parts)
+            return
+        with ThreadPoolExecutor(_READERS) as readers:
+            yield from readers.map(lambda part: self.read_part(*part), parts)
 
     def find(self, name: str) -> bytes | None:
         """Return the bytes of a file, or None if there is no such file."""

@@ -50,6 +50,10 @@ class ObjectStore:
         """Return the bytes of a file."""
         return obstore.get(self._store, path).bytes().to_bytes()
 
+    def read_part(self, path: str, start: int, length: int) -> bytes:
+        """Return `length` bytes of a file from `start`."""
+        return obstore.get_range(self._store, path, start=start, length=length).to_bytes()
+
     def write(self, path: str, data: bytes) -> None:
         """Write a file atomically, replacing an existing one."""
         obstore.put(self._store, path, data)

@@ -38,6 +38,9 @@ class Store(Protocol):
     def read(self, path: str) -> bytes:
         """Return the bytes of a file."""
 
+    def read_part(self, path: str, start: int, length: int) -> bytes:
+        """Return `length` bytes of a file from `start`, all of them within the file."""
+
     def write(self, path: str, data: bytes) -> None:
         """Write a file atomically, replacing an existing one."""
 
@@ -70,6 +73,12 @@ class LocalStore:
     def read(self, path: str) -> bytes:
         """Return the bytes of a file."""
         return Path(path).read_bytes()
+
+    def read_part(self, path: str, start: int, length: int) -> bytes:
+        """Return `length` bytes of a file from `start`."""
+        with Path(path).open("rb", buffering=0) as file:
+            file.seek(start)
+            return file.read(length)
 
     def write(self, path: str, data: bytes) -> None:
         """Write a file atomically, replacing an existing one."""
@@ -141,6 +150,12 @@ class ArrowStore:
         """Return the bytes of a file."""
         with self._fs.open_input_file(path) as file:
             data: bytes = file.read()
+            return data
+
+    def read_part(self, path: str, start: int, length: int) -> bytes:
+        """Return `length` bytes of a file from `start`."""
+        with self._fs.open_input_file(path) as file:
+            data: bytes = file.read_at(length, start)
             return data
 
     def write(self, path: str, data: bytes) -> None:

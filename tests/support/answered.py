@@ -5,8 +5,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from harness import run_folder
+from harness.reporting.summary import summary_rows
+from harness.reporting.tables import Tables
+from harness.storage import Folder
 
 # task -> router -> metric -> one value per document
 Answers = Mapping[str, Mapping[str, Mapping[str, Sequence[float] | np.ndarray]]]
@@ -29,6 +33,31 @@ def tables(answers: Answers) -> tuple[pa.Table, pa.Table]:
         pa.Table.from_pylist(scores, run_folder.SCORES),
         pa.Table.from_pylist(samples, run_folder.SAMPLES),
     )
+
+
+def summarize(scores: pa.Table, samples: pa.Table) -> list[dict[str, Any]]:
+    """Return the summary of scores and samples, the latter written as a run does."""
+    folder = Folder("memory:///run")
+    write_samples(folder, samples)
+    return summary_rows(scores, stored_samples(folder))
+
+
+def stored_samples(folder: Folder) -> Tables:
+    return Tables(folder, run_folder.SAMPLES_FOLDER, run_folder.SAMPLES)
+
+
+def write_samples(folder: Folder, samples: pa.Table) -> None:
+    """Write the samples of each suite and router to a file, with their rows in the same order."""
+    for suite in samples["suite"].unique().to_pylist():
+        of_suite = samples.filter(pc.equal(samples["suite"], suite))
+        for router in of_suite["router"].unique().to_pylist():
+            rows = of_suite.filter(pc.equal(of_suite["router"], router)).to_pylist()
+            run_folder.write_table(
+                folder,
+                run_folder.samples_file(suite, router),
+                run_folder.SAMPLES,
+                [{**row, "metrics": dict(row["metrics"])} for row in rows],
+            )
 
 
 def score(task: str, router: str, metric: str, value: float, n: int) -> dict[str, Any]:

@@ -15,9 +15,8 @@ import pytest
 from harness import run_folder
 from harness.evaluation.derived import oracle_rows
 from harness.reporting import report
-from harness.reporting.summary import summary_rows
 from harness.storage import Folder
-from tests.support.answered import Answers, coin, find, tables
+from tests.support.answered import Answers, coin, find, summarize, tables
 
 
 def demo_answers() -> Answers:
@@ -113,7 +112,7 @@ def test_no_difference_is_given_without_merged(
 
 def test_many_tasks_continue_in_further_blocks() -> None:
     answers: Answers = {f"task_number_{i}": {"base": {"acc": [1.0, 0.0]}} for i in range(30)}
-    text = report.routers_table(summary_rows(*tables(answers)), "s", "primary")
+    text = report.routers_table(summarize(*tables(answers)), "s", "primary")
     assert max(map(len, text.splitlines())) <= report.WIDTH
     assert len(re.findall(r"^base ", text, re.M)) > 1
     assert text.count("n=2") == 30
@@ -194,7 +193,7 @@ def test_a_router_measured_differently_is_marked_and_gets_no_difference(tmp_path
         row |= {"dtype": "float32", "device": "cpu", "versions": "1", "code": "a"}
         if row["router"] == "old":
             row["code"] = "b"
-    summary = summary_rows(pa.Table.from_pylist(rows, run_folder.SCORES), samples)
+    summary = summarize(pa.Table.from_pylist(rows, run_folder.SCORES), samples)
     by_router = {r["router"]: r for r in summary if (r["metric"], r["task"]) == ("acc", None)}
     assert by_router["old"]["comparable"] is False
     assert by_router["old"]["difference"] is None

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from harness import run_folder
 from harness.evaluation.derived import best_individual_rows, oracle_rows
-from harness.reporting.summary import RESAMPLES, interval, resampled_means, summary_rows
+from harness.reporting.summary import RESAMPLES, interval, resampled_means
 from phatgoose.errors import PhatgooseError
-from tests.support.answered import Answers, coin, find, score, tables
+from tests.support.answered import Answers, coin, find, score, summarize, tables
 
 
 def test_bootstrap_agrees_with_the_normal_interval() -> None:
@@ -43,7 +43,7 @@ def test_paired_differences_have_narrower_intervals_than_unpaired_ones() -> None
     merged = coin(400, 0.5, seed=0)
     better = merged.copy()
     better[:20] = 1.0
-    rows = summary_rows(*tables({"t": {"merged": {"acc": merged}, "mine": {"acc": better}}}))
+    rows = summarize(*tables({"t": {"merged": {"acc": merged}, "mine": {"acc": better}}}))
     row = find(rows, "mine", "acc", None)
     gains = better - merged
     error = gains.std() / np.sqrt(len(gains))
@@ -58,7 +58,7 @@ def test_equal_routers_differ_by_exactly_zero() -> None:
         task: {router: {"acc": values, "nll": values * 3} for router in ("merged", "x", "y")}
         for task in ("one", "two")
     }
-    for row in summary_rows(*tables(answers)):
+    for row in summarize(*tables(answers)):
         expected = None if row["router"] == "merged" else 0.0
         assert row["difference"] == row["difference_low"] == row["difference_high"] == expected
 
@@ -66,7 +66,7 @@ def test_equal_routers_differ_by_exactly_zero() -> None:
 def test_tasks_are_drawn_independently_and_weighted_equally() -> None:
     # Equal answers in two tasks: independent draws make the mean's interval narrower by sqrt(2).
     values = coin(300, 0.4, seed=5)
-    rows = summary_rows(*tables({task: {"base": {"acc": values}} for task in ("one", "two")}))
+    rows = summarize(*tables({task: {"base": {"acc": values}} for task in ("one", "two")}))
     one, mean = find(rows, "base", "acc", "one"), find(rows, "base", "acc", None)
     ratio = (one["high"] - one["low"]) / (mean["high"] - mean["low"])
     assert ratio == pytest.approx(np.sqrt(2), rel=0.08)
@@ -75,7 +75,7 @@ def test_tasks_are_drawn_independently_and_weighted_equally() -> None:
         "small": {"base": {"acc": [1.0, 1.0]}},
         "large": {"base": {"acc": [0.0] * 50}},
     }
-    mean = find(summary_rows(*tables(small)), "base", "acc", None)
+    mean = find(summarize(*tables(small)), "base", "acc", None)
     assert (mean["value"], mean["n"]) == (0.5, 52)
 
 
@@ -84,7 +84,7 @@ def test_primary_is_accuracy_or_exact_match() -> None:
         "choose": {"base": {"acc": [1.0, 0.0], "acc_norm": [0.0, 0.0], "nll": [1.0, 3.0]}},
         "write": {"base": {"exact_match": [1.0, 1.0], "nll": [0.5, 0.5]}},
     }
-    rows = summary_rows(*tables(answers))
+    rows = summarize(*tables(answers))
     assert find(rows, "base", "primary", None)["value"] == 0.75
     assert find(rows, "base", "acc", None)["value"] == 0.5
     assert find(rows, "base", "nll", None)["value"] == 1.25
@@ -95,7 +95,7 @@ def test_a_router_with_a_missing_task_has_no_mean() -> None:
         "one": {"base": {"acc": [1.0, 0.0]}, "merged": {"acc": [1.0, 1.0]}},
         "two": {"base": {"acc": [1.0, 0.0]}},
     }
-    rows = summary_rows(*tables(answers))
+    rows = summarize(*tables(answers))
     means = [row for row in rows if row["task"] is None and row["metric"] == "acc"]
     assert [(row["router"], row["difference"]) for row in means] == [("base", None)]
 
@@ -105,10 +105,10 @@ def test_samples_of_another_run_are_refused() -> None:
     with pytest.raises(
         PhatgooseError, match=r"samples/s/merged\.parquet: the documents of task t differ"
     ):
-        summary_rows(scores, samples.slice(0, 3))
+        summarize(scores, samples.slice(0, 3))
     changed, _ = tables({"t": {"base": {"acc": [1.0, 1.0]}, "merged": {"acc": [1.0, 1.0]}}})
     with pytest.raises(PhatgooseError, match=r"samples/s/base\.parquet: task t, metric acc"):
-        summary_rows(changed, samples)
+        summarize(changed, samples)
 
 
 @settings(deadline=None)
@@ -142,7 +142,7 @@ def test_the_oracle_uses_the_samples_of_its_experts() -> None:
     scores = pa.concat_tables(
         [scores, pa.Table.from_pylist(oracle_rows(scores), run_folder.SCORES)]
     )
-    rows = summary_rows(scores, samples)
+    rows = summarize(scores, samples)
     oracle, chosen = find(rows, "oracle", "acc", "t"), find(rows, "single:good", "acc", "t")
     same = ("value", "low", "high", "difference", "difference_low", "difference_high")
     assert [oracle[key] for key in same] == [chosen[key] for key in same]
@@ -174,18 +174,18 @@ def test_without_merged_the_majority_of_routers_defines_what_is_comparable(colum
         for row in scores.to_pylist()
     ]
     rows = [{**r, column: "y"} if (r["router"], r["task"]) == ("c", "u") else r for r in rows]
-    summary = summary_rows(pa.Table.from_pylist(rows, run_folder.SCORES), samples)
+    summary = summarize(pa.Table.from_pylist(rows, run_folder.SCORES), samples)
     assert {r["router"]: r["comparable"] for r in summary} == {"a": True, "b": True, "c": False}
 
 
 def test_clusters_of_samples_are_resampled_together() -> None:
     values = {"merged": {"acc": [0.0, 0.0, 1.0, 1.0] * 6}, "base": {"acc": [0.0, 1.0] * 12}}
     scores, samples = tables({"t": values})
-    alone = summary_rows(scores, samples)
+    alone = summarize(scores, samples)
     together = samples.to_pylist()
     for i, row in enumerate(together):
         row["cluster"] = f"c{i % 24 // 12}"
-    joined = summary_rows(scores, pa.Table.from_pylist(together, run_folder.SAMPLES))
+    joined = summarize(scores, pa.Table.from_pylist(together, run_folder.SAMPLES))
     for before, after in zip(alone, joined, strict=True):
         assert after["value"] == before["value"]
         assert (before["clusters"], after["clusters"]) == (24, 2)
@@ -202,7 +202,7 @@ def test_samples_of_version_0_1_0_beside_others_do_not_split_clusters() -> None:
     rows.sort(key=lambda row: row["router"])
     kept = scores.filter(pc.equal(scores["router"], "merged"))
     for table in (scores, kept):
-        summary = summary_rows(table, pa.Table.from_pylist(rows, run_folder.SAMPLES))
+        summary = summarize(table, pa.Table.from_pylist(rows, run_folder.SAMPLES))
         assert {row["clusters"] for row in summary} == {2}
 
 
@@ -214,7 +214,7 @@ def test_a_task_without_a_mean_from_lm_eval_has_the_metric_of_the_paper_or_none(
     scores, samples = tables({"cola": routers, "said": {r: {"nll": [1.0, 2.0]} for r in routers}})
     extra = [score(t, r, "mcc", 0.3, 3) for t in ("cola", "said") for r in routers]
     scores = pa.concat_tables([scores, pa.Table.from_pylist(extra, run_folder.SCORES)])
-    rows = summary_rows(scores, samples)
+    rows = summarize(scores, samples)
     primary = {(r["router"], r["task"]): r["value"] for r in rows if r["metric"] == "primary"}
     assert primary == {(r, t): pytest.approx(2 / 3) for r in routers for t in ("cola", None)}
     assert {r["task"] for r in rows if r["metric"] == "nll"} == {"cola", "said", None}

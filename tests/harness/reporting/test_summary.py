@@ -9,9 +9,9 @@ import pytest
 from harness import run_folder
 from harness.evaluation.derived import best_individual_rows, oracle_rows
 from harness.metrics import better, primary_metric
-from harness.reporting.summary import interval, resampled_means, summary_rows
+from harness.reporting.summary import interval, resampled_means
 from phatgoose.errors import PhatgooseError
-from tests.support.answered import find, score, tables
+from tests.support.answered import find, score, summarize, tables
 
 
 def scores_of(*rows: tuple[str, str, str, float]) -> pa.Table:
@@ -131,7 +131,7 @@ def test_a_mean_over_tasks_weights_tasks_equally_and_sums_their_documents() -> N
         "t": {"merged": {"acc": [1.0] * 8 + [0.0] * 2}, "mine": {"acc": [1.0] * 10}},
         "u": {"merged": {"acc": [0.0, 0.0]}, "mine": {"acc": [1.0, 0.0]}},
     }
-    rows = summary_rows(*tables(answers))
+    rows = summarize(*tables(answers))
     mine = find(rows, "mine", "acc", None)
     assert (mine["n"], mine["value"], mine["difference"]) == (12, 0.75, pytest.approx(0.35))
     merged = find(rows, "merged", "acc", None)
@@ -143,7 +143,7 @@ def test_a_mean_over_tasks_weights_tasks_equally_and_sums_their_documents() -> N
 
 
 def test_no_difference_is_given_without_merged() -> None:
-    rows = summary_rows(*tables({"t": {"mine": {"acc": [1.0, 0.0]}}}))
+    rows = summarize(*tables({"t": {"mine": {"acc": [1.0, 0.0]}}}))
     for row in rows:
         assert row["difference"] is row["difference_low"] is row["difference_high"] is None
 
@@ -153,7 +153,7 @@ def test_the_mean_has_no_difference_if_merged_has_a_missing_task() -> None:
         "t": {"merged": {"acc": [1.0, 0.0]}, "mine": {"acc": [1.0, 1.0]}},
         "u": {"mine": {"acc": [1.0, 0.0]}},
     }
-    rows = summary_rows(*tables(answers))
+    rows = summarize(*tables(answers))
     assert find(rows, "mine", "acc", "t")["difference"] == 0.5
     whole = find(rows, "mine", "acc", None)
     assert (whole["value"], whole["difference"]) == (0.75, None)
@@ -165,7 +165,7 @@ def test_a_router_without_one_of_the_tasks_has_no_mean() -> None:
         "t": {"merged": {"acc": [1.0, 0.0]}, "mine": {"acc": [1.0, 1.0]}},
         "u": {"merged": {"acc": [1.0, 0.0]}},
     }
-    rows = summary_rows(*tables(answers))
+    rows = summarize(*tables(answers))
     assert {row["router"] for row in rows if row["task"] is None} == {"merged"}
     assert find(rows, "merged", "acc", None)["value"] == 0.5
 
@@ -175,7 +175,7 @@ def test_a_metric_is_averaged_over_the_tasks_that_have_it() -> None:
         "t": {"mine": {"acc": [1.0, 0.0], "acc_norm": [1.0, 1.0]}},
         "u": {"mine": {"acc": [1.0, 1.0]}},
     }
-    rows = summary_rows(*tables(answers))
+    rows = summarize(*tables(answers))
     assert find(rows, "mine", "acc_norm", None)["value"] == 1.0
     assert find(rows, "mine", "acc_norm", None)["n"] == 2
     assert find(rows, "mine", "primary", None)["value"] == find(rows, "mine", "acc", None)["value"]
@@ -188,7 +188,7 @@ def test_rows_record_the_side_information_of_a_router() -> None:
         {**row, "side_information": "the task"} if row["router"] == "mine" else row
         for row in scores.to_pylist()
     ]
-    rows = summary_rows(pa.Table.from_pylist(told, run_folder.SCORES), samples)
+    rows = summarize(pa.Table.from_pylist(told, run_folder.SCORES), samples)
     for row in rows:
         mine = row["router"] == "mine"
         assert row["zero_shot"] is mine
@@ -201,7 +201,7 @@ def test_a_derived_router_is_summarized_from_the_samples_of_its_experts() -> Non
     )
     derived = [*oracle_rows(scores), *best_individual_rows(scores)]
     both = pa.Table.from_pylist([*scores.to_pylist(), *derived], run_folder.SCORES)
-    rows = summary_rows(both, samples)
+    rows = summarize(both, samples)
     single = find(rows, "single:a", "acc", None)
     for router in ("oracle", "best_individual"):
         row = find(rows, router, "acc", None)
@@ -214,7 +214,7 @@ def test_samples_of_other_documents_are_named() -> None:
     scores, samples = tables({"t": {"a": {"acc": [1.0, 0.0]}, "b": {"acc": [1.0, 0.0]}}})
     kept = [r for r in samples.to_pylist() if (r["router"], r["document"]) != ("b", "d1")]
     with pytest.raises(PhatgooseError, match=r"samples.*b.*: the documents of task t differ from"):
-        summary_rows(scores, pa.Table.from_pylist(kept, run_folder.SAMPLES))
+        summarize(scores, pa.Table.from_pylist(kept, run_folder.SAMPLES))
 
 
 @pytest.mark.parametrize("value", [0.5001, 0.4999])
@@ -222,14 +222,14 @@ def test_a_score_that_is_not_the_mean_of_its_samples_is_named(value: float) -> N
     scores, samples = tables({"t": {"a": {"acc": [1.0, 0.0]}}})
     changed = [{**row, "value": value} for row in scores.to_pylist()]
     with pytest.raises(PhatgooseError, match=r"task t, metric acc: the samples' mean differs"):
-        summary_rows(pa.Table.from_pylist(changed, run_folder.SCORES), samples)
+        summarize(pa.Table.from_pylist(changed, run_folder.SCORES), samples)
     almost = [{**row, "value": 0.5 + 1e-7} for row in scores.to_pylist()]
-    assert summary_rows(pa.Table.from_pylist(almost, run_folder.SCORES), samples)
+    assert summarize(pa.Table.from_pylist(almost, run_folder.SCORES), samples)
 
 
 def test_a_score_without_samples_of_its_metric_is_left_out() -> None:
     """Check a corpus score, which is not a mean over documents."""
     scores, samples = tables({"t": {"a": {"acc": [1.0, 0.0]}}})
     more = [*scores.to_pylist(), score("t", "a", "bleu", 0.3, 2)]
-    rows = summary_rows(pa.Table.from_pylist(more, run_folder.SCORES), samples)
+    rows = summarize(pa.Table.from_pylist(more, run_folder.SCORES), samples)
     assert {row["metric"] for row in rows} == {"primary", "acc"}

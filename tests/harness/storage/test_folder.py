@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import fs
 
 from harness.storage import Folder, stores
 from phatgoose.errors import PhatgooseError
@@ -342,3 +343,23 @@ def test_a_full_disk_leaves_the_previous_content(small: Path) -> None:
     assert folder.read("a") == b"earlier"
     assert [path.name for path in (small / "pool").iterdir()] == ["a"]
     assert folder.create("b", b"later")
+
+
+def test_a_part_of_a_file_can_be_read(folder: Folder) -> None:
+    folder.write("objects/a.bin", b"0123456789")
+    assert folder.read_part("objects/a.bin", 0, 10) == b"0123456789"
+    assert folder.read_part("objects/a.bin", 7, 3) == b"789"
+    assert folder.read_part("objects/a.bin", 10, 0) == b""
+    wanted = [("objects/a.bin", i, 2) for i in range(9)]
+    assert list(folder.read_parts(wanted)) == [b"0123456789"[i : i + 2] for i in range(9)]
+    for start in (8, 10):
+        with pytest.raises(PhatgooseError, match=r"cannot read .*objects/a\.bin"):
+            folder.read_part("objects/a.bin", start, 3)
+    with pytest.raises(PhatgooseError, match=r"cannot read .*objects/b\.bin"):
+        folder.read_part("objects/b.bin", 0, 1)
+
+
+def test_a_part_of_a_file_of_a_pyarrow_filesystem_can_be_read(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(b"0123456789")
+    store = stores.ArrowStore(fs.LocalFileSystem())
+    assert store.read_part(f"{tmp_path}/a.bin", 7, 2) == b"78"
