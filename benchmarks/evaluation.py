@@ -75,7 +75,7 @@ class Answerer(Actor):
             routing=self._routing,
             routed=dict.fromkeys(self._routing, 1),
         )
-        self._files.write(key, answer)
+        self._files.write(key, shard.task, answer)
         self._done += 1
         return Receipt(answer.tokens, answer.seconds, 0)
 

@@ -113,7 +113,7 @@ class EvalActor(Actor):
         started = time.monotonic()
         answer = answer_shard(self._base, model, split_chunks(shard, halvings), self._beat)
         answer.seconds = time.monotonic() - started
-        self._files.write(key, answer)
+        self._files.write(key, shard.task, answer)
         self._beat()
         return Receipt(answer.tokens, answer.seconds, len(answer.failed))
 

@@ -8,9 +8,10 @@ An actor writes a file per shard, so nothing that is answered is lost. When a ro
 shards of each task are joined into one row, so a router then has one file per suite.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import PurePosixPath
 from typing import Any
@@ -44,9 +45,15 @@ class AnswerFiles:
         """Return the keys of all answered shards; not of those in which requests failed."""
         return self._keys(_SHARDS)
 
-    def write(self, key: str, answer: Answer) -> None:
-        """Store the answer to a shard."""
-        self._write(_file(_FAILED if answer.failed else _SHARDS, key), {key: answer})
+    def write(self, key: str, task: str, answer: Answer) -> None:
+        """Store the answer to a shard of a task."""
+        name = _file(_FAILED if answer.failed else _SHARDS, key)
+        run_folder.write_table(self._folder, name, run_folder.ANSWERS, [_row(key, task, answer)])
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Delete the answers to shards; they may be deleted already."""
+        for key in keys:
+            self._folder.delete(_file(_SHARDS, key), missing_ok=True)
 
     def read(self, key: str) -> Answer:
         """Return the answer to a shard.
@@ -78,29 +85,34 @@ class AnswerFiles:
             return {}
 
     def compact(
-        self, suite: str, router: str, tasks: Mapping[str, Answer], shards: Collection[str]
+        self,
+        suite: str,
+        router: str,
+        tasks: Mapping[str, tuple[str, Answer]],
+        shards: Collection[str],
     ) -> None:
         """Store a router's complete tasks in one file, and delete the files of their shards.
+
+        What the file has of other tasks stays.
 
         Args:
             suite: the name of the suite.
             router: the name of the router.
-            tasks: the answers, by key.
+            tasks: the key and the answer, by the task's name.
             shards: the keys of the shards that these are made of.
         """
-        self._write(_compact(suite, router), tasks)
-        for key in shards:
-            self._folder.delete(_file(_SHARDS, key), missing_ok=True)
+        name = _compact(suite, router)
+        rows = [_row(key, task, answer) for task, (key, answer) in tasks.items()]
+        with contextlib.suppress(DamagedAnswer):
+            rows += [row for row in self._table(name).to_pylist() if row["task"] not in tasks]
+        run_folder.write_table(self._folder, name, run_folder.ANSWERS, rows)
+        self.delete(shards)
         for key in self._keys(_FAILED) & {*shards}:
             self._folder.delete(_file(_FAILED, key), missing_ok=True)
 
     def _keys(self, part: str) -> set[str]:
         names = self._folder.names(f"{part}/")
         return {PurePosixPath(name).stem for name in names if name.endswith(".parquet")}
-
-    def _write(self, name: str, answers: Mapping[str, Answer]) -> None:
-        rows = [_row(key, answer) for key, answer in answers.items()]
-        run_folder.write_table(self._folder, name, run_folder.ANSWERS, rows)
 
     def _read(self, name: str, keys: Collection[str]) -> dict[str, Answer]:
         found = {}
@@ -131,11 +143,12 @@ def _compact(suite: str, router: str) -> str:
     return run_folder.router_file(_TASKS, suite, router)
 
 
-def _row(key: str, answer: Answer) -> dict[str, Any]:
+def _row(key: str, task: str, answer: Answer) -> dict[str, Any]:
     linears = list(answer.routing)
     weights = [answer.routing[linear].numpy() for linear in linears]
     row = {
         "key": key,
+        "task": task,
         "scores": [[asdict(score) for score in scores] for scores in answer.scores],
         "texts": [text.encode("utf-8", "surrogatepass") for text in answer.texts],
         "tokens": answer.tokens,

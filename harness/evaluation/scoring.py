@@ -127,7 +127,7 @@ class ScoringActor(Actor):
         files.compact(
             asked.suite,
             asked.router,
-            {asked.tasks[name].key: answers[name] for name in complete},
+            {name: (asked.tasks[name].key, answers[name]) for name in complete},
             [key for name in complete for key in asked.tasks[name].keys],
         )
         return scored

@@ -278,9 +278,11 @@ class Evaluation:
         state = RouterState(router, keys)
         if rows := self._scored_before(name, state):
             state.rows, state.state = rows, "done"
-        complete = self._files.tasks(self.suite, name)
+        complete = set() if state.rows else self._files.tasks(self.suite, name)
         for task, shards in self._inputs.shards.items():
             is_complete = state.rows or task_key(keys[task]) in complete
+            if is_complete:  # a call may have died between joining shards and deleting them
+                self._files.delete(self._found.intersection(keys[task]))
             for shard, key in zip(shards, keys[task], strict=True):
                 if is_complete or key in self._found:
                     state.answered += 1

@@ -53,30 +53,30 @@ def only_file(folder: Path) -> Path:
 
 
 def test_an_answer_is_read_as_it_was_written(tmp_path: Path, files: AnswerFiles) -> None:
-    files.write(KEY, answer())
+    files.write(KEY, "bbh/task", answer())
     assert files.shards() == {KEY}
     assert_same(AnswerFiles(Folder(tmp_path)).read(KEY), answer())
 
 
 def test_an_answer_without_routing_is_stored(files: AnswerFiles) -> None:
     plain = Answer(scores=[[]], texts=["yes"], tokens=3)
-    files.write(KEY, plain)
+    files.write(KEY, "bbh/task", plain)
     assert_same(files.read(KEY), plain)
 
 
 def test_an_answer_with_failures_is_kept_and_does_not_count(files: AnswerFiles) -> None:
     partial = replace(answer(), failed={1: "memory ran out"})
-    files.write(KEY, partial)
+    files.write(KEY, "bbh/task", partial)
     assert files.shards() == set()
     assert_same(files.read(KEY), partial)
-    files.write(KEY, answer())  # asked again
+    files.write(KEY, "bbh/task", answer())  # asked again
     assert files.shards() == {KEY}
     assert_same(files.read(KEY), answer())
 
 
 @pytest.mark.parametrize("kept", [0, 5, 8, 40, 0.5, -1])
 def test_a_truncated_file_is_named(tmp_path: Path, files: AnswerFiles, kept: float) -> None:
-    files.write(KEY, answer())
+    files.write(KEY, "bbh/task", answer())
     file = only_file(tmp_path)
     data = file.read_bytes()
     file.write_bytes(data[: int(kept * len(data)) if kept == 0.5 else int(kept)])
@@ -85,7 +85,7 @@ def test_a_truncated_file_is_named(tmp_path: Path, files: AnswerFiles, kept: flo
 
 
 def test_a_file_with_other_content_is_named(tmp_path: Path, files: AnswerFiles) -> None:
-    files.write(KEY, answer())
+    files.write(KEY, "bbh/task", answer())
     file = only_file(tmp_path)
     for data in (b"\0" * 100, b"not this", b"\xff" * 50, b"PAR1PAR1"):
         file.write_bytes(data)
@@ -104,6 +104,7 @@ def with_column(table: pa.Table, name: str, change: Callable[[object], object]) 
     ("column", "change"),
     [
         ("key", lambda key: "1" + key[1:]),
+        ("task", lambda task: task + "2"),
         ("scores", lambda scores: [[{**scores[0][0], "loglikelihood": -1.5}], *scores[1:]]),
         ("texts", lambda texts: [b"x" + texts[0], *texts[1:]]),
         ("texts", lambda texts: [texts[0] + texts[1][:1], texts[1][1:], *texts[2:]]),
@@ -119,7 +120,7 @@ def with_column(table: pa.Table, name: str, change: Callable[[object], object]) 
 def test_an_edited_value_is_noticed(
     tmp_path: Path, files: AnswerFiles, column: str, change: Callable[[object], object]
 ) -> None:
-    files.write(KEY, answer())
+    files.write(KEY, "bbh/task", answer())
     file = only_file(tmp_path)
     pq.write_table(with_column(pq.read_table(file), column, change), file)
     with pytest.raises(DamagedAnswer, match=f"{file.name} is damaged"):
@@ -128,7 +129,7 @@ def test_an_edited_value_is_noticed(
 
 def test_the_answer_to_another_shard_is_noticed(tmp_path: Path, files: AnswerFiles) -> None:
     """Check a file that was copied or renamed."""
-    files.write(KEY, answer())
+    files.write(KEY, "bbh/task", answer())
     file, other = only_file(tmp_path), "1" * 32
     file.rename(file.with_name(f"{other}.parquet"))
     with pytest.raises(DamagedAnswer):
@@ -139,14 +140,19 @@ def test_a_router_has_one_file_after_scoring(tmp_path: Path, files: AnswerFiles)
     parts = [replace(answer(), tokens=tokens) for tokens in (3, 4)]
     keys = ["a" * 32, "b" * 32]
     for key, part in zip([*keys, KEY], [*parts, answer()], strict=True):
-        files.write(key, part)
+        files.write(key, "bbh/task", part)
     whole, key = joined(parts), task_key(keys)
-    files.compact("bbh", "single:e0", {key: whole}, keys)
+    files.compact("bbh", "single:e0", {"bbh/task": (key, whole)}, keys)
     assert files.shards() == {KEY}  # of another router
     assert files.tasks("bbh", "single:e0") == {key}
     assert files.tasks("bbh", "merged") == set()
     assert_same(files.read_tasks("bbh", "single:e0", [key])[key], whole)
     assert files.read_tasks("bbh", "single:e0", ["other"]) == {}
+    # Another call may ask for other tasks, or again for the same.
+    files.compact("bbh", "single:e0", {"bbh/other": ("k2", answer())}, [])
+    files.compact("bbh", "single:e0", {"bbh/other": ("k3", answer())}, [])
+    assert files.tasks("bbh", "single:e0") == {key, "k3"}
+    assert_same(files.read_tasks("bbh", "single:e0", [key])[key], whole)
     file = tmp_path / "answers" / "tasks" / "bbh" / "single@e0.parquet"
     file.write_bytes(file.read_bytes()[:-9])
     assert files.tasks("bbh", "single:e0") == set()

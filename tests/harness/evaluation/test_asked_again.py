@@ -73,6 +73,24 @@ def test_lost_results_come_from_the_answers(run: Run, workers: LocalWorkers, los
     assert {name: run.folder.read(name) for name in run.folder.names()} == files
 
 
+def test_shards_that_a_killed_call_left_are_deleted(run: Run, workers: LocalWorkers) -> None:
+    evaluation = run.evaluation(workers)
+    evaluation.add(routers("base"))
+    evaluation.ask(10**6)
+    for key, result in workers.step(0):
+        evaluation.take(key, result)
+    shards = {name: run.folder.read(name) for name in answer_files(run)}
+    evaluation.finish()
+    for name, data in shards.items():
+        run.folder.write(name, data)
+    (run.path / "scores.parquet").unlink(missing_ok=True)
+    later = run.evaluation(NoWorkers(None))
+    later.add(routers("base"))
+    assert answer_files(run) == ["answers/tasks/held/base.parquet"]
+    later.finish()
+    assert later.rows
+
+
 def test_early_answers_leave_nothing_to_ask(run: Run, workers: LocalWorkers) -> None:
     wanted = routers("base", "phatgoose", "merged")
     evaluation = run.evaluation(workers)
