@@ -384,7 +384,12 @@ def training_file(expert: str) -> str:
 
 
 def write_table(folder: Folder, name: str, schema: pa.Schema, rows: list[dict[str, Any]]) -> None:
-    """Write rows atomically as the parquet file `name`.
+    """Write rows atomically as the parquet file `name`; raise what `table_bytes` raises."""
+    folder.write(name, table_bytes(name, schema, rows))
+
+
+def table_bytes(name: str, schema: pa.Schema, rows: list[dict[str, Any]]) -> bytes:
+    """Return the bytes of the parquet file `name` with these rows.
 
     Raises:
         PhatgooseError: a row has missing or extra columns, or a value does not fit its column.
@@ -399,7 +404,8 @@ def write_table(folder: Folder, name: str, schema: pa.Schema, rows: list[dict[st
     arrays = [_array(name, field, [row[field.name] for row in rows]) for field in schema]
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(arrays, schema=schema), sink, compression="zstd")
-    folder.write(name, sink.getvalue().to_pybytes())
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
 
 
 def _array(name: str, field: pa.Field, values: list[Any]) -> pa.Array:

@@ -8,12 +8,15 @@ object too: the job is finished, and the next run adds it to the pool.
 Files younger than `older_than` stay, because a run may be about to name them. An older object may
 still be named concurrently, when a run makes the same expert again. Therefore:
 
-1. Deleted objects are held in memory until the records and manifests have been read once more, and
+1. Who makes an expert again writes its object again, so it is young.
+2. Objects are listed again just before they are deleted, and those written meanwhile stay.
+3. Deleted objects are held in memory until the records and manifests have been read once more, and
    are written back if one of these names them.
-2. A publisher checks that the object exists once more after writing its record (`Registry._store`).
+4. `Registry.put_record` checks that the object exists after writing the record. If it does not,
+   `publish` writes it again, and a training job runs again.
 
-The later of the two sees what the other one did. If gc is killed at that moment, a job's record may
-be left without its object, and the next run trains that expert again.
+The later of the last two sees what the other one did. If gc is killed at that moment, a job's
+record may be left without its object, and the next run trains that expert again.
 """
 
 import contextlib
@@ -136,10 +139,12 @@ class _Names:
 def _remove_objects(folder: Folder, entries: Sequence[Entry], names: _Names) -> Iterator[Garbage]:
     """Delete objects and yield them; what is named by now is written back instead."""
     for batch in _batches(entries):
-        named = names.read()
+        kept = names.read()
+        written = {entry.path: entry.modified for entry in folder.entries("objects/")}
+        kept |= {entry.path for entry in batch if written.get(entry.path) != entry.modified}
         deleted: dict[str, bytes] = {}
         for entry in batch:
-            data = None if entry.path in named else folder.find(entry.path)
+            data = None if entry.path in kept else folder.find(entry.path)
             if data is not None:
                 deleted[entry.path] = data
                 folder.delete(entry.path, missing_ok=True)
