@@ -9,6 +9,8 @@ or made by other code is not used but made again.
 
 A machine reads a whole pack once to verify it, and notes in the cache which file that was. The
 processes that open the same file afterwards only map it.
+
+Shape suffixes: D input and O output features of a linear, E experts, R rank.
 """
 
 import contextlib
@@ -22,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -33,7 +36,7 @@ from phatgoose.cache import cache_dir
 from phatgoose.errors import PhatgooseError, reason_of
 from phatgoose.expert import Expert
 from phatgoose.files import MACHINE, replacing, temporary_name
-from phatgoose.pool import Pool
+from phatgoose.pool import Pool, PoolLinear
 
 POOL_FILE, INDEX_FILE = "pool.safetensors", "pack.json"
 LOCK = ".lock"  # suffix of the hidden files by which one process makes others wait
@@ -98,6 +101,54 @@ def open_pool(
                 "make the folder writable"
             ) from error
     return pool
+
+
+def open_single(
+    registry: Registry, name: str, content: str, beat: Callable[[], None] = lambda: None
+) -> Pool | None:
+    """Return one expert as a view of a pack that this machine has, as a pool of its own.
+
+    Its tensors equal those of the expert's object bit by bit. Return None if there is no such pack,
+    or if the pack may hold the expert otherwise: padded to a larger rank, in a wider dtype, or
+    without its gates.
+
+    Args:
+        registry: where the experts are stored.
+        name: the name of the expert.
+        content: its content hash.
+        beat: called regularly, as a heartbeat.
+    """
+    packs = registry.folder.local("packs") or cache_dir() / "packs"
+    found = [folder for folder in pack_folders(packs.parent) if _names(folder, name, content)]
+    # To verify a pack that was never read here takes as long as to read all its experts.
+    for folder in sorted(found, key=lambda folder: not _is_noted(folder / POOL_FILE)):
+        pool = _open_whole(folder, beat)
+        if pool is not None:
+            return _single(pool, name)
+    return None
+
+
+def _names(folder: Path, name: str, content: str) -> bool:
+    """Return whether a pack's index names this expert; the pack may still be damaged."""
+    try:
+        return [name, content] in json.loads((folder / INDEX_FILE).read_bytes())["experts"]
+    except (OSError, LookupError, TypeError, ValueError):
+        return False
+
+
+def _single(pool: Pool, name: str) -> Pool | None:
+    """Return a view of one expert; None if it may differ from a pool of its object."""
+    index = pool.index(name)
+    linears = {}
+    for linear, stacked in sorted(pool.linears.items()):  # the order of an expert's file
+        if stacked.absent_E is not None and stacked.absent_E[index]:
+            continue
+        own = slice(index, index + 1)
+        lora_A_ERD, gate_ED = stacked.lora_A_ERD[own], stacked.gate_ED
+        if lora_A_ERD.dtype != torch.float32 or gate_ED is None or not lora_A_ERD[0, -1].any():
+            return None
+        linears[linear] = PoolLinear(lora_A_ERD, stacked.lora_B_EOR[own], gate_ED[own])
+    return Pool(pool.base_fingerprint, (name,), linears)
 
 
 def read_index(folder: Path, beat: Callable[[], None] = lambda: None) -> dict[str, str]:
@@ -232,13 +283,24 @@ def _alone(lock: Path, beat: Callable[[], None]) -> Iterator[None]:
 def _hash_once(path: Path, beat: Callable[[], None]) -> str:
     """Return the hash of a file, from the cache if this machine has read the same file before."""
     file = _identity(path)
+    content = _noted(path, file)
+    if content is None:
+        content = _hash(path, beat)
+        _note_hash(path, file, content)
+    return content
+
+
+def _noted(path: Path, file: list[str | int]) -> str | None:
+    """Return the hash of a file if this machine has read it before."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         noted = json.loads(_note_of(path).read_bytes())
         if noted["file"] == file:
             return str(noted["xxh3_128"])
-    content = _hash(path, beat)
-    _note_hash(path, file, content)
-    return content
+    return None
+
+
+def _is_noted(path: Path) -> bool:
+    return path.exists() and _noted(path, _identity(path)) is not None
 
 
 def _identity(path: Path) -> list[str | int]:
