@@ -25,6 +25,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from harness.registry.bucket_packs import CLAIM_FILE, bucket_pack_experts
 from harness.registry.files import (
     job_files,
     manifest_file,
@@ -174,7 +175,7 @@ def _rest(folder: Folder, old: dict[str, Entry], objects: set[str]) -> Iterator[
         first, _, below = path.partition("/")
         if any(TEMPORARY.fullmatch(part) for part in path.split("/")):
             yield _garbage(entry, "left by a process that was killed")
-        elif first == "packs" and below.endswith(LOCK):
+        elif first == "packs" and below.endswith((LOCK, f"/{CLAIM_FILE}")):
             yield _garbage(entry, "left by a process that made a pack")
         elif match := re.fullmatch(r"packs/([0-9a-f]{16})/.*", path):
             pack = match[1]
@@ -202,5 +203,7 @@ def _is_lost(folder: Folder, pack: str, objects: set[str]) -> bool:
     """Return whether a pack is incomplete, or holds an expert that was deleted."""
     path = folder.local(f"packs/{pack}")
     with contextlib.suppress(PhatgooseError):
-        return path is not None and not {*map(object_file, read_index(path).values())} <= objects
+        # The file of a pack in a bucket is not read: it may be large, and who fetches it does.
+        experts = bucket_pack_experts(folder, pack) if path is None else read_index(path).values()
+        return experts is None or not {*map(object_file, experts)} <= objects
     return True

@@ -1,8 +1,10 @@
 """Packs: a pool's experts stacked into one file that all actors of a machine map.
 
     packs/<id>/pool.safetensors   the pool; the id is a hash over its experts
-    packs/<id>/pack.json          which experts those are, a digest of the code that stacked them,
-                                 and a hash of the file
+    packs/<id>/pack.json          which experts those are, see `harness.registry.pack_index`
+
+A registry in a bucket has the same files there, see `harness.registry.bucket_packs`, and every
+machine has a copy in its cache.
 
 A pack can be made again from the registry's objects at any time. A pack that is truncated, altered,
 or made by other code is not used but made again.
@@ -18,6 +20,7 @@ import functools
 import hashlib
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -30,7 +33,9 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from harness.registry import Registry
-from harness.registry.files import content_checksum, object_file
+from harness.registry.bucket_packs import BucketPack
+from harness.registry.files import object_file
+from harness.registry.pack_index import INDEX_FILE, POOL_FILE, PackIndex, pool_id
 from harness.source_code import code_of, digest
 from phatgoose.cache import cache_dir
 from phatgoose.errors import PhatgooseError, reason_of
@@ -38,7 +43,6 @@ from phatgoose.expert import Expert
 from phatgoose.files import MACHINE, replacing, temporary_name
 from phatgoose.pool import Pool, PoolLinear
 
-POOL_FILE, INDEX_FILE = "pool.safetensors", "pack.json"
 LOCK = ".lock"  # suffix of the hidden files by which one process makes others wait
 # A process that has waited this long for another's pack makes its own.
 _WAIT_SECONDS = 1800.0
@@ -59,11 +63,6 @@ class Members:
         return tuple(self.experts.items()), self.profiles and tuple(self.profiles.items())
 
 
-def pool_id(experts: Mapping[str, str]) -> str:
-    """Return the id of a pool: a hash over its experts' names and content hashes, in order."""
-    return hashlib.sha256(json.dumps(list(experts.items())).encode()).hexdigest()[:16]
-
-
 def open_pool(
     registry: Registry,
     experts: Mapping[str, str],
@@ -72,9 +71,9 @@ def open_pool(
 ) -> Pool:
     """Map the pack of these experts, after making it if this machine does not have it.
 
-    It is stored in the registry if that is a local folder, and in the cache otherwise. Of several
-    processes that need it at once, one makes it and the others wait. If the filesystem has no
-    locks, each makes it, without disturbing the others.
+    It is stored in the registry if that is a local folder. Otherwise it is stored in the bucket,
+    and fetched into the cache. Of several processes that need it at once, one makes it and the
+    others wait. If the filesystem has no locks, each makes it, without disturbing the others.
 
     Args:
         registry: where the experts are stored.
@@ -156,29 +155,21 @@ def read_index(folder: Path, beat: Callable[[], None] = lambda: None) -> dict[st
 
     Raises PhatgooseError, naming the file, if the pack is damaged.
     """
-    return _read_index(folder, lambda file: _hash(file, beat))[0]
+    return _read_index(folder, lambda file: _hash(file, beat)).experts
 
 
-def _read_index(
-    folder: Path, content_of: Callable[[Path], str]
-) -> tuple[dict[str, str], str | None]:
-    """Return the experts of an intact pack, and a digest of the code that stacked them."""
+def _read_index(folder: Path, content_of: Callable[[Path], str]) -> PackIndex:
+    """Return the index of an intact pack."""
     try:
-        index = json.loads((folder / INDEX_FILE).read_bytes())
-        experts = {str(name): str(content) for name, content in index["experts"]}
-        if pool_id(experts) != folder.name:
-            raise ValueError("its experts differ")
-        is_of_0_1_0 = index.keys() == {"experts", "xxh3_128"}
-        if not is_of_0_1_0 and index.pop("sha256") != content_checksum(index):
-            raise ValueError(f"{INDEX_FILE} was altered")
-        if content_of(folder / POOL_FILE) != index["xxh3_128"]:
+        index = PackIndex.from_bytes((folder / INDEX_FILE).read_bytes(), folder.name)
+        if content_of(folder / POOL_FILE) != index.content:
             raise ValueError(f"{POOL_FILE} was altered or truncated")
     except (OSError, LookupError, TypeError, ValueError) as error:
         raise PhatgooseError(
             f"{folder} is not an intact pack ({reason_of(error)}): delete it, or leave it; the "
             "next run that needs it makes it again"
         ) from error
-    return experts, index.get("code")
+    return index
 
 
 def pack_folders(registry: Path) -> list[Path]:
@@ -191,13 +182,13 @@ def pack_folders(registry: Path) -> list[Path]:
 def _open_whole(folder: Path, beat: Callable[[], None]) -> Pool | None:
     """Return the pack if it exists and is intact."""
     try:
-        experts, code = _read_index(folder, lambda file: _hash_once(file, beat))
-        if code != _code():
+        index = _read_index(folder, lambda file: _hash_once(file, beat))
+        if index.code != _code():
             return None
         pool = Pool.open(folder)
     except (PhatgooseError, OSError, RuntimeError, SafetensorError):  # truncated in the meantime
         return None
-    return pool if pool.experts == tuple(experts) else None
+    return pool if pool.experts == tuple(index.experts) else None
 
 
 def _make(
@@ -209,22 +200,20 @@ def _make(
 ) -> Pool:
     """Write a pack beside its place and move it there complete; replace a damaged one.
 
-    Experts are read from mapped files, so that they need not fit into memory. The pool returned is
-    mapped before it is moved: without locks, another process may move the pack away again.
+    The pool returned is mapped before it is moved: without locks, another process may move the pack
+    away again.
     """
     temporary = folder.with_name(temporary_name())
     temporary.mkdir()
     try:
         new, old = temporary / "new", temporary / "old"
-        mapped = []
-        for content in experts.values():
-            mapped.append(_mapped(registry, content, load, temporary))
-            beat()
-        Pool.write(mapped, new, beat)
-        content = _hash(new / POOL_FILE, beat)
-        index = {"experts": list(experts.items()), "code": _code(), "xxh3_128": content}
-        index["sha256"] = content_checksum(index)
-        (new / INDEX_FILE).write_text(json.dumps(index))
+        if registry.folder.local("packs"):
+            content = _pack(new, registry, experts, load, beat)
+        else:
+            bucket = BucketPack(registry.folder, folder.name, _code())
+            content = bucket.fetch(new, beat) or _pack_once(
+                bucket, new, lambda beat: _pack(new, registry, experts, load, beat), beat
+            )
         for path in (new, new / INDEX_FILE):
             path.chmod(0o755 if path.is_dir() else 0o644)  # others may map it too
         pool = Pool.open(new)
@@ -236,6 +225,43 @@ def _make(
         return pool
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _pack_once(
+    bucket: BucketPack,
+    new: Path,
+    pack: Callable[[Callable[[], None]], str],
+    beat: Callable[[], None],
+) -> str:
+    """Make a pack and store it in the bucket, unless another machine does so meanwhile."""
+    with bucket.claimed(beat) as beat:
+        content = bucket.fetch(new, beat)
+        if content is None:
+            content = pack(beat)
+            bucket.put(new, beat)
+    return content
+
+
+def _pack(
+    new: Path,
+    registry: Registry,
+    experts: Mapping[str, str],
+    load: Callable[[str], Expert],
+    beat: Callable[[], None],
+) -> str:
+    """Write the files of a pack into a folder; return the hash of the pool's file.
+
+    Experts are read from mapped files, so that they need not fit into memory.
+    """
+    with tempfile.TemporaryDirectory(dir=new.parent) as copies:
+        mapped = []
+        for content in experts.values():
+            mapped.append(_mapped(registry, content, load, Path(copies)))
+            beat()
+        Pool.write(mapped, new, beat)
+    content = _hash(new / POOL_FILE, beat)
+    (new / INDEX_FILE).write_bytes(PackIndex(dict(experts), content, _code()).to_bytes())
+    return content
 
 
 def _mapped(

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ def test_experts_that_cannot_be_mapped_are_copied_for_a_while(
     check(open_pool(registry, experts, registry.load))
     packs_here = folder_of(registry).parent
     expected = (folder_of(registry) / POOL_FILE).read_bytes()
+    shutil.rmtree(packs_here)
     monkeypatch.setattr(Folder, "local", lambda *_: None)
     saved: list[Path] = []
     save = Expert.save
