@@ -71,9 +71,10 @@ def open_pool(
 ) -> Pool:
     """Map the pack of these experts, after making it if this machine does not have it.
 
-    It is stored in the registry if that is a local folder. Otherwise it is stored in the bucket,
-    and fetched into the cache. Of several processes that need it at once, one makes it and the
-    others wait. If the filesystem has no locks, each makes it, without disturbing the others.
+    It is stored in the registry if that is a local folder that this machine sees, and in the cache
+    otherwise. If the registry is in a bucket, it is stored there too, or fetched from there. Of
+    several processes that need it at once, one makes it and the others wait. If the filesystem has
+    no locks, each makes it, without disturbing the others.
 
     Args:
         registry: where the experts are stored.
@@ -84,7 +85,7 @@ def open_pool(
     Raises:
         PhatgooseError: an expert cannot be read, or the pack cannot be written.
     """
-    packs = registry.folder.local("packs") or cache_dir() / "packs"
+    packs = _place(registry, experts)
     folder = packs / pool_id(experts)
     pool = _open_whole(folder, beat)
     if pool is None:
@@ -102,6 +103,19 @@ def open_pool(
     return pool
 
 
+def _place(registry: Registry, experts: Mapping[str, str]) -> Path:
+    """Return the folder of this machine's packs of a registry.
+
+    A machine may have another disk under the path of a local registry. It gets the experts from the
+    registry actor, and must not write there.
+    """
+    packs = registry.folder.local("packs")
+    if packs is None:
+        return cache_dir() / "packs"
+    is_here = (packs / pool_id(experts)).exists() or any(map(registry.has, experts.values()))
+    return packs if is_here else cache_dir() / "packs"
+
+
 def open_single(
     registry: Registry, name: str, content: str, beat: Callable[[], None] = lambda: None
 ) -> Pool | None:
@@ -117,8 +131,9 @@ def open_single(
         content: its content hash.
         beat: called regularly, as a heartbeat.
     """
-    packs = registry.folder.local("packs") or cache_dir() / "packs"
-    found = [folder for folder in pack_folders(packs.parent) if _names(folder, name, content)]
+    roots = (registry.folder.local("packs"), cache_dir() / "packs")
+    folders = (folder for root in roots if root for folder in pack_folders(root.parent))
+    found = [folder for folder in folders if _names(folder, name, content)]
     # To verify a pack that was never read here takes as long as to read all its experts.
     for folder in sorted(found, key=lambda folder: not _is_noted(folder / POOL_FILE)):
         pool = _open_whole(folder, beat)
