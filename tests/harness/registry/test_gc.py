@@ -225,6 +225,19 @@ def test_an_object_that_was_just_written_again_stays_without_a_record(
     assert registry.load(expert.content_hash()).card == expert.card
 
 
+def test_an_object_without_a_record_is_an_orphan_until_its_job_is_repeated(
+    registry: Registry,
+) -> None:
+    """Check a crash after a training actor wrote the object and before it was recorded."""
+    expert = make_expert(9)
+    file = object_file(registry.put_object(expert))
+    assert verify(registry.folder, every_manifest=True) == Check(4, orphans=[file])
+    record = Record(registry.put_object(expert), "task-9")
+    assert registry.put_record(expert.card.job, record) == record
+    assert registry.add_to_manifest([expert.card.job]) == {expert.card.job: record.object}
+    assert verify(registry.folder, every_manifest=True) == Check(4)
+
+
 def test_a_record_of_a_collected_object_is_not_valid(registry: Registry) -> None:
     expert, job = make_expert(9), make_expert(9).card.job
     record = Record(registry.put_object(expert), "task-9")

@@ -14,6 +14,7 @@ from ray.cluster_utils import Cluster as Nodes
 from harness import run_folder
 from harness.registry import Registry
 from harness.registry.client import RegistryClient
+from harness.registry.files import Record, object_file
 from harness.registry.verify import Check, verify
 from harness.scheduling.actor import Actor, code_version
 from harness.scheduling.cluster import actor_options, room
@@ -70,11 +71,20 @@ class Trainer(Actor):
 
 
 class Records(Registry):
-    """A registry that notes on disk which methods carried tensors."""
+    """A registry that notes on disk which methods carried tensors.
+
+    Before its first record, the object disappears, as if `gc` had found it without a name.
+    """
 
     def __init__(self, uri: str, notes: Path) -> None:
         super().__init__(uri, BASE)
-        self._notes = notes
+        self._notes, self._loses = notes, True
+
+    def put_record(self, job: str, record: Record) -> Record | None:
+        if self._loses:
+            self.folder.delete(object_file(record.object))
+        self._loses = False
+        return super().put_record(job, record)
 
     def publish(self, expert: Expert, **options: Any) -> str:
         self._note("publish")
@@ -171,6 +181,10 @@ def test_training_actors_write_what_they_can(
             assert measure_profiles(jobs, hashes, workers, registry_actor, progress) == {}
     finally:
         workers.close()
+    rows = run_folder.read_table(folder, run_folder.JOBS_FILE, run_folder.JOBS).to_pylist()
+    assert [row["state"] for row in rows] == ["done"] * EXPERTS
+    # Who has the expert writes a lost object again; otherwise the job runs again.
+    assert sum(row["starts"] for row in rows) == EXPERTS + (place != "another disk")
     said = notes.read_text().split() if notes.exists() else []
     counts = {method: said.count(method) for method in set(said)}
     if place == "another disk":
