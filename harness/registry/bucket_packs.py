@@ -42,15 +42,17 @@ class BucketPack:
 
     def __init__(self, folder: Folder, pack: str, code: str) -> None:
         self._folder, self._pack, self._code = folder, pack, code
+        self._damaged: PackIndex | None = None  # the index of a pack whose file is damaged
 
     def fetch(self, new: Path, beat: Callable[[], None]) -> str | None:
         """Fetch the pack into a local folder; return the hash of its file.
 
         Return None, and leave no file, if there is no pack that can be used.
         """
+        index = None
         try:
             index = self._index()
-            if index is None or index.code != self._code:
+            if index is None or index.code != self._code or index == self._damaged:
                 return None
             new.mkdir(parents=True, exist_ok=True)
             state = xxhash.xxh3_128()
@@ -64,16 +66,21 @@ class BucketPack:
                     raise PhatgooseError(f"{POOL_FILE} was altered or truncated")
         except PhatgooseError as error:
             _LOG.warning("the pack %s in %s is not used: %s", self._pack, self._folder, error)
+            self._damaged = index
             return None
         (new / INDEX_FILE).write_bytes(index.to_bytes())
         return index.content
 
     def put(self, new: Path, beat: Callable[[], None]) -> None:
-        """Store the pack of a local folder, unless the bucket has it; log what prevents it."""
+        """Store the pack of a local folder, unless the bucket has it; log what prevents it.
+
+        A pack that `fetch` found damaged is replaced.
+        """
         try:
             mine = PackIndex.from_bytes((new / INDEX_FILE).read_bytes(), self._pack)
             with contextlib.suppress(PhatgooseError):  # a damaged index is replaced
-                if self._index() == mine and self._folder.exists(self._file(POOL_FILE)):
+                there = self._index() == mine and self._folder.exists(self._file(POOL_FILE))
+                if there and mine != self._damaged:
                     return
             self._folder.write_chunks(self._file(POOL_FILE), _chunks(new / POOL_FILE, beat))
             self._folder.write(self._file(INDEX_FILE), mine.to_bytes())

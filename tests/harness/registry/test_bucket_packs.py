@@ -175,9 +175,39 @@ def test_a_damaged_pack_is_never_used_and_made_again(
     machine("second")
     opened(registry, loads := Loads(registry))
     assert len(loads) == EXPERTS
-    if name == "pack.json":
-        assert files(registry) == stored
-        assert verify(registry.folder).problems == []
+    assert files(registry) == stored
+    assert verify(registry.folder).problems == []
+    machine("third")
+    opened(registry, never)
+
+
+def test_a_damaged_file_is_fetched_once(
+    registry: Registry, machine: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened(registry, registry.load)
+    damage(registry, "pool.safetensors", lambda data: data[:-1])
+    machine("second")
+    fetched: list[str] = []
+    read = Folder.read_chunks
+
+    def noting(folder: Folder, name: str) -> Iterator[bytes]:
+        fetched.append(name)
+        return read(folder, name)
+
+    monkeypatch.setattr(Folder, "read_chunks", noting)
+    opened(registry, registry.load)
+    assert fetched == [f"{place(registry)}/pool.safetensors"]
+
+
+def test_a_pack_that_is_there_is_not_stored_again(
+    registry: Registry, machine: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened(registry, registry.load)
+    (folder,) = machine("first").glob("[!.]*")
+    before = registry.folder.entries("packs/")
+    monkeypatch.setattr(Folder, "write_chunks", lambda *_: pytest.fail("it is there"))
+    BucketPack(registry.folder, folder.name, packs._code()).put(folder, lambda: None)
+    assert registry.folder.entries("packs/") == before
 
 
 @pytest.mark.parametrize("missing", ["pool.safetensors", "pack.json"])
