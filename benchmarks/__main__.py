@@ -24,7 +24,17 @@ from harness.scheduling.hardware import processor, usable_cores
 from phatgoose.ops.routed import way_on
 
 # Modules with a function `measure(threads)`.
-NAMES = ("routing", "linear", "arrow", "scoring", "generation", "training", "packs", "report")
+NAMES = (
+    "routing",
+    "linear",
+    "arrow",
+    "scoring",
+    "generation",
+    "training",
+    "packs",
+    "registry",
+    "report",
+)
 LIBRARIES = ("torch", "transformers", "peft", "lm_eval", "deepspeed")
 
 

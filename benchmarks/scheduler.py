@@ -24,6 +24,7 @@ from ray.cluster_utils import Cluster as Nodes
 
 from harness.registry import Registry
 from harness.registry.actor import registry_actor
+from harness.registry.client import RegistryClient, opened_access
 from harness.scheduling.actor import Actor, code_version
 from harness.scheduling.cluster import actor_options, room
 from harness.scheduling.progress import StageProgress
@@ -32,7 +33,7 @@ from harness.scheduling.settings import ClusterConfig
 from harness.scheduling.workers import Workers
 from harness.storage import Folder
 from harness.tasks import TaskSpec
-from harness.training.actor import Trained
+from harness.training.actor import Trained, hand_over
 from harness.training.job import TrainJob
 from harness.training.job_table import JobTable
 from harness.training.stage import Training
@@ -53,7 +54,7 @@ class Waiter(Actor):
         super().__init__(code_version())
         self._seconds = seconds
 
-    def train(self, job: TrainJob) -> Trained:
+    def train(self, job: TrainJob, client: RegistryClient) -> Trained:
         """Wait, and return a result like that of `TrainActor.train`."""
         time.sleep(self._seconds)
         self._done += 1
@@ -73,7 +74,7 @@ class Waiter(Actor):
             {**names, **curve, "split": "evaluation", "step": step, "loss": 1.0}
             for step in (0, _STEPS)
         ]
-        return Trained(rows, ray.put(Expert(job.card, {"linear": factors})))
+        return hand_over(client, job, Expert(job.card, {"linear": factors}), rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -117,7 +118,8 @@ def measure(path: Path, count: int, nodes: int, wait: float) -> None:
     remote = ray.remote(Waiter).options(**options, max_concurrency=2)
     workers = Workers(lambda: remote.remote(wait), lambda: room(options))
     registry = registry_actor(path / "registry", _BASE)
-    ready(workers, nodes * _CORES)
+    with opened_access(registry) as client:
+        ready(workers, client, nodes * _CORES)
     table = JobTable(folder, jobs, tokens, {})
     before = most = process.memory_info().rss
     busy, started = cpu(process), time.monotonic()
@@ -141,9 +143,9 @@ def measure(path: Path, count: int, nodes: int, wait: float) -> None:
     print(f"{'':13}  registry: {growth(path / 'registry')}", flush=True)
 
 
-def ready(workers: Workers, actors: int) -> None:
+def ready(workers: Workers, client: RegistryClient, actors: int) -> None:
     """Start all actors before the measurement. Their start time does not depend on the jobs."""
-    jobs = [(job(index),) for index in range(actors)]
+    jobs = [(job(index), client) for index in range(actors)]
     while len(workers.locations) < actors:
         workers.add("train", jobs)
         while not workers.is_done:

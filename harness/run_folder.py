@@ -100,10 +100,12 @@ def training_file(expert: str) -> str:
 
 
 def write_table(folder: Folder, name: str, schema: pa.Schema, rows: list[dict[str, Any]]) -> None:
-    """Write rows atomically as the parquet file `name`.
+    """Write rows atomically as the parquet file `name`; raise what `table_bytes` raises."""
+    folder.write(name, table_bytes(name, schema, rows))
 
-    Samples and routing get a row group for each run of rows of one task, since their readers want
-    one task at a time.
+
+def table_bytes(name: str, schema: pa.Schema, rows: list[dict[str, Any]]) -> bytes:
+    """Return the bytes of the parquet file `name` with these rows.
 
     Raises:
         PhatgooseError: a row has missing or extra columns, or a value does not fit its column.
@@ -116,20 +118,26 @@ def write_table(folder: Folder, name: str, schema: pa.Schema, rows: list[dict[st
                 f"{name}: row {i} has missing or extra columns: {names} (see harness/run_folder.py)"
             )
     arrays = [_array(name, field, [row[field.name] for row in rows]) for field in schema]
-    write_arrow(folder, name, pa.table(arrays, schema=schema))
+    return _as_parquet(pa.table(arrays, schema=schema))
 
 
 def write_arrow(folder: Folder, name: str, table: pa.Table) -> None:
-    """Write a table with the schema of its file atomically as the parquet file `name`.
+    """Write a table with the schema of its file atomically as the parquet file `name`."""
+    folder.write(name, _as_parquet(table))
 
-    Samples and routing get a row group per task, so that a reader may read one task alone.
+
+def _as_parquet(table: pa.Table) -> bytes:
+    """Return a table as parquet: samples and routing with a row group for each run of one task.
+
+    Their readers want one task at a time.
     """
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
         starts = _starts_of_tasks(table) if table.schema in (SAMPLES, ROUTING) else []
         for start, end in pairwise([0, *starts, len(table)]):
             writer.write_table(table.slice(start, end - start))
-    folder.write(name, sink.getvalue().to_pybytes())
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
 
 
 def _starts_of_tasks(table: pa.Table) -> list[int]:

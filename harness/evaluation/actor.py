@@ -11,7 +11,7 @@ from harness.evaluation.answering import answer_shard, split_chunks
 from harness.evaluation.conditions import Conditions
 from harness.evaluation.encoding import EncodedShard
 from harness.registry import Registry
-from harness.registry.packs import Members, open_pool
+from harness.registry.packs import Members, open_pool, open_single
 from harness.scheduling.actor import Actor, log_to_run_folder
 from harness.scheduling.load_base import load_base_on_actor
 from harness.scheduling.settings import BaseConfig
@@ -133,10 +133,12 @@ class EvalActor(Actor):
         self._attached = members.identity
 
     def _open(self, members: Members) -> Pool:
-        """Map a pool from its pack; load a single expert without a pack."""
+        """Map a pool from its pack; load a single expert that no pack of this machine has."""
         experts, profiles = members.experts, members.profiles
         if len(experts) == 1:
-            pool = Pool.from_experts([self._fetch(content) for content in experts.values()])
+            ((name, content),) = experts.items()
+            single = open_single(self._registry, name, content, self._beat)
+            pool = single or Pool.from_experts([self._fetch(content)])
         else:
             pool = open_pool(self._registry, experts, self._fetch, self._beat)
         if profiles is None:

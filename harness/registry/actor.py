@@ -1,4 +1,4 @@
-"""The registry as a Ray actor: one writer for all the actors of a run, wherever they are."""
+"""The registry as a Ray actor: it keeps the records and manifests of a run."""
 
 from pathlib import Path
 from typing import Any

@@ -3,6 +3,7 @@
     jobs/<job>.json        {"object": content hash, "name": expert's name, "code": digest of the
                             source code that trained it, "sha256": checksum}
     code/<digest>.json     {module: hash of its source code}
+    check-<token>          empty: whoever finds this name sees the same folder as who wrote it
     manifests/<n>.json     {"schema": 2, "number": n, "parent": n - 1, "base_fingerprint": hash,
                             "experts": {name: content hash}, "sha256": checksum}
 
@@ -56,6 +57,31 @@ class Record:
     def to_bytes(self) -> bytes:
         """Return the bytes of its file."""
         return _to_json(asdict(self))
+
+
+@dataclass(frozen=True)
+class Access:
+    """What another process needs to write to a registry's folder, if it sees that folder.
+
+    Attributes:
+        uri: the registry's folder.
+        base_fingerprint: the base of its experts.
+        token: a random number in the name of a file of the folder, see `check_file`.
+    """
+
+    uri: str
+    base_fingerprint: str
+    token: str
+
+
+def check_file(token: str) -> str:
+    """Return the file that proves which folder this is; raise PhatgooseError if it is invalid.
+
+    A path alone proves nothing, since other machines may have other disks there.
+    """
+    if not re.fullmatch(r"[0-9a-f]{32}", token):
+        raise PhatgooseError(f"{token!r} is not a token: use 32 hexadecimal digits")
+    return f"check-{token}"
 
 
 def object_file(content_hash: str) -> str:

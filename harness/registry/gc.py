@@ -8,12 +8,15 @@ object too: the job is finished, and the next run adds it to the pool.
 Files younger than `older_than` stay, because a run may be about to name them. An older object may
 still be named concurrently, when a run makes the same expert again. Therefore:
 
-1. Deleted objects are held in memory until the records and manifests have been read once more, and
+1. Who makes an expert again writes its object again, so it is young.
+2. Objects are listed again just before they are deleted, and those written meanwhile stay.
+3. Deleted objects are held in memory until the records and manifests have been read once more, and
    are written back if one of these names them.
-2. A publisher checks that the object exists once more after writing its record (`Registry._store`).
+4. `Registry.put_record` checks that the object exists after writing the record. If it does not,
+   `publish` writes it again, and a training job runs again.
 
-The later of the two sees what the other one did. If gc is killed at that moment, a job's record may
-be left without its object, and the next run trains that expert again.
+The later of the last two sees what the other one did. If gc is killed at that moment, a job's
+record may be left without its object, and the next run trains that expert again.
 """
 
 import contextlib
@@ -22,6 +25,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from harness.registry.bucket_packs import CLAIM_FILE, bucket_pack_experts
 from harness.registry.files import (
     job_files,
     manifest_file,
@@ -136,10 +140,12 @@ class _Names:
 def _remove_objects(folder: Folder, entries: Sequence[Entry], names: _Names) -> Iterator[Garbage]:
     """Delete objects and yield them; what is named by now is written back instead."""
     for batch in _batches(entries):
-        named = names.read()
+        kept = names.read()
+        written = {entry.path: entry.modified for entry in folder.entries("objects/")}
+        kept |= {entry.path for entry in batch if written.get(entry.path) != entry.modified}
         deleted: dict[str, bytes] = {}
         for entry in batch:
-            data = None if entry.path in named else folder.find(entry.path)
+            data = None if entry.path in kept else folder.find(entry.path)
             if data is not None:
                 deleted[entry.path] = data
                 folder.delete(entry.path, missing_ok=True)
@@ -169,7 +175,7 @@ def _rest(folder: Folder, old: dict[str, Entry], objects: set[str]) -> Iterator[
         first, _, below = path.partition("/")
         if any(TEMPORARY.fullmatch(part) for part in path.split("/")):
             yield _garbage(entry, "left by a process that was killed")
-        elif first == "packs" and below.endswith(LOCK):
+        elif first == "packs" and below.endswith((LOCK, f"/{CLAIM_FILE}")):
             yield _garbage(entry, "left by a process that made a pack")
         elif match := re.fullmatch(r"packs/([0-9a-f]{16})/.*", path):
             pack = match[1]
@@ -197,5 +203,7 @@ def _is_lost(folder: Folder, pack: str, objects: set[str]) -> bool:
     """Return whether a pack is incomplete, or holds an expert that was deleted."""
     path = folder.local(f"packs/{pack}")
     with contextlib.suppress(PhatgooseError):
-        return path is not None and not {*map(object_file, read_index(path).values())} <= objects
+        # The file of a pack in a bucket is not read: it may be large, and who fetches it does.
+        experts = bucket_pack_experts(folder, pack) if path is None else read_index(path).values()
+        return experts is None or not {*map(object_file, experts)} <= objects
     return True

@@ -8,9 +8,12 @@
                                        in the way that the id identifies
 
 `publish` writes them in this order. A job is finished once its record exists. The next call that
-reads the record completes whatever a crash left undone. `remove` and `rename` delete the record
-before they write the manifest, so no concurrent call adds the name again. So every method may be
-repeated at any time.
+reads the record completes whatever a crash left undone. `put_object` and `put_record` are its two
+halves: a training actor has the expert, and the registry actor keeps the records. A crash between
+them leaves an object that nothing names; the repeated job names it, or `gc` removes it.
+
+`remove` and `rename` delete the record before they write the manifest, so no concurrent call adds
+the name again. So every method may be repeated at any time.
 
 Any number of processes may share a registry. Each record and manifest is created only if it does
 not exist (`Folder.create`); a process that comes second reads the existing one and builds on it.
@@ -22,12 +25,15 @@ The command line is in harness/registry/__main__.py.
 
 import dataclasses
 import json
+import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from harness.registry.files import (
+    Access,
     Manifest,
     Record,
+    check_file,
     code_file,
     job_file,
     job_files,
@@ -44,7 +50,7 @@ from harness.registry.files import (
 )
 from harness.source_code import digest
 from harness.storage import Folder
-from phatgoose.card import validate_name, with_job
+from phatgoose.card import Card, validate_name, with_job
 from phatgoose.errors import PhatgooseError, near_names
 from phatgoose.expert import Expert
 from phatgoose.profile import Profile
@@ -95,12 +101,7 @@ class Registry:
         with `replace=False` it is refused.
         """
         card = expert.card
-        if card.base_fingerprint != self.base_fingerprint:
-            raise PhatgooseError(
-                f"expert {card.name!r} was made with base {card.base_fingerprint[:12]}, but the "
-                f"registry {self.folder} is for base {self.base_fingerprint[:12]}: publish it in "
-                "a registry of its own base"
-            )
+        self._check_base(card)
         record = self._record(card.job)
         if record is None:
             if not replace:
@@ -109,6 +110,32 @@ class Registry:
         if add_to_manifest:
             self._add_to_manifest({card.job: record}, replace)
         return record.object
+
+    def put_object(self, expert: Expert) -> str:
+        """Write an expert's object; return its content hash. No record names it yet.
+
+        An existing object is written again. Its content is the same, but its age is not: `gc`
+        takes old objects that nothing names for garbage.
+        """
+        self._check_base(expert.card)
+        content_hash = expert.content_hash()
+        self.folder.write(object_file(content_hash), expert.to_bytes())
+        return content_hash
+
+    def put_record(self, job: str, record: Record) -> Record | None:
+        """Record the object that a job made; return the job's valid record.
+
+        That is the first one whose object exists. Return None if the object is missing, because
+        `gc` removed it while nothing named it: write it again, and repeat this call.
+        """
+        file = job_file(job)
+        if not self.folder.create(file, record.to_bytes()):
+            first = self._record(job)
+            if first is not None:
+                return first  # another process finished the same job in the meantime
+            self.folder.write(file, record.to_bytes())  # the old record's object is gone
+        # After the record: from then on gc keeps the object, or writes it back.
+        return record if self.folder.exists(object_file(record.object)) else None
 
     def add_to_manifest(self, jobs: Iterable[str]) -> dict[str, str]:
         """Add the experts of these finished jobs to the pool, with one new manifest.
@@ -212,6 +239,20 @@ class Registry:
         """Return whether this process can read the expert's file."""
         return self.folder.exists(object_file(content_hash))
 
+    def open_access(self) -> Access:
+        """Return what another process needs to write objects and profiles itself."""
+        access = Access(self.folder.uri, self.base_fingerprint, uuid.uuid4().hex)
+        self.renew_access(access.token)
+        return access
+
+    def renew_access(self, token: str) -> None:
+        """Write the file that proves which folder this is, in case `gc` removed it."""
+        self.folder.create(check_file(token), b"")
+
+    def close_access(self, token: str) -> None:
+        """Delete the file that `open_access` wrote."""
+        self.folder.delete(check_file(token), missing_ok=True)
+
     def put_profile(self, content_hash: str, profile_id: str, data: bytes) -> None:
         """Store the profile of an expert, `Profile.to_bytes`, unless it exists."""
         self.folder.create(profile_file(content_hash, profile_id), data)
@@ -281,19 +322,19 @@ class Registry:
 
     def _store(self, expert: Expert, code: str = "") -> Record:
         """Write the object, then the job's record; return the valid record."""
-        record = Record(expert.content_hash(), expert.card.name, code)
-        if not self.folder.exists(object_file(record.object)):
-            self.folder.write(object_file(record.object), expert.to_bytes())
-        file = job_file(expert.card.job)
-        if not self.folder.create(file, record.to_bytes()):
-            first = self._record(expert.card.job)
-            if first is not None:
-                return first  # another process finished the same job in the meantime
-            self.folder.write(file, record.to_bytes())  # the old record's object is gone
-        # An existing object without a record may just have been collected as garbage.
-        if not self.folder.exists(object_file(record.object)):
-            self.folder.write(object_file(record.object), expert.to_bytes())
-        return record
+        while True:
+            record = Record(self.put_object(expert), expert.card.name, code)
+            valid = self.put_record(expert.card.job, record)
+            if valid is not None:
+                return valid
+
+    def _check_base(self, card: Card) -> None:
+        if card.base_fingerprint != self.base_fingerprint:
+            raise PhatgooseError(
+                f"expert {card.name!r} was made with base {card.base_fingerprint[:12]}, but the "
+                f"registry {self.folder} is for base {self.base_fingerprint[:12]}: publish it in "
+                "a registry of its own base"
+            )
 
     def _record(self, job: str) -> Record | None:
         """Return the record of a job if it exists and its object does."""

@@ -1,9 +1,11 @@
 """Verify that a registry is intact: read every file of it, and change nothing."""
 
+import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from harness.registry.bucket_packs import bucket_pack_experts
 from harness.registry.files import (
     Manifest,
     Record,
@@ -18,6 +20,7 @@ from harness.registry.files import (
     read_profile,
     read_records,
 )
+from harness.registry.pack_index import INDEX_FILE
 from harness.registry.packs import pack_folders, read_index
 from harness.storage import Folder
 from phatgoose.card import Card
@@ -189,8 +192,24 @@ def _profile_problems(folder: Folder, files: Iterable[str]) -> Iterator[str]:
 
 def _pack_problems(folder: Folder) -> Iterator[str]:
     root = folder.local("packs")
-    for pack in pack_folders(root.parent) if root else ():
+    if root is None:
+        yield from _bucket_pack_problems(folder)
+        return
+    for pack in pack_folders(root.parent):
         try:
             read_index(pack)
+        except PhatgooseError as error:
+            yield str(error)
+
+
+def _bucket_pack_problems(folder: Folder) -> Iterator[str]:
+    """Yield the problems of packs that have an index; others may be under way."""
+    names = (
+        re.fullmatch(rf"packs/([0-9a-f]{{16}})/{INDEX_FILE}", n) for n in folder.names("packs/")
+    )
+    for pack in [name[1] for name in names if name]:
+        try:
+            if bucket_pack_experts(folder, pack, reads=True) is None:
+                yield f"{folder}/packs/{pack} is incomplete: delete it, or run `gc`"
         except PhatgooseError as error:
             yield str(error)

@@ -123,6 +123,18 @@ class Folder:
         with self._named_errors("create", name):
             return self._store.create(full, data)
 
+    def read_chunks(self, name: str) -> Iterator[bytes]:
+        """Yield the bytes of a large file in pieces."""
+        full = self._full(name)
+        with self._named_errors("read", name):
+            yield from self._store.read_chunks(full)
+
+    def write_chunks(self, name: str, chunks: Iterable[bytes]) -> None:
+        """Write a large file atomically from its pieces, replacing an existing one."""
+        full = self._full(name)
+        with self._named_errors("write", name):
+            self._store.write_chunks(full, chunks)
+
     def delete(self, name: str, *, missing_ok: bool = False) -> None:
         """Delete a file. With `missing_ok`, it may be missing."""
         full = self._full(name)

@@ -14,7 +14,7 @@ S3, a profile of ~/.aws/credentials comes next, then the machine's role.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from configparser import ConfigParser
 from datetime import timedelta
 from pathlib import Path
@@ -37,6 +37,9 @@ _KEYS = ("access_key_id", "secret_access_key", "session_token")
 _GCS_OPTIONS = {"scheme", "endpoint_override", "retry_limit_seconds"}
 # Retry for long enough to survive a short outage. A mistyped address fails after almost a minute.
 _RETRIES: Any = {"max_retries": 10, "backoff": {"max_backoff": timedelta(seconds=10)}}
+# S3 takes at most 10,000 pieces, so a file of up to 312 GiB. Memory holds one piece per upload.
+_CHUNK_BYTES = 32 * 2**20
+_UPLOADS = 4
 _TIMEOUT = timedelta(minutes=10)  # per request: an expert of a large base over a slow connection
 
 
@@ -65,6 +68,21 @@ class ObjectStore:
         except AlreadyExistsError:
             return False
         return True
+
+    def read_chunks(self, path: str) -> Iterator[bytes]:
+        """Yield the bytes of a large file in pieces."""
+        for chunk in obstore.get(self._store, path).stream(_CHUNK_BYTES):
+            yield bytes(chunk)
+
+    def write_chunks(self, path: str, chunks: Iterable[bytes]) -> None:
+        """Write a large file atomically from its pieces, replacing an existing one."""
+        # Not `put` of an iterator: it must not use a store itself, as the renewal of a claim does.
+        writer = obstore.open_writer(
+            self._store, path, buffer_size=_CHUNK_BYTES, max_concurrency=_UPLOADS
+        )
+        for chunk in chunks:
+            writer.write(chunk)
+        writer.close()  # without it, after an error, the file does not appear
 
     def delete(self, path: str) -> None:
         """Delete a file. Check first that it exists, since S3 does not report a missing file."""

@@ -6,7 +6,7 @@ library, and FileNotFoundError for a missing file.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +15,8 @@ from typing import Any, Protocol
 from pyarrow import fs
 
 from phatgoose.files import flush_folder, replacing
+
+_CHUNK_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,12 @@ class Store(Protocol):
 
         Of several concurrent writers, exactly one creates the file.
         """
+
+    def read_chunks(self, path: str) -> Iterator[bytes]:
+        """Yield the bytes of a large file in pieces."""
+
+    def write_chunks(self, path: str, chunks: Iterable[bytes]) -> None:
+        """Write a large file atomically from its pieces, replacing an existing one."""
 
     def delete(self, path: str) -> None:
         """Delete a file."""
@@ -91,6 +99,19 @@ class LocalStore:
         except FileExistsError:
             return False
         return True
+
+    def read_chunks(self, path: str) -> Iterator[bytes]:
+        """Yield the bytes of a large file in pieces."""
+        with Path(path).open("rb") as file:
+            yield from iter(lambda: file.read(_CHUNK_BYTES), b"")
+
+    def write_chunks(self, path: str, chunks: Iterable[bytes]) -> None:
+        """Write a large file atomically from its pieces, replacing an existing one."""
+        _make_folder(Path(path).parent)
+        with replacing(Path(path)) as temporary, temporary.open("wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
 
     def delete(self, path: str) -> None:
         """Delete a file."""
@@ -168,6 +189,18 @@ class ArrowStore:
     def create(self, path: str, data: bytes) -> bool:
         """Raise NotImplementedError: the later of two concurrent writers would silently win."""
         raise NotImplementedError("this filesystem cannot create a file only if it does not exist")
+
+    def read_chunks(self, path: str) -> Iterator[bytes]:
+        """Yield the bytes of a large file in pieces."""
+        with self._fs.open_input_file(path) as file:
+            yield from iter(lambda: file.read(_CHUNK_BYTES), b"")
+
+    def write_chunks(self, path: str, chunks: Iterable[bytes]) -> None:
+        """Write a large file from its pieces, replacing an existing one."""
+        self._fs.create_dir(path.rpartition("/")[0], recursive=True)
+        with self._fs.open_output_stream(path, compression=None) as file:
+            for chunk in chunks:
+                file.write(chunk)
 
     def delete(self, path: str) -> None:
         """Delete a file."""

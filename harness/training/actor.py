@@ -2,11 +2,14 @@
 
 import functools
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray
 
+from harness import run_folder
+from harness.registry.client import RegistryClient
 from harness.scheduling.actor import Actor, log_to_run_folder
 from harness.scheduling.load_base import load_base_on_actor
 from harness.scheduling.settings import BaseConfig
@@ -55,16 +58,22 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class Trained:
-    """The result of a training job.
+    """The result of a training job: small, unless the actor does not see the registry's folder.
 
     Attributes:
-        curve: the rows of the training curve.
-        expert: a reference to the expert.
-        profile: a reference to the bytes of its profile; None if it has none.
+        curve: the file of the training curve; empty if there is none.
+        summary: the training curve in one line.
+        content_hash: the hash of the expert, whose object the actor has written; None if it has
+            not.
+        expert: a reference to the expert if the actor has not written its object.
+        profile: a reference to the bytes of its profile if the actor has not written them; None
+            also if there are none.
     """
 
-    curve: list[dict[str, Any]]
-    expert: ray.ObjectRef
+    curve: bytes
+    summary: str
+    content_hash: str | None = None
+    expert: ray.ObjectRef | None = None
     profile: ray.ObjectRef | None = None
 
 
@@ -116,11 +125,14 @@ class TrainActor(Actor):
         store = self._store if self._rank == 0 else join_rendezvous(host, port, ranks)
         start_deepspeed(store, self._rank, ranks)
 
-    def train(self, job: TrainJob, checkpoint: bytes | None = None) -> Trained | None:
-        """Make one expert; return None on a rank that is not the first.
+    def train(
+        self, job: TrainJob, client: RegistryClient, checkpoint: bytes | None = None
+    ) -> Trained | None:
+        """Make one expert and write its object; return None on a rank that is not the first.
 
         Args:
             job: the expert to make. If there are several ranks, all must get the same job.
+            client: where to write the expert and its profile.
             checkpoint: the job's checkpoint; None to read it from the run folder.
         """
         rows: list[dict[str, Any]] = []
@@ -149,15 +161,24 @@ class TrainActor(Actor):
         profile = None
         if job.profile_id is not None:
             try:
-                profile = ray.put(self._measure(job, expert))
+                profile = self._measure(job, expert)
             # Do not lose the expert, too: the profile can be measured again.
             except Exception as error:
                 _LOG.warning("no profile of %s: %s", job.card.name, error)
-        return Trained(rows, ray.put(expert), profile)
+        self._beat()
+        trained = hand_over(client, job, expert, rows, profile)
+        self._beat()
+        return trained
 
-    def profile(self, job: TrainJob, content_hash: str, registry_actor: Any) -> bytes:
-        """Measure the profile of an expert of the registry; return its bytes."""
-        return self._measure(job, ray.get(registry_actor.load.remote(content_hash)))
+    def profile(self, job: TrainJob, content_hash: str, client: RegistryClient) -> bytes | None:
+        """Measure the profile of an expert of the registry, and write it.
+
+        Return its bytes if this actor does not see the registry's folder.
+        """
+        assert job.profile_id is not None
+        profile = self._measure(job, client.load(content_hash))
+        written = client.put_profile(content_hash, job.profile_id, profile)
+        return None if written else profile
 
     def _data(self, job: TrainJob) -> list[TaskData]:
         """Return the data of the job's tasks, after checking that it is the plan's."""
@@ -176,3 +197,44 @@ class TrainActor(Actor):
         assert config is not None  # the plan's, where any job has a profile
         (data,) = self._data(job)
         return expert_profile(self._base, expert, data, config, self._beat)
+
+
+def hand_over(
+    client: RegistryClient,
+    job: TrainJob,
+    expert: Expert,
+    rows: Sequence[Mapping[str, Any]],
+    profile: bytes | None = None,
+) -> Trained:
+    """Write an expert's object and profile; return what the driver needs to finish the job.
+
+    Args:
+        client: where to write them. What cannot be written is returned by reference.
+        job: the job that made the expert.
+        expert: the expert.
+        rows: the rows of its training curve.
+        profile: the bytes of its profile, if it has one.
+    """
+    content_hash, left = client.put_object(expert), profile
+    if content_hash is not None and job.profile_id is not None and profile is not None:
+        left = None if client.put_profile(content_hash, job.profile_id, profile) else profile
+    file = run_folder.training_file(job.card.name)
+    return Trained(
+        run_folder.table_bytes(file, run_folder.TRAINING, [*map(dict, rows)]) if rows else b"",
+        summary_of(rows),
+        content_hash,
+        None if content_hash is not None else ray.put(expert),
+        None if left is None else ray.put(left),
+    )
+
+
+def summary_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return a training curve in one line."""
+    if not rows:
+        return "imported, without gates"
+    losses = [f"{row['loss']:.2f}" for row in rows if row["split"] == "evaluation"]
+    changes = [f"{losses[i]} -> {losses[i + 1]}" for i in range(0, len(losses), 2)]
+    stages = dict.fromkeys(row["stage"] for row in rows)
+    seconds = sum(max(row["seconds"] for row in rows if row["stage"] == s) for s in stages)
+    said = [f"{stage} {change}" for stage, change in zip(stages, changes, strict=True)]
+    return f"loss: {', '.join(said)}; {seconds:.0f} s"

@@ -18,6 +18,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from harness.registry.client import RegistryClient
 from harness.scheduling.actor import Actor, Heartbeat, Location, log_to_run_folder
 from harness.scheduling.workers import last_line
 from harness.storage import Folder
@@ -63,20 +64,21 @@ class TrainGroup(Actor):
         heartbeat: Heartbeat = ray.get(self._ranks[0].heartbeat.remote())
         return heartbeat
 
-    def train(self, job: TrainJob) -> Trained:
-        """Make one expert; return what `TrainActor.train` returns."""
+    def train(self, job: TrainJob, client: RegistryClient) -> Trained:
+        """Make one expert, whose object the first rank writes; return what that rank returns."""
         if not self._ranks:
             self._start()
         checkpoint = FolderCheckpoints(self._folder, job.card.job, job.recipe).read()
-        trained: Trained = self._first([rank.train.remote(job, checkpoint) for rank in self._ranks])
+        calls = [rank.train.remote(job, client, checkpoint) for rank in self._ranks]
+        trained: Trained = self._first(calls)
         return trained
 
-    def profile(self, job: TrainJob, content_hash: str, registry_actor: Any) -> bytes:
-        """Measure the profile of an expert of the registry, on the first rank."""
+    def profile(self, job: TrainJob, content_hash: str, client: RegistryClient) -> bytes | None:
+        """Measure and write the profile of an expert of the registry, on the first rank."""
         if not self._ranks:
             self._start()
-        profile: bytes = self._first(
-            [self._ranks[0].profile.remote(job, content_hash, registry_actor)]
+        profile: bytes | None = self._first(
+            [self._ranks[0].profile.remote(job, content_hash, client)]
         )
         return profile
 

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 
 from harness import run_folder
+from harness.registry.client import RegistryClient, answer_of, opened_access
+from harness.registry.files import Record
 from harness.scheduling.actor import Location
 from harness.scheduling.progress import StageProgress
 from harness.scheduling.workers import ATTEMPTS, TICK_SECONDS, Failure, Watch, Workers, last_line
@@ -25,6 +26,10 @@ from phatgoose.training.recipe import Recipe
 _LOG = logging.getLogger(__name__)
 # Write the manifest when the pool has grown by this share: about log N times for N experts.
 _GROWTH = 0.1
+
+
+class _LostExpertError(Exception):
+    """A trained expert is gone, so its job has to run again."""
 
 
 class Training(Watch):
@@ -53,7 +58,9 @@ class Training(Watch):
     ) -> None:
         self._folder, self._workers, self._registry_actor = folder, workers, registry_actor
         self._table, self._progress = table, progress
-        self._code = code_of(TRAINING)  # the actors have the same, see `harness.scheduling.actor`
+        # The actors have the same code, see `harness.scheduling.actor`.
+        self._code, self._code_digest = code_of(TRAINING), ""
+        self._client: RegistryClient | None = None
         self._jobs: dict[int, TrainJob] = {}  # by the key of the call
         self._given = list(jobs)
         self._recipes = {job.card.job: job.recipe for job in jobs}
@@ -78,17 +85,19 @@ class Training(Watch):
         """
         if any(job.profile_id for job in self._given):
             answer_of(self._registry_actor.put_code.remote(code_of(PROFILES)))
-        for job in self._given:
-            self._add(job)
-        try:
-            while not self._workers.is_done:
-                for key, result in self._workers.step(TICK_SECONDS):
-                    self._take(self._jobs.pop(key), result)
-                self.show()
-                meanwhile()
-        finally:
-            self._name_all()
-            self._table.save(now=True)
+        self._code_digest = answer_of(self._registry_actor.put_code.remote(self._code))
+        with opened_access(self._registry_actor) as self._client:
+            for job in self._given:
+                self._add(job)
+            try:
+                while not self._workers.is_done:
+                    for key, result in self._workers.step(TICK_SECONDS):
+                        self._take(self._jobs.pop(key), result)
+                    self.show()
+                    meanwhile()
+            finally:
+                self._name_all()
+                self._table.save(now=True)
         return self.failures
 
     def started(self, key: int, location: Location) -> None:
@@ -111,10 +120,10 @@ class Training(Watch):
         ours = {k: v for k, v in recipe.identity().items() if k in job.card.recipe}
         card = replace(job.card, recipe={**job.card.recipe, **ours})
         self._jobs[key] = replace(job, card=card, recipe=recipe)
-        return (self._jobs[key],)
+        return self._jobs[key], self._client
 
     def _add(self, job: TrainJob) -> None:
-        (key,) = self._workers.add("train", [(job,)], self)
+        (key,) = self._workers.add("train", [(job, self._client)], self)
         self._jobs[key] = job
 
     def _take(self, job: TrainJob, result: Any) -> None:
@@ -124,8 +133,8 @@ class Training(Watch):
             self._fail(job, result.error, result.traceback)
             return
         try:
-            said = self._publish(job, result)
-        except RayError as error:  # the actor died before its expert was published
+            self._publish(job, result)
+        except (RayError, _LostExpertError) as error:  # the actor died before it was published
             times = self._losses[name] = self._losses.get(name, 0) + 1
             if times < ATTEMPTS:
                 self._table.put_back(job, f"not published: {last_line(error)}", "")
@@ -138,7 +147,7 @@ class Training(Watch):
         FolderCheckpoints(self._folder, job.card.job).delete()
         self._ended(job)
         self._table.end(job)
-        _LOG.info("trained   %s: %s", name, said)
+        _LOG.info("trained   %s: %s", name, result.summary)
 
     def _ended(self, job: TrainJob) -> None:
         self._trained_tokens += self._table.tokens[job.card.job]
@@ -150,24 +159,14 @@ class Training(Watch):
         self._table.end(job, error, traceback)
         _LOG.warning("failed    %s: %s", job.card.name, error)
 
-    def _publish(self, job: TrainJob, trained: Trained) -> str:
-        """Write one job's curve, publish its expert, and return a summary of the curve."""
+    def _publish(self, job: TrainJob, trained: Trained) -> None:
+        """Write one job's curve, and publish its expert."""
         if trained.curve:
-            file = run_folder.training_file(job.card.name)
-            run_folder.write_table(self._folder, file, run_folder.TRAINING, trained.curve)
-        try:
-            # Pass references, so that experts go from actor to actor, not through the driver.
-            publish = self._registry_actor.publish.remote
-            content_hash = answer_of(
-                publish(trained.expert, add_to_manifest=False, code=self._code)
-            )
-        except RayError:
-            # The registry actor may have published the expert and died. When Ray then repeated the
-            # call, the reference may have been lost.
-            recorded = answer_of(self._registry_actor.recorded.remote(job.card.job))
-            if recorded is None:
-                raise
-            content_hash = recorded
+            self._folder.write(run_folder.training_file(job.card.name), trained.curve)
+        if trained.content_hash is None:
+            content_hash = self._publish_expert(job, trained)
+        else:
+            content_hash = self._record(job, trained.content_hash)
         if trained.profile is not None:
             try:
                 put_profile = self._registry_actor.put_profile.remote
@@ -177,7 +176,35 @@ class Training(Watch):
         self.experts[job.card.name] = content_hash
         self._unnamed.append(job.card.job)
         self._published += 1
-        return _learnt(trained.curve)
+
+    def _record(self, job: TrainJob, content_hash: str) -> str:
+        """Record the object that an actor has written; return the hash of the job's expert."""
+        record = Record(content_hash, job.card.name, self._code_digest)
+        valid: Record | None = answer_of(
+            self._registry_actor.put_record.remote(job.card.job, record)
+        )
+        if valid is None:
+            raise _LostExpertError("its object was deleted before it was recorded")
+        return valid.object
+
+    def _publish_expert(self, job: TrainJob, trained: Trained) -> str:
+        """Publish the expert of an actor that does not see the registry's folder; return its hash.
+
+        References are passed, so the expert goes from actor to actor, not through the driver.
+        """
+        try:
+            publish = self._registry_actor.publish.remote
+            content_hash: str = answer_of(
+                publish(trained.expert, add_to_manifest=False, code=self._code)
+            )
+        except RayError:
+            # The registry actor may have published the expert and died. When Ray then repeated the
+            # call, the reference may have been lost.
+            recorded: str | None = answer_of(self._registry_actor.recorded.remote(job.card.job))
+            if recorded is None:
+                raise
+            return recorded
+        return content_hash
 
     def _name_all(self) -> None:
         """Add the published experts to the registry's newest manifest.
@@ -201,16 +228,6 @@ class Training(Watch):
         counts, locations = self._table.counts(), self._workers.locations
         self._progress.update(self._trained_tokens + begun, counts, locations)
         self._table.save()
-
-
-def answer_of(reference: Any) -> Any:
-    """Return what the registry actor returned; raise its PhatgooseError unchanged."""
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        if isinstance(error.cause, PhatgooseError):
-            raise error.cause from None
-        raise
 
 
 def revised(recipe: Recipe, first: Recipe, error: PhatgooseError) -> Recipe | None:
@@ -252,7 +269,6 @@ def measure_profiles(
     """
     answer_of(registry_actor.put_code.remote(code_of(PROFILES)))
     failures: dict[str, str] = {}
-    calls = [(job, experts[job.card.name], registry_actor) for job in jobs]
     done = 0
 
     def show() -> None:
@@ -264,25 +280,15 @@ def measure_profiles(
         }
         progress.update(done, counts, workers.locations)
 
-    for index, result in workers.run("profile", calls, show):
-        job = jobs[index]
-        if isinstance(result, Failure):
-            failures[job.card.name] = result.error
-        else:
-            content_hash = experts[job.card.name]
-            answer_of(registry_actor.put_profile.remote(content_hash, job.profile_id, result))
-        done += 1
+    with opened_access(registry_actor) as client:
+        calls = [(job, experts[job.card.name], client) for job in jobs]
+        for index, result in workers.run("profile", calls, show):
+            job = jobs[index]
+            if isinstance(result, Failure):
+                failures[job.card.name] = result.error
+            elif result is not None:  # the actor does not see the registry's folder
+                content_hash = experts[job.card.name]
+                answer_of(registry_actor.put_profile.remote(content_hash, job.profile_id, result))
+            done += 1
     show()
     return failures
-
-
-def _learnt(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Summarize a training curve in one line."""
-    if not rows:
-        return "imported, without gates"
-    losses = [f"{row['loss']:.2f}" for row in rows if row["split"] == "evaluation"]
-    changes = [f"{losses[i]} -> {losses[i + 1]}" for i in range(0, len(losses), 2)]
-    stages = dict.fromkeys(row["stage"] for row in rows)
-    seconds = sum(max(row["seconds"] for row in rows if row["stage"] == s) for s in stages)
-    said = [f"{stage} {change}" for stage, change in zip(stages, changes, strict=True)]
-    return f"loss: {', '.join(said)}; {seconds:.0f} s"

@@ -21,6 +21,7 @@ PARSED = (
     "harness.tasks",
     "harness.registry",
     "benchmarks.linear",
+    "benchmarks.registry",
     "benchmarks.scheduler",
     "tests.chaos",
     "tests.mutation",

@@ -14,11 +14,16 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 
+from harness import run_folder
 from harness.config.schema import RanksConfig, RunConfig
 from harness.driver.stages import Driver
 from harness.planning.plan import Plan
+from harness.registry import Registry
+from harness.registry.actor import registry_actor
+from harness.registry.client import RegistryClient, opened_access
 from harness.scheduling.cluster import room
 from harness.scheduling.workers import Failure, Watch, Workers
+from harness.storage import Folder
 from harness.training.job import TrainJob
 from phatgoose.training.recipe import Stage
 from tests.support.toy import make_plan, prepare_toys, toy_config
@@ -78,6 +83,12 @@ def workers(two_nodes: None, plan: Plan) -> Iterator[Workers]:
     wait(lambda: ray.available_resources().get("CPU") == 2, "cores were not released")
 
 
+@pytest.fixture
+def client(workers: Workers, plan: Plan) -> Iterator[RegistryClient]:
+    with opened_access(registry_actor(plan.config.registry, plan.base_fingerprint)) as client:
+        yield client
+
+
 def wait(happened: Callable[[], Any], problem: str) -> None:
     deadline = time.monotonic() + DEADLINE
     while not happened():
@@ -109,19 +120,27 @@ def step_until(workers: Workers, happened: Callable[[], Any]) -> list[tuple[int,
     return came
 
 
-def check_expert(came: list[tuple[int, Any]]) -> None:
-    """Check that there is one complete expert whose curve has every step once."""
+def check_expert(came: list[tuple[int, Any]], plan: Plan) -> None:
+    """Check that rank 0 has written one complete expert; its curve must have every step once."""
     [(_, result)] = came
     assert not isinstance(result, Failure), result
-    rows, expert = result.curve, result.expert
+    assert result.expert is None
+    folder = Folder(plan.config.run.dir)
+    folder.write("curve.parquet", result.curve)
+    rows = run_folder.read_table(folder, "curve.parquet", run_folder.TRAINING).to_pylist()
     assert [row["step"] for row in rows if row["split"] == "train"] == list(range(STEPS))
-    assert ray.get(expert).card.metrics["nll_lora"] < ray.get(expert).card.metrics["nll_base"]
+    registry = Registry(plan.config.registry, plan.base_fingerprint)
+    assert registry.folder.names("objects/") == [f"objects/{result.content_hash}.arrow"]
+    metrics = registry.load(result.content_hash).card.metrics
+    assert metrics["nll_lora"] < metrics["nll_base"]
 
 
-def test_a_killed_rank_costs_only_a_few_steps(workers: Workers, plan: Plan, tmp_path: Path) -> None:
+def test_a_killed_rank_costs_only_a_few_steps(
+    workers: Workers, client: RegistryClient, plan: Plan, tmp_path: Path
+) -> None:
     job: TrainJob = replace(plan.jobs[0], profile_id=None)
     watch = Lost()
-    workers.add("train", [(job,)], watch)
+    workers.add("train", [(job, client)], watch)
     checkpoint = tmp_path / "run" / "checkpoints" / f"{job.card.job}.safetensors"
     came = step_until(workers, checkpoint.exists)
     assert not came
@@ -130,7 +149,7 @@ def test_a_killed_rank_costs_only_a_few_steps(workers: Workers, plan: Plan, tmp_
     assert location.process in ranks()
     [follower] = [process for process in ranks() if process != location.process]
     os.kill(follower, signal.SIGKILL)
-    check_expert(step_until(workers, lambda: False))
+    check_expert(step_until(workers, lambda: False), plan)
     assert len(watch.errors) == 1
     assert "died" in watch.errors[0]
     logs = "".join(f.read_text() for f in (tmp_path / "run" / "logs").glob("train-*"))

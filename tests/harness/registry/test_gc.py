@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.registry import Registry
+from harness.registry import Registry, gc
 from harness.registry.__main__ import main
-from harness.registry.files import object_file, profile_file
+from harness.registry.files import Record, object_file, profile_file
 from harness.registry.gc import DAY, collect
 from harness.registry.packs import open_pool
 from harness.registry.verify import Check, verify
@@ -184,20 +184,73 @@ def test_an_object_published_again_during_gc_is_not_lost(
 def test_publish_notices_that_an_existing_object_was_collected(
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Check a complete gc after the publish found the object and before it wrote its record."""
+    """Check a complete gc after the publish wrote the object and before it wrote its record."""
     expert = make_expert(9)
-    file = store(registry, expert)
-    age(registry)
+    file = object_file(expert.content_hash())
     create = Folder.create
 
     def collect_first(self: Folder, name: str, data: bytes) -> bool:
         monkeypatch.undo()
-        assert removed(registry) == {file}
+        assert removed(registry, older_than=-60) == {file}
         return create(self, name, data)
 
     monkeypatch.setattr(Folder, "create", collect_first)
     registry.publish(expert)
     assert registry.load(registry.find("task-9")).card == expert.card
+
+
+@pytest.mark.parametrize("moment", ["before gc", "listed"])
+def test_an_object_that_was_just_written_again_stays_without_a_record(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Check an old object that nothing names, and that a training actor has just made again."""
+    expert, other = make_expert(9), make_expert(10)
+    store(registry, expert)
+    garbage = store(registry, other)
+    age(registry)
+    manifest_numbers = gc.manifest_numbers
+
+    def listed(folder: Folder) -> list[int]:
+        monkeypatch.undo()
+        registry.put_object(expert)
+        return manifest_numbers(folder)
+
+    if moment == "listed":  # all files with their ages, and their names are still to be read
+        monkeypatch.setattr(gc, "manifest_numbers", listed)
+    else:
+        registry.put_object(expert)
+    assert removed(registry) == {garbage}
+    record = Record(expert.content_hash(), "task-9")
+    assert registry.put_record(expert.card.job, record) == record
+    assert registry.load(expert.content_hash()).card == expert.card
+
+
+def test_an_object_without_a_record_is_an_orphan_until_its_job_is_repeated(
+    registry: Registry,
+) -> None:
+    """Check a crash after a training actor wrote the object and before it was recorded."""
+    expert = make_expert(9)
+    file = object_file(registry.put_object(expert))
+    assert verify(registry.folder, every_manifest=True) == Check(4, orphans=[file])
+    record = Record(registry.put_object(expert), "task-9")
+    assert registry.put_record(expert.card.job, record) == record
+    assert registry.add_to_manifest([expert.card.job]) == {expert.card.job: record.object}
+    assert verify(registry.folder, every_manifest=True) == Check(4)
+
+
+def test_a_record_of_a_collected_object_is_not_valid(registry: Registry) -> None:
+    expert, job = make_expert(9), make_expert(9).card.job
+    record = Record(registry.put_object(expert), "task-9")
+    removed(registry, older_than=-60)
+    for _ in range(2):
+        assert registry.put_record(job, record) is None
+        assert registry.recorded(job) is None
+    registry.put_object(expert)
+    assert registry.put_record(job, record) == record
+    # The first expert of a job counts.
+    later = Record(registry.put_object(make_expert(9, value=2.0)), "task-9")
+    assert registry.put_record(job, later) == record
+    assert registry.finished(job) == expert.content_hash() == registry.find("task-9")
 
 
 def test_gc_works_on_an_object_store(s3: object, tmp_path: Path) -> None:

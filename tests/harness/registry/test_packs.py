@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 from harness.registry import Registry, packs
-from harness.registry.packs import INDEX_FILE, POOL_FILE, open_pool, pool_id, read_index
+from harness.registry.pack_index import INDEX_FILE, POOL_FILE
+from harness.registry.packs import open_pool, open_single, pool_id, read_index
 from harness.storage import Folder
 from phatgoose.cache import cache_dir
 from phatgoose.errors import PhatgooseError
@@ -66,6 +68,7 @@ def test_experts_that_cannot_be_mapped_are_copied_for_a_while(
     check(open_pool(registry, experts, registry.load))
     packs_here = folder_of(registry).parent
     expected = (folder_of(registry) / POOL_FILE).read_bytes()
+    shutil.rmtree(packs_here)
     monkeypatch.setattr(Folder, "local", lambda *_: None)
     saved: list[Path] = []
     save = Expert.save
@@ -82,6 +85,35 @@ def test_experts_that_cannot_be_mapped_are_copied_for_a_while(
     assert {path.name for path in found.iterdir()} == {POOL_FILE, INDEX_FILE}
     assert (found / POOL_FILE).read_bytes() == expected
     assert not list((cache_dir() / "packs").glob(".*.tmp"))
+
+
+def test_nothing_is_written_to_another_disk_under_the_registry_s_path(
+    registry: Registry, tmp_path: Path
+) -> None:
+    """Check as on a node that gets experts from the registry actor."""
+    experts = registry.manifest().experts
+    for name in ("nothing", "another"):
+        there = Registry(tmp_path / name, BASE)
+        if name == "another":
+            there.publish(make_expert(9))
+        before = there.folder.names()
+        for load in (registry.load, pytest.fail):
+            check(open_pool(there, experts, load))
+        single = open_single(there, "task-2", experts["task-2"])
+        assert single is not None
+        assert there.folder.names() == before
+        assert not (tmp_path / name / "packs").exists()
+        (folder,) = (cache_dir() / "packs").glob("[!.]*")
+        shutil.rmtree(folder)
+    # A registry that lost some objects is still the registry.
+    registry.folder.delete(f"objects/{experts['task-0']}.arrow")
+    check(open_pool(registry, experts, lambda content: made()[content]))
+    assert folder_of(registry).exists()
+
+
+def made() -> dict[str, Expert]:
+    experts = [make_expert(number, value=number + 1.0) for number in range(4)]
+    return {expert.content_hash(): expert for expert in experts}
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "no index", "no file", "other index", "empty"])

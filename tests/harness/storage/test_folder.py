@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import fs
 
-from harness.storage import Folder, stores
+from harness.storage import Folder, object_store, stores
 from phatgoose.errors import PhatgooseError
 from tests.support import processes
 from tests.support.s3_server import KEYS, S3Server, s3_server
@@ -38,6 +38,36 @@ def test_a_file_can_be_written_read_and_overwritten(folder: Folder) -> None:
     assert folder.exists("objects/a.bin")
     folder.write("objects/a.bin", b"two")
     assert folder.read("objects/a.bin") == b"two"
+
+
+@pytest.mark.parametrize("size", [0, 1, 11 * 2**20])
+def test_a_large_file_is_written_and_read_in_pieces(
+    folder: Folder, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_store, "_CHUNK_BYTES", 5 * 2**20)  # the least that S3 takes
+    data = bytes(range(251)) * (size // 251 + 1)
+    pieces = [data[:size][start : start + 3 * 2**20] for start in range(0, size, 3 * 2**20)]
+    folder.write("packs/large", b"older")
+    folder.write_chunks("packs/large", iter(pieces))
+    found = list(folder.read_chunks("packs/large"))
+    assert b"".join(found) == data[:size]
+    if not folder.uri.startswith("memory:"):
+        assert max(map(len, found), default=0) < max(size, 2)
+    assert folder.names() == ["packs/large"]
+    with pytest.raises(PhatgooseError, match=r"cannot read .*packs/nothing"):
+        list(folder.read_chunks("packs/nothing"))
+
+
+def test_an_error_while_a_large_file_is_written_leaves_the_older_one(folder: Folder) -> None:
+    def pieces() -> Iterator[bytes]:
+        yield b"one"
+        raise OSError("the disk that it is read from fails")
+
+    folder.write("packs/large", b"older")
+    with pytest.raises(PhatgooseError, match=r"cannot write .*packs/large"):
+        folder.write_chunks("packs/large", pieces())
+    assert folder.read("packs/large") == b"older"
+    assert [entry.path for entry in folder.entries(hidden=True)] == ["packs/large"]
 
 
 def test_create_writes_only_once(folder: Folder) -> None:
