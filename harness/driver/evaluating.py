@@ -116,7 +116,8 @@ class Evaluating:
     def _step(self, evaluations: list[Evaluation]) -> None:
         """Wait for what the actors have done, and take it."""
         waits = not self.evaluators.is_done
-        for key, result in self.evaluators.step(TICK_SECONDS if waits else 0):
+        asks_on = self.evaluators.waiting < _AHEAD and any(e.has_more for e in evaluations)
+        for key, result in self.evaluators.step(TICK_SECONDS if waits and not asks_on else 0):
             for evaluation in evaluations:
                 if evaluation.awaits(key):
                     evaluation.take(key, result)

@@ -10,6 +10,7 @@ inputs, and hears what became of them.
 
 import json
 import logging
+import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -36,6 +37,7 @@ from phatgoose.routers.interface import side_information
 _LOG = logging.getLogger(__name__)
 # So many shards that fail, and none that is answered, are no accident.
 _HOPELESS = 3
+_ASK_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,11 @@ class Evaluation:
         return bool(self._calls or self._scoring)
 
     @property
+    def has_more(self) -> bool:
+        """Whether there are shards that no actor was asked for."""
+        return any(state.to_ask for state in self.routers.values())
+
+    @property
     def is_done(self) -> bool:
         """Whether every router is scored or has failed."""
         return all(state.state in ("done", "failed") for state in self.routers.values())
@@ -163,10 +170,15 @@ class Evaluation:
             run_folder.write_json(self._folder, file, {**noted, **now})
 
     def ask(self, ahead: int) -> None:
-        """Ask the actors for shards, router by router, while fewer than `ahead` wait for one."""
+        """Ask the actors for shards, router by router, while fewer than `ahead` wait for one.
+
+        The first router's take longer, because they are tokenized. So this ends after about a
+        second, and the actors begin with what there is.
+        """
+        ends = time.monotonic() + _ASK_SECONDS
         for name, state in self.routers.items():
             while state.to_ask:
-                if self._evaluators.waiting >= ahead:
+                if self._evaluators.waiting >= ahead or time.monotonic() > ends:
                     return
                 self._ask(name, *state.to_ask.popleft())
 
