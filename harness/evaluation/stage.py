@@ -178,9 +178,11 @@ class Evaluation:
         ends = time.monotonic() + _ASK_SECONDS
         for name, state in self.routers.items():
             while state.to_ask:
-                if self._evaluators.waiting >= ahead or time.monotonic() > ends:
+                if self._evaluators.waiting >= ahead:
                     return
                 self._ask(name, *state.to_ask.popleft())
+                if time.monotonic() > ends:
+                    return
 
     def stop_asking(self) -> None:
         """Ask for nothing more; what actors are answering now may be taken."""

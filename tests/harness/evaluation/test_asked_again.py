@@ -154,6 +154,20 @@ def test_no_more_than_so_many_shards_wait(run: Run, workers: LocalWorkers) -> No
     evaluation.finish()
 
 
+def test_asking_ends_after_a_while(
+    run: Run, workers: LocalWorkers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harness.evaluation.stage._ASK_SECONDS", -1.0)
+    evaluation = run.evaluation(workers)
+    evaluation.add(routers("base"))
+    evaluation.ask(100)
+    assert workers.waiting == 1
+    assert evaluation.has_more
+    evaluation.finish()
+    assert workers.calls == len(evaluation.shards) > 1
+    assert not evaluation.has_more
+
+
 @pytest.mark.parametrize(
     "changes",
     [
