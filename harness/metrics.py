@@ -1,5 +1,9 @@
 """Metrics of results: the primary metric of a task, and which of two values is better."""
 
+import statistics
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 from phatgoose.errors import PhatgooseError
 
 PRIMARY = "primary"
@@ -29,3 +33,11 @@ def primary_metric(metrics: set[str]) -> str:
     if not others:
         raise PhatgooseError(f"a task has no metric from lm-eval; it has {sorted(metrics)}")
     return others[0]
+
+
+def primary_mean(scores: Iterable[Mapping[str, Any]]) -> float:
+    """Return the mean over tasks of their primary metrics, from rows of scores of one router."""
+    tasks: dict[str, dict[str, float]] = {}
+    for row in scores:
+        tasks.setdefault(row["task"], {})[row["metric"]] = row["value"]
+    return statistics.fmean(values[primary_metric(set(values))] for values in tasks.values())

@@ -4,7 +4,6 @@ Only the run folder is read, so the run is not disturbed and need not be reachab
 """
 
 import argparse
-import statistics
 import sys
 import time
 from collections import Counter
@@ -17,7 +16,7 @@ import pyarrow as pa
 from harness import run_folder
 from harness.command_line import Output, count, run_command, table
 from harness.extra_routers import SINGLE
-from harness.metrics import primary_metric
+from harness.metrics import primary_mean
 from harness.storage import Folder
 
 _WATCH_SECONDS = 2.0
@@ -111,18 +110,17 @@ def _rows(folder: Folder, name: str, schema: pa.Schema) -> list[dict[str, Any]]:
 
 def _means(scores: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return, per suite and router, the mean of the primary metrics, the best first."""
-    tasks: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    routers: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in scores:
-        values = tasks.setdefault((row["suite"], row["router"]), {}).setdefault(row["task"], {})
-        values[row["metric"]] = row["value"]
+        routers.setdefault((row["suite"], row["router"]), []).append(row)
     means = [
         {
             "suite": suite,
             "router": router,
-            "tasks": len(found),
-            "value": statistics.fmean(v[primary_metric(set(v))] for v in found.values()),
+            "tasks": len({row["task"] for row in rows}),
+            "value": primary_mean(rows),
         }
-        for (suite, router), found in tasks.items()
+        for (suite, router), rows in routers.items()
     ]
     suites = list(dict.fromkeys(mean["suite"] for mean in means))
     return sorted(means, key=lambda mean: (suites.index(mean["suite"]), -mean["value"]))

@@ -26,6 +26,7 @@ from harness.evaluation.router_state import RouterState, reasons_of
 from harness.evaluation.scores import Row, read_scores, write_scores
 from harness.evaluation.scoring import Scored, ScoredTask, ToScore, bare_name
 from harness.evaluation.shards import Shard
+from harness.metrics import primary_mean
 from harness.registry.packs import Members, pool_id
 from harness.scheduling.workers import Failure, Killed, Watch, Workers
 from harness.source_code import METRICS, code_of, digest
@@ -253,6 +254,9 @@ class Evaluation:
         state.failed |= result.unanswered
         if not result.rows:
             state.state = "failed"
+            return
+        mean = 100 * primary_mean(result.rows)
+        _LOG.info("scored    %s on %s: %.1f %% (mean of primary metrics)", name, self.suite, mean)
 
     def write_scores(self, derived: Collection[str] = ()) -> None:
         """Write the rows of the routers that are done, and those of the routers in `derived`."""
