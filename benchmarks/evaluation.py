@@ -77,7 +77,7 @@ class Answerer(Actor):
         )
         self._files.write(key, shard.task, answer)
         self._done += 1
-        return Receipt(answer.tokens, answer.seconds, 0)
+        return Receipt(answer.tokens, answer.seconds)
 
 
 class Scene:

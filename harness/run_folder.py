@@ -61,6 +61,10 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*")
 _LONGEST_NAME = 200
 
 
+class DamagedTable(PhatgooseError):
+    """A parquet file that is truncated, altered, or of another version."""
+
+
 def file_stem(name: str) -> str:
     """Return the file name, without extension, for a router or an expert.
 
@@ -190,7 +194,7 @@ def damage_named(folder: Folder, name: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        raise PhatgooseError(
+        raise DamagedTable(
             f"{folder}/{name} is damaged ({type(error).__name__}). Delete it and run again."
         ) from error
 
@@ -206,7 +210,7 @@ def with_schema(folder: Folder, name: str, table: pa.Table, schema: pa.Schema) -
             nothing = pa.nulls(len(table), field.type)
             table = table.add_column(min(place, table.num_columns), field, nothing)
     if not table.schema.equals(schema):
-        raise PhatgooseError(
+        raise DamagedTable(
             f"{folder}/{name} has different columns than this version writes. "
             "Delete it and run again, or use a new run.dir."
         )

@@ -26,7 +26,7 @@ from phatgoose.routers import Router, Wrapper
 SCORING = ("harness.evaluation.answering", "harness.scheduling.load_base")
 TRAINING = ("harness.training.job", "harness.training.engine", "harness.scheduling.load_base")
 PROFILES = ("harness.training.profile", "harness.scheduling.load_base")
-METRICS = ("harness.evaluation.documents",)
+METRICS = ("harness.evaluation.task_scores",)
 
 # Packages that collect modules (all routers, all task sources), and this module.
 _COLLECTIONS = ("phatgoose", "phatgoose.routers", "harness.tasks", "harness.tasks.sources")

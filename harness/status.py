@@ -144,7 +144,8 @@ def describe(status: dict[str, Any]) -> str:
         ]
         lines += ["", table(["running", "for", "starts", "where"], rows, right={1, 2})]
         lines += _more(running, _SHOWN, run_folder.JOBS_FILE)
-    lines += _describe_evaluations(status["evaluations"], status["scores"])
+    if not stage or stage["stage"] == "evaluate":  # else they are of an earlier call
+        lines += _describe_evaluations(status["evaluations"], status["scores"])
     troubled = [job for job in jobs if job["errors"]]
     if troubled:
         lines.append("")
@@ -174,11 +175,13 @@ def _describe_evaluations(
         header = ["suite", "router", "tasks", "mean of primary metrics (%)"]
         lines += ["", table(header, rows, right={2, 3})]
         lines += _more(shown, _MOST_SCORES, run_folder.SCORES_FILE)
-    for row in [row for row in evaluations if row["errors"]][:_SHOWN]:
-        lines += [f"{row['state']:9} {error}" for error in row["errors"][:1]]
+    troubled = [row for row in evaluations if row["errors"]]
+    for row in troubled[:_SHOWN]:
+        error = f"router {row['router']}, {row['errors'][0]}"
+        lines.append(f"{row['state']:9} {error}")
         if row["traceback"]:
             lines += [f"          {line}" for line in row["traceback"].splitlines()]
-    return lines
+    return lines + _more(troubled, _SHOWN, run_folder.EVALUATIONS_FILE)
 
 
 def _state(status: dict[str, Any]) -> str:

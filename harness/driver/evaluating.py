@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from harness import run_folder
 from harness.driver.early_evaluation import EarlyEvaluation
@@ -18,6 +19,7 @@ from harness.planning.plan import Plan
 from harness.registry.packs import Members
 from harness.scheduling.actor import code_version
 from harness.scheduling.cluster import Cluster, actor_options, check_room, request_nodes, room
+from harness.scheduling.hardware import usable_cores
 from harness.scheduling.progress import StageProgress
 from harness.scheduling.workers import TICK_SECONDS, Workers
 from harness.storage import Folder
@@ -25,7 +27,7 @@ from phatgoose.errors import PhatgooseError
 
 # The number of waiting shards that suffices to keep all actors busy.
 _AHEAD = 512
-# Scoring takes little of a cluster: an actor for so many cores, and never more than this.
+# Scoring takes some of the driver's node: an actor for so many cores, and never more than this.
 _CORES_PER_SCORER, _MOST_SCORERS = 4, 16
 _WRITE_SECONDS = 5.0
 # Results are written so seldom that this share of the time goes into writing them.
@@ -101,14 +103,16 @@ class Evaluating:
         with StageProgress(
             self._plan.folder, "evaluate", total, "request", shards, before
         ) as progress:
-            while not all(evaluation.is_done for evaluation in evaluations):
-                for evaluation in evaluations:
-                    evaluation.ask(_AHEAD)
-                    evaluation.score()
-                self._step(evaluations)
-                self._show(progress, evaluations)
-                results.write()
-            results.write(now=True)
+            try:
+                while not all(evaluation.is_done for evaluation in evaluations):
+                    for evaluation in evaluations:
+                        evaluation.ask(_AHEAD)
+                        evaluation.score()
+                    self._step(evaluations)
+                    self._show(progress, evaluations)
+                    results.write()
+            finally:
+                results.write(now=True)
         if not any(evaluation.rows for evaluation in evaluations):
             raise PhatgooseError("; ".join(results.problems))
         return results.problems
@@ -134,7 +138,7 @@ class Evaluating:
             "waiting": self.evaluators.waiting + sum(len(state.to_ask) for state in states),
             "running": running,
             "done": sum(state.answered for state in states),
-            "failed": sum(state.state == "failed" for state in states),
+            "failed": sum(len(state.to_ask) for state in states if state.state == "failed"),
         }
         requests = sum(state.requests for state in states)
         progress.update(requests, counts, self.evaluators.locations)
@@ -159,16 +163,17 @@ class Evaluating:
         return remote.remote(settings, self._registry_actor())
 
     def _make_scorer(self) -> Any:
-        options = actor_options(self._config.cluster, self._config.cluster.evaluate_nodes, 0.0)
-        # It computes little, beside actors that have all cores of their nodes.
-        options |= {"num_cpus": 0, "max_concurrency": 2}
-        remote = ray.remote(ScoringActor).options(**options)
+        # On this node, where lm-eval finds what it found when the requests were built. Others may
+        # have all their cores taken by evaluation actors, and other files.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        remote = ray.remote(ScoringActor).options(
+            num_cpus=0, max_concurrency=2, scheduling_strategy=here
+        )
         return remote.remote(self._config.run.dir, code_version())
 
     def _room_to_score(self) -> int:
         self._cluster.connect()
-        cores = int(ray.cluster_resources().get("CPU", 0))
-        return max(1, min(_MOST_SCORERS, cores // _CORES_PER_SCORER))
+        return max(1, min(_MOST_SCORERS, usable_cores() // _CORES_PER_SCORER))
 
     @property
     def _evaluator_options(self) -> dict[str, Any]:
@@ -213,8 +218,7 @@ class _Results:
         scored = sum(len(evaluation.rows) for evaluation in self._evaluations)
         if scored != self._scored or now:
             for evaluation in self._evaluations:
-                if evaluation.rows:
-                    evaluation.write_scores(self._derived if now else ())
+                evaluation.write_scores(self._derived if now else ())
             self._scored = scored
         rows = [row for evaluation in self._evaluations for row in evaluation.table()]
         run_folder.write_table(

@@ -77,8 +77,8 @@ class Driver:
             finally:
                 trainers.close()
                 self._is_training = False
-            if early:
-                early.finish()
+        if early:
+            early.finish()
         return by_reason("expert", failures)
 
     def measure_profiles(self) -> list[str]:

@@ -12,13 +12,13 @@ from harness.evaluation.conditions import Conditions
 from harness.evaluation.encoding import EncodedShard
 from harness.registry import Registry
 from harness.registry.packs import Members, open_pool, open_single
-from harness.scheduling.actor import Actor, log_to_run_folder
+from harness.scheduling.actor import Actor, Refused, log_to_run_folder
 from harness.scheduling.load_base import load_base_on_actor
 from harness.scheduling.settings import BaseConfig
 from harness.source_code import digest, router_code
 from harness.storage import Folder
 from phatgoose.card import dtype_name
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import OutOfMemory, PhatgooseError
 from phatgoose.expert import Expert
 from phatgoose.inference.model import RoutedModel
 from phatgoose.pool import Pool
@@ -62,11 +62,10 @@ class Asked:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What the driver hears of an answer: the tokens, the seconds, and how many requests failed."""
+    """What the driver hears of an answer: the number of tokens, and the seconds it took."""
 
     tokens: int
     seconds: float
-    failed: int
 
 
 class EvalActor(Actor):
@@ -101,21 +100,26 @@ class EvalActor(Actor):
             halvings: how often to cut the chunks into halves before, because memory ran out.
         """
         if asked.code is not None and digest(router_code(asked.router)) != asked.code:
-            raise PhatgooseError(
+            raise Refused(
                 f"router={asked.router.name()}: its code on this node differs from the driver's. "
                 "Install the same files on every node. If a file was edited during the run, run "
                 "the same command again."
             )
         self._attach(asked.members)
         model = self._routed
-        if asked.router != model.router:
-            model.set_router(asked.router)
         started = time.monotonic()
-        answer = answer_shard(self._base, model, split_chunks(shard, halvings), self._beat)
+        try:
+            if asked.router != model.router:
+                model.set_router(asked.router)
+            answer = answer_shard(self._base, model, split_chunks(shard, halvings), self._beat)
+        except OutOfMemory:
+            raise
+        except PhatgooseError as error:  # not of a disk or a network
+            raise Refused(str(error)) from error
         answer.seconds = time.monotonic() - started
         self._files.write(key, shard.task, answer)
         self._beat()
-        return Receipt(answer.tokens, answer.seconds, len(answer.failed))
+        return Receipt(answer.tokens, answer.seconds)
 
     @property
     def _routed(self) -> RoutedModel:

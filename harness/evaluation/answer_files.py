@@ -126,7 +126,7 @@ class AnswerFiles:
             raise DamagedAnswer(f"{self._folder}/{name} is missing")
         try:
             return run_folder.read_table(self._folder, name, run_folder.ANSWERS, columns)
-        except PhatgooseError as error:
+        except run_folder.DamagedTable as error:
             raise DamagedAnswer(f"{self._folder}/{name} is damaged ({reason_of(error)})") from error
 
 

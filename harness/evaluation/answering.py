@@ -1,6 +1,7 @@
 """Answer a shard of requests with a routed model: the computation of an evaluation actor."""
 
 import logging
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor
@@ -75,6 +76,9 @@ def _answered(
     except Exception as error:
         if isinstance(error, PhatgooseError) and not isinstance(error, OutOfMemory):
             raise
+        if "CUDA error" in str(error):  # no document's fault: the device answers nothing more
+            raise
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors of the failed pass
         _LOG.warning("task %s: %s", shard.task, reason_of(error))
         if count == 1:
             _LOG.exception("task %s: a request cannot be answered", shard.task)

@@ -43,14 +43,15 @@ def best_individual_rows(scores: pa.Table) -> list[Row]:
     by_task: dict[tuple[str, str], set[str]] = {}
     for row in singles:
         by_task.setdefault((row["suite"], row["task"]), set()).add(row["metric"])
-    totals: dict[tuple[str, str], float] = {}
+    values: dict[str, dict[str, list[float]]] = {}  # by suite and router
     for row in singles:
         if row["metric"] == primary_metric(by_task[row["suite"], row["task"]]):
-            key = (row["suite"], row["router"])
-            totals[key] = totals.get(key, 0.0) + row["value"]
+            of_suite = values.setdefault(row["suite"], {})
+            of_suite.setdefault(row["router"], []).append(row["value"])
     rows = []
-    for suite in dict.fromkeys(suite for suite, _ in totals):
-        ranked = sorted((-total, router) for (s, router), total in totals.items() if s == suite)
+    for suite, found in values.items():
+        most = max(map(len, found.values()))  # a mean over fewer tasks cannot be compared
+        ranked = sorted((-sum(v), router) for router, v in found.items() if len(v) == most)
         best = ranked[0][1]
         rows += [
             {**row, "router": BEST_INDIVIDUAL, "zero_shot": False, "expert": best[len(SINGLE) :]}

@@ -6,7 +6,7 @@ from typing import Any
 
 from harness.evaluation.encoding import cut_encoded, encode, encoded_shard
 from harness.evaluation.requests import SuiteRequests
-from harness.evaluation.shards import Limits, Request, Shard
+from harness.evaluation.shards import Kind, Limits, Request, Shard
 from phatgoose.base import Base
 
 
@@ -28,6 +28,11 @@ class SuiteInputs:
         self._base, self._limits = base, limits
         self.put: Callable[[Any], Any] = lambda value: value
         self._stored: dict[str, Any] = {}
+        self._last: tuple[str, dict[Kind, list[Request]]] | None = None
+
+    def cut(self) -> None:
+        """Build, tokenize and cut all requests; raise PhatgooseError if a task's cannot be."""
+        self.shards  # noqa: B018  # computed once, on the first read
 
     @cached_property
     def shards(self) -> dict[str, list[Shard]]:
@@ -44,12 +49,6 @@ class SuiteInputs:
             self._stored[shard.content] = self.put(encoded_shard(shard, by_place))
         return self._stored[shard.content]
 
-    def task(self, name: str) -> Any:
-        """Return what stands for a task's `TaskRequests` in calls."""
-        if name not in self._stored:
-            self._stored[name] = self.put(self.requests.tasks[name])
-        return self._stored[name]
-
     def _shards(self, name: str) -> list[Shard]:
         found = []
         for kind, requests in self._requests(name).items():
@@ -57,9 +56,13 @@ class SuiteInputs:
             found += cut_encoded(name, kind, encoded, self._limits)
         return found
 
-    def _requests(self, name: str) -> dict[Any, list[Request]]:
-        asked = self.requests.tasks[name].asked(name)
-        return {kind: [one.request for one in found] for kind, found in asked.items()}
+    def _requests(self, name: str) -> dict[Kind, list[Request]]:
+        """Return a task's requests by kind; those of the last task are kept."""
+        if self._last is None or self._last[0] != name:
+            asked = self.requests.tasks[name].asked(name)
+            found = {kind: [one.request for one in of_kind] for kind, of_kind in asked.items()}
+            self._last = name, found
+        return self._last[1]
 
     def _description(self, name: str) -> str:
         return self.requests.descriptions[name]

@@ -70,15 +70,18 @@ class SuiteRequests:
     Args:
         suite: its name.
         tasks: the data of its tasks.
+        kept: about how many documents to keep the requests of.
 
     Attributes:
+        data: the data of each task, by `<suite>/<task>`.
         tasks: the requests of each task, by `<suite>/<task>`. Reading one raises PhatgooseError if
             it cannot be built, or if two builds of it differ.
     """
 
-    def __init__(self, suite: str, tasks: Sequence[TaskData]) -> None:
-        self.suite, self._data = suite, {f"{suite}/{data.name}": data for data in tasks}
-        self.tasks: Mapping[str, TaskRequests] = _Tasks(suite, self._data)
+    def __init__(self, suite: str, tasks: Sequence[TaskData], kept: int = _KEPT_DOCUMENTS) -> None:
+        self.suite, self.data = suite, {f"{suite}/{data.name}": data for data in tasks}
+        self._tasks = _Tasks(suite, self.data, kept)
+        self.tasks: Mapping[str, TaskRequests] = self._tasks
 
     def check(self, folder: Folder) -> None:
         """Compare the requests with those of earlier calls of the run, then record them.
@@ -88,7 +91,7 @@ class SuiteRequests:
         """
         name = run_folder.REQUESTS_FILE
         noted = run_folder.read_json(folder, name) if folder.exists(name) else {}
-        now = {task: dict(self._note(task)) for task in self.tasks}
+        now = {task: dict(self.note(task)) for task in self.tasks}
         for task, entry in now.items():
             before = noted.get(task)
             if not isinstance(before, dict) or before.get("made_from") != entry["made_from"]:
@@ -101,18 +104,18 @@ class SuiteRequests:
     @cached_property
     def descriptions(self) -> dict[str, str]:
         """Return each task's description, by task."""
-        return {name: describe(data) for name, data in self._data.items()}
+        return {name: describe(data) for name, data in self.data.items()}
 
-    def _note(self, task: str) -> Mapping[str, str]:
-        assert isinstance(self.tasks, _Tasks)
-        return self.tasks.note(task)
+    def note(self, task: str) -> Mapping[str, str]:
+        """Return hashes of what determines a task's requests, and of the requests."""
+        return self._tasks.note(task)
 
 
 class _Tasks(Mapping[str, TaskRequests]):
     """Builds a task's requests when it is read; keeps few, because a suite may have a million."""
 
-    def __init__(self, suite: str, data: Mapping[str, TaskData]) -> None:
-        self._suite, self._data = suite, data
+    def __init__(self, suite: str, data: Mapping[str, TaskData], kept: int) -> None:
+        self._suite, self._data, self._most = suite, data, kept
         self._notes: dict[str, dict[str, str]] = {}
         self._kept: dict[str, TaskRequests] = {}
 
@@ -123,7 +126,7 @@ class _Tasks(Mapping[str, TaskRequests]):
             if self._notes.setdefault(name, note) != note:
                 raise _differs(name, "between two builds with the same seeds")
             self._kept[name] = task
-            while len(self._kept) > 1 and self._documents() > _KEPT_DOCUMENTS:
+            while len(self._kept) > 1 and self._documents() > self._most:
                 del self._kept[next(iter(self._kept))]
         return self._kept[name]
 

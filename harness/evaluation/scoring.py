@@ -3,30 +3,30 @@
 Shape suffixes: L linears, E experts.
 """
 
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
-import ray
-from lm_eval import evaluator
 
 from harness import run_folder
 from harness.evaluation.answer_files import AnswerFiles, DamagedAnswer, task_key
 from harness.evaluation.answers import Answer, joined
-from harness.evaluation.documents import score_rows
-from harness.evaluation.lm import RecordedLM, quiet
-from harness.evaluation.requests import TaskRequests
-from harness.evaluation.scores import Row
+from harness.evaluation.requests import SuiteRequests, TaskRequests
+from harness.evaluation.scores import Row, delete_marker, write_marker
 from harness.evaluation.shards import Shard
+from harness.evaluation.task_scores import score_task
 from harness.scheduling.actor import Actor, log_to_run_folder
 from harness.storage import Folder
+from harness.tasks import TaskData
+from phatgoose.errors import PhatgooseError, reason_of
 
-# Draws for the standard errors of metrics that are not means. lm-eval must not fork for them.
-_BOOTSTRAPS = 200
-os.environ.setdefault("DISABLE_MULTIPROC", "1")
+_LOG = logging.getLogger(__name__)
+# Of each task; routers are scored one after the other.
+_KEPT_DOCUMENTS = 20_000
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,22 @@ class ScoredTask:
     """A task to score.
 
     Attributes:
-        requests: the task's `TaskRequests`, or Ray's reference to them.
+        data: the task's data. Its requests are built where it is scored, since lm-eval's tasks
+            depend on files and modules of a process.
+        result_of: hashes of the requests, see `SuiteRequests.note`.
         shards: how its requests were asked.
         keys: the key of the answer to each shard.
     """
 
-    requests: Any
+    data: TaskData
+    result_of: Mapping[str, str]
     shards: list[Shard]
     keys: list[str]
+
+    @property
+    def result(self) -> str:
+        """A hash of what determines its scores: the answers, requests and correct answers."""
+        return result_key(self.key, self.result_of)
 
     @property
     def key(self) -> str:
@@ -95,11 +103,12 @@ class ScoringActor(Actor):
     def __init__(self, run_dir: str, code: str) -> None:
         log_to_run_folder(run_dir, "score")
         super().__init__(code)
+        self._built: dict[str, tuple[Mapping[str, str], SuiteRequests]] = {}
 
     def score(self, asked: ToScore) -> Scored:
         """Score a router; write its samples and routing, and compact its answers."""
         files = AnswerFiles(asked.folder)
-        answers, damaged = _read(files, asked)
+        answers, damaged = self._read(files, asked)
         if damaged:
             return Scored(damaged=damaged)
         scored = Scored()
@@ -115,13 +124,20 @@ class ScoringActor(Actor):
                     f"({first}), so there is no score; the other answers are kept"
                 )
                 continue
-            rows, documents = _score_task(name, task, answer)
-            shared = {**labels, **asked.columns, "answers": task.key}
+            try:
+                requests = self._requests_of(name, asked.suite, task)
+                rows, documents = score_task(name, requests, task.shards, answer)
+            except Exception as error:  # a task's own code may raise anything
+                _LOG.exception("task %s cannot be scored", name)
+                scored.unanswered[name] = f"it cannot be scored ({reason_of(error)})"
+                continue
+            shared = {**labels, **asked.columns, "answers": task.result}
             scored.rows += [{**shared, **row} for row in rows]
             samples += [{**labels, **document} for document in documents]
             if answer.routing:
                 routing.append(_routing(labels, answer, asked.experts))
             self._beat()
+        delete_marker(asked.folder, asked.suite, asked.router)
         _write(asked, samples, routing)
         complete = [name for name, answer in answers.items() if not answer.failed]
         files.compact(
@@ -130,64 +146,51 @@ class ScoringActor(Actor):
             {name: (asked.tasks[name].key, answers[name]) for name in complete},
             [key for name in complete for key in asked.tasks[name].keys],
         )
+        results = {name: asked.tasks[name].result for name in complete}
+        write_marker(asked.folder, asked.suite, asked.router, results, bool(routing))
         return scored
+
+    def _requests_of(self, name: str, suite: str, task: ScoredTask) -> TaskRequests:
+        """Return a task's requests, from those that this actor has built for another router."""
+        if name not in self._built or self._built[name][0] != task.result_of:
+            self._built[name] = task.result_of, SuiteRequests(suite, [task.data], _KEPT_DOCUMENTS)
+        requests = self._built[name][1]
+        if requests.note(name) != task.result_of:
+            raise PhatgooseError(
+                f"task {name}: its requests were built differently in this process. Seed what its "
+                "definition draws, or leave it out of the suite."
+            )
+        return requests.tasks[name]
+
+    def _read(self, files: AnswerFiles, asked: ToScore) -> tuple[dict[str, Answer], dict[str, str]]:
+        """Return the answer to each task, and why shards have none, by key."""
+        keys = {task.key for task in asked.tasks.values()}
+        compact = files.read_tasks(asked.suite, asked.router, keys)
+        answers, damaged = {}, {}
+        for name, task in asked.tasks.items():
+            if task.key in compact:
+                answers[name] = compact[task.key]
+                continue
+            parts = []
+            for key in task.keys:
+                try:
+                    parts.append(files.read(key))
+                except DamagedAnswer as error:
+                    damaged[key] = str(error)
+                self._beat()
+            answers[name] = joined(parts)
+        return answers, damaged
+
+
+def result_key(key: str, result_of: Mapping[str, str]) -> str:
+    """Return a hash of a task's answers and requests, with the correct answers."""
+    text = json.dumps([key, sorted(result_of.items())])
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def bare_name(task: str) -> str:
     """Return a task's name without that of its suite."""
     return task.partition("/")[2]
-
-
-def _read(files: AnswerFiles, asked: ToScore) -> tuple[dict[str, Answer], dict[str, str]]:
-    """Return the answer to each task, and why shards have none, by key."""
-    keys = {task.key for task in asked.tasks.values()}
-    compact = files.read_tasks(asked.suite, asked.router, keys)
-    answers, damaged = {}, {}
-    for name, task in asked.tasks.items():
-        if task.key in compact:
-            answers[name] = compact[task.key]
-            continue
-        parts = []
-        for key in task.keys:
-            try:
-                parts.append(files.read(key))
-            except DamagedAnswer as error:
-                damaged[key] = str(error)
-        answers[name] = joined(parts)
-    return answers, damaged
-
-
-def _score_task(name: str, asked: ScoredTask, answer: Answer) -> tuple[list[Row], list[Row]]:
-    """Return a task's rows of scores and of samples."""
-    requests: TaskRequests = _resolved(asked.requests)
-    task = requests.task
-    lm = RecordedLM(asked.shards, answer, requests.targets)
-
-    def build_all_requests(**_: Any) -> None:
-        """Use copies of the requests that were asked, without answers of earlier calls."""
-        task._instances = [replace(one, resps=[], filtered_resps={}) for one in requests.instances]
-
-    task.build_all_requests = build_all_requests
-    places: Any = range(len(requests.documents.rows))  # lm-eval looks each place up in it
-    with quiet():
-        output = evaluator.evaluate(
-            lm,
-            {"tasks": {name: task}, "groups": {}},
-            samples={name: places},
-            bootstrap_iters=_BOOTSTRAPS,
-            log_samples=True,
-        )
-    assert output is not None
-    documents = requests.documents.answered(output["samples"][name], lm.scores)
-    shared = {
-        "documents": requests.fingerprint,
-        "n": len(documents),
-        "cut": len(lm.cut),
-        "seconds": answer.seconds,
-        "tokens": answer.tokens,
-        "expert": None,
-    }
-    return [{**shared, **row} for row in score_rows(output["results"][name], documents)], documents
 
 
 def _routing(labels: Row, answer: Answer, experts: Sequence[str]) -> pa.Table:
@@ -220,8 +223,3 @@ def _write(asked: ToScore, samples: list[Row], routing: list[pa.Table]) -> None:
         run_folder.write_arrow(asked.folder, routing_file, pa.concat_tables(routing))
     else:
         asked.folder.delete(routing_file, missing_ok=True)
-
-
-def _resolved(reference: Any) -> Any:
-    """Return the object that a reference stands for."""
-    return ray.get(reference) if isinstance(reference, ray.ObjectRef) else reference

@@ -23,15 +23,16 @@ from harness.evaluation.conditions import Conditions, library_versions, scoring_
 from harness.evaluation.identity import Identity, options_of, what_changed
 from harness.evaluation.inputs import SuiteInputs
 from harness.evaluation.router_state import RouterState, reasons_of
-from harness.evaluation.scores import Row, read_scores, write_scores
-from harness.evaluation.scoring import Scored, ScoredTask, ToScore, bare_name
+from harness.evaluation.scores import Row, is_marked, read_scores, write_scores
+from harness.evaluation.scoring import Scored, ScoredTask, ToScore, bare_name, result_key
 from harness.evaluation.shards import Shard
 from harness.metrics import primary_mean
 from harness.registry.packs import Members, pool_id
-from harness.scheduling.workers import Failure, Killed, Watch, Workers
+from harness.scheduling.actor import Refused
+from harness.scheduling.workers import ATTEMPTS, Failure, Killed, Watch, Workers
 from harness.source_code import METRICS, code_of, digest
 from harness.storage import Folder
-from phatgoose.errors import PhatgooseError, listed
+from phatgoose.errors import OutOfMemory, PhatgooseError, listed
 from phatgoose.routers import Router
 from phatgoose.routers.interface import side_information
 
@@ -39,6 +40,7 @@ _LOG = logging.getLogger(__name__)
 # So many shards that fail, and none that is answered, are no accident.
 _HOPELESS = 3
 _ASK_SECONDS = 1.0
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Evaluation:
         for row in read_scores(setting.folder):
             if row["suite"] == self.suite:
                 self._scored.setdefault(row["router"], []).append(row)
-        self._watch = _Halving(self)
+        self._watch = _Retries(self)
         self._calls: dict[int, str] = {}  # the router of each open call
         self._scoring: dict[int, str] = {}
         self.routers: dict[str, RouterState] = {}
@@ -114,11 +116,6 @@ class Evaluation:
     def total(self) -> int:
         """The number of requests of one router."""
         return sum(shard.requests for shard in self.shards)
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether actors were asked for something that they have not done."""
-        return bool(self._calls or self._scoring)
 
     @property
     def has_more(self) -> bool:
@@ -195,8 +192,9 @@ class Evaluation:
         for name, state in self.routers.items():
             if not state.is_answered:
                 continue
+            requests, shards = self._inputs.requests, self._inputs.shards
             tasks = {
-                task: ScoredTask(self._inputs.task(task), self._inputs.shards[task], keys)
+                task: ScoredTask(requests.data[task], requests.note(task), shards[task], keys)
                 for task, keys in state.keys.items()
                 if task not in state.failed
             }
@@ -235,7 +233,7 @@ class Evaluation:
         state.failed.setdefault(shard.task, result.error)
         if result.traceback:
             state.tracebacks.append(result.traceback)
-        if result.expected or (not state.answered and len(state.tracebacks) >= _HOPELESS):
+        if result.refused or (not state.answered and len(state.tracebacks) >= _HOPELESS):
             self._give_up(state, result.error)
 
     def take_score(self, key: int, result: Any) -> None:
@@ -259,8 +257,22 @@ class Evaluation:
         _LOG.info("scored    %s on %s: %.1f %% (mean of primary metrics)", name, self.suite, mean)
 
     def write_scores(self, derived: Collection[str] = ()) -> None:
-        """Write the rows of the routers that are done, and those of the routers in `derived`."""
-        write_scores(self._folder, self.suite, self.rows, derived)
+        """Write the rows of the routers that are done, and those of the routers in `derived`.
+
+        Earlier rows stay if they are of this pool, and of another suite, or of another router on
+        the same documents.
+        """
+        requests = self._inputs.requests
+        documents = {bare_name(task): requests.note(task)["hash"] for task in requests.tasks}
+
+        def keeps(row: Row) -> bool:
+            if row["manifest"] != self._common["manifest"]:
+                return False
+            is_other = row["router"] not in {*self.routers, *derived}
+            same = documents.get(row["task"]) == row["documents"]
+            return row["suite"] != self.suite or (is_other and same)
+
+        write_scores(self._folder, self.rows, keeps, derived)
 
     def table(self) -> Iterator[Row]:
         """Yield the rows of evaluations.parquet."""
@@ -277,14 +289,24 @@ class Evaluation:
                 "traceback": state.tracebacks[-1] if state.tracebacks else None,
             }
 
-    def halved(self, key: int) -> tuple[Any, ...] | None:
-        """Return the arguments of a call with smaller chunks; None if they are single requests."""
+    def describe(self, key: int) -> str:
+        """Return the router and the task of a call."""
+        name = self._calls[key]
+        return f"router {name}, task {self.routers[name].open[key][0].task}"
+
+    def revised(self, key: int, *, halves: bool) -> tuple[Any, ...] | None:
+        """Return the arguments of another try of a call; None if there is none.
+
+        With `halves`, chunks are cut into halves, and there is none if they are single requests.
+        """
         state = self.routers[self._calls[key]]
-        shard, answer, halvings = state.open[key]
-        if not (max(map(len, shard.chunks)) - 1) >> halvings:
+        shard, stored_as, halvings = state.open[key]
+        if state.state == "failed" or (
+            halves and not (max(map(len, shard.chunks)) - 1) >> halvings
+        ):
             return None
-        state.open[key] = shard, answer, halvings + 1
-        return state.asked, self._inputs.shard(shard), answer, halvings + 1
+        state.open[key] = shard, stored_as, halvings + halves
+        return state.asked, self._inputs.shard(shard), stored_as, halvings + halves
 
     def _new(self, name: str, router: Router) -> RouterState:
         """Return the state of a router that was not asked for in this call."""
@@ -312,13 +334,13 @@ class Evaluation:
     def _scored_before(self, name: str, state: RouterState) -> list[Row]:
         """Return the router's rows of an earlier call if these answers were scored alike."""
         rows = self._scored.get(name, [])
-        wanted = {bare_name(task): task_key(keys) for task, keys in state.keys.items()}
+        note = self._inputs.requests.note
+        wanted = {task: result_key(task_key(keys), note(task)) for task, keys in state.keys.items()}
         columns = self._columns(state.router)
-        same = {row["task"]: row["answers"] for row in rows} == wanted and all(
+        same = {f"{self.suite}/{row['task']}": row["answers"] for row in rows} == wanted and all(
             row[column] == value for row in rows for column, value in columns.items()
         )
-        samples = run_folder.samples_file(self.suite, name)
-        return rows if same and self._folder.exists(samples) else []
+        return rows if same and is_marked(self._folder, self.suite, name, wanted) else []
 
     def _ask(self, name: str, shard: Shard, key: str) -> None:
         state = self.routers[name]
@@ -333,8 +355,10 @@ class Evaluation:
     def _ask_again(self, name: str, damaged: Mapping[str, str]) -> None:
         """Ask for damaged answers again, once."""
         state = self.routers[name]
-        for message in damaged.values():
+        for message in [*damaged.values()][:_SHOWN]:
             _LOG.warning("%s; it is asked again", message)
+        if len(damaged) > _SHOWN:
+            _LOG.warning("router %s: and %d more", name, len(damaged) - _SHOWN)
         if state.was_damaged:
             self._give_up(state, f"{next(iter(damaged.values()))}, again")
             return
@@ -370,12 +394,25 @@ class Evaluation:
         }
 
 
-class _Halving(Watch):
-    """Repeats a call with smaller chunks when Ray killed its actor for want of memory."""
+class _Retries(Watch):
+    """Repeats calls: with smaller chunks when Ray killed the actor for want of memory.
+
+    Expected errors that are not the router's, such as those of a disk or a bucket, may pass.
+    """
 
     def __init__(self, evaluation: Evaluation) -> None:
         self._evaluation = evaluation
+        self._tries: dict[int, int] = {}
+
+    def went_back(self, key: int, error: str, traceback: str) -> None:
+        """Say that a shard is asked again."""
+        _LOG.warning("%s: %s; it is asked again", self._evaluation.describe(key), error)
 
     def revise(self, key: int, error: PhatgooseError) -> tuple[Any, ...] | None:
-        """Return the arguments with smaller chunks."""
-        return self._evaluation.halved(key) if isinstance(error, Killed) else None
+        """Return the arguments of the next try; None to give up."""
+        if isinstance(error, Killed):
+            return self._evaluation.revised(key, halves=True)
+        self._tries[key] = self._tries.get(key, 0) + 1
+        if isinstance(error, Refused | OutOfMemory) or self._tries[key] >= ATTEMPTS:
+            return None
+        return self._evaluation.revised(key, halves=False)

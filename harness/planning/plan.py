@@ -225,7 +225,7 @@ def make_plan(config: RunConfig, prepared: Prepared, device: str = "cpu") -> Pla
         limits = _limits(config, device)
         for name, data in suites.items():
             inputs[name] = SuiteInputs(SuiteRequests(name, data), base, limits)
-            assert inputs[name].shards  # all requests are built and tokenized here
+            inputs[name].cut()
     for suite in config.suites:
         if evaluates and suite.get("too_long") == "refuse":
             check_lengths(base, inputs[suite["name"]].requests)

@@ -22,6 +22,10 @@ from phatgoose.files import MACHINE
 _COPY_SECONDS = 10.0
 
 
+class Refused(PhatgooseError):
+    """An error that every call with the same arguments would raise, on any actor."""
+
+
 @dataclass(frozen=True)
 class Location:
     """The location of an actor: its node's id and address, and its process."""

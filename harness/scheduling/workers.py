@@ -21,7 +21,7 @@ from typing import Any
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
-from harness.scheduling.actor import Heartbeat, Location
+from harness.scheduling.actor import Heartbeat, Location, Refused
 from harness.scheduling.ray_internals import draining_nodes
 from phatgoose.errors import OutOfMemory, PhatgooseError
 
@@ -41,12 +41,12 @@ class Failure:
     Attributes:
         error: the error, in one line.
         traceback: the traceback of the last error, if it is known.
-        expected: whether it is an error that every call with such arguments would raise.
+        refused: whether every call with such arguments would fail, see `Refused`.
     """
 
     error: str
     traceback: str = field(default="", compare=False)
-    expected: bool = field(default=False, compare=False)
+    refused: bool = field(default=False, compare=False)
 
 
 class Killed(OutOfMemory):
@@ -365,6 +365,7 @@ class Workers:
         except RayTaskError as error:
             if isinstance(error.cause, PhatgooseError):
                 return self._refused(call, error.cause, str(error))
+            self._end(actor)  # its device may be broken
             return self._failed(call, last_line(error), str(error))
         except RayError as error:
             return self._failed(call, last_line(error), str(error))
@@ -422,8 +423,8 @@ class Workers:
         if revised is None and died_after is not None:
             return self._died(call, died_after, str(error), traceback)
         if revised is None:
-            expected = not isinstance(error, OutOfMemory)
-            return [(call.key, Failure(str(error), _plain(traceback), expected))]
+            refused = isinstance(error, Refused)
+            return [(call.key, Failure(str(error), _plain(traceback), refused))]
         call.arguments = revised
         return self._again(call, str(error), traceback)
 

@@ -173,7 +173,7 @@ def test_an_evaluation_shows_states_scores_and_tracebacks(
     folder: Folder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     states = {"base": "done", "phatgoose": "done", "merged": "scoring", "arrow": "failed"}
-    error, traceback = "router arrow, task held/t: no rank", "Traceback:\n  ValueError: no rank"
+    error, traceback = "held/t: no rank", "Traceback:\n  ValueError: no rank"
     rows = [
         {"router": router, "suite": "held", "state": state, "shards": 4, "answered": 4}
         | {"tokens": 9, "seconds": 1.0, "errors": [error] if state == "failed" else []}
@@ -206,7 +206,7 @@ def test_an_evaluation_shows_states_scores_and_tracebacks(
     )
     assert first < second
     assert "single:e0" not in text
-    assert f"failed    {error}" in text
+    assert f"failed    router arrow, {error}" in text
     assert "ValueError: no rank" in text
     means = {mean["router"]: mean["value"] for mean in read_status(folder)["scores"]}
     assert means == {"phatgoose": 0.875, "base": 0.5, "single:e0": 0.9}

@@ -25,6 +25,7 @@ from harness.evaluation.stage import Setting
 from harness.planning import plan
 from harness.planning.plan import Plan
 from harness.registry.packs import Members
+from harness.scheduling.actor import Refused
 from harness.scheduling.workers import Failure, Watch
 from harness.storage import Folder
 from harness.tasks import TaskData, TaskSpec, prepare_all, write_all
@@ -179,7 +180,7 @@ def setting(folder: Path, workers: "LocalWorkers", dtype: str = "float32") -> Se
     if workers.worker is not None:
         workers.worker._files = AnswerFiles(Folder(folder))
     scorer = object.__new__(ScoringActor)
-    scorer._done = 0
+    scorer._done, scorer._built = 0, {}
     scorers: Any = LocalWorkers(scorer)
     evaluators: Any = workers
     return Setting(Folder(folder), "tiny", conditions, evaluators, scorers)
@@ -227,7 +228,7 @@ class LocalWorkers:
             try:
                 results.append((key, getattr(self.worker, method)(*call)))
             except PhatgooseError as error:
-                results.append((key, Failure(str(error), expected=True)))
+                results.append((key, Failure(str(error), refused=isinstance(error, Refused))))
         return results
 
 

@@ -88,7 +88,7 @@ def test_an_answer_contains_only_cpu_tensors(
     shard = EncodedShard("task", kind, [encode(base, [request_], "")])
     receipt = actor.answer(asked, shard, "1")
     expected = files.read("1")
-    assert receipt == Receipt(expected.tokens, expected.seconds, 0)
+    assert receipt == Receipt(expected.tokens, expected.seconds)
     assert expected.routing.keys() == expected.routed.keys() == set(base.linears)
     stored: list[Answer] = []
     monkeypatch.setattr("harness.evaluation.answering.RoutingLog", LogOnGpu)

@@ -161,6 +161,29 @@ def test_an_error_of_all_requests_is_raised_soon(
         answer_shard(base, model, shard_of(base, kind, requests[:1]))
 
 
+def test_an_error_of_the_device_is_no_document_s(
+    base: Base, model: RoutedModel, kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = SCORED if kind == "score" else GENERATED
+    shard = shard_of(base, kind, requests[:1], requests[1:2])
+    answer_shard(base, model, shard)
+    calls: list[int] = []
+
+    def dies(call: Any) -> Any:
+        def died(asked: Sequence[Any], *args: Any, **options: Any) -> Any:
+            calls.append(len(asked))
+            if len(calls) > 1:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            return call(asked, *args, **options)
+
+        return died
+
+    for name in ("score", "generate", "answer"):
+        monkeypatch.setattr(model, name, dies(getattr(model, name)))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        answer_shard(base, model, shard)
+
+
 def test_an_error_of_the_router_is_raised_at_once(
     base: Base, model: RoutedModel, shard: EncodedShard, monkeypatch: pytest.MonkeyPatch
 ) -> None:

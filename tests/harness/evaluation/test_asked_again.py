@@ -5,6 +5,7 @@ import itertools
 import logging
 import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -12,19 +13,23 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from harness.evaluation import scoring
 from harness.evaluation.actor import Asked
+from harness.evaluation.documents import Documents
 from harness.evaluation.requests import SuiteRequests
 from harness.planning.estimate import evaluation_work
 from harness.registry.packs import Members, pool_id
 from harness.reporting.report import make_report
+from harness.scheduling.actor import Refused
 from harness.scheduling.workers import Failure, Killed
+from harness.storage import Folder
 from harness.tasks import TaskData
 from phatgoose.errors import OutOfMemory, PhatgooseError
 from phatgoose.inference.model import RoutedModel
 from phatgoose.question import Question
 from phatgoose.routers import Router, make_router
-from tests.support.evaluations import LocalEvaluation, NoWorkers, Run, routers
-from tests.support.toy import LocalWorkers, inputs_of, setting
+from tests.support.evaluations import SUMS, SWANS, LocalEvaluation, NoWorkers, Run, routers
+from tests.support.toy import LocalWorkers, inputs_of, prepare_toys, setting
 
 
 def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -34,7 +39,7 @@ def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def answer_files(run: Run) -> list[str]:
-    return run.folder.names("answers/")
+    return [name for name in run.folder.names("answers/") if name.endswith(".parquet")]
 
 
 def test_a_second_run_asks_nothing_and_gives_the_same_results(
@@ -60,7 +65,15 @@ def test_a_second_run_asks_nothing_and_gives_the_same_results(
     assert {name: run.folder.read(name) for name in run.folder.names()} == files
 
 
-@pytest.mark.parametrize("lost", ["scores.parquet", "samples/held/phatgoose.parquet"])
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "scores.parquet",
+        "samples/held/phatgoose.parquet",
+        "routing/held/phatgoose.parquet",
+        "answers/scored/held/phatgoose.json",
+    ],
+)
 def test_lost_results_come_from_the_answers(run: Run, workers: LocalWorkers, lost: str) -> None:
     def evaluate(workers: LocalWorkers) -> None:
         evaluation = run.evaluation(workers)
@@ -93,6 +106,137 @@ def test_shards_that_a_killed_call_left_are_deleted(run: Run, workers: LocalWork
     assert later.rows
 
 
+def evaluated(evaluation: LocalEvaluation, *names: str) -> LocalEvaluation:
+    evaluation.add(routers(*names))
+    evaluation.finish()
+    evaluation.write_scores()
+    return evaluation
+
+
+def test_other_metrics_are_computed_from_the_same_answers(
+    run: Run, workers: LocalWorkers, tasks: list[TaskData], tmp_path: Path
+) -> None:
+    first = evaluated(run.evaluation(workers), "base", "phatgoose").rows
+    (tmp_path / "2").mkdir()
+    changed = prepare_toys([SWANS, dataclasses.replace(SUMS, metric="rouge_l")], tmp_path / "2")
+    rows = evaluated(run.evaluation(NoWorkers(None), tasks=changed), "base").rows
+    assert "rouge_l" not in {row["metric"] for row in first}
+    assert "rouge_l" in {row["metric"] for row in rows}
+
+
+def test_other_correct_answers_are_scored_again(
+    run: Run, workers: LocalWorkers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = evaluated(run.evaluation(workers), "base").rows
+    of = Documents.of
+
+    def turned(data: TaskData) -> Documents:
+        documents = of(data)
+        rows = [
+            {**row, "correct": [(row["correct"][0] + 1) % 3]} if row["choices"] else row
+            for row in documents.rows
+        ]
+        return dataclasses.replace(documents, rows=rows)
+
+    monkeypatch.setattr(Documents, "of", turned)
+    rows = evaluated(run.evaluation(NoWorkers(None)), "base").rows
+
+    def value(rows: list[dict[str, Any]], metric: str) -> Any:
+        return next(r for r in rows if (r["task"], r["metric"]) == ("swans", metric))["value"]
+
+    assert value(rows, "nll") != value(before, "nll")
+
+
+def test_other_code_of_metrics_scores_again(
+    run: Run, workers: LocalWorkers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scored() -> int:
+        evaluation = evaluated(run.evaluation(workers), "base")
+        scorers: Any = evaluation._scorers
+        calls: int = scorers.calls
+        return calls
+
+    assert [scored(), scored()] == [1, 0]
+    monkeypatch.setattr("harness.evaluation.stage.code_of", lambda _: {"metrics": "changed"})
+    assert [scored(), scored()] == [1, 0]
+
+
+def test_a_failed_router_keeps_no_scores_of_other_options(run: Run, workers: LocalWorkers) -> None:
+    evaluated(run.evaluation(workers), "phatgoose", "base")
+    failing(workers, range(10**6), "no room")
+    evaluation = run.evaluation(workers)
+    evaluation.add({"phatgoose": make_router("phatgoose", top_k=1)})
+    evaluation.finish()
+    evaluation.write_scores()
+    assert {row["router"] for row in run.table("scores.parquet")} == {"base"}
+    assert "base" in make_report(run.folder)
+
+
+def test_a_failed_task_costs_other_routers_nothing(run: Run, workers: LocalWorkers) -> None:
+    evaluated(run.evaluation(workers), "merged")
+    failing(workers, range(1, 2), "no room")
+    evaluated(run.evaluation(workers), "base")
+    rows = run.table("scores.parquet")
+    assert {(row["router"], row["task"]) for row in rows} == {
+        ("merged", "swans"),
+        ("merged", "sums"),
+        ("base", "sums"),
+    }
+
+
+def test_a_task_that_cannot_be_scored_costs_only_itself(
+    run: Run, workers: LocalWorkers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = scoring.score_task
+
+    def fails(name: str, *rest: Any) -> Any:
+        if name == "held/sums":
+            raise ZeroDivisionError("no documents")
+        return whole(name, *rest)
+
+    monkeypatch.setattr(scoring, "score_task", fails)
+    evaluation = evaluated(run.evaluation(workers), "base")
+    assert {row["task"] for row in evaluation.rows} == {"swans"}
+    (problem,) = evaluation.problems
+    assert problem.startswith("router base on held/sums: it cannot be scored (no documents); see")
+    monkeypatch.setattr(scoring, "score_task", whole)
+    later = evaluated(run.evaluation(NoWorkers(None)), "base")
+    assert {row["task"] for row in later.rows} == {"swans", "sums"}
+
+
+def test_an_error_of_the_storage_is_no_damage(
+    run: Run, workers: LocalWorkers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluated(run.evaluation(workers), "base")
+    run.folder.delete("scores.parquet")
+    before = run.folder.read("answers/tasks/held/base.parquet")
+
+    def times_out(*_: Any) -> None:
+        raise PhatgooseError("the bucket does not answer")
+
+    evaluation = run.evaluation(workers)
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "read", times_out)
+        with pytest.raises(PhatgooseError, match="does not answer"):
+            evaluation.add(routers("base"))
+    assert run.folder.read("answers/tasks/held/base.parquet") == before
+    assert evaluated(run.evaluation(NoWorkers(None)), "base").rows
+
+
+def test_errors_that_may_pass_are_tried_again(run: Run, workers: LocalWorkers) -> None:
+    evaluation = run.evaluation(workers)
+    evaluation.add(routers("base"))
+    evaluation.ask(1)
+    (key,) = workers._waiting
+    _, arguments = workers._waiting[key]
+    watch = evaluation._watch
+    assert watch.revise(key, Refused("it has no gates")) is None
+    again = [watch.revise(key, PhatgooseError("the disk is full")) for _ in range(2)]
+    assert [given[:3] for given in again if given] == [arguments]
+    assert again[1] is None
+    evaluation.finish()
+
+
 def test_early_answers_leave_nothing_to_ask(run: Run, workers: LocalWorkers) -> None:
     wanted = routers("base", "phatgoose", "merged")
     evaluation = run.evaluation(workers)
@@ -102,7 +246,6 @@ def test_early_answers_leave_nothing_to_ask(run: Run, workers: LocalWorkers) -> 
         for key, result in workers.step(0):
             evaluation.take(key, result)
     assert workers.calls == len(answer_files(run)) == 3 * len(evaluation.shards)
-    assert not evaluation.is_waiting
     evaluation.add(wanted)  # again, without anything to ask
     later = run.evaluation(NoWorkers(None))  # for the next call of the run
     later.add(wanted)
@@ -286,7 +429,7 @@ def test_what_waits_for_a_failed_router_is_cancelled(run: Run, workers: LocalWor
     def refuses(asked: Asked, *arguments: Any) -> Any:
         calls.append(asked.router.name())
         if asked.router.name() == "phatgoose":
-            raise PhatgooseError("it has no gates")
+            raise Refused("it has no gates")
         return answer(asked, *arguments)
 
     workers.worker.answer, workers.most = refuses, 1

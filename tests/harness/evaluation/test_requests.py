@@ -81,10 +81,10 @@ def tasks(tmp_path: Path) -> Path:
     return folder
 
 
-def build(folder: Path, *names: str, **keys: Any) -> SuiteRequests:
+def build(folder: Path, *names: str, kept: int = 100, **keys: Any) -> SuiteRequests:
     group = {"name": "own", "source": "lm_eval", "lm_eval": list(names), **keys}
     specs = task_specs({**group, "include_path": str(folder)})
-    requests = SuiteRequests("own", prepare_all(specs))
+    requests = SuiteRequests("own", prepare_all(specs), kept)
     assert all(requests.tasks.values())
     return requests
 
@@ -154,11 +154,8 @@ def test_two_suites_may_contain_the_same_task(tasks: Path) -> None:
     assert one.tasks["one/plain"].task.config.task == "one/plain"
 
 
-def test_large_tasks_are_built_again_when_they_are_needed(
-    tasks: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("harness.evaluation.requests._KEPT_DOCUMENTS", len(DOCS))
-    requests = build(tasks, "plain", "mixed")
+def test_large_tasks_are_built_again_when_they_are_needed(tasks: Path) -> None:
+    requests = build(tasks, "plain", "mixed", kept=len(DOCS))
     mixed = requests.tasks["own/mixed"]
     assert requests.tasks["own/mixed"] is mixed
     plain = requests.tasks["own/plain"]
@@ -166,7 +163,7 @@ def test_large_tasks_are_built_again_when_they_are_needed(
     assert again is not mixed
     assert [one.args for one in again.instances] == [one.args for one in mixed.instances]
     assert requests.tasks["own/mixed"] is again
-    requests._data["own/plain"] = dataclasses.replace(plain.data, fingerprint="changed meanwhile")
+    requests.data["own/plain"] = dataclasses.replace(plain.data, fingerprint="changed meanwhile")
     with pytest.raises(PhatgooseError, match="own/plain: its requests differ between two builds"):
         assert requests.tasks["own/plain"]
 

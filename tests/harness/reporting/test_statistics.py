@@ -165,6 +165,15 @@ def test_the_best_individual_is_best_on_average_and_not_an_oracle() -> None:
     assert best_individual_rows(tables({"t": {"merged": {"acc": [1.0]}}})[0]) == []
 
 
+def test_the_best_individual_has_a_score_on_every_task() -> None:
+    answers = {
+        "one": {"single:a": {"acc": [1.0, 1.0]}, "single:b": {"acc": [0.0, 0.5]}},
+        "two": {"single:b": {"acc": [0.0, 0.0]}},
+    }
+    rows = best_individual_rows(tables(answers)[0])
+    assert {(row["task"], row["expert"]) for row in rows} == {("one", "b"), ("two", "b")}
+
+
 @pytest.mark.parametrize("column", ["dtype", "device", "versions", "code"])
 def test_without_merged_the_majority_of_routers_defines_what_is_comparable(column: str) -> None:
     answers = {name: {"acc": [0.0, 1.0, 1.0]} for name in ("a", "b", "c")}

@@ -14,7 +14,7 @@ import pytest
 import ray
 
 from harness.scheduling import workers as jobs
-from harness.scheduling.actor import Actor, Location, code_version
+from harness.scheduling.actor import Actor, Location, Refused, code_version
 from harness.scheduling.cluster import Cluster, actor_options, check_room, room
 from harness.scheduling.settings import ClusterConfig
 from harness.scheduling.workers import ATTEMPTS, DEATHS, Failure, Watch, Workers
@@ -54,6 +54,8 @@ class Worker(Actor):
             os._exit(1)
         if attempt <= times and fails == "expected":
             raise PhatgooseError(f"{name} cannot be: choose another")
+        if attempt <= times and fails == "refused":
+            raise Refused(f"{name} cannot be anywhere")
         if attempt <= times and fails == "hangs":
             threading.Event().wait()
         while fails == "waits" and not (self.folder / "go").exists():
@@ -376,6 +378,13 @@ def test_time_without_work_is_no_time_without_room(
     assert "no node of the Ray cluster has room" in failure.error
 
 
+def test_an_actor_with_an_unexpected_error_is_replaced(make: Make, tmp_path: Path) -> None:
+    """Its device may be broken."""
+    assert run(make(), ("a", "unexpected", 1)) == ["done a"]
+    processes = {file.name.split("@")[1].split("-")[0] for file in tmp_path.glob("a@*")}
+    assert len(processes) == 2
+
+
 def test_canceled_calls_are_not_made(make: Make, tmp_path: Path) -> None:
     workers = make()
     keys = workers.add("work", [(f"call{number}", "waits") for number in range(6)])
@@ -391,9 +400,9 @@ def test_canceled_calls_are_not_made(make: Make, tmp_path: Path) -> None:
 def test_an_expected_error_is_not_retried(make: Make, tmp_path: Path) -> None:
     bad, good = run(make(), ("a", "expected"), ("b",))
     assert bad == Failure("a cannot be: choose another")
-    assert bad.expected
-    (again,) = run(make(), ("c", "unexpected"))
-    assert not again.expected
+    assert not bad.refused
+    (refused,) = run(make(), ("c", "refused"))
+    assert refused.refused
     assert good == "done b"
     assert notes(tmp_path)["a"] == 1
 
