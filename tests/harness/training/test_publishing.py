@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,15 +49,23 @@ PER_PROCESS = "/proc/self/cwd/pool"
 
 
 class Trainer(Actor):
-    """A training actor whose experts are ready; its working directory can be its own."""
+    """A training actor whose experts are ready; its working directory can be its own.
 
-    def __init__(self, folder: Path | None) -> None:
+    It trains when an actor on the other node is ready, too.
+    """
+
+    def __init__(self, started: Path, folder: Path | None) -> None:
         super().__init__(code_version())
+        self._started = started
+        started.mkdir(exist_ok=True)
+        (started / str(os.getpid())).touch()
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             os.chdir(folder)
 
     def train(self, job: TrainJob, client: RegistryClient) -> Trained:
+        while len(list(self._started.iterdir())) < 2:
+            time.sleep(0.01)
         number = int(job.card.job, 16)
         row = {"expert": job.card.name, "job": job.card.job, "stage": "lora", "lr": 0.1}
         row |= {"exact_match": None, "tokens": 1, "seconds": 0.5, "loss": 1.0}
@@ -158,7 +167,7 @@ def test_training_actors_write_what_they_can(
     asked = actor_options(ClusterConfig(gpus_per_actor=0), {})
     remote = ray.remote(Trainer).options(**{**asked, **options, **asked}, max_concurrency=2)
     own = tmp_path / "trainer" if place == "another disk" else None
-    workers = Workers(lambda: remote.remote(own), lambda: room(asked))
+    workers = Workers(lambda: remote.remote(tmp_path / "started", own), lambda: room(asked))
     jobs = [job(number) for number in range(EXPERTS)]
     folder = Folder(tmp_path / "run")
     tokens = dict.fromkeys((job.card.job for job in jobs), 2)
