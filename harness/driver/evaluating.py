@@ -216,7 +216,8 @@ class _Results:
         if started < self._next and not now:
             return
         scored = sum(len(evaluation.rows) for evaluation in self._evaluations)
-        if scored != self._scored or now:
+        is_there = self._folder.exists(run_folder.SCORES_FILE)
+        if (scored != self._scored or now) and (scored or is_there):
             for evaluation in self._evaluations:
                 evaluation.write_scores(self._derived if now else ())
             self._scored = scored

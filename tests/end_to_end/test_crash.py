@@ -140,7 +140,7 @@ def test_a_run_killed_repeatedly_gives_the_results_of_an_undisturbed_one(
     _, _, error = second.end()
     # The first run's registry actor may have published one more expert since.
     assert error.count("trained   ") <= 3 - len(trained)
-    assert not (run_dir / run_folder.SCORES_FILE).exists()  # in the middle of evaluation
+    assert not (run_dir / run_folder.SUMMARY_FILE).exists()  # in the middle of evaluation
     assert len(times(run_dir / SHARDS)) >= 3
     experts = finished(run_dir)
     assert len(experts) == 3
