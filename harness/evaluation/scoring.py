@@ -25,8 +25,8 @@ from harness.tasks import TaskData
 from phatgoose.errors import PhatgooseError, reason_of
 
 _LOG = logging.getLogger(__name__)
-# Of each task; routers are scored one after the other.
-_KEPT_DOCUMENTS = 20_000
+# The next router asks for the same tasks. So many documents take about 1.5 GiB.
+_KEPT_DOCUMENTS = 100_000
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,7 @@ class ScoringActor(Actor):
         log_to_run_folder(run_dir, "score")
         super().__init__(code)
         self._built: dict[str, tuple[Mapping[str, str], SuiteRequests]] = {}
+        self._documents: dict[str, int] = {}  # of each task in `_built`
 
     def score(self, asked: ToScore) -> Scored:
         """Score a router; write its samples and routing, and compact its answers."""
@@ -153,14 +154,19 @@ class ScoringActor(Actor):
     def _requests_of(self, name: str, suite: str, task: ScoredTask) -> TaskRequests:
         """Return a task's requests, from those that this actor has built for another router."""
         if name not in self._built or self._built[name][0] != task.result_of:
-            self._built[name] = task.result_of, SuiteRequests(suite, [task.data], _KEPT_DOCUMENTS)
+            self._built[name] = task.result_of, SuiteRequests(suite, [task.data])
         requests = self._built[name][1]
         if requests.note(name) != task.result_of:
             raise PhatgooseError(
                 f"task {name}: its requests were built differently in this process. Seed what its "
                 "definition draws, or leave it out of the suite."
             )
-        return requests.tasks[name]
+        built = requests.tasks[name]
+        self._documents[name] = len(built.documents.rows)
+        while len(self._documents) > 1 and sum(self._documents.values()) > _KEPT_DOCUMENTS:
+            oldest = next(one for one in self._documents if one != name)
+            del self._documents[oldest], self._built[oldest]
+        return built
 
     def _read(self, files: AnswerFiles, asked: ToScore) -> tuple[dict[str, Answer], dict[str, str]]:
         """Return the answer to each task, and why shards have none, by key."""

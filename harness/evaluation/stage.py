@@ -8,6 +8,7 @@ The driver neither sends requests nor receives answers: it gives actors what sta
 inputs, and hears what became of them.
 """
 
+import contextlib
 import json
 import logging
 import time
@@ -253,8 +254,9 @@ class Evaluation:
         if not result.rows:
             state.state = "failed"
             return
-        mean = 100 * primary_mean(result.rows)
-        _LOG.info("scored    %s on %s: %.1f %% (mean of primary metrics)", name, self.suite, mean)
+        with contextlib.suppress(PhatgooseError):  # a task without a primary metric
+            mean = f"{100 * primary_mean(result.rows):.1f} % (mean of primary metrics)"
+            _LOG.info("scored    %s on %s: %s", name, self.suite, mean)
 
     def write_scores(self, derived: Collection[str] = ()) -> None:
         """Write the rows of the routers that are done, and those of the routers in `derived`.

@@ -180,7 +180,7 @@ def setting(folder: Path, workers: "LocalWorkers", dtype: str = "float32") -> Se
     if workers.worker is not None:
         workers.worker._files = AnswerFiles(Folder(folder))
     scorer = object.__new__(ScoringActor)
-    scorer._done, scorer._built = 0, {}
+    scorer._done, scorer._built, scorer._documents = 0, {}, {}
     scorers: Any = LocalWorkers(scorer)
     evaluators: Any = workers
     return Setting(Folder(folder), "tiny", conditions, evaluators, scorers)

@@ -204,6 +204,26 @@ def test_a_task_that_cannot_be_scored_costs_only_itself(
     assert {row["task"] for row in later.rows} == {"swans", "sums"}
 
 
+def test_a_scorer_keeps_the_requests_of_few_documents(
+    run: Run, workers: LocalWorkers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "_KEPT_DOCUMENTS", 9)
+    evaluation = evaluated(run.evaluation(workers), "base", "phatgoose")
+    scorers: Any = evaluation._scorers
+    assert scorers.worker._built.keys() == scorers.worker._documents.keys() == {"held/sums"}
+    assert {row["task"] for row in evaluation.rows} == {"swans", "sums"}
+
+
+def test_a_task_without_a_primary_metric_ends_nothing(
+    run: Run, workers: LocalWorkers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(_: Any) -> float:
+        raise PhatgooseError("a task has no metric from lm-eval")
+
+    monkeypatch.setattr("harness.evaluation.stage.primary_mean", none)
+    assert evaluated(run.evaluation(workers), "base").rows
+
+
 def test_an_error_of_the_storage_is_no_damage(
     run: Run, workers: LocalWorkers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
