@@ -41,3 +41,12 @@ def primary_mean(scores: Iterable[Mapping[str, Any]]) -> float:
     for row in scores:
         tasks.setdefault(row["task"], {})[row["metric"]] = row["value"]
     return statistics.fmean(values[primary_metric(set(values))] for values in tasks.values())
+
+
+def has_primary(scores: Iterable[Mapping[str, Any]]) -> bool:
+    """Return whether every task in these rows has a primary metric."""
+    try:
+        primary_mean(scores)
+    except PhatgooseError:
+        return False
+    return True

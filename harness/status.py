@@ -16,7 +16,7 @@ import pyarrow as pa
 from harness import run_folder
 from harness.command_line import Output, count, run_command, table
 from harness.extra_routers import SINGLE
-from harness.metrics import primary_mean
+from harness.metrics import has_primary, primary_mean
 from harness.storage import Folder
 
 _WATCH_SECONDS = 2.0
@@ -121,6 +121,7 @@ def _means(scores: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "value": primary_mean(rows),
         }
         for (suite, router), rows in routers.items()
+        if has_primary(rows)
     ]
     suites = list(dict.fromkeys(mean["suite"] for mean in means))
     return sorted(means, key=lambda mean: (suites.index(mean["suite"]), -mean["value"]))

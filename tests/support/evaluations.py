@@ -91,3 +91,14 @@ class Run:
 
 def routers(*names: str) -> dict[str, Router]:
     return {name: make_router(name) for name in names}
+
+
+def answer_files(run: Run) -> list[str]:
+    return [name for name in run.folder.names("answers/") if name.endswith(".parquet")]
+
+
+def evaluated(evaluation: LocalEvaluation, *names: str) -> LocalEvaluation:
+    evaluation.add(routers(*names))
+    evaluation.finish()
+    evaluation.write_scores()
+    return evaluation
